@@ -1,0 +1,1 @@
+"""Experience Ensemble Knowledge Distillation."""
