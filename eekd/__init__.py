@@ -1,1 +1,18 @@
-"""Experience Ensemble Knowledge Distillation."""
+"""Experience Ensemble Knowledge Distillation.
+
+While a teacher trains, M snapshots of it are saved. A student then learns from all of them: self-attention
+weighs the snapshots for each sample, their temperature-softened predictions are fused into one target, and the
+student minimises
+
+    L = α CE(s, y) + (1 - α) τ² KL(p || softmax(s / τ)),    p = Σ_m w_m softmax(z_m / τ)
+
+Letters used everywhere: B rows (samples or tokens), M snapshots, C classes, D embedding width, τ temperature.
+Source: Wang, Zhang, Song, Huang, "Learn From the Past: Experience Ensemble Knowledge Distillation",
+arXiv 2202.12488 (2022).
+"""
+
+__version__ = "0.1.0"
+
+from eekd.ops import EnsembleKD, ensemble_kd, use_backend
+
+__all__ = ["EnsembleKD", "ensemble_kd", "use_backend"]

@@ -1,0 +1,6 @@
+"""Differentiable ops: each checks its arguments, allocates outputs, calls a backend and wires autograd."""
+
+from eekd.ops.backend import use_backend
+from eekd.ops.ensemble_kd import EnsembleKD, ensemble_kd
+
+__all__ = ["EnsembleKD", "ensemble_kd", "use_backend"]
