@@ -1,0 +1,291 @@
+"""What a run is made of: frozen dataclasses, checked when made and kept as JSON, and the presets.
+
+A value that cannot be meant is a ValueError of one sentence: the field, what is wanted and what was got.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+
+Weighting = Literal[
+    "ce", "last", "uniform", "linear_increase", "linear_decrease", "entropy", "confidence", "attention"
+]
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """"; did you mean 'x'?" for the entry of `names` closest to `name`, or "" where none is close."""
+    close = difflib.get_close_matches(str(name).lower(), {n.lower(): n for n in names}, 1, 0.5)
+    return f"; did you mean {next(n for n in names if n.lower() == close[0])!r}?" if close else ""
+
+
+def _wanted(value: Any, kind: Any) -> str | None:
+    """What the annotation `kind` wants in place of `value`; None when the value will do."""
+    args = get_args(kind)
+    if get_origin(kind) is Literal:
+        return None if value in args else f"one of {', '.join(args)}"
+    if get_origin(kind) is UnionType:
+        wanted = [_wanted(value, k) for k in args]
+        return None if None in wanted else " or ".join(wanted)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
+            return "a list"
+        return next((f"a list of: {w}" for w in (_wanted(v, args[0]) for v in value) if w), None)
+    if kind is float:
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return None if good else "a finite number"
+    if kind is int:
+        return None if type(value) is int else "a whole number"
+    if kind is str:
+        return None if isinstance(value, str) and value else "some text"
+    names = {bool: "true or false", type(None): "nothing"}
+    return None if isinstance(value, kind) else names.get(kind, f"a {kind.__name__}")
+
+
+class _Checked:
+    """Checks the types of a dataclass's fields, then the (field, holds, wanted) rules of `_rules`."""
+
+    _prefix = ""
+
+    def __post_init__(self):
+        kinds = get_type_hints(type(self))
+        for name in (f.name for f in dataclasses.fields(self)):
+            value = getattr(self, name)
+            if wanted := _wanted(value, kinds[name]):
+                choices = _choices(kinds[name])
+                wrong = [v for v in (value if isinstance(value, tuple) else (value,)) if v not in choices]
+                hint = next(filter(None, (nearest(v, choices) for v in wrong)), "")
+                raise ValueError(f"{self._prefix}{name} must be {wanted}, got {value!r}{hint}")
+        for name, holds, wanted in self._rules():
+            if not holds:
+                raise ValueError(f"{self._prefix}{name} must be {wanted}, got {getattr(self, name)!r}")
+
+    def _rules(self):
+        return ()
+
+
+def _choices(kind: Any) -> tuple:
+    """The literals named anywhere in an annotation."""
+    args = get_args(kind)
+    return args if get_origin(kind) is Literal else tuple(c for a in args for c in _choices(a))
+
+
+@dataclass(frozen=True)
+class Phase(_Checked):
+    """How one network is trained."""
+
+    model: str = "resnet8"  # a name of eekd.models, timm:NAME or path/to/file.py:factory
+    epochs: int = 10
+    batch_size: int = 64
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # sgd has momentum 0.9
+    lr: float = 0.1
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    schedule: Literal["step", "cosine"] = "step"
+    milestones: tuple[float, ...] = (0.3, 0.6, 0.9)  # step: divide lr by 10 at these fractions of training
+
+    def _rules(self):
+        marks = self.milestones
+        yield "epochs", self.epochs >= 1, "at least 1"
+        yield "batch_size", self.batch_size >= 1, "at least 1"
+        yield "lr", self.lr > 0, "above 0"
+        yield "weight_decay", self.weight_decay >= 0, "at least 0"
+        yield ("milestones", all(0 < m < 1 for m in marks) and list(marks) == sorted(set(marks)),
+               "rising fractions of training between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Teacher(Phase):
+    """The teacher: one ordinary training run that keeps snapshots."""
+
+    _prefix = "teacher."
+    schedule: Literal["step", "cosine", "cyclic"] = "step"  # cyclic: one cosine cycle per snapshot
+    snapshots: int = 5  # M; one at the end of each of M equal stages
+
+    def _rules(self):
+        yield from super()._rules()
+        yield "snapshots", 1 <= self.snapshots <= self.epochs, f"from 1 to teacher.epochs ({self.epochs})"
+        yield ("epochs", self.schedule != "cyclic" or self.epochs % self.snapshots == 0,
+               f"a multiple of teacher.snapshots ({self.snapshots}) when teacher.schedule is cyclic")
+
+
+@dataclass(frozen=True)
+class Student(Phase):
+    """The students: all start from the same weights and see the same images; only the loss differs."""
+
+    _prefix = "student."
+    temperature: float = 5.0
+    alpha: float = 0.5  # loss = alpha CE + (1 - alpha) temperature^2 KL
+    fusion: Literal["probability", "logit"] = "probability"
+    attention_objective: Literal["label", "kl"] = "label"  # which loss moves the attention
+    embed_dim: int = 8  # width of query and keys
+    normalize: bool = True  # layer norm of the features before the attention's maps
+    scale: float | None = None  # of query . key; none is 1/sqrt(embed_dim)
+    detach_query: bool = True  # no gradient from the attention to the student's features
+
+    def _rules(self):
+        yield from super()._rules()
+        yield "temperature", self.temperature > 0, "above 0"
+        yield "alpha", 0 <= self.alpha <= 1, "from 0 to 1"
+        yield "embed_dim", self.embed_dim >= 1, "at least 1"
+        yield "scale", self.scale is None or self.scale > 0, "above 0"
+
+
+@dataclass(frozen=True)
+class Config(_Checked):
+    """A whole run: the data, the teacher and the students."""
+
+    data: str = "digits"  # digits, fashion-mnist, cifar10, cifar100, a folder or a Hugging Face id
+    root: str | None = None  # where the data's files are; none: the usual places
+    image_size: int | None = None  # resize images to this; none: as they are
+    train_limit: int | None = None  # use only so many training images
+    val_fraction: float = 0.1  # of the training images, held out to validate on
+    split_seed: int = 0  # which images are held out
+    augment: Literal["none", "crop", "crop-flip", "imagenet"] = "none"
+    workers: int = 0  # processes that decode images; 0: none
+    teacher: Teacher = Teacher()
+    teacher_run: str | None = None  # an earlier run whose teacher to use (--teacher RUN)
+    student: Student = Student()
+    students: tuple[Weighting, ...] = ("ce", "last", "attention")  # one student is trained for each
+    seed: int = 0  # of weights, order and augmentation
+    device: str = "auto"  # auto: cuda where there is one, else cpu
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False  # torch.compile the networks in training
+    channels_last: bool = False
+    deterministic: bool = False  # same bits on every run of the same machine; slower on a GPU
+    tensorboard: bool = False  # write events for TensorBoard too
+
+    def _rules(self):
+        yield "image_size", self.image_size is None or self.image_size >= 1, "at least 1"
+        yield "train_limit", self.train_limit is None or self.train_limit >= 1, "at least 1"
+        yield "val_fraction", 0 < self.val_fraction < 1, "between 0 and 1"
+        yield "split_seed", self.split_seed >= 0, "at least 0"
+        yield "workers", self.workers >= 0, "at least 0"
+        yield "students", len(set(self.students)) == len(self.students), "different from each other"
+        yield "students", self.students or not self.teacher_run, "at least one when teacher_run is given"
+        yield "seed", 0 <= self.seed < 2**31, "from 0 to 2**31 - 1"
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Reads what `to_json` wrote; absent fields keep their defaults, unknown ones are a ValueError."""
+        try:
+            return _read(cls, json.loads(text))
+        except json.JSONDecodeError as e:
+            raise ValueError(f"the config is not JSON: {e}") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """The config in a file; FileNotFoundError or a ValueError that names the file."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no config file at {path}")
+        try:
+            return cls.from_json(Path(path).read_text())
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
+
+
+def _read(cls: type, values: Any, prefix: str = "") -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix.rstrip('.') or 'the config'} must be an object, got {values!r}")
+    kinds = get_type_hints(cls)
+    read = {}
+    for name, value in values.items():
+        if name not in kinds:
+            raise ValueError(f"{prefix}{name} is not a setting{nearest(name, kinds)}")
+        if dataclasses.is_dataclass(kinds[name]):
+            value = _read(kinds[name], value, f"{prefix}{name}.")
+        read[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**read)
+
+
+def digits() -> Config:
+    """scikit-learn's 8 x 8 digits: the whole method in a minute.
+
+    python -m eekd.train
+    """
+    return Config()
+
+
+def fashion_mnist_cpu() -> Config:
+    """Fashion-MNIST made small enough for two CPU cores.
+
+    python -m eekd.train --preset fashion-mnist-cpu
+    """
+    recipe = dict(epochs=15, batch_size=128)
+    return Config(
+        data="fashion-mnist", train_limit=25_000, augment="none", channels_last=True,
+        teacher=Teacher(model="resnet8", **recipe), student=Student(model="resnet8_w4", **recipe),
+    )
+
+
+CIFAR100_PAIRS = (
+    "wrn_40_2-wrn_16_2", "wrn_40_2-wrn_40_1", "resnet56-resnet20", "resnet110-resnet20", "resnet110-resnet32",
+    "resnet32x4-resnet8x4", "vgg13-vgg8", "vgg13-MobileNetV2", "ResNet50-MobileNetV2", "ResNet50-vgg8",
+    "resnet32x4-ShuffleNetV1", "resnet32x4-ShuffleNetV2", "wrn_40_2-ShuffleNetV1",
+)
+
+
+def cifar100_crd(pair: str) -> Config:
+    """CIFAR-100 by the recipe of RepDistiller (Tian et al., "Contrastive Representation Distillation", 2020).
+
+    python -m eekd.train --preset cifar100-crd:resnet56-resnet20
+    """
+    teacher, student = pair.split("-")
+    recipe = dict(epochs=240, batch_size=64, nesterov=False, milestones=(0.625, 0.75, 0.875))
+    lr = 0.01 if student.startswith(("MobileNet", "ShuffleNet")) else 0.05
+    return Config(
+        data="cifar100", augment="crop-flip",
+        teacher=Teacher(model=teacher, lr=0.05, **recipe),
+        student=Student(model=student, lr=lr, temperature=4.0, alpha=0.1, **recipe),
+    )
+
+
+def cifar100_eekd(pair: str) -> Config:
+    """CIFAR-100 by the recipe of the method's authors (Wang et al., arXiv 2202.12488).
+
+    python -m eekd.train --preset cifar100-eekd:resnet56-resnet20
+    """
+    teacher, student = pair.split("-")
+    recipe = dict(epochs=200, batch_size=128)
+    return Config(
+        data="cifar100", augment="crop-flip",
+        teacher=Teacher(model=teacher, **recipe), student=Student(model=student, **recipe),
+    )
+
+
+def imagenet_r34_r18() -> Config:
+    """ImageNet, ResNet-34 to ResNet-18, from a folder with train/CLASS/*.JPEG and val/CLASS/*.JPEG.
+
+    python -m eekd.train --preset imagenet-r34-r18 --data path/to/imagenet
+    """
+    recipe = dict(epochs=100, batch_size=256, nesterov=False, weight_decay=1e-4)
+    return Config(
+        data="imagenet", image_size=224, val_fraction=0.01, augment="imagenet", workers=8,
+        precision="bf16", channels_last=True,
+        teacher=Teacher(model="timm:resnet34", **recipe), student=Student(model="timm:resnet18", **recipe),
+    )
+
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    "digits": digits,
+    "fashion-mnist-cpu": fashion_mnist_cpu,
+    **{f"cifar100-crd:{pair}": partial(cifar100_crd, pair) for pair in CIFAR100_PAIRS},
+    **{f"cifar100-eekd:{pair}": partial(cifar100_eekd, pair) for pair in CIFAR100_PAIRS},
+    "imagenet-r34-r18": imagenet_r34_r18,
+}
+
+
+def preset(name: str) -> Config:
+    """The preset of that name; ValueError names the nearest one."""
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}{nearest(name, PRESETS) or '; there are ' + ', '.join(PRESETS)}")
+    return PRESETS[name]()
