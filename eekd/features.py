@@ -1,0 +1,71 @@
+"""The last feature of any classifier: what goes into its last linear layer."""
+
+import difflib
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class LastFeatures:
+    """Runs a classifier and returns its logits and its last features: `logits, features = capture(x)`.
+
+    The features (B, dim) are the input of the model's last nn.Linear, or of the layer named `layer`.
+    Gradients flow through both outputs. The model may be wrapped in DistributedDataParallel or torch.compile,
+    but a compiled one must not have run before. An output object that has `logits` is understood.
+
+    Raises ValueError where no such layer exists, or where it does not take (B, dim) or give the logits;
+    RuntimeError where the model's forward does not run it.
+    """
+
+    def __init__(self, model: nn.Module, layer: str | None = None):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: got {type(model).__name__}, want an nn.Module")
+        self.model = model
+        modules = dict(_unwrapped(model).named_modules())
+        if layer is None:
+            self.layer = next((n for n, m in reversed(modules.items()) if isinstance(m, nn.Linear)), None)
+            if self.layer is None:
+                kind = type(model).__name__
+                raise ValueError(f"model: {kind} has no nn.Linear; name its classifier by layer=")
+        elif layer in modules:
+            self.layer = layer
+        else:
+            nearest = difflib.get_close_matches(str(layer), modules, n=1, cutoff=0)[0]
+            raise ValueError(f"layer: the model has no {layer!r}; the nearest is {nearest!r}")
+        module = modules[self.layer]
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.ndim < 2:
+            raise ValueError(f"layer: {self.layer!r} is a {type(module).__name__}, want a linear classifier")
+        self.dim = weight.shape[1]
+        self._classes = weight.shape[0] if layer is None else None  # a named layer need not be the classifier
+        self._input: Tensor | None = None
+        module.register_forward_pre_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._input = inputs[0]
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.model(x)
+        logits, features, self._input = getattr(output, "logits", output), self._input, None
+        if features is None:
+            raise RuntimeError(
+                f"layer: the forward did not run {self.layer!r}; name another by layer=, or make LastFeatures "
+                "before a compiled model first runs"
+            )
+        if self._classes not in (None, logits.shape[-1]):
+            raise ValueError(
+                f"layer: {self.layer!r} is the last nn.Linear but gives {self._classes} values where the "
+                f"logits are {logits.shape[-1]}; name the classifier by layer="
+            )
+        features = features.flatten(1)  # a 1×1 convolution takes (B, dim, 1, 1)
+        if features.shape[1] != self.dim:
+            raise ValueError(
+                f"layer: {self.layer!r} has {features.shape[1]} inputs for each sample, want {self.dim}"
+            )
+        return logits, features
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    return model

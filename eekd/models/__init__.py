@@ -1,0 +1,104 @@
+"""Models by name: the CIFAR families that distillation papers compare, timm's, and anybody's own.
+
+The named ones have the definitions, parameter counts and feature widths of the benchmark everyone quotes
+(Tian, Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020).
+"""
+
+import difflib
+import importlib.util
+import inspect
+import sys
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from .mobilenetv2 import mobilenetv2
+from .resnet import resnet, resnet50
+from .shufflenet import shufflenetv1, shufflenetv2
+from .vgg import DEPTHS, vgg
+from .wrn import wrn
+
+MODELS = {
+    **{f"resnet{depth}": partial(resnet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    "resnet8_w4": partial(resnet, 8, (4, 4, 8, 16)),
+    "resnet8x4": partial(resnet, 8, (32, 64, 128, 256)),
+    "resnet32x4": partial(resnet, 32, (32, 64, 128, 256)),
+    **{f"wrn_{depth}_{factor}": partial(wrn, depth, factor) for depth in (16, 40) for factor in (1, 2)},
+    **{f"vgg{depth}": partial(vgg, depth) for depth in DEPTHS},
+    "MobileNetV2": mobilenetv2,
+    "ShuffleNetV1": shufflenetv1,
+    "ShuffleNetV2": shufflenetv2,
+    "ResNet50": resnet50,
+}
+
+
+def names() -> tuple[str, ...]:
+    """The models that `build` knows by a plain name."""
+    return tuple(MODELS)
+
+
+def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int = 32) -> nn.Module:
+    """A fresh classifier: images (B, in_channels, image_size, image_size) to logits (B, num_classes).
+
+    `name` is one of `names()`, `timm:NAME`, or `path/to/file.py:factory`, where the factory takes the other
+    three arguments by keyword and returns an nn.Module. The four as a dict are the architecture a manifest
+    stores: `build(**spec)` makes it again.
+
+    Raises ValueError for an unknown name, naming the nearest, and for sizes below 1; FileNotFoundError
+    and AttributeError for a missing file or factory; TypeError for a factory of another kind.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name: got {type(name).__name__}, want a string such as 'resnet20'")
+    sizes = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+    for key, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{key}: got {value!r}, want a whole number of at least 1")
+    if name.startswith("timm:"):
+        return _from_timm(name.removeprefix("timm:"), **sizes)
+    if ".py:" in name:
+        return _from_file(name, **sizes)
+    if name not in MODELS:
+        raise ValueError(f"name: no model is called {name!r}; the nearest is {_nearest(name, MODELS)!r}")
+    return MODELS[name](**sizes)
+
+
+def _nearest(name: str, known) -> str:
+    lowered = {k.lower(): k for k in known}
+    return lowered[difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0)[0]]
+
+
+def _from_timm(name: str, *, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"name: 'timm:{name}' needs the package timm: pip install 'eekd[timm]'") from error
+    if not timm.is_model(name):
+        nearest = _nearest(name, timm.list_models())
+        raise ValueError(f"name: timm has no model {name!r}; the nearest is {nearest!r}")
+    # Only models whose weights depend on the image size, such as vision transformers, take it as an argument.
+    cfg = timm.get_pretrained_cfg(name)
+    size = {"img_size": image_size} if cfg is not None and cfg.fixed_input_size else {}
+    return timm.create_model(name, num_classes=num_classes, in_chans=in_channels, **size)
+
+
+def _from_file(name: str, **sizes: int) -> nn.Module:
+    path, _, attribute = name.rpartition(":")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"name: {name!r} names a file that does not exist: {Path(path).absolute()}")
+    spec = importlib.util.spec_from_file_location(f"eekd_user_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up by name
+    spec.loader.exec_module(module)
+    if not hasattr(module, attribute):
+        raise AttributeError(f"name: {path} defines no {attribute!r}, want a function returning an nn.Module")
+    factory = getattr(module, attribute)
+    try:
+        inspect.signature(factory).bind(**sizes)
+    except (TypeError, ValueError) as error:
+        wanted = ", ".join(sizes)
+        raise TypeError(f"name: {name!r} must be callable with the keywords {wanted}: {error}") from error
+    model = factory(**sizes)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"name: {name!r} returned {type(model).__name__}, want an nn.Module")
+    return model
