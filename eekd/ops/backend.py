@@ -1,13 +1,20 @@
 """Which implementation of an op runs: chosen by device, or named with `use_backend`."""
 
 import contextlib
-import contextvars
 from collections.abc import Iterator
 
 import torch
 
+try:
+    from eekd import _C
+except ImportError as error:
+    raise ImportError(
+        f"eekd's compiled kernels could not be loaded ({error}); build them with `pip install -e .`, and do not run a "
+        "non-editable install from the source folder, where the uncompiled sources shadow it"
+    ) from None
+
 BACKENDS = ("native", "triton", "reference")
-_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("eekd_backend", default=None)
+_forced: str | None = None
 
 
 @contextlib.contextmanager
@@ -16,15 +23,16 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises ValueError for any other name; the op itself raises RuntimeError where the backend is not available.
     """
+    global _forced
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
-    token = _forced.set(name)
+    before, _forced = _forced, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def backend_for(device: torch.device) -> str:
     """The name of the backend that runs ops on `device` now."""
-    return _forced.get() or "reference"
+    return _forced or "native"

@@ -1,13 +1,264 @@
+"""M snapshots and a student, by their logits, become a loss and the weights of the snapshots."""
+
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
 from eekd import reference
+from eekd.ops.backend import backend_for
+
+MAX_SNAPSHOTS = 64
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class EnsembleKD(NamedTuple):
+    """What `ensemble_kd` returns; backpropagate `loss + attention_loss`."""
+
     loss: Tensor
     weights: Tensor
     attention_loss: Tensor
 
 
-def ensemble_kd(*args, **kwargs) -> EnsembleKD:
-    return EnsembleKD(*reference.ensemble_kd(*args, **kwargs))
+def ensemble_kd(
+    student_logits: Tensor,
+    snapshot_logits: Tensor | Sequence[Tensor],
+    labels: Tensor | None = None,
+    *,
+    scores: Tensor | None = None,
+    query: Tensor | None = None,
+    keys: Tensor | None = None,
+    temperature: float = 5.0,
+    alpha: float = 0.5,
+    fusion: str = "probability",
+    attention_objective: str = "label",
+    reduction: str = "mean",
+    ignore_index: int = -100,
+) -> EnsembleKD:
+    """Distils the attention-weighted ensemble of M snapshots into a student, in one pass with all gradients.
+
+    Per row, with logits s and z_m, label y and temperature τ:
+
+        e_m = scores_m  or  query . keys_m  or  0        w = softmax(e)
+        p   = Σ_m w_m softmax(z_m / τ)                    fusion="probability"
+        p   = softmax(Σ_m w_m z_m / τ)                    fusion="logit"
+        q   = softmax(s / τ)
+        loss           = α CE(s, y) + (1 - α) τ² KL(p || q)      d/ds = α (softmax(s) - 1_y) + (1 - α) τ (q - p)
+        attention_loss = -log p_y
+
+    `attention_objective` says what trains the attention. "label": p is detached in `loss`, and `attention_loss`
+    carries the gradient, so the weights follow the likelihood of the true label. "kl", the paper read literally:
+    p is not detached in `loss`, and `attention_loss` carries no gradient. Backpropagate their sum either way.
+
+    Args:
+        student_logits: (B, C), float64, float32, bfloat16 or float16.
+        snapshot_logits: (M, B, C) of any strides with contiguous classes (a transposed (B, M, C) too), or M tensors
+            (B, C), which are not stacked; 1 <= M <= 64. Their dtype may differ from the student's. No gradient.
+        labels: (B) integers, or None for pure distillation: the loss is τ² KL, whatever α.
+        scores: (B, M) attention scores; log-weights, -inf among them, give any fixed weights. A snapshot of weight 0
+            is not read.
+        query, keys: (B, D) and (M, B, D), instead of scores; their dot products are not scaled further.
+        temperature: τ > 0.
+        alpha: α in [0, 1].
+        fusion: "probability" or "logit".
+        attention_objective: "label" or "kl".
+        reduction: "mean" over the rows that are not ignored (0 where none is left), "sum", or "none" for (B).
+        ignore_index: the label of rows that count for nothing: loss, weights and gradients 0, logits not read.
+
+    Returns:
+        `loss` and `attention_loss` (0 without labels), float32, or float64 where a logit is; `weights` (B, M) float32,
+        without gradient.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value.
+        RuntimeError: a label that is neither a class nor `ignore_index`, or a backend that is not available.
+
+    Columns that are -inf in all snapshots and the student (a padded vocabulary) add nothing. A row all of -inf has no
+    softmax and gives NaN, as in torch. Second derivatives are refused.
+
+    Source: arXiv 2202.12488, sections 3.2 and 3.3, where `attention_objective="kl"` is the reading of the paper.
+    """
+    stacked = isinstance(snapshot_logits, Tensor)
+    snapshots = (snapshot_logits,) if stacked else tuple(snapshot_logits)
+    student_logits = _checked_logits(student_logits, snapshots, stacked)
+    count = snapshots[0].shape[0] if stacked else len(snapshots)
+    if labels is not None:
+        labels = _checked_labels(labels, student_logits)
+    if query is not None or keys is not None:
+        if scores is not None:
+            raise ValueError("give attention as scores, or as query and keys, not both")
+        query, keys = _checked_attention(query, keys, student_logits, count)
+    elif scores is not None:
+        scores = _checked_scores(scores, student_logits, count)
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be a positive number, got {temperature}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
+    _check_choice("fusion", fusion, ("probability", "logit"))
+    _check_choice("attention_objective", attention_objective, ("label", "kl"))
+    _check_choice("reduction", reduction, ("mean", "sum", "none"))
+
+    grad = torch.is_grad_enabled()
+    attention = scores if query is None else query
+    attends = grad and attention is not None and (attention.requires_grad or (keys is not None and keys.requires_grad))
+    if attends and labels is None and attention_objective == "label":
+        raise ValueError('attention_objective="label" needs labels to train the attention; give labels or use "kl"')
+    backend = backend_for(student_logits.device)
+    if backend == "reference":
+        return EnsembleKD(
+            *reference.ensemble_kd(
+                student_logits, snapshot_logits, labels, scores=scores, query=query, keys=keys,
+                temperature=temperature, alpha=alpha, fusion=fusion, attention_objective=attention_objective,
+                reduction=reduction, ignore_index=ignore_index,
+            )
+        )  # fmt: skip
+    options = (float(temperature), float(alpha), fusion == "logit", attention_objective == "kl", reduction, ignore_index)
+    if attends or (grad and student_logits.requires_grad):
+        outputs = _EnsembleKD.apply(student_logits, scores, query, keys, labels, *options, *snapshots)
+    else:
+        outputs = _forward(student_logits, scores, query, keys, labels, *options, snapshots, False, False)[:3]
+    return EnsembleKD(*outputs)
+
+
+def _forward(
+    student, scores, query, keys, labels, temperature, alpha, logit_fusion, kl_objective, reduction, ignore_index,
+    snapshots, wants_student, wants_attention,
+):  # fmt: skip
+    rows = student.shape[0]
+    count = snapshots[0].shape[0] if snapshots[0].dim() == 3 else len(snapshots)
+    wide = student.dtype == torch.float64 or any(z.dtype == torch.float64 for z in snapshots)
+    shape = (rows,) if reduction == "none" else ()
+    dtype = torch.float64 if wide else torch.float32
+    loss = student.new_empty(shape, dtype=dtype)
+    attention_loss = student.new_empty(shape, dtype=dtype)
+    weights = student.new_empty((rows, count), dtype=torch.float32)
+    d_student = torch.empty_like(student, memory_format=torch.contiguous_format) if wants_student else None
+    d_scores = d_query = d_keys = None
+    if wants_attention and query is not None:
+        d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+        d_keys = torch.empty_like(keys, memory_format=torch.contiguous_format)
+    elif wants_attention:
+        d_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    torch.ops.eekd.ensemble_kd_fwd(
+        student, snapshots, labels, scores, query, keys, temperature, alpha, logit_fusion, kl_objective,
+        reduction == "mean", ignore_index, loss, attention_loss, weights, d_student, d_scores, d_query, d_keys,
+    )  # fmt: skip
+    return loss, weights, attention_loss, d_student, d_scores, d_query, d_keys
+
+
+torch.library.register_fake("eekd::ensemble_kd_fwd")(lambda *args: None)
+
+
+class _EnsembleKD(torch.autograd.Function):
+    """The gradients for an upstream gradient of 1 are written by the forward; the backward scales them."""
+
+    @staticmethod
+    def forward(ctx, student, scores, query, keys, labels, *rest):
+        options, snapshots = rest[:6], rest[6:]
+        needs = ctx.needs_input_grad
+        loss, weights, attention_loss, *units = _forward(
+            student, scores, query, keys, labels, *options, snapshots, needs[0], any(needs[1:4])
+        )
+        ctx.save_for_backward(*units)
+        ctx.attention_follows_loss = options[3]
+        ctx.mark_non_differentiable(weights)
+        ctx.set_materialize_grads(False)
+        return loss, weights, attention_loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_loss, _, d_attention_loss):
+        d_student, *d_attention = ctx.saved_tensors
+        if ctx.attention_follows_loss:
+            d_attention_loss = d_loss
+        grads = [_scaled(d_student, d_loss), *(_scaled(unit, d_attention_loss) for unit in d_attention)]
+        return *grads, *(None for _ in ctx.needs_input_grad[4:])
+
+
+def _scaled(unit: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    if unit is None or grad is None:
+        return None
+    if grad.dim():  # reduction="none": one factor per row of (…, B, n)
+        return torch.mul(unit, grad[:, None], out=torch.empty_like(unit))
+    # Reading a CPU scalar costs less than a pass over the gradient; elsewhere it would stall the device.
+    if grad.device.type == "cpu" and not torch.compiler.is_compiling() and grad.item() == 1:
+        return unit
+    return unit * grad
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device} as student_logits is, got {x.device}")
+
+
+def _check_floating(name: str, x: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
+
+
+def _checked_logits(student, snapshots, stacked: bool) -> Tensor:
+    if not isinstance(student, Tensor):
+        raise TypeError(f"student_logits must be a tensor, got {type(student).__name__}")
+    if student.dim() != 2 or student.shape[1] == 0:
+        raise ValueError(f"student_logits must be (B, C) with C >= 1, got shape {tuple(student.shape)}")
+    _check_floating("student_logits", student)
+    shape, device = student.shape, student.device
+    count = len(snapshots)
+    if stacked:
+        if snapshots[0].dim() != 3:
+            raise ValueError(f"snapshot_logits must be (M, B, C), got shape {tuple(snapshots[0].shape)}")
+        count = snapshots[0].shape[0]
+        shape = (count, *shape)
+    if not 1 <= count <= MAX_SNAPSHOTS:
+        raise ValueError(f"snapshot_logits must hold 1 to {MAX_SNAPSHOTS} snapshots, got {count}")
+    for z in snapshots:
+        _check_tensor("snapshot_logits", z, shape, device)
+        _check_floating("snapshot_logits", z)
+        if z.dtype != snapshots[0].dtype:
+            raise TypeError(f"snapshot_logits must share one dtype, got {snapshots[0].dtype} and {z.dtype}")
+        if z.requires_grad and torch.is_grad_enabled():
+            raise ValueError("snapshot_logits must not require gradients, for snapshots are frozen; detach them")
+        if z.stride(-1) != 1 and z.shape[-1] > 1:
+            raise ValueError(f"snapshot_logits must be contiguous over classes, got strides {z.stride()}")
+    return student if student.stride(1) == 1 else student.contiguous()
+
+
+def _checked_labels(labels, student: Tensor) -> Tensor:
+    _check_tensor("labels", labels, student.shape[:1], student.device)
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integer class indices, got {labels.dtype}")
+    return labels.long().contiguous()
+
+
+def _checked_attention(query, keys, student: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    if query is None or keys is None:
+        raise ValueError(f"query and keys go together, got only {'keys' if query is None else 'query'}")
+    if not isinstance(query, Tensor) or query.dim() != 2 or query.shape[1] == 0:
+        raise ValueError(f"query must be a tensor (B, D) with D >= 1, got {tuple(getattr(query, 'shape', ())) or query}")
+    rows, width = student.shape[0], query.shape[1]
+    _check_tensor("query", query, (rows, width), student.device)
+    _check_tensor("keys", keys, (count, rows, width), student.device)
+    _check_floating("query", query)
+    _check_floating("keys", keys)
+    return _unit_stride(query), _unit_stride(keys)
+
+
+def _checked_scores(scores, student: Tensor, count: int) -> Tensor:
+    _check_tensor("scores", scores, (student.shape[0], count), student.device)
+    _check_floating("scores", scores)
+    return _unit_stride(scores)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,175 @@
+// The only file that knows torch and Python: schemas, argument checks, registration, and the module eekd._C.
+
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "eekd.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+eekd::DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double: return eekd::DType::f64;
+    case ScalarType::Float: return eekd::DType::f32;
+    case ScalarType::BFloat16: return eekd::DType::bf16;
+    case ScalarType::Half: return eekd::DType::f16;
+    default: STD_TORCH_CHECK(false, name, " must be float64, float32, bfloat16 or float16");
+  }
+}
+
+// Rows of unit-stride columns; `index` picks one of the leading dimension of a 3-dimensional tensor.
+eekd::Matrix matrix(const Tensor& t, int64_t rows, int64_t columns, const char* name, int64_t index = -1) {
+  const int64_t d = index < 0 ? 0 : 1;
+  STD_TORCH_CHECK(t.dim() == d + 2 && t.size(d) == rows && t.size(d + 1) == columns, name, " has the wrong shape");
+  STD_TORCH_CHECK(columns < 2 || t.stride(d + 1) == 1, name, " must have unit stride in its last dimension");
+  eekd::Matrix out;
+  out.dtype = dtype_of(t, name);
+  out.stride = t.stride(d);
+  const int64_t size = out.dtype == eekd::DType::f64 ? 8 : out.dtype == eekd::DType::f32 ? 4 : 2;
+  out.data = static_cast<const char*>(t.const_data_ptr()) + (d ? index * t.stride(0) * size : 0);
+  return out;
+}
+
+void* output(const std::optional<Tensor>& t, int64_t numel, ScalarType dtype, const char* name) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->numel() == numel && t->is_contiguous() && t->scalar_type() == dtype, name,
+                  " must be contiguous, of the shape and dtype of what it describes");
+  return t->mutable_data_ptr();
+}
+
+constexpr const char* kEnsembleKDFwd =
+    "ensemble_kd_fwd(Tensor student, Tensor[] snapshots, Tensor? labels, Tensor? scores, Tensor? query, "
+    "Tensor? keys, float temperature, float alpha, bool logit_fusion, bool kl_objective, bool mean, "
+    "int ignore_index, Tensor(a!) loss, Tensor(b!) attention_loss, Tensor(c!) weights, Tensor(d!)? d_student, "
+    "Tensor(e!)? d_scores, Tensor(f!)? d_query, Tensor(g!)? d_keys) -> ()";
+
+// `snapshots` is M tensors (B, C), or one (M, B, C). A scalar `loss` is summed over rows, a (B) one is not.
+eekd::EnsembleKD ensemble_kd_args(
+    const Tensor& student, const std::vector<Tensor>& snapshots, const std::optional<Tensor>& labels,
+    const std::optional<Tensor>& scores, const std::optional<Tensor>& query, const std::optional<Tensor>& keys,
+    double temperature, double alpha, bool logit_fusion, bool kl_objective, int64_t ignore_index,
+    const Tensor& weights, const std::optional<Tensor>& d_student, const std::optional<Tensor>& d_scores,
+    const std::optional<Tensor>& d_query, const std::optional<Tensor>& d_keys) {
+  eekd::EnsembleKD a;
+  STD_TORCH_CHECK(student.dim() == 2, "student must be (B, C)");
+  const int64_t rows = a.rows = student.size(0), classes = a.classes = student.size(1);
+  a.student = matrix(student, rows, classes, "student");
+  STD_TORCH_CHECK(!snapshots.empty(), "snapshots must not be empty");
+  const bool stacked = snapshots[0].dim() == 3;
+  const int64_t count = a.snapshots = stacked ? snapshots[0].size(0) : snapshots.size();
+  STD_TORCH_CHECK(count >= 1 && count <= eekd::kMaxSnapshots && (!stacked || snapshots.size() == 1),
+                  "snapshots must be one (M, B, C) or M of (B, C), M from 1 to 64");
+  for (int64_t m = 0; m < count; ++m)
+    a.snapshot[m] = matrix(snapshots[stacked ? 0 : m], rows, classes, "snapshots", stacked ? m : -1);
+  if (labels) {
+    STD_TORCH_CHECK(labels->dim() == 1 && labels->size(0) == rows && labels->is_contiguous() &&
+                        labels->scalar_type() == ScalarType::Long,
+                    "labels must be contiguous int64 (B)");
+    a.labels = static_cast<const int64_t*>(labels->const_data_ptr());
+  }
+  a.width = 0;
+  if (query) {
+    STD_TORCH_CHECK(keys.has_value() && query->dim() == 2, "query (B, D) needs keys (M, B, D)");
+    a.width = query->size(1);
+    a.query = matrix(*query, rows, a.width, "query");
+    for (int64_t m = 0; m < count; ++m) a.keys[m] = matrix(*keys, rows, a.width, "keys", m);
+    STD_TORCH_CHECK(keys->size(0) == count, "keys has the wrong shape");
+    a.d_query = output(d_query, rows * a.width, query->scalar_type(), "d_query");
+    a.d_keys = output(d_keys, count * rows * a.width, keys->scalar_type(), "d_keys");
+    STD_TORCH_CHECK(!a.d_query == !a.d_keys, "d_query and d_keys go together");
+  } else if (scores) {
+    a.scores = matrix(*scores, rows, count, "scores");
+    a.d_scores = output(d_scores, rows * count, scores->scalar_type(), "d_scores");
+  }
+  a.temperature = temperature;
+  a.alpha = alpha;
+  a.fusion = logit_fusion ? eekd::Fusion::logit : eekd::Fusion::probability;
+  a.objective = kl_objective ? eekd::Objective::kl : eekd::Objective::label;
+  STD_TORCH_CHECK(labels || kl_objective || !(a.d_scores || a.d_query),
+                  "the gradient of the label objective needs labels");
+  a.ignore_index = ignore_index;
+  a.weights = static_cast<float*>(output(weights, rows * count, ScalarType::Float, "weights"));
+  a.d_student = output(d_student, rows * classes, student.scalar_type(), "d_student");
+  return a;
+}
+
+void run_parallel(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, n, grain, [=](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+template <class T>
+void reduce_rows(eekd::EnsembleKD& a, const Tensor& loss, const Tensor& attention_loss) {
+  const eekd::Parallel parallel{static_cast<int>(torch::stable::get_num_threads()), run_parallel};
+  if (loss.dim() == 1) {
+    a.loss = loss.mutable_data_ptr();
+    a.attention_loss = attention_loss.mutable_data_ptr();
+    return eekd::ensemble_kd_fwd_cpu<T>(a, parallel);
+  }
+  const auto rows = std::make_unique_for_overwrite<T[]>(2 * a.rows);
+  a.loss = rows.get();
+  a.attention_loss = rows.get() + a.rows;
+  eekd::ensemble_kd_fwd_cpu<T>(a, parallel);
+  double total = 0, attention_total = 0;
+  for (int64_t b = 0; b < a.rows; ++b) total += rows[b], attention_total += rows[a.rows + b];
+  *static_cast<T*>(loss.mutable_data_ptr()) = static_cast<T>(total);
+  *static_cast<T*>(attention_loss.mutable_data_ptr()) = static_cast<T>(attention_total);
+}
+
+void ensemble_kd_fwd_cpu(
+    Tensor student, std::vector<Tensor> snapshots, std::optional<Tensor> labels, std::optional<Tensor> scores,
+    std::optional<Tensor> query, std::optional<Tensor> keys, double temperature, double alpha, bool logit_fusion,
+    bool kl_objective, bool mean, int64_t ignore_index, Tensor loss, Tensor attention_loss, Tensor weights,
+    std::optional<Tensor> d_student, std::optional<Tensor> d_scores, std::optional<Tensor> d_query,
+    std::optional<Tensor> d_keys) {
+  eekd::EnsembleKD a =
+      ensemble_kd_args(student, snapshots, labels, scores, query, keys, temperature, alpha, logit_fusion,
+                       kl_objective, ignore_index, weights, d_student, d_scores, d_query, d_keys);
+  int64_t counted = a.rows;
+  for (int64_t b = 0; a.labels && b < a.rows; ++b) {
+    const int64_t y = a.labels[b];
+    counted -= y == ignore_index;
+    STD_TORCH_CHECK(y == ignore_index || (y >= 0 && y < a.classes), "labels[", b, "] is ", y,
+                    ", which is neither a class below ", a.classes, " nor ignore_index (", ignore_index, ")");
+  }
+  a.row_scale = mean ? 1.0 / std::max<int64_t>(counted, 1) : 1.0;
+
+  bool wide = a.student.dtype == eekd::DType::f64;
+  for (int64_t m = 0; m < a.snapshots; ++m) wide |= a.snapshot[m].dtype == eekd::DType::f64;
+  const ScalarType result = wide ? ScalarType::Double : ScalarType::Float;
+  for (const Tensor& t : {loss, attention_loss})
+    STD_TORCH_CHECK(t.scalar_type() == result && (t.dim() == 0 || (t.dim() == 1 && t.size(0) == a.rows)) &&
+                        t.dim() == loss.dim() && t.is_contiguous(),
+                    "loss and attention_loss must be () or (B), float64 for float64 logits, else float32");
+  wide ? reduce_rows<double>(a, loss, attention_loss) : reduce_rows<float>(a, loss, attention_loss);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(eekd, m) { m.def(kEnsembleKDFwd); }
+
+STABLE_TORCH_LIBRARY_IMPL(eekd, CPU, m) { m.impl("ensemble_kd_fwd", TORCH_BOX(&ensemble_kd_fwd_cpu)); }
+
+PYBIND11_MODULE(_C, m) {
+  static constexpr const char* kIsas[] = {"baseline", "avx2", "avx512"};
+  m.doc() = "Build facts; the ops themselves are torch.ops.eekd.";
+  m.attr("torch_version") = EEKD_TORCH_VERSION;  // of the headers; any torch from 2.10 loads the library
+  m.attr("cuda_version") = EEKD_CUDA_VERSION;    // empty where no CUDA kernels were built
+  m.attr("cuda_architectures") = EEKD_CUDA_ARCHITECTURES;
+  m.def("cpu_capability", [] { return kIsas[static_cast<int>(eekd::isa())]; },
+        "The instruction set that the CPU kernels use.");
+  m.def("set_cpu_capability", [](const std::string& name) {
+    const auto* found = std::find(std::begin(kIsas), std::end(kIsas), name);
+    return found != std::end(kIsas) && eekd::set_isa(static_cast<eekd::Isa>(found - std::begin(kIsas)));
+  }, "Chooses another: baseline, avx2 or avx512. False where build or processor lacks it.");
+}

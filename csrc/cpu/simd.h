@@ -1,0 +1,228 @@
+// Vectors, exp2 and log for one instruction set (the one this file is compiled for), and lines of converted logits.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../eekd.h"
+
+namespace eekd::EEKD_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T, class Int>
+struct Vectors {
+  static constexpr int width = kVectorBytes / sizeof(T);
+  typedef T Vec __attribute__((vector_size(kVectorBytes)));
+  typedef T Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T))));
+  typedef Int IntVec __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+struct Simd;
+template <>
+struct Simd<float> : Vectors<float, int32_t> {};
+template <>
+struct Simd<double> : Vectors<double, int64_t> {};
+
+template <class T>
+using Vec = typename Simd<T>::Vec;
+
+template <class T>
+inline Vec<T> splat(T x) {
+  return Vec<T>{} + x;
+}
+template <class T>
+inline Vec<T> load(const T* p) {  // lines are aligned
+  return *reinterpret_cast<const Vec<T>*>(p);
+}
+template <class T>
+inline void store(T* p, Vec<T> v) {
+  *reinterpret_cast<Vec<T>*>(p) = v;
+}
+template <class V>
+inline V max(V a, V b) {  // a NaN in b is passed over; the sum of exponentials keeps it
+  return b > a ? b : a;
+}
+template <class T>
+inline T sum(Vec<T> v) {
+  T total = 0;
+  for (int i = 0; i < Simd<T>::width; ++i) total += v[i];
+  return total;
+}
+template <class T>
+inline T largest(Vec<T> v) {
+  T most = v[0];
+  for (int i = 1; i < Simd<T>::width; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+}
+
+// 2^x for x <= 0, to 1e-7; exactly 0 below the smallest normal number, NaN for NaN. The polynomial is a minimax
+// fit of (2^r - 1) / r on [-1/2, 1/2], weighted for the relative error of 2^r.
+inline Vec<float> exp2(Vec<float> x) {
+  using IntVec = Simd<float>::IntVec;
+  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves round(x) in the low bits
+  const Vec<float> shifted = x + kRound;
+  const Vec<float> r = x - (shifted - kRound);
+  Vec<float> p = splat(1.5353360504377633e-4f);
+  p = p * r + 1.3398875016719103e-3f;
+  p = p * r + 9.61843691766262e-3f;
+  p = p * r + 5.5503323674201965e-2f;
+  p = p * r + 2.4022647738456726e-1f;
+  p = p * r + 6.9314718246459961e-1f;
+  p = p * r + 1.f;
+  const Vec<float> y = reinterpret_cast<Vec<float>>(
+      reinterpret_cast<IntVec>(p) + (reinterpret_cast<IntVec>(shifted) << 23));
+  return x < -126.f ? splat(0.f) : y;
+}
+
+// log x for normal x > 0, to 1e-7. x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); the polynomial is a
+// minimax fit of (log(1 + f) - f + f²/2) / f³.
+inline Vec<float> log(Vec<float> x) {
+  using IntVec = Simd<float>::IntVec;
+  constexpr int32_t kSqrtHalf = 0x3f3504f3;
+  const IntVec bits = reinterpret_cast<IntVec>(x) - kSqrtHalf;
+  const Vec<float> n = __builtin_convertvector(bits >> 23, Vec<float>);
+  const Vec<float> f = reinterpret_cast<Vec<float>>((bits & 0x7fffff) + kSqrtHalf) - 1.f;
+  Vec<float> p = splat(-7.8595459461212158e-2f);
+  p = p * f + 1.2881621718406677e-1f;
+  p = p * f - 1.3128767907619476e-1f;
+  p = p * f + 1.4181196689605713e-1f;
+  p = p * f - 1.6624553501605988e-1f;
+  p = p * f + 2.0002286136150360e-1f;
+  p = p * f - 2.5000810623168945e-1f;
+  p = p * f + 3.3333316445350647e-1f;
+  return n * 0.693147180559945f + (f + f * f * (p * f - 0.5f));
+}
+
+// fp64 is for checking, not for speed.
+inline Vec<double> exp2(Vec<double> x) {
+  for (int i = 0; i < Simd<double>::width; ++i) x[i] = std::exp2(x[i]);
+  return x;
+}
+inline Vec<double> log(Vec<double> x) {
+  for (int i = 0; i < Simd<double>::width; ++i) x[i] = std::log(x[i]);
+  return x;
+}
+
+inline float bfloat_to_float(uint16_t bfloat) {
+  const uint32_t bits = uint32_t(bfloat) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline float to_float(uint16_t half) {
+#if defined(__F16C__)
+  return _cvtsh_ss(half);
+#else
+  _Float16 h;
+  std::memcpy(&h, &half, 2);
+  return static_cast<float>(h);
+#endif
+}
+inline uint16_t to_half(float x) {
+#if defined(__F16C__)
+  return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const _Float16 h = static_cast<_Float16>(x);
+  uint16_t bits;
+  std::memcpy(&bits, &h, 2);
+  return bits;
+#endif
+}
+
+// line[0, n) = the n elements at p[offset], converted; up to the next whole vector the line is filled with -inf.
+template <class T>
+inline void read_line(const void* p, int64_t offset, DType dtype, int n, T* __restrict line) {
+  int i = 0;
+  switch (dtype) {
+    case DType::f64: {
+      const double* __restrict from = static_cast<const double*>(p) + offset;
+      for (; i < n; ++i) line[i] = static_cast<T>(from[i]);
+      break;
+    }
+    case DType::f32: {
+      const float* __restrict from = static_cast<const float*>(p) + offset;
+      for (; i < n; ++i) line[i] = from[i];
+      break;
+    }
+    case DType::bf16: {
+      const uint16_t* __restrict from = static_cast<const uint16_t*>(p) + offset;
+      for (; i < n; ++i) line[i] = bfloat_to_float(from[i]);
+      break;
+    }
+    case DType::f16: {
+      const uint16_t* __restrict from = static_cast<const uint16_t*>(p) + offset;
+#if defined(__F16C__)
+      if constexpr (sizeof(T) == 4)
+        for (; i + 8 <= n; i += 8)
+          _mm256_storeu_ps(line + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+#endif
+      for (; i < n; ++i) line[i] = to_float(from[i]);
+      break;
+    }
+  }
+  for (; i % Simd<T>::width; ++i) line[i] = -std::numeric_limits<T>::infinity();
+}
+
+// The n elements at p[offset] = line[0, n), rounded to nearest even.
+template <class T>
+inline void write_line(void* p, int64_t offset, DType dtype, int n, const T* __restrict line) {
+  int i = 0;
+  switch (dtype) {
+    case DType::f64: {
+      double* __restrict to = static_cast<double*>(p) + offset;
+      for (; i < n; ++i) to[i] = line[i];
+      break;
+    }
+    case DType::f32: {
+      float* __restrict to = static_cast<float*>(p) + offset;
+      for (; i < n; ++i) to[i] = static_cast<float>(line[i]);
+      break;
+    }
+    case DType::bf16: {
+      uint16_t* __restrict to = static_cast<uint16_t*>(p) + offset;
+      for (; i < n; ++i) {
+        const float x = static_cast<float>(line[i]);
+        uint32_t bits;
+        std::memcpy(&bits, &x, 4);
+        const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        to[i] = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+      }
+      break;
+    }
+    case DType::f16: {
+      uint16_t* __restrict to = static_cast<uint16_t*>(p) + offset;
+#if defined(__F16C__)
+      if constexpr (sizeof(T) == 4)
+        for (; i + 8 <= n; i += 8)
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                           _mm256_cvtps_ph(_mm256_loadu_ps(line + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+      for (; i < n; ++i) to[i] = to_half(static_cast<float>(line[i]));
+      break;
+    }
+  }
+}
+
+// One element, for labels and scores.
+template <class T>
+inline T read(const Matrix& a, int64_t row, int64_t column) {
+  const int64_t i = row * a.stride + column;
+  if (a.dtype == DType::f64) return static_cast<T>(static_cast<const double*>(a.data)[i]);
+  if (a.dtype == DType::f32) return static_cast<const float*>(a.data)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(a.data)[i];
+  return a.dtype == DType::f16 ? to_float(bits) : bfloat_to_float(bits);
+}
+
+}  // namespace eekd::EEKD_ISA

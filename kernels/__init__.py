@@ -1,0 +1,1 @@
+"""Triton kernels and the microbenchmarks; imported as eekd.kernels."""
