@@ -19,23 +19,23 @@ class LastFeatures:
 
     def __init__(self, model: nn.Module, layer: str | None = None):
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model: got {type(model).__name__}, want an nn.Module")
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         self.model = model
         modules = dict(_unwrapped(model).named_modules())
         if layer is None:
             self.layer = next((n for n, m in reversed(modules.items()) if isinstance(m, nn.Linear)), None)
             if self.layer is None:
                 kind = type(model).__name__
-                raise ValueError(f"model: {kind} has no nn.Linear; name its classifier by layer=")
+                raise ValueError(f"model must have an nn.Linear, got a {kind}; name its classifier by layer=")
         elif layer in modules:
             self.layer = layer
         else:
             nearest = difflib.get_close_matches(str(layer), modules, n=1, cutoff=0)[0]
-            raise ValueError(f"layer: the model has no {layer!r}; the nearest is {nearest!r}")
+            raise ValueError(f"layer must be in the model, got {layer!r}; the nearest is {nearest!r}")
         module = modules[self.layer]
         weight = getattr(module, "weight", None)
         if weight is None or weight.ndim < 2:
-            raise ValueError(f"layer: {self.layer!r} is a {type(module).__name__}, want a linear classifier")
+            raise ValueError(f"layer must name a linear layer, got {self.layer!r}, a {type(module).__name__}")
         self.dim = weight.shape[1]
         self._classes = weight.shape[0] if layer is None else None  # a named layer need not be the classifier
         self._input: Tensor | None = None
@@ -49,19 +49,17 @@ class LastFeatures:
         logits, features, self._input = getattr(output, "logits", output), self._input, None
         if features is None:
             raise RuntimeError(
-                f"layer: the forward did not run {self.layer!r}; name another by layer=, or make LastFeatures "
-                "before a compiled model first runs"
+                f"the model's forward did not run {self.layer!r}; name another layer by layer=, or make "
+                "LastFeatures before a compiled model first runs"
             )
         if self._classes not in (None, logits.shape[-1]):
             raise ValueError(
-                f"layer: {self.layer!r} is the last nn.Linear but gives {self._classes} values where the "
-                f"logits are {logits.shape[-1]}; name the classifier by layer="
+                f"the last nn.Linear, {self.layer!r}, gives {self._classes} values but the logits are "
+                f"{logits.shape[-1]}; name the classifier by layer="
             )
         features = features.flatten(1)  # a 1×1 convolution takes (B, dim, 1, 1)
         if features.shape[1] != self.dim:
-            raise ValueError(
-                f"layer: {self.layer!r} has {features.shape[1]} inputs for each sample, want {self.dim}"
-            )
+            raise ValueError(f"{self.layer!r} must have {self.dim} inputs a sample, got {features.shape[1]}")
         return logits, features
 
 

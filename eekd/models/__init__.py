@@ -13,11 +13,11 @@ from pathlib import Path
 
 from torch import nn
 
-from .mobilenetv2 import mobilenetv2
-from .resnet import resnet, resnet50
-from .shufflenet import shufflenetv1, shufflenetv2
-from .vgg import DEPTHS, vgg
-from .wrn import wrn
+from eekd.models.mobilenetv2 import mobilenetv2
+from eekd.models.resnet import resnet, resnet50
+from eekd.models.shufflenet import shufflenetv1, shufflenetv2
+from eekd.models.vgg import DEPTHS, vgg
+from eekd.models.wrn import wrn
 
 MODELS = {
     **{f"resnet{depth}": partial(resnet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
@@ -49,17 +49,17 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
     and AttributeError for a missing file or factory; TypeError for a factory of another kind.
     """
     if not isinstance(name, str):
-        raise TypeError(f"name: got {type(name).__name__}, want a string such as 'resnet20'")
+        raise TypeError(f"name must be a string such as 'resnet20', got {type(name).__name__}")
     sizes = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
     for key, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{key}: got {value!r}, want a whole number of at least 1")
+            raise ValueError(f"{key} must be a whole number of at least 1, got {value!r}")
     if name.startswith("timm:"):
         return _from_timm(name.removeprefix("timm:"), **sizes)
     if ".py:" in name:
         return _from_file(name, **sizes)
     if name not in MODELS:
-        raise ValueError(f"name: no model is called {name!r}; the nearest is {_nearest(name, MODELS)!r}")
+        raise ValueError(f"no model is called {name!r}; the nearest is {_nearest(name, MODELS)!r}")
     return MODELS[name](**sizes)
 
 
@@ -72,10 +72,10 @@ def _from_timm(name: str, *, num_classes: int, in_channels: int, image_size: int
     try:
         import timm
     except ImportError as error:
-        raise ImportError(f"name: 'timm:{name}' needs the package timm: pip install 'eekd[timm]'") from error
+        raise ImportError(f"'timm:{name}' needs the package timm: pip install 'eekd[timm]'") from error
     if not timm.is_model(name):
         nearest = _nearest(name, timm.list_models())
-        raise ValueError(f"name: timm has no model {name!r}; the nearest is {nearest!r}")
+        raise ValueError(f"timm has no model {name!r}; the nearest is {nearest!r}")
     # Only models whose weights depend on the image size, such as vision transformers, take it as an argument.
     cfg = timm.get_pretrained_cfg(name)
     size = {"img_size": image_size} if cfg is not None and cfg.fixed_input_size else {}
@@ -85,20 +85,20 @@ def _from_timm(name: str, *, num_classes: int, in_channels: int, image_size: int
 def _from_file(name: str, **sizes: int) -> nn.Module:
     path, _, attribute = name.rpartition(":")
     if not Path(path).is_file():
-        raise FileNotFoundError(f"name: {name!r} names a file that does not exist: {Path(path).absolute()}")
+        raise FileNotFoundError(f"{name!r} names a file that does not exist: {Path(path).absolute()}")
     spec = importlib.util.spec_from_file_location(f"eekd_user_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up by name
     spec.loader.exec_module(module)
     if not hasattr(module, attribute):
-        raise AttributeError(f"name: {path} defines no {attribute!r}, want a function returning an nn.Module")
+        raise AttributeError(f"{path} must define {attribute!r}, a function that returns an nn.Module")
     factory = getattr(module, attribute)
     try:
         inspect.signature(factory).bind(**sizes)
     except (TypeError, ValueError) as error:
         wanted = ", ".join(sizes)
-        raise TypeError(f"name: {name!r} must be callable with the keywords {wanted}: {error}") from error
+        raise TypeError(f"{name!r} must be callable with the keywords {wanted}: {error}") from error
     model = factory(**sizes)
     if not isinstance(model, nn.Module):
-        raise TypeError(f"name: {name!r} returned {type(model).__name__}, want an nn.Module")
+        raise TypeError(f"{name!r} must return an nn.Module, got {type(model).__name__}")
     return model

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .blocks import Classifier, Sum, conv_bn, conv_bn_relu
+from eekd.models.blocks import Classifier, Sum, conv_bn, conv_bn_relu
 
 # expansion, outputs, blocks, stride of the first block
 STAGES = (

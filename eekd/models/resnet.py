@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from .blocks import Classifier, Sum, conv_bn, conv_bn_relu
+from eekd.models.blocks import Classifier, Sum, conv_bn, conv_bn_relu
 
 
 def basic(inputs: int, outputs: int, stride: int) -> nn.Sequential:

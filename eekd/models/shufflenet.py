@@ -6,7 +6,7 @@ Both as the CIFAR benchmark has them: a 1×1 stem, and an image halved three tim
 import torch
 from torch import Tensor, nn
 
-from .blocks import Classifier, Concat, Sum, conv_bn, conv_bn_relu
+from eekd.models.blocks import Classifier, Concat, Sum, conv_bn, conv_bn_relu
 
 
 def grouped(inputs: int, outputs: int, stride: int, first_groups: int = 3) -> nn.Sequential:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .blocks import Classifier
+from eekd.models.blocks import Classifier
 
 # Convolutions in each of the five stages; vgg8 is the benchmark's own.
 DEPTHS = {

@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from .blocks import Classifier, Sum, conv
-from .resnet import stages
+from eekd.models.blocks import Classifier, Sum, conv
+from eekd.models.resnet import stages
 
 
 def bn_relu(width: int) -> nn.Sequential:

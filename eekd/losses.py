@@ -1,0 +1,160 @@
+"""The student's loss: how the snapshots are weighted, and `ensemble_kd` with the weights."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eekd.attention import SnapshotAttention
+from eekd.ops import ensemble_kd
+
+WEIGHTINGS = ("attention", "uniform", "last", "linear_increase", "linear_decrease", "entropy", "confidence")
+
+
+class EEKDLoss(nn.Module):
+    """Distils M snapshots of one teacher into a student.
+
+        L = α CE(s, y) + (1 - α) τ² KL(p || softmax(s / τ)),    p = Σ_m w_m softmax(z_m / τ)
+
+    Weighting "attention" learns w by a SnapshotAttention of the given sizes (`student_dim`, `snapshot_dim`,
+    `embed_dim`, `normalize`, `scale`): optimise this module's parameters with the student's. It learns by
+    `attention_objective`: "label", the likelihood of the true label under the target p, then a constant in
+    L, or "kl", L itself. `detach_query` keeps that gradient from the student's features. The other weightings
+    are those of `log_weights`. `fusion` "logit" averages logits in place of probabilities.
+
+    forward takes student_logits (B, C); snapshot_logits (M, B, C), or a list of M (B, C); labels (B,), or None
+    for pure distillation; and for "attention" student_features (B, student_dim) and snapshot_features
+    (M, B, snapshot_dim). It gives `(loss, measurements)`. The loss, a mean over the rows whose label is not
+    `ignore_index`, is all there is to backpropagate: L, and with objective "label" the attention's own loss.
+    The measurements are detached and stay on the device: "loss" is L alone, to compare weightings by;
+    "attention_loss" is -log p_y; "weights" (M,) is the mean weight of each snapshot; "weight_entropy" is the
+    mean entropy of a row's weights, from 0 to log M.
+
+    Raises ValueError for options out of range, for features that "attention" misses and labels that
+    "confidence" misses; else what `ensemble_kd` raises.
+    Source: Wang et al., arXiv 2202.12488; objective "label" is this project's.
+    """
+
+    def __init__(
+        self,
+        weighting: str = "attention",
+        *,
+        student_dim: int | None = None,
+        snapshot_dim: int | None = None,
+        embed_dim: int = 8,
+        normalize: bool = True,
+        scale: float | None = None,
+        temperature: float = 5.0,
+        alpha: float = 0.5,
+        fusion: str = "probability",
+        attention_objective: str = "label",
+        detach_query: bool = True,
+        ignore_index: int = -100,
+    ):
+        super().__init__()
+        for name, value, choices in (
+            ("weighting", weighting, WEIGHTINGS),
+            ("fusion", fusion, ("probability", "logit")),
+            ("attention_objective", attention_objective, ("label", "kl")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be a number above 0, got {temperature!r}")
+        if not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must be a number from 0 to 1, got {alpha!r}")
+        self.attention = None
+        if weighting == "attention":
+            self.attention = SnapshotAttention(student_dim, snapshot_dim, embed_dim, normalize, scale)
+        self.weighting = weighting
+        self.detach_query = detach_query
+        self.options = {
+            "temperature": temperature,
+            "alpha": alpha,
+            "fusion": fusion,
+            "attention_objective": attention_objective,
+            "ignore_index": ignore_index,
+        }
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        snapshot_logits: Tensor | list[Tensor],
+        labels: Tensor | None = None,
+        student_features: Tensor | None = None,
+        snapshot_features: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.attention is None:
+            by = {"scores": log_weights(self.weighting, snapshot_logits, labels)}
+        elif student_features is None or snapshot_features is None:
+            name = "student_features" if student_features is None else "snapshot_features"
+            raise ValueError(f"{name} must be given, for weighting 'attention' compares features")
+        else:
+            if self.detach_query:
+                student_features = student_features.detach()
+            query, keys = self.attention(student_features, snapshot_features)
+            by = {"query": query, "keys": keys}
+        result = ensemble_kd(student_logits, snapshot_logits, labels, **by, **self.options)
+        weights = result.weights
+        rows = weights.sum().clamp(min=1)  # an ignored row has no weight, any other a total of 1
+        measurements = {
+            "loss": result.loss.detach(),
+            "attention_loss": result.attention_loss.detach(),
+            "weights": weights.sum(0) / rows,
+            "weight_entropy": torch.special.entr(weights).sum() / rows,
+        }
+        learns_by_label = self.attention is not None and self.options["attention_objective"] == "label"
+        return result.loss + result.attention_loss if learns_by_label else result.loss, measurements
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in {"weighting": self.weighting, **self.options}.items())
+
+
+@torch.no_grad()
+def log_weights(
+    weighting: str, snapshot_logits: Tensor | list[Tensor], labels: Tensor | None = None
+) -> Tensor | None:
+    """Logarithm of fixed weights, up to a constant for each row: the `scores` (B, M) of `ensemble_kd`.
+
+        uniform           1, returned as None
+        last              1 for the final snapshot, else 0: plain distillation
+        linear_increase   m = 1 … M
+        linear_decrease   M + 1 - m
+        entropy           1 - H(p_m) / Σ_j H(p_j)                EBKD (Kwon et al., ICASSP 2020)
+        confidence        1 - softmax_m(CE(p_m, y))              CA-MKD (Zhang et al., ICASSP 2022)
+
+    with p_m = softmax(z_m), at temperature 1. A single snapshot always has weight 1.
+
+    snapshot_logits (M, B, C) or a list of M (B, C); labels (B,), which only "confidence" reads. Raises
+    ValueError for other shapes or weightings.
+    """
+    if weighting == "uniform" or len(snapshot_logits) < 2:
+        return None
+    snapshots, first = len(snapshot_logits), snapshot_logits[0]
+    if first.ndim != 2:
+        raise ValueError(f"snapshot_logits must hold M tensors of shape (B, C), got {tuple(first.shape)}")
+    rows, classes = first.shape
+    if weighting == "confidence" and (labels is None or labels.shape != (rows,)):
+        got = None if labels is None else tuple(labels.shape)
+        raise ValueError(f"labels must have shape ({rows},) for weighting 'confidence', got {got}")
+    if weighting == "entropy":
+        # float32 and one snapshot at a time: no copy of (M, B, C), whatever its strides
+        probabilities = (F.softmax(z, 1, dtype=torch.float32) for z in snapshot_logits)
+        entropy = torch.stack([torch.special.entr(p).sum(1) for p in probabilities], 1)
+        total = entropy.sum(1, keepdim=True).clamp(min=torch.finfo(entropy.dtype).tiny)
+        return (1 - entropy / total).log()
+    if weighting == "confidence":
+        # clamped: an ignored row is not used, and a label out of range is for ensemble_kd to refuse
+        y = labels.long().clamp(0, classes - 1)[:, None]
+        likelihoods = (F.log_softmax(z, 1, dtype=torch.float32) for z in snapshot_logits)
+        ce = torch.cat([-log_p.gather(1, y) for log_p in likelihoods], 1)
+        return (1 - ce.softmax(1)).log()
+    m = torch.arange(1, snapshots + 1, device=first.device)
+    if weighting == "last":
+        weights = m == snapshots
+    elif weighting == "linear_increase":
+        weights = m
+    elif weighting == "linear_decrease":
+        weights = snapshots + 1 - m
+    else:
+        raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS[1:])}, got {weighting!r}")
+    return weights.float().log().expand(rows, snapshots)
