@@ -147,7 +147,7 @@ class Config(_Checked):
     train_limit: int | None = None  # use only so many training images
     val_fraction: float = 0.1  # of the training images, held out to validate on
     split_seed: int = 0  # which images are held out
-    augment: Literal["none", "crop", "crop-flip", "imagenet"] = "none"
+    augment: Literal["auto", "none", "crop", "crop-flip", "imagenet"] = "auto"  # auto: what suits the data
     workers: int = 0  # processes that decode images; 0: none
     teacher: Teacher = Teacher()
     teacher_run: str | None = None  # an earlier run whose teacher to use (--teacher RUN)
@@ -222,7 +222,7 @@ def fashion_mnist_cpu() -> Config:
     """
     recipe = dict(epochs=15, batch_size=128)
     return Config(
-        data="fashion-mnist", train_limit=25_000, augment="none", channels_last=True,
+        data="fashion-mnist", train_limit=25_000, channels_last=True,
         teacher=Teacher(model="resnet8", **recipe), student=Student(model="resnet8_w4", **recipe),
     )
 
@@ -243,7 +243,7 @@ def cifar100_crd(pair: str) -> Config:
     recipe = dict(epochs=240, batch_size=64, nesterov=False, milestones=(0.625, 0.75, 0.875))
     lr = 0.01 if student.startswith(("MobileNet", "ShuffleNet")) else 0.05
     return Config(
-        data="cifar100", augment="crop-flip",
+        data="cifar100",
         teacher=Teacher(model=teacher, lr=0.05, **recipe),
         student=Student(model=student, lr=lr, temperature=4.0, alpha=0.1, **recipe),
     )
@@ -257,7 +257,7 @@ def cifar100_eekd(pair: str) -> Config:
     teacher, student = pair.split("-")
     recipe = dict(epochs=200, batch_size=128)
     return Config(
-        data="cifar100", augment="crop-flip",
+        data="cifar100",
         teacher=Teacher(model=teacher, **recipe), student=Student(model=student, **recipe),
     )
 
@@ -269,7 +269,7 @@ def imagenet_r34_r18() -> Config:
     """
     recipe = dict(epochs=100, batch_size=256, nesterov=False, weight_decay=1e-4)
     return Config(
-        data="imagenet", image_size=224, val_fraction=0.01, augment="imagenet", workers=8,
+        data="imagenet", image_size=224, val_fraction=0.01, workers=8,
         precision="bf16", channels_last=True,
         teacher=Teacher(model="timm:resnet34", **recipe), student=Student(model="timm:resnet18", **recipe),
     )

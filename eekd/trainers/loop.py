@@ -1,54 +1,231 @@
-"""The one training loop, and the run folder it writes.
+"""The one training loop: what a teacher's phase and every student's share."""
 
-    RUN/
-      config.json             every setting of the run (eekd.config.Config); --config RUN/config.json runs it again
-      environment.json        format, command, commit, versions, device, threads, started, data
-                              (data: name, fingerprint, classes, train, val, test: the last three are counts)
-      summary.json            format, seconds, rows: the final table (below); absent until the run has ended
-      teacher/                absent when config.json names a teacher_run, whose RUN/teacher is then meant
-        manifest.json *.safetensors      the M snapshots (eekd.snapshots)
-        metrics.jsonl metrics.csv        a line per epoch (below)
-        snapshots.json                   what the snapshots know (below)
-      students/WEIGHTING/     one folder per student: ce, last, uniform, attention, ...
-        student.safetensors              weights at the end of the last epoch
-        student.json                     provenance (below); written last, so it marks a finished student
-        attention.safetensors            the attention's own weights, where the weighting is attention
-        metrics.jsonl metrics.csv
-      **/events.out.tfevents.*           TensorBoard events, only when asked for
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
 
-metrics.jsonl has one object per epoch; metrics.csv the same, a list spread over columns (weights_1, weights_2, ...):
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-    epoch, step             from 1; optimiser steps taken so far
-    lr                      at the last step of the epoch
-    train_loss              mean of what was minimised (a student's includes the attention's loss)
-    train_accuracy          of the network in training mode, on augmented images
-    val_loss, val_accuracy  cross-entropy and accuracy on the validation images
-    seconds                 of training in the epoch, validation left out
-    seconds_teacher         forward of the snapshots (0 where there are none)
-    seconds_forward         forward of the network being trained
-    seconds_backward        loss, backward and optimiser step; what remains of `seconds` is the wait for data
+from eekd import models
+from eekd.config import Config, Phase, Teacher
+from eekd.data import ImageData, Loader, load
+from eekd.trainers.folder import Log
 
-and for a student with snapshots also:
+CHECK = 50  # look at the loss every so many steps: each look makes the GPU wait
 
-    weights                 list of M: mean weight of each snapshot in training
-    weight_entropy          mean over samples of the entropy of the weights, in nats (uniform: log M)
-    train_attention_loss    -log p_y of the fused target at the student's temperature
-    val_target_nll, val_target_nll_uniform   the same on validation images, under these weights and under 1/M each
-    val_kd_loss, val_kd_loss_uniform         alpha CE + (1 - alpha) temperature^2 KL to either target
+Progress = Callable[[str, int, int, dict], None]  # name of the phase, steps done, steps in all, what is known so far
 
-snapshots.json holds {"val": DIAGNOSIS, "test": DIAGNOSIS}; a DIAGNOSIS has `members`, a list of M + 1 objects
-(the snapshots in order, then their ensemble: the uniform mean of probabilities), each with `name`, `accuracy`,
-`nll`, `ece` and `reliability` (lists `confidence`, `accuracy`, `count` over 15 equal bins of confidence;
-null where a bin is empty), all at temperature 1, and `disagreement`: M x M, the fraction of images on which two
-snapshots predict different classes.
 
-student.json: format, weighting, spec (eekd.models.build), file, sha256, attention_sha256 or null, loss (settings),
-seed, commit, val and test ({loss, accuracy}), seconds_per_epoch, teacher: null for ce, or run, spec and
-snapshots (file, sha256, step of each snapshot that taught).
+def quiet(name: str, done: int, total: int, known: dict) -> None:
+    """The progress display that shows nothing."""
 
-A row of summary.json: kind (teacher | snapshot | ensemble | student), name, model, parameters, epochs,
-val_accuracy, test_accuracy, gain (over the ce student, test accuracy; null where there is none or for other
-kinds), seconds_per_epoch (null for snapshots and the ensemble). Accuracies are fractions.
 
-Test images are touched once, at the end of a phase, and what is reported is the last epoch.
-"""
+class Session:
+    """What the phases of a run share: settings, data, device and precision.
+
+    Sets torch's process-wide switches of determinism.
+    """
+
+    def __init__(self, config: Config, data: ImageData | None = None):
+        self.config = config
+        self.device = _device(config.device)
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        torch.use_deterministic_algorithms(config.deterministic)
+        torch.backends.cudnn.benchmark = not config.deterministic
+        self.data = data or load(
+            config.data, config.root, val_fraction=config.val_fraction, seed=config.split_seed,
+            train_limit=config.train_limit, image_size=config.image_size,
+        )  # fmt: skip
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
+
+    def spec(self, phase: Phase) -> dict:
+        """The arguments of eekd.models.build for this data."""
+        data = self.data
+        return dict(name=phase.model, num_classes=len(data.classes), in_channels=data.channels,
+                    image_size=data.image_size)  # fmt: skip
+
+    def network(self, phase: Phase, seed: int) -> nn.Module:
+        """A new network, its weights a function of the seed, on the device."""
+        torch.manual_seed(seed)
+        return models.build(**self.spec(phase)).to(self.device, memory_format=self.layout)
+
+    def loader(self, split: str, phase: Phase, train: bool = False) -> Loader:
+        """Batches of one split; with `train` shuffled and augmented, and never a last batch of one (batch norm)."""
+        images = getattr(self.data, split)
+        augment = self.data.augment if self.config.augment == "auto" else self.config.augment
+        return Loader(
+            images, batch_size=phase.batch_size, augment=augment if train else "none",
+            seed=self.config.seed, device=self.device, train=train, workers=self.config.workers,
+            drop_last=train and len(images) % phase.batch_size == 1,
+        )  # fmt: skip
+
+    def run(self, network: Callable, images: Tensor):
+        """The network's output under this session's precision and memory format."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+            return network(images.contiguous(memory_format=self.layout))
+
+    def compiled(self, network: nn.Module) -> nn.Module:
+        return torch.compile(network) if self.config.compile else network
+
+
+def fit(name: str, session: Session, phase: Phase, trained: nn.Module, objective: Callable, validate: Callable,
+        folder: Path, progress: Progress, after_epoch: Callable[[dict], object] = lambda row: None) -> list[dict]:
+    """Trains for phase.epochs epochs and returns the rows of metrics.jsonl.
+
+    objective(batch, clock) gives what to minimise and detached measurements, validate() the validation entries of a row,
+    and after_epoch(row) is called when an epoch is complete. FloatingPointError where the loss is not finite.
+    """
+    config, device = session.config, session.device
+    loader, log = session.loader("train", phase, train=True), Log(folder, config.tensorboard)
+    optimizer = _optimizer(phase, trained)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    step, total, running = 0, phase.epochs * len(loader), math.nan
+    for epoch in range(phase.epochs):
+        trained.train()
+        loader.set_epoch(epoch)
+        means, clock, start = Means(), Clock(device), time.perf_counter()
+        for batch in loader:
+            lr = learning_rate(phase, step, total)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss, measurements = objective(batch, clock)
+            with clock("backward"):
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            means.add(len(batch.labels), **measurements)
+            step += 1
+            if step % CHECK == 0 or step % len(loader) == 0:
+                running = means["loss"]
+                if not math.isfinite(running):
+                    raise FloatingPointError(
+                        f"{name}: the loss is {running} in epoch {epoch + 1} of {phase.epochs} at learning rate "
+                        f"{lr:.3g}; try a lower lr or precision fp32"
+                    )
+            progress(name, step, total, {"epoch": epoch + 1, "epochs": phase.epochs, "train_loss": running})
+        seconds = time.perf_counter() - start
+        row = {"epoch": epoch + 1, "step": step, "lr": lr}
+        row |= {_TRAIN.get(key, key): value for key, value in means.all().items()}
+        row |= validate()
+        row |= {"seconds": seconds, "seconds_teacher": clock.seconds("teacher"),
+                "seconds_forward": clock.seconds("forward"), "seconds_backward": clock.seconds("backward")}  # fmt: skip
+        log.write(row)
+        after_epoch(row)
+        progress(name, step, total, row | {"epochs": phase.epochs})
+    return log.rows
+
+
+_TRAIN = {"loss": "train_loss", "accuracy": "train_accuracy", "attention_loss": "train_attention_loss"}
+
+
+def classify(session: Session, network: Callable) -> Callable:
+    """The objective without a teacher: cross-entropy."""
+
+    def objective(batch, clock):
+        with clock("forward"):
+            logits = session.run(network, batch.images)
+        measured = scores(logits, batch.labels)
+        return measured["loss"], {name: mean.detach() for name, mean in measured.items()}
+
+    return objective
+
+
+def scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Cross-entropy and accuracy of (B, C) logits, as means over the batch."""
+    right = logits.argmax(1) == labels
+    return {"loss": F.cross_entropy(logits.float(), labels), "accuracy": right.float().mean()}
+
+
+@torch.no_grad()
+def evaluate(session: Session, network: nn.Module, loader: Loader) -> dict[str, float]:
+    """Mean cross-entropy and accuracy on all images of the loader."""
+    network.eval()
+    means = Means()
+    for batch in loader:
+        means.add(len(batch.labels), **scores(session.run(network, batch.images), batch.labels))
+    return means.all()
+
+
+def learning_rate(phase: Phase, step: int, total: int) -> float:
+    """The learning rate of step 0 <= step < total.
+
+    step: lr / 10^(milestones passed);  cosine: lr/2 (cos(pi step/total) + 1);
+    cyclic: the cosine over each of the M stages (Huang et al., "Snapshot Ensembles", 2017).
+    """
+    if phase.schedule == "step":
+        return phase.lr * 0.1 ** sum(step / total >= m for m in phase.milestones)
+    cycles = phase.snapshots if isinstance(phase, Teacher) and phase.schedule == "cyclic" else 1
+    return phase.lr / 2 * (math.cos(math.pi * (step * cycles % total) / total) + 1)
+
+
+def _optimizer(phase: Phase, trained: nn.Module) -> torch.optim.Optimizer:
+    options = dict(lr=phase.lr, weight_decay=phase.weight_decay, fused=True)  # fused: no host sync under GradScaler
+    if phase.optimizer == "adamw":
+        return torch.optim.AdamW(trained.parameters(), **options)
+    return torch.optim.SGD(trained.parameters(), momentum=0.9, nesterov=phase.nesterov, **options)
+
+
+class Means:
+    """Means over samples of named measurements, summed on the device and read when asked."""
+
+    def __init__(self):
+        self.sums, self.count = {}, 0
+
+    def add(self, rows: int, **means: Tensor) -> None:
+        self.count += rows
+        for name, mean in means.items():
+            if name not in self.sums:
+                self.sums[name] = torch.zeros_like(mean, dtype=torch.float64)
+            self.sums[name].add_(mean, alpha=rows)
+
+    def __getitem__(self, name: str) -> float | list[float]:
+        return (self.sums[name] / self.count).tolist()
+
+    def all(self) -> dict[str, float | list[float]]:
+        return {name: self[name] for name in self.sums}
+
+
+class Clock:
+    """Seconds spent in named stretches of code: by CUDA events, read at the end, or by the wall clock on a CPU."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.spans = defaultdict(list)
+
+    @contextmanager
+    def __call__(self, name: str):
+        start = self._now()
+        yield
+        self.spans[name].append((start, self._now()))
+
+    def _now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, name: str) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return sum(a.elapsed_time(b) / 1000 if self.cuda else b - a for a, b in self.spans[name])
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {name!r} is not there; this machine offers cpu"
+                         + ", cuda" * torch.cuda.is_available()) from None  # fmt: skip

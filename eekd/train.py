@@ -1,0 +1,202 @@
+"""The command line of training: python -m eekd.train [teacher | student --teacher RUN] [--flag value ...]."""
+
+import json
+import math
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin
+
+import torch
+
+from eekd.config import Config, nearest, preset
+from eekd.trainers import Session, prepare, train
+from eekd.trainers.plan import plan
+
+try:
+    import tyro
+    from rich import box, progress
+    from rich.console import Console
+    from rich.table import Table
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+except ImportError as error:
+    raise SystemExit(f"python -m eekd.train needs {error.name}: pip install 'eekd[train]'") from None
+
+TITLES = {"ce": "CE only", "last": "KD (last)", "attention": "EEKD (attention)"}
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Trains a teacher, keeps its snapshots and distils students.
+
+    The first word "teacher" trains the teacher only; "student --teacher RUN" only students, of the teacher of an
+    earlier run.
+    """
+
+    preset: str | None = None  # start from these settings (None: digits)
+    config: str | None = None  # start from a file's settings: RUN/config.json runs RUN again
+    out: str | None = None  # the run folder to make (None: the first free runs/DATA-1, -2, ...)
+    dry_run: bool = False  # print networks, steps, memory and disk, and stop
+    settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+@dataclass(frozen=True)
+class Start:
+    """The flags that say which settings the others override."""
+
+    preset: str | None = None
+    config: str | None = None
+    teacher_run: str | None = None
+
+
+def main(argv: list[str] | None = None) -> int:
+    console = Console()
+    try:
+        flags = parse(sys.argv[1:] if argv is None else argv)
+        session = prepare(flags.settings)
+        if flags.dry_run:
+            console.print(_plan(session))
+            return 0
+        with Display(console) as display:
+            run = train(session.config, flags.out, session=session, progress=display)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except torch.OutOfMemoryError as error:
+        return _fail(f"the device is out of memory, a smaller batch_size may fit: {error}")
+    except (ArithmeticError, AttributeError, ImportError, OSError, TypeError, ValueError) as error:
+        return _fail(error)
+    summary = json.loads((run / "summary.json").read_text())
+    console.print(_results(summary["rows"]))
+    console.print(f"{summary['seconds']:.0f} s in all; everything is in {run}", highlight=False)
+    return 0
+
+
+def parse(argv: list[str]) -> Flags:
+    """The flags of a command line; ValueError, or SystemExit by tyro, with what is wrong and the nearest right."""
+    command = argv[0] if argv and not argv[0].startswith("-") else None
+    if command not in (None, "teacher", "student"):
+        raise ValueError(f"{command!r} is no command{nearest(command, ('teacher', 'student'))}")
+    flags = ["--teacher-run" + flag[9:] if flag.split("=")[0] == "--teacher" else flag for flag in argv]
+    flags = flags[1:] if command else flags
+    start = tyro.cli(Start, args=flags, return_unknown_args=True, add_help=False)[0]
+    settings = _start(start)
+    if command == "teacher":
+        settings = replace(settings, students=(), teacher_run=None)
+    with _literals():
+        parsed = tyro.cli(Flags, prog="python -m eekd.train", args=flags, default=Flags(settings=settings))
+    chosen = parsed.settings
+    if command == "student" and not chosen.teacher_run:
+        raise ValueError("student needs --teacher RUN, the run folder whose teacher to use")
+    if chosen.teacher_run and chosen.teacher != settings.teacher:
+        raise ValueError(f"the teacher's settings are those of {chosen.teacher_run} and cannot be changed")
+    return parsed
+
+
+def _start(start: Start) -> Config:
+    """The settings that the flags override: a preset's, a file's or those of the run that gives the teacher."""
+    if start.preset and start.config:
+        raise ValueError("give --preset or --config, not both")
+    settings = Config.load(start.config) if start.config else preset(start.preset or "digits")
+    if not start.teacher_run:
+        return settings
+    run = Config.load(Path(start.teacher_run, "config.json"))
+    if not start.preset and not start.config:
+        settings = replace(run, students=run.students or settings.students)
+    return replace(settings, teacher=run.teacher, teacher_run=start.teacher_run)
+
+
+def _literals() -> ConstructorRegistry:
+    """Lets any word through where a Literal is wanted: Config refuses it and names the nearest."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def word(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if get_origin(info.type) is not Literal:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1, metavar="{" + ",".join(get_args(info.type)) + "}", instance_from_str=lambda words: words[0],
+            is_instance=lambda value: isinstance(value, str), str_from_instance=lambda value: [value],
+        )  # fmt: skip
+
+    return registry
+
+
+class Display:
+    """Progress of the phases: live bars on a terminal, a line per epoch elsewhere."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        text = progress.TextColumn
+        self.bars = progress.Progress(
+            text("{task.description}"), progress.BarColumn(), text("{task.fields[state]}"),
+            progress.TimeElapsedColumn(), text("of"), progress.TimeRemainingColumn(elapsed_when_finished=True),
+            console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self.tasks: dict[str, progress.TaskID] = {}
+
+    def __enter__(self):
+        self.bars.start()
+        return self
+
+    def __exit__(self, *error):
+        self.bars.stop()
+
+    def __call__(self, name: str, done: int, total: int, known: dict) -> None:
+        if name not in self.tasks:
+            self.tasks[name] = self.bars.add_task(TITLES.get(name, name), total=total, state="")
+        state = f"epoch {known['epoch']}/{known['epochs']}  loss {known['train_loss']:.3f}"
+        if "val_accuracy" in known:
+            state += f"  val {known['val_accuracy']:.2%}"
+            if not self.console.is_terminal:
+                self.console.print(f"{TITLES.get(name, name)}: {state}", highlight=False)
+        self.bars.update(self.tasks[name], completed=done, state=state)
+
+
+def _plan(session: Session) -> Table:
+    data, rows = session.data, plan(session)
+    table = _table(
+        "phase", "network", "parameters", "epochs", "steps", "memory", "disk",
+        title=f"{data.name} on {session.device}: {len(data.train):,} training, {len(data.val):,} validation and "
+              f"{len(data.test):,} test images, {data.channels} x {data.image_size} x {data.image_size}",
+        caption=f"estimates; disk in all {_size(sum(row['disk'] for row in rows))}",
+    )  # fmt: skip
+    for row in rows:
+        table.add_row(TITLES.get(row["name"], row["name"]), row["model"], f"{row['parameters']:,}",
+                      str(row["epochs"]), f"{row['steps']:,}", _size(row["memory"]), _size(row["disk"]))  # fmt: skip
+    return table
+
+
+def _results(rows: list[dict]) -> Table:
+    table = _table("", "network", "parameters", "epoch", "val %", "test %", "gain", "s/epoch",
+                   caption="gain over CE in points of test accuracy")  # fmt: skip
+    for row in rows:
+        gain, seconds = row["gain"], row["seconds_per_epoch"]
+        table.add_row(
+            TITLES.get(row["name"], row["name"]), row["model"], f"{row['parameters']:,}", str(row["epochs"]),
+            f"{row['val_accuracy']:.2%}"[:-1], f"{row['test_accuracy']:.2%}"[:-1],
+            "" if gain is None or row["name"] == "ce" else f"{100 * gain:+.2f}",
+            "" if seconds is None else f"{seconds:.2f}", end_section=row["kind"] in ("teacher", "ensemble"),
+        )  # fmt: skip
+    return table
+
+
+def _table(*columns: str, **options) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left", caption_justify="left", **options)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
+    return table
+
+
+def _size(count: float) -> str:
+    power = min(int(math.log(max(count, 1), 1024)), 4)
+    return f"{count / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def _fail(error: object) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

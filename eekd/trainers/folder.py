@@ -1,0 +1,172 @@
+"""The run folder: what lies in it, and how it is written.
+
+    RUN/
+      config.json             every setting of the run (eekd.config.Config); --config RUN/config.json runs it again
+      environment.json        format, command, commit, versions, device, threads, started, data
+                              (data: name, fingerprint, classes, train, val, test: the last three are counts)
+      summary.json            format, seconds, rows: the final table (below); absent until the run has ended
+      teacher/                absent when config.json names a teacher_run, whose RUN/teacher is then meant
+        manifest.json *.safetensors      the M snapshots (eekd.snapshots)
+        metrics.jsonl metrics.csv        a line per epoch (below)
+        snapshots.json                   what the snapshots know (below)
+      students/WEIGHTING/     one folder per student: ce, last, uniform, attention, ...
+        student.safetensors              weights at the end of the last epoch
+        student.json                     provenance (below); written last, so it marks a finished student
+        attention.safetensors            the attention's own weights, where the weighting is attention
+        metrics.jsonl metrics.csv
+      **/events.out.tfevents.*           TensorBoard events, only when asked for
+
+metrics.jsonl has one object per epoch; metrics.csv the same, a list spread over columns (weights_1, weights_2, ...):
+
+    epoch, step             from 1; optimiser steps taken so far
+    lr                      at the last step of the epoch
+    train_loss              cross-entropy, or alpha CE + (1 - alpha) temperature^2 KL, without the attention's loss
+    train_accuracy          of the network in training mode, on augmented images
+    val_loss, val_accuracy  cross-entropy and accuracy on the validation images
+    seconds                 of training in the epoch, validation left out
+    seconds_teacher         forward of the snapshots (0 where there are none)
+    seconds_forward         forward of the network being trained
+    seconds_backward        loss, backward and optimiser step; what remains of `seconds` is the wait for data
+
+and for a student with snapshots also:
+
+    weights                 list of M: mean weight of each snapshot in training
+    weight_entropy          mean over samples of the entropy of the weights, in nats (uniform: log M)
+    train_attention_loss    -log p_y of the fused target at the student's temperature
+    val_target_nll, val_target_nll_uniform   the same on validation images, under these weights and under 1/M each
+    val_kd_loss, val_kd_loss_uniform         alpha CE + (1 - alpha) temperature^2 KL to either target
+
+snapshots.json holds {"val": DIAGNOSIS, "test": DIAGNOSIS}; a DIAGNOSIS has `members`, a list of M + 1 objects
+(the snapshots in order, then their ensemble: the uniform mean of probabilities), each with `name`, `accuracy`,
+`nll`, `ece` and `reliability` (lists `confidence`, `accuracy`, `count` over 15 equal bins of confidence;
+null where a bin is empty), all at temperature 1, and `disagreement`: M x M, the fraction of images on which two
+snapshots predict different classes.
+
+student.json: format, weighting, spec (eekd.models.build), file, sha256, attention_sha256 or null, loss (settings),
+seed, commit, val and test ({loss, accuracy}), seconds_per_epoch, teacher: null for ce, or run, spec and
+snapshots (file, sha256, step of each snapshot that taught).
+
+A row of summary.json: kind (teacher | snapshot | ensemble | student), name, model, parameters, epochs,
+val_accuracy, test_accuracy, gain (over the ce student, test accuracy; null where there is none or for other
+kinds), seconds_per_epoch (null for snapshots and the ensemble). Accuracies are fractions.
+
+Test images are touched once, at the end of a phase, and what is reported is the last epoch.
+"""
+
+import csv
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import eekd
+from eekd.checkpoint import write_atomic, write_json_atomic
+from eekd.config import Config
+from eekd.data import ImageData
+
+FORMAT = 1
+
+
+class Log:
+    """Writes a row per epoch to metrics.jsonl, metrics.csv and, when asked, TensorBoard events."""
+
+    def __init__(self, folder: Path, tensorboard: bool = False):
+        if (folder / "metrics.jsonl").exists():
+            raise FileExistsError(f"{folder} already holds a trained network; choose another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.rows = folder, []
+        self.events = summary_writer()(folder) if tensorboard else None
+
+    def write(self, row: dict) -> None:
+        row = {name: _finite(value) for name, value in row.items()}
+        self.rows.append(row)
+        flat = {}
+        for name, value in row.items():
+            flat |= {f"{name}_{i}": v for i, v in enumerate(value, 1)} if isinstance(value, list) else {name: value}
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        with open(self.folder / "metrics.csv", "a", newline="") as file:
+            table = csv.DictWriter(file, flat)
+            if len(self.rows) == 1:
+                table.writeheader()
+            table.writerow(flat)
+        if self.events:
+            for name, value in flat.items():
+                if value is not None:
+                    self.events.add_scalar(name, value, row["epoch"])
+            self.events.flush()
+
+
+def _finite(value):
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return value if math.isfinite(value) else None
+
+
+def summary_writer() -> type:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ImportError("tensorboard is not installed; pip install 'eekd[tensorboard]'") from None
+    return SummaryWriter
+
+
+def new_folder(out: str | Path | None, name: str) -> Path:
+    """Makes the folder `out`, or the first free runs/NAME-1, -2, ...; FileExistsError where `out` holds anything."""
+    if out is not None:
+        out = Path(out)
+        if out.is_file() or out.is_dir() and any(out.iterdir()):
+            raise FileExistsError(f"{out} already holds something; choose another run folder with --out")
+        out.mkdir(parents=True, exist_ok=True)
+        return out
+    number = 1
+    while True:
+        out = Path("runs", f"{name}-{number}")
+        try:
+            out.mkdir(parents=True)
+            return out
+        except FileExistsError:
+            number += 1
+
+
+def write_settings(run: Path, config: Config, data: ImageData, device: torch.device) -> None:
+    """Writes config.json and environment.json."""
+    write_atomic(run / "config.json", config.to_json().encode())
+    write_json_atomic(run / "environment.json", {
+        "format": FORMAT,
+        "command": sys.orig_argv,
+        "commit": commit(),
+        "versions": {"eekd": eekd.__version__, "torch": torch.__version__, "numpy": version("numpy"),
+                     "python": platform.python_version(), "cuda": torch.version.cuda},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "data": {"name": data.name, "fingerprint": data.fingerprint, "classes": len(data.classes),
+                 "train": len(data.train), "val": len(data.val), "test": len(data.test)},
+    })  # fmt: skip
+
+
+def commit() -> str | None:
+    """The git commit that this code runs from, with "-dirty" where files differ from it; None outside a checkout."""
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

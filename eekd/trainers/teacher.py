@@ -1,0 +1,83 @@
+"""The teacher: one ordinary training run that keeps M snapshots, and what those snapshots know."""
+
+import math
+from pathlib import Path
+
+import torch
+
+from eekd.checkpoint import write_json_atomic
+from eekd.config import Config
+from eekd.data import Loader
+from eekd.snapshots import SnapshotEnsemble, SnapshotRecorder
+from eekd.trainers.loop import Progress, Session, classify, evaluate, fit, quiet
+
+BINS = 15
+
+
+def train_teacher(config: Config, folder: str | Path, *, session: Session | None = None,
+                  progress: Progress = quiet) -> dict:
+    """Trains config.teacher and leaves the snapshots, the metrics and snapshots.json in `folder`.
+
+    Returns the content of snapshots.json: {"val": ..., "test": ...}, see eekd.trainers.folder. Raises
+    FileExistsError where the folder holds snapshots, FloatingPointError where the loss is not finite.
+    """
+    folder, session, phase = Path(folder), session or Session(config), config.teacher
+    model = session.network(phase, 2 * config.seed)
+    recorder = SnapshotRecorder(folder, epochs=phase.epochs, snapshots=phase.snapshots, spec=session.spec(phase))
+    val = session.loader("val", phase)
+
+    def validate() -> dict:
+        return {f"val_{name}": value for name, value in evaluate(session, model, val).items()}
+
+    def after_epoch(row: dict) -> None:
+        recorder.step(model, {name: row[name] for name in ("train_loss", "val_loss", "val_accuracy")})
+
+    fit("teacher", session, phase, model, classify(session, session.compiled(model)), validate, folder, progress,
+        after_epoch)
+    ensemble = SnapshotEnsemble.load(folder, device=session.device)
+    known = {split: diagnose(session, ensemble, session.loader(split, phase)) for split in ("val", "test")}
+    write_json_atomic(folder / "snapshots.json", known)
+    return known
+
+
+@torch.no_grad()
+def diagnose(session: Session, ensemble: SnapshotEnsemble, loader: Loader) -> dict:
+    """Accuracy, likelihood and calibration of each snapshot and of their mean, and how often two disagree.
+
+    The expected calibration error is sum_bins count/N |accuracy - confidence| over 15 equal bins of the
+    confidence (Guo et al., "On Calibration of Modern Neural Networks", 2017).
+    """
+    m, device = len(ensemble), session.device
+    likelihood = torch.zeros(m + 1, dtype=torch.float64, device=device)
+    bins = torch.zeros(3, m + 1, BINS, dtype=torch.float64, device=device)  # sums of confidence, hits and ones
+    differ = torch.zeros(m, m, dtype=torch.int64, device=device)
+    for batch in loader:
+        logits, _ = session.run(ensemble, batch.images)
+        each = logits.double().log_softmax(-1)
+        both = torch.cat([each, each.logsumexp(0, keepdim=True) - math.log(m)])  # (M + 1, B, C)
+        labels = batch.labels.expand(m + 1, -1)
+        likelihood += both.gather(2, labels[..., None]).sum((1, 2))
+        confidence, predicted = both.exp().max(-1)
+        place = (confidence * BINS).long().clamp_(max=BINS - 1)
+        for sums, values in zip(bins, (confidence, predicted == labels, torch.ones_like(confidence)), strict=True):
+            sums.scatter_add_(1, place, values.double())
+        differ += (predicted[:m, None] != predicted[None, :m]).sum(-1)
+    count = bins[2].sum(1)
+    accuracy, ece = bins[1].sum(1) / count, (bins[1] - bins[0]).abs().sum(1) / count
+    names = [f"snapshot {i}" for i in range(1, m + 1)] + ["ensemble"]
+    return {
+        "members": [
+            {"name": name, "accuracy": accuracy[i].item(), "nll": -likelihood[i].item() / count[i].item(),
+             "ece": ece[i].item(), "reliability": _reliability(*bins[:, i].tolist())}
+            for i, name in enumerate(names)
+        ],
+        "disagreement": (differ / count[0]).tolist(),
+    }  # fmt: skip
+
+
+def _reliability(confidence: list[float], hits: list[float], count: list[float]) -> dict[str, list]:
+    return {
+        "confidence": [c / n if n else None for c, n in zip(confidence, count, strict=True)],
+        "accuracy": [h / n if n else None for h, n in zip(hits, count, strict=True)],
+        "count": [int(n) for n in count],
+    }
