@@ -1,0 +1,14 @@
+"""Image data: datasets by name or path, and loaders whose order and augmentation can be replayed.
+
+    data = load("cifar10", root="~/data")
+    for images, labels, index in Loader(data.train, batch_size=128, augment=data.augment, device="cuda"):
+        ...
+"""
+
+from .augment import AUGMENTATIONS
+from .dataset import ImageData, Split, load
+from .encoded import Encoded
+from .loader import Batch, Loader
+from .sources import NAMES
+
+__all__ = ["AUGMENTATIONS", "NAMES", "Batch", "Encoded", "ImageData", "Loader", "Split", "load"]

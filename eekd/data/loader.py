@@ -1,0 +1,141 @@
+"""Batches of normalised images on the device; order and augmentation depend on (seed, epoch, sample) only."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .augment import AUGMENTATIONS, ORDER, augment, random_bits, random_flip, resized_crop_boxes
+from .dataset import Split, check_int
+from .encoded import Encoded
+
+
+class Batch(NamedTuple):
+    """Images (B, C, S, S) float32, normalised; labels (B,) int64; index (B,) int64, places in the split."""
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+
+
+class Loader:
+    """Batches of a split on `device`, once through per iteration.
+
+    train=True shuffles by a hash of (seed, epoch, sample) and augments by one of (seed, view, sample);
+    train=False does neither. A split in memory moves to the device whole; an encoded one is decoded by
+    `workers` processes (0: by this one).
+
+    Rank r of `world_size` takes every world_size-th sample from the r-th on, so that the k-th batches of all
+    ranks together are the k-th batch of one loader world_size times as large. In training every rank gets
+    equally many samples, which leaves out fewer than world_size of them, others in each epoch.
+
+    Raises TypeError or ValueError for impossible arguments, and for training without a single batch.
+    """
+
+    def __init__(
+        self, split: Split, *, batch_size: int, augment: str = "none", seed: int = 0,
+        device: str | torch.device = "cpu", train: bool = True, drop_last: bool = False, workers: int = 0,
+        rank: int = 0, world_size: int = 1,
+    ):  # fmt: skip
+        if not isinstance(split, Split):
+            raise TypeError(f"split is a {type(split).__name__}, wanted a Split such as load(...).train")
+        if augment not in AUGMENTATIONS:
+            raise ValueError(f"augment is {augment!r}, wanted one of {', '.join(AUGMENTATIONS)}")
+        self.split, self.train, self.drop_last = split, train, drop_last
+        self.augment = augment if train else "none"
+        self.seed = check_int("seed", seed)
+        self.batch_size = check_int("batch_size", batch_size, 1)
+        self.world_size = check_int("world_size", world_size, 1)
+        self.rank = check_int("rank", rank, 0)
+        if rank >= world_size:
+            raise ValueError(f"rank is {rank}, wanted less than world_size, which is {world_size}")
+        if train and not len(self):
+            raise ValueError(f"{len(split)} samples make no batch of {batch_size} on {world_size} ranks")
+        self.device = torch.device(device)
+        self.set_epoch(0)
+
+        mean, std = 255 * torch.tensor([split.mean, split.std], dtype=torch.float64)[:, None, :, None, None]
+        self._mean, self._scale = mean.float().to(self.device), (1 / std).float().to(self.device)
+        self._labels = split.labels.to(self.device)
+        self._encoded = isinstance(split.images, Encoded)
+        if self._encoded:
+            self._decoder = DataLoader(
+                _Decoder(split.images, seed, crop=self.augment == "imagenet"), batch_size=None,
+                sampler=_Plan(self), num_workers=check_int("workers", workers, 0),
+                persistent_workers=workers > 0, pin_memory=self.device.type == "cuda",
+                generator=torch.Generator(),  # else every epoch would draw from the global one
+            )  # fmt: skip
+        else:
+            self._images = split.images.to(self.device)
+
+    def set_epoch(self, epoch: int, view: int | None = None):
+        """Makes the next iteration that of `epoch`, augmented as `view`, which by default is the epoch."""
+        self.epoch = check_int("epoch", epoch, 0)
+        self.view = epoch if view is None else check_int("view", view, 0)
+
+    def _num_samples(self) -> int:
+        each, rest = divmod(len(self.split), self.world_size)
+        return each + (not self.train and self.rank < rest)
+
+    def __len__(self) -> int:
+        full, rest = divmod(self._num_samples(), self.batch_size)
+        return full + (rest > 0 and not self.drop_last)
+
+    def _indices(self, device) -> tuple[Tensor, ...]:
+        """The samples of each of the epoch's batches on this rank."""
+        order = torch.arange(len(self.split), device=device)
+        if self.train:
+            order = random_bits(self.seed, self.epoch, ORDER, order).argsort(stable=True)
+        return order[self.rank :: self.world_size][: self._num_samples()].split(self.batch_size)[: len(self)]
+
+    def __iter__(self) -> Iterator[Batch]:
+        seed, view = self.seed, self.view
+        if self._encoded:
+            for index, images in self._decoder:
+                index, images = (x.to(self.device, non_blocking=True) for x in (index, images))
+                if self.augment == "imagenet":  # the crop was cut where the image was decoded
+                    yield self._batch(random_flip(images, index, seed=seed, view=view), index)
+                else:
+                    yield self._batch(augment(images, index, kind=self.augment, seed=seed, view=view), index)
+        else:
+            for index in self._indices(self.device):
+                images = augment(self._images[index], index, kind=self.augment, seed=seed, view=view)
+                yield self._batch(images, index)
+
+    def _batch(self, images: Tensor, index: Tensor) -> Batch:
+        # Two kernels, since a fused multiply-add would round differently from one device to another.
+        return Batch(images.float().sub_(self._mean).mul_(self._scale), self._labels[index], index)
+
+
+class _Plan(Sampler):
+    """An epoch's work for the decoding processes: (view, samples of a batch), one batch for one process."""
+
+    def __init__(self, loader: Loader):
+        self.loader = loader
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        view = self.loader.view
+        return ((view, index) for index in self.loader._indices("cpu"))
+
+
+class _Decoder(Dataset):
+    """Decodes a batch of images, cut by a random resized crop if asked."""
+
+    def __init__(self, images: Encoded, seed: int, crop: bool):
+        self.images, self.seed, self.crop = images, seed, crop
+
+    def __getitem__(self, work: tuple[int, Tensor]) -> tuple[Tensor, Tensor]:
+        view, index = work
+
+        def decode(i: Tensor) -> Tensor:
+            def choose(height, width):
+                return resized_crop_boxes(i[None], height, width, seed=self.seed, view=view)[0].tolist()
+
+            return self.images.decode(int(i), choose if self.crop else None)
+
+        return index, torch.stack([decode(i) for i in index])
