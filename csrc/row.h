@@ -13,12 +13,13 @@
 namespace eekd {
 
 constexpr double kLog2e = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
 
 // Softmax statistics of a stretch of columns: sum = Σ_c 2^(k (x_c - max)), with k = log2(e) / temperature.
 template <class T>
 struct SoftmaxSum {
-  T max = -std::numeric_limits<T>::infinity();
-  T sum = 0;
+  T max, sum;
+  static EEKD_HD SoftmaxSum none() { return {-std::numeric_limits<T>::infinity(), 0}; }
 };
 
 // Takes another stretch of the same row in. Stretches of nothing but -inf count for nothing.
@@ -33,15 +34,6 @@ static EEKD_HD inline void merge(SoftmaxSum<T>& a, SoftmaxSum<T> b, T k) {
   a.max = max;
 }
 
-// w = softmax(e) over the M snapshots of a row; w may be e.
-template <class T>
-static EEKD_HD inline void softmax(const T* e, T* w, int snapshots) {
-  T max = e[0], sum = 0;
-  for (int m = 1; m < snapshots; ++m) max = e[m] > max ? e[m] : max;
-  for (int m = 0; m < snapshots; ++m) sum += w[m] = std::exp(e[m] - max);
-  for (int m = 0; m < snapshots; ++m) w[m] /= sum;
-}
-
 // de_m = scale w_m (g_m - Σ_j w_j g_j): a gradient through the weights becomes one through the scores.
 // A snapshot of weight 0 was not read: its g is meaningless and its de is 0.
 template <class T>
@@ -51,14 +43,25 @@ static EEKD_HD inline void softmax_grad(const T* w, const T* g, T scale, T* de, 
   for (int m = 0; m < snapshots; ++m) de[m] = w[m] == 0 ? T(0) : scale * w[m] * (g[m] - mean);
 }
 
-// Returns log Σ_m exp(l_m) and turns l into the posterior exp(l_m) / Σ_j exp(l_j).
+// The label's share of a mixture p_y = Σ_m w_m p_m, p_m = 2^(l_m) / sum_m: returns -log p_y and turns l into the
+// posterior w_m p_m / p_y. In log space where p_y is too small for a number.
 template <class T>
-static EEKD_HD inline T log_posterior(T* l, int snapshots) {
-  T max = l[0], sum = 0;
-  for (int m = 1; m < snapshots; ++m) max = l[m] > max ? l[m] : max;
-  for (int m = 0; m < snapshots; ++m) sum += l[m] = std::exp(l[m] - max);
-  for (int m = 0; m < snapshots; ++m) l[m] /= sum;
-  return max + std::log(sum);
+static EEKD_HD inline T mixture_nll(const T* w, const SoftmaxSum<T>* sums, T* l, int snapshots) {
+  T p[64], total = 0;
+  for (int m = 0; m < snapshots; ++m) total += p[m] = w[m] == 0 ? T(0) : w[m] * std::exp2(l[m]) / sums[m].sum;
+  if (!(total < std::numeric_limits<T>::min())) {  // or NaN
+    for (int m = 0; m < snapshots; ++m) l[m] = p[m] / total;
+    return -std::log(total);
+  }
+  T max = -std::numeric_limits<T>::infinity();
+  total = 0;
+  for (int m = 0; m < snapshots; ++m) {
+    l[m] = w[m] == 0 ? -std::numeric_limits<T>::infinity() : l[m] + std::log2(w[m] / sums[m].sum);
+    max = l[m] > max ? l[m] : max;
+  }
+  for (int m = 0; m < snapshots; ++m) total += l[m] = std::exp2(l[m] - max);
+  for (int m = 0; m < snapshots; ++m) l[m] /= total;
+  return static_cast<T>(-kLn2) * (max + std::log2(total));
 }
 
 }  // namespace eekd

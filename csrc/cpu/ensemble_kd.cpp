@@ -26,6 +26,10 @@ struct Stats {
   SoftmaxSum<T> target[kMaxSnapshots];  // probability: one per snapshot; logit: [0] is the mixture's
   SoftmaxSum<T> soft, hard;             // the student at τ and at 1
 
+  void clear(int targets) {
+    std::fill_n(target, targets, SoftmaxSum<T>::none());
+    soft = hard = SoftmaxSum<T>::none();
+  }
   void merge(const Stats& tile, int targets, T k) {
     for (int m = 0; m < targets; ++m) eekd::merge(target[m], tile.target[m], k);
     eekd::merge(soft, tile.soft, k);
@@ -35,10 +39,15 @@ struct Stats {
 
 template <class T>
 struct Sums {
-  T kl = 0;                    // Σ_c p r,  r = log p - log q
-  T mean[kMaxSnapshots] = {};  // logit: Σ_c p z_m
-  T moved[kMaxSnapshots] = {}; // probability: Σ_c p_m r;  logit: Σ_c p r z_m
+  T kl;                    // Σ_c p r,  r = log p - log q
+  T mean[kMaxSnapshots];   // logit: Σ_c p z_m
+  T moved[kMaxSnapshots];  // probability: Σ_c p_m r;  logit: Σ_c p r z_m
 
+  void clear(int snapshots) {
+    kl = 0;
+    std::fill_n(mean, snapshots, T(0));
+    std::fill_n(moved, snapshots, T(0));
+  }
   void add(const Sums& tile, int snapshots) {
     kl += tile.kl;
     for (int m = 0; m < snapshots; ++m) mean[m] += tile.mean[m], moved[m] += tile.moved[m];
@@ -61,13 +70,13 @@ T max_line(const T* line, int n) {
   return largest<T>(most);
 }
 
-// line = 2^(k (line - max)); returns its sum.
+// e = 2^(k (x - max)), in place where e is x; returns its sum.
 template <class T>
-T exp_line(T* line, int n, T max, T k) {
+T exp_line(const T* x, T* e_line, int n, T max, T k) {
   Vec<T> total = {};
   for (int i = 0; i < n; i += Simd<T>::width) {
-    const Vec<T> e = exp2((load(line + i) - max) * k);
-    store(line + i, e);
+    const Vec<T> e = exp2((load(x + i) - max) * k);
+    store(e_line + i, e);
     total += e;
   }
   return sum<T>(total);
@@ -121,23 +130,26 @@ class Kernel {
 
   // w = softmax of the scores, which are given or are the products of query and keys.
   void weigh(int64_t b, T* w) {
+    T* e = student;
     if (a.query.data) {
-      std::fill_n(w, snapshots, T(0));
+      std::fill_n(e, snapshots, T(0));
       for (int64_t d = 0; d < a.width; d += kTile) {
         const int n = static_cast<int>(std::min<int64_t>(kTile, a.width - d));
         read_line(a.query.data, b * a.query.stride + d, a.query.dtype, n, soft);
         for (int m = 0; m < snapshots; ++m) {
           read_line(a.keys[m].data, b * a.keys[m].stride + d, a.keys[m].dtype, n, hard);
-          for (int i = 0; i < n; ++i) w[m] += soft[i] * hard[i];
+          for (int i = 0; i < n; ++i) e[m] += soft[i] * hard[i];
         }
       }
+      pad_line(e, snapshots);
     } else if (a.scores.data) {
-      for (int m = 0; m < snapshots; ++m) w[m] = read<T>(a.scores, b, m);
+      read_line(a.scores.data, b * a.scores.stride, a.scores.dtype, snapshots, e);
     } else {
       std::fill_n(w, snapshots, T(1) / snapshots);
       return;
     }
-    softmax(w, w, snapshots);
+    const T total = exp_line(e, e, snapshots, max_line(e, snapshots), T(kLog2e));
+    for (int m = 0; m < snapshots; ++m) w[m] = e[m] / total;
   }
 
   // Fills the lines of a tile and, unless `known`, the statistics by which they are scaled.
@@ -168,8 +180,7 @@ class Kernel {
     exponentiate(student, soft, n, k, known, stats.soft);
     if (has_ce) {
       stats.hard.max = stats.soft.max;
-      std::memcpy(hard, student, sizeof(T) * padded(n));
-      const T total = exp_line(hard, n, stats.hard.max, T(kLog2e));
+      const T total = exp_line(student, hard, n, stats.hard.max, T(kLog2e));
       if (!known) stats.hard.sum = total;
     }
   }
@@ -192,6 +203,7 @@ class Kernel {
   // The second visit of a tile, whose lines are filled: its share of the sums, and its columns of d_student.
   void visit(int64_t b, int64_t tile, const T* w, const Stats<T>& stats, const Scales<T>& s, Sums<T>& out) {
     const int n = tile_size(tile);
+    out.clear(snapshots);
     if (a.fusion == Fusion::probability)
       has_ce ? combine<Fusion::probability, true>(n, w, stats, s, out)
              : combine<Fusion::probability, false>(n, w, stats, s, out);
@@ -218,11 +230,8 @@ class Kernel {
               (std::log(stats.hard.sum) - (read<T>(a.student, b, y) - stats.hard.max));
     if (a.labels && a.fusion == Fusion::probability) {
       T posterior[kMaxSnapshots];
-      for (int m = 0; m < snapshots; ++m)
-        posterior[m] = w[m] == 0 ? -std::numeric_limits<T>::infinity()
-                                 : std::log(w[m]) + (read<T>(a.snapshot[m], b, y) - stats.target[m].max) / tau -
-                                       std::log(stats.target[m].sum);
-      attention_loss = -log_posterior(posterior, snapshots);
+      for (int m = 0; m < snapshots; ++m) posterior[m] = w[m] == 0 ? T(0) : (read<T>(a.snapshot[m], b, y) - stats.target[m].max) * k;
+      attention_loss = mixture_nll(w, stats.target, posterior, snapshots);
       for (int m = 0; m < snapshots; ++m) de[m] = row_scale * (w[m] - posterior[m]);
     } else if (a.labels) {
       T mixed = 0;
@@ -249,14 +258,11 @@ class Kernel {
   }
 
  private:
-  static int padded(int n) { return (n + Simd<T>::width - 1) / Simd<T>::width * Simd<T>::width; }
   int tile_size(int64_t tile) const { return static_cast<int>(std::min<int64_t>(kTile, a.classes - tile * kTile)); }
 
-  // e = exp2(k (x - max)) with x left as it is, or in place where e is x.
   void exponentiate(const T* x, T* e, int n, T scale, bool known, SoftmaxSum<T>& stats) {
     if (!known) stats.max = max_line(x, n);
-    if (e != x) std::memcpy(e, x, sizeof(T) * padded(n));
-    const T total = exp_line(e, n, stats.max, scale);
+    const T total = exp_line(x, e, n, stats.max, scale);
     if (!known) stats.sum = stats.max == -std::numeric_limits<T>::infinity() ? T(0) : total;
   }
 
@@ -343,6 +349,7 @@ class Kernel {
   T *target, *student, *soft, *hard;  // lines of kTile
 
  public:
+  void clear(Stats<T>& row) const { row.clear(targets); }
   void merge(Stats<T>& row, const Stats<T>& tile) const { row.merge(tile, targets, k); }
 };
 
@@ -361,19 +368,26 @@ void whole_rows(const EnsembleKD& a, int64_t begin, int64_t end) {
     if (tiles == 1) {
       kernel.fill(b, 0, w, false, row);
     } else {
+      kernel.clear(row);
       for (int64_t tile = 0; tile < tiles; ++tile) {
         Stats<T> stats;
+        kernel.clear(stats);
         kernel.fill(b, tile, w, false, stats);
         kernel.merge(row, stats);
       }
     }
     const Scales<T> scales = kernel.scales(w, row);
     Sums<T> sums;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      Sums<T> share;
-      if (tiles > 1) kernel.fill(b, tile, w, true, row);
-      kernel.visit(b, tile, w, row, scales, share);
-      sums.add(share, static_cast<int>(a.snapshots));
+    if (tiles == 1) {
+      kernel.visit(b, 0, w, row, scales, sums);
+    } else {
+      sums.clear(static_cast<int>(a.snapshots));
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        Sums<T> share;
+        kernel.fill(b, tile, w, true, row);
+        kernel.visit(b, tile, w, row, scales, share);
+        sums.add(share, static_cast<int>(a.snapshots));
+      }
     }
     kernel.finish(b, w, row, sums);
   }
@@ -415,6 +429,7 @@ void ensemble_kd_fwd(const EnsembleKD& a, const Parallel& parallel) {
       Kernel<T> kernel(c.a);
       for (int64_t tile = begin; tile < end; ++tile) kernel.fill(c.b, tile, c.w, false, c.stats[tile]);
     }, &context);
+    kernel.clear(context.row);
     for (const Stats<T>& stats : context.stats) kernel.merge(context.row, stats);
     context.scales = kernel.scales(context.w, context.row);
     parallel.run(tiles, grain, [](int64_t begin, int64_t end, void* p) {
@@ -427,6 +442,7 @@ void ensemble_kd_fwd(const EnsembleKD& a, const Parallel& parallel) {
       }
     }, &context);
     Sums<T> sums;
+    sums.clear(static_cast<int>(a.snapshots));
     for (const Sums<T>& share : context.sums) sums.add(share, static_cast<int>(a.snapshots));
     kernel.finish(b, context.w, context.row, sums);
   }

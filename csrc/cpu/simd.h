@@ -47,6 +47,10 @@ inline Vec<T> load(const T* p) {  // lines are aligned
   return *reinterpret_cast<const Vec<T>*>(p);
 }
 template <class T>
+inline Vec<T> load_unaligned(const T* p) {
+  return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p);
+}
+template <class T>
 inline void store(T* p, Vec<T> v) {
   *reinterpret_cast<Vec<T>*>(p) = v;
 }
@@ -54,17 +58,27 @@ template <class V>
 inline V max(V a, V b) {  // a NaN in b is passed over; the sum of exponentials keeps it
   return b > a ? b : a;
 }
+// Folds the lanes of a vector in halves, op(lower, upper), down to one element.
+template <class V, class Op>
+inline auto fold(V v, Op op) {
+  constexpr int lanes = sizeof(V) / sizeof(v[0]);
+  if constexpr (lanes == 16)
+    return fold(op(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                   __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)), op);
+  else if constexpr (lanes == 8)
+    return fold(op(__builtin_shufflevector(v, v, 0, 1, 2, 3), __builtin_shufflevector(v, v, 4, 5, 6, 7)), op);
+  else if constexpr (lanes == 4)
+    return fold(op(__builtin_shufflevector(v, v, 0, 1), __builtin_shufflevector(v, v, 2, 3)), op);
+  else
+    return op(v[0], v[1]);
+}
 template <class T>
 inline T sum(Vec<T> v) {
-  T total = 0;
-  for (int i = 0; i < Simd<T>::width; ++i) total += v[i];
-  return total;
+  return fold(v, [](auto a, auto b) { return a + b; });
 }
 template <class T>
 inline T largest(Vec<T> v) {
-  T most = v[0];
-  for (int i = 1; i < Simd<T>::width; ++i) most = v[i] > most ? v[i] : most;
-  return most;
+  return fold(v, [](auto a, auto b) { return b > a ? b : a; });
 }
 
 // 2^x for x <= 0, to 1e-7; exactly 0 below the smallest normal number, NaN for NaN. The polynomial is a minimax
@@ -141,7 +155,13 @@ inline uint16_t to_half(float x) {
 #endif
 }
 
-// line[0, n) = the n elements at p[offset], converted; up to the next whole vector the line is filled with -inf.
+// Fills a line of n up to the next whole vector with -inf.
+template <class T>
+inline void pad_line(T* line, int n) {
+  for (; n % Simd<T>::width; ++n) line[n] = -std::numeric_limits<T>::infinity();
+}
+
+// line[0, n) = the n elements at p[offset], converted and padded.
 template <class T>
 inline void read_line(const void* p, int64_t offset, DType dtype, int n, T* __restrict line) {
   int i = 0;
@@ -153,6 +173,16 @@ inline void read_line(const void* p, int64_t offset, DType dtype, int n, T* __re
     }
     case DType::f32: {
       const float* __restrict from = static_cast<const float*>(p) + offset;
+      if constexpr (sizeof(T) == 4) {
+        for (; i + Simd<T>::width <= n; i += Simd<T>::width) store(line + i, load_unaligned(from + i));
+#if defined(__AVX512F__)
+        if (i < n) {
+          const Vec<float> padding = splat(-std::numeric_limits<float>::infinity());
+          store(line + i, Vec<float>(_mm512_mask_loadu_ps(padding, (1u << (n - i)) - 1, from + i)));
+          return;
+        }
+#endif
+      }
       for (; i < n; ++i) line[i] = from[i];
       break;
     }
@@ -172,7 +202,7 @@ inline void read_line(const void* p, int64_t offset, DType dtype, int n, T* __re
       break;
     }
   }
-  for (; i % Simd<T>::width; ++i) line[i] = -std::numeric_limits<T>::infinity();
+  pad_line(line, n);
 }
 
 // The n elements at p[offset] = line[0, n), rounded to nearest even.
@@ -187,7 +217,10 @@ inline void write_line(void* p, int64_t offset, DType dtype, int n, const T* __r
     }
     case DType::f32: {
       float* __restrict to = static_cast<float*>(p) + offset;
-      for (; i < n; ++i) to[i] = static_cast<float>(line[i]);
+      if constexpr (sizeof(T) == 4)
+        std::memcpy(to, line, n * sizeof(T));
+      else
+        for (; i < n; ++i) to[i] = static_cast<float>(line[i]);
       break;
     }
     case DType::bf16: {
