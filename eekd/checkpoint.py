@@ -1,0 +1,179 @@
+"""State on disk: written whole or not at all, checked by SHA-256 when read, never unpickled."""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+NESTS = "state_dict", "model_state_dict", "model", "module", "net"  # where others keep their state_dict
+
+
+def write_atomic(path: str | Path, data: bytes) -> str:
+    """Write `data` so that a crash at any moment leaves the old file or the new one; return its SHA-256.
+
+    The bytes go to a hidden file beside `path`, reach the disk, and take the name in one step. Missing
+    folders are made. An error removes the hidden file; after a power cut the next write replaces it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # without it the new name may not survive a power cut
+    finally:
+        os.close(folder)
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_checked(path: str | Path, sha256: str | None = None) -> bytes:
+    """The bytes of a file, with this SHA-256 where one is given.
+
+    Raises FileNotFoundError where there is no such file, ValueError where the hash differs.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing or not a file")
+    data = path.read_bytes()
+    if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
+        raise ValueError(f"{path} was changed or damaged: its SHA-256 is {found}, wanted {sha256}")
+    return data
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal; FileNotFoundError where there is none."""
+    return hashlib.sha256(read_checked(path)).hexdigest()
+
+
+def write_json_atomic(path: str | Path, value) -> str:
+    """Write `value` as JSON like `write_atomic`; ValueError for NaN, infinities and what JSON lacks."""
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be written as JSON: {error}") from error
+    return write_atomic(path, text.encode() + b"\n")
+
+
+def read_json(path: str | Path):
+    """The value in a JSON file; ValueError where it is not JSON, or not strictly (NaN, Infinity)."""
+
+    def refuse(constant: str):
+        raise ValueError(f"{constant} is not a number")
+
+    data = read_checked(path)
+    try:
+        return json.loads(data, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor],
+                 metadata: Mapping[str, str] | None = None) -> str:
+    """Write named tensors as safetensors like `write_atomic`; return the file's SHA-256.
+
+    Tensors of any dtype, device and strides; those that share memory are each written in full. Raises
+    TypeError where an entry is not a dense tensor or a value of `metadata` not a string.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+            raise TypeError(f"{path}: entry {name!r} is {_kind(tensor)}, wanted a dense tensor with data")
+    metadata = dict(metadata or {})
+    for name, value in metadata.items():
+        if not isinstance(value, str):
+            raise TypeError(f"{path}: metadata {name!r} is {_kind(value)}, wanted a str")
+    copies = {name: tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
+              for name, tensor in tensors.items()}
+    return write_atomic(path, safetensors.torch.save(copies, metadata))
+
+
+def load_tensors(path: str | Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU; errors of `read_checked`, ValueError where damaged."""
+    data = read_checked(path, sha256)
+    try:
+        return safetensors.torch.load(data)
+    except Exception as error:  # damaged bytes make the reader raise whatever it stumbles over
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def load_weights(path: str | Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """The state_dict in a .safetensors file or, by any other ending, in a file of `torch.save`; on the CPU.
+
+    The latter is read with `weights_only=True`, so that nothing in it is run; the state_dict may lie in it
+    under "state_dict", "model_state_dict", "model", "module" or "net". Errors of `load_tensors`.
+    """
+    if Path(path).suffix == ".safetensors":
+        return load_tensors(path, sha256)
+    data = read_checked(path, sha256)
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} cannot be read as tensors without unpickling: {reason}") from error
+    state = content
+    for _ in NESTS:  # a file can nest without end
+        if isinstance(state, dict) and not _all_tensors(state):
+            state = next((state[key] for key in NESTS if isinstance(state.get(key), dict)), None)
+    if not isinstance(state, dict) or not state or not _all_tensors(state):
+        found = f"a dict of {_some(map(repr, content))}" if isinstance(content, dict) else _kind(content)
+        raise ValueError(f"{path} holds {found}, wanted a state_dict of tensors, alone or under "
+                         f"{', '.join(NESTS)}")
+    return state
+
+
+def bare_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with the bare model's names, without what torch.compile and DistributedDataParallel add."""
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+    while state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return state
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Copy `state` into `model`, both wrapped or not; ValueError, and nothing copied, where it does not fit.
+
+    It fits if it has the model's names, and for each the model's shape and kind of number. `source` is where
+    it came from, for the error.
+    """
+    state, own = bare_names(state), bare_names(model.state_dict())
+    both = [(name, state[name], own[name]) for name in own if name in state]
+    faults = {
+        "missing": [name for name in own if name not in state],
+        "unexpected": [name for name in state if name not in own],
+        "of another shape": [f"{name} {tuple(got.shape)}, wanted {tuple(want.shape)}"
+                             for name, got, want in both if got.shape != want.shape],
+        "of another kind": [f"{name} {got.dtype}, wanted {want.dtype}" for name, got, want in both
+                            if got.is_floating_point() != want.is_floating_point()],
+    }
+    if any(faults.values()):
+        reasons = "; ".join(f"{fault}: {_some(names)}" for fault, names in faults.items() if names)
+        raise ValueError(f"{source} does not fit this {type(model).__name__}: {reasons}")
+    model.load_state_dict({name: state[bare] for name, bare in zip(model.state_dict(), own, strict=True)})
+
+
+def _all_tensors(state: dict) -> bool:
+    return all(isinstance(value, Tensor) for value in state.values())
+
+
+def _kind(value) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.layout} tensor on {value.device}"
+    return f"a {type(value).__name__}"
+
+
+def _some(names) -> str:
+    names = list(names)
+    return ", ".join(names[:3] or ["nothing"]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,349 @@
+"""Snapshots of one training run: recorded as it goes, read back as M frozen teachers.
+
+The run's folder holds `snapshot-1.safetensors` … `snapshot-M.safetensors` and `manifest.json`:
+
+    {"format": 1, "spec": {…} or null, "schedule": [step, …],
+     "snapshots": [{"file": …, "sha256": …, "step": …, "metrics": {name: number or null}}, …]}
+
+`spec` holds the arguments of `eekd.models.build`, `schedule` the steps with which the M stages end,
+`snapshots` what has been recorded so far, in the same order. A step is one call of `SnapshotRecorder.step`.
+"""
+
+import copy
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from reprlib import repr  # a damaged file must not become a page of error
+
+import torch
+from torch import Tensor, distributed, nn
+
+from eekd import checkpoint
+from eekd.features import LastFeatures
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+class SnapshotRecorder:
+    """Saves a model at the end of each of M stages of its training, in anybody's loop.
+
+        recorder = SnapshotRecorder("runs/teacher", epochs=200)
+        for epoch in range(200):
+            ...
+            recorder.step(model)
+
+    Args:
+        directory: the run's folder, made if missing; FileExistsError where it already holds snapshots.
+        total_steps, epochs: how often `step` will be called: once per optimiser step, or once per epoch.
+        snapshots: M. Stage m ends with step total * m // M, so the M-th snapshot is the finished model.
+        schedule: "uniform", or the M steps themselves, rising to the last one (which then is the total).
+        spec: the arguments of `eekd.models.build`, from which `SnapshotEnsemble.load` rebuilds the model.
+        done: steps taken before, when a run is continued. Its snapshots up to there must be whole and agree
+            with schedule and spec (ValueError, FileNotFoundError); later ones are forgotten and made again.
+
+    DistributedDataParallel and torch.compile are seen through; of several processes, the first one writes.
+    Source: the teacher's "experience" of EEKD (arXiv 2202.12488).
+    """
+
+    def __init__(self, directory: str | Path, total_steps: int | None = None, *, epochs: int | None = None,
+                 snapshots: int = 5, schedule: str | Sequence[int] = "uniform", spec: dict | None = None,
+                 done: int = 0):
+        if total_steps is not None and epochs is not None:
+            raise ValueError("total_steps and epochs are both given, wanted one of them")
+        name, total = ("total_steps", total_steps) if epochs is None else ("epochs", epochs)
+        try:
+            spec = json.loads(json.dumps(spec, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"spec cannot be written as JSON: {error}") from error
+        if not isinstance(spec, dict | None):
+            raise TypeError(f"spec is a {type(spec).__name__}, wanted a dict or None")
+        self.directory = Path(directory)
+        self.schedule = _schedule(schedule, name, total, snapshots)
+        self.done = _integer("done", done, 0, self.schedule[-1])
+        self.manifest = {"format": FORMAT, "spec": spec, "schedule": self.schedule, "snapshots": []}
+        if _first_process():
+            self._write(self._recorded())
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last step has been taken."""
+        return self.done == self.schedule[-1]
+
+    def step(self, model: nn.Module, metrics: Mapping[str, float] | None = None) -> dict | None:
+        """Count one step; where a stage ends with it, save `model` and return the manifest's entry.
+
+        `metrics` are numbers to keep with the snapshot; NaN and infinities become null. RuntimeError past the
+        last step. An error leaves the step uncounted and the earlier snapshots as they are.
+        """
+        if self.complete:
+            raise RuntimeError(f"{self.directory}: step was called again after the last of {self.done} steps")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}, wanted an nn.Module")
+        step, entry = self.done + 1, None
+        if step in self.schedule and _first_process():
+            numbers = {name: _number(f"metrics[{name!r}]", value) for name, value in (metrics or {}).items()}
+            file = f"snapshot-{self.schedule.index(step) + 1}.safetensors"
+            sha256 = checkpoint.save_tensors(self.directory / file, checkpoint.bare_names(model.state_dict()))
+            entry = {"file": file, "sha256": sha256, "step": step, "metrics": numbers}
+            self._write([*self.manifest["snapshots"], entry])
+        self.done = step
+        return entry
+
+    def _write(self, entries: list[dict]) -> None:
+        manifest = {**self.manifest, "snapshots": entries}
+        checkpoint.write_json_atomic(self.directory / MANIFEST, manifest)
+        self.manifest = manifest
+
+    def _recorded(self) -> list[dict]:
+        """The snapshots up to `done`, all there and whole; for a new run none, in a folder without any."""
+        path = self.directory / MANIFEST
+        if not self.done:
+            listed = path.exists() and read_manifest(self.directory)["snapshots"]
+            if listed or any(self.directory.glob("snapshot-*.safetensors")):
+                raise FileExistsError(f"{self.directory} already holds snapshots: choose another directory, "
+                                      "or continue their run with done=")
+            return []
+        manifest = read_manifest(self.directory)
+        for key in ("schedule", "spec"):
+            if manifest[key] != self.manifest[key]:
+                raise ValueError(f"{path} has {key} {repr(manifest[key])}, wanted {repr(self.manifest[key])} "
+                                 "to continue its run")
+        kept = [entry for entry in manifest["snapshots"] if entry["step"] <= self.done]
+        steps = [entry["step"] for entry in kept]
+        if wanted := [step for step in self.schedule if step <= self.done and step not in steps]:
+            raise ValueError(f"{path} lists no snapshot of steps {wanted}, wanted all up to done={self.done}")
+        for entry in kept:
+            checkpoint.read_checked(self.directory / entry["file"], entry["sha256"])
+        return kept
+
+
+class SnapshotEnsemble(nn.Module):
+    """M frozen copies of trained models, asked together.
+
+        ensemble = SnapshotEnsemble.load("runs/teacher")
+        logits, features = ensemble(images)  # (M, B, C), (M, B, D)
+
+    The copies stay in eval mode and never take a gradient. They are kept out of nn.Module's sight: where the
+    ensemble is an attribute of a student, the student's parameters, state_dict and train() do not know them.
+    What moves or casts the student (`to`, `cuda`, `half`, channels_last) does reach them.
+
+    Args:
+        models: the trained nn.Modules (copied, so yours stay as they are), alike in C and D.
+        layer: the name of the layer whose input is the feature; None takes the last nn.Linear.
+
+    Attributes:
+        models: the M copies.
+        hashes: SHA-256 of the M files they came from, () for models from memory.
+    """
+
+    def __init__(self, models: Iterable[nn.Module], layer: str | None = None):
+        super().__init__()
+        if isinstance(models, nn.Module):
+            raise TypeError(f"models is one {type(models).__name__}, wanted a list of nn.Modules")
+        self.models = tuple(_frozen(model) for model in models)  # nn.Module does not look into tuples
+        if not self.models:
+            raise ValueError("models is empty, wanted at least one nn.Module")
+        self.hashes: tuple[str, ...] = ()
+        self._captures = tuple(LastFeatures(model, layer) for model in self.models)
+        self._memory: list[Tensor | None] = [None, None]  # of logits, of features
+
+    @classmethod
+    def load(cls, directory: str | Path, factory: Callable[[], nn.Module] | None = None,
+             device: str | torch.device = "cpu", which: Sequence[int] | None = None,
+             layer: str | None = None) -> "SnapshotEnsemble":
+        """The snapshots that a SnapshotRecorder left in `directory`, each file checked against its hash.
+
+        `factory()` makes the model; None builds it from the manifest's spec. (A spec may name a Python file,
+        which is then run: give a factory for folders you do not trust.) `which` picks snapshots by index, -1
+        the last; None takes all of a finished run. FileNotFoundError or ValueError names the file that is
+        missing, damaged, of another architecture, or the manifest of a run that has not ended.
+        """
+        manifest = read_manifest(directory)
+        path, entries, spec = Path(directory) / MANIFEST, manifest["snapshots"], manifest["spec"]
+        if which is None and len(entries) < (wanted := len(manifest["schedule"])):
+            raise ValueError(f"{path} lists {len(entries)} of {wanted} snapshots: let its run end, or pick "
+                             "some with which=")
+        if which is not None:
+            if not which or not all(-len(entries) <= index < len(entries) for index in which):
+                raise ValueError(f"which is {which!r}, wanted indices of {len(entries)} snapshots in {path}")
+            entries = [entries[index] for index in which]
+        if factory is None and spec is None:
+            raise ValueError(f"{path} names no architecture (its spec is null), wanted a factory")
+
+        def build() -> nn.Module:
+            from eekd import models
+
+            try:
+                return models.build(**spec)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path} has a spec that cannot be built: {error}") from error
+
+        files = [path.with_name(entry["file"]) for entry in entries]
+        hashes = [entry["sha256"] for entry in entries]
+        return cls.from_files(files, factory or build, device, layer, sha256=hashes)
+
+    @classmethod
+    def from_files(cls, paths: Sequence[str | Path], factory: Callable[[], nn.Module],
+                   device: str | torch.device = "cpu", layer: str | None = None, *,
+                   sha256: Sequence[str] | None = None) -> "SnapshotEnsemble":
+        """Anybody's checkpoints of the model that `factory()` makes: .safetensors or files of `torch.save`.
+
+        Nothing is unpickled; `eekd.checkpoint.load_weights` says where in a file the state_dict may lie.
+        `sha256` are the hashes that the files must have. Errors as in `load`.
+        """
+        if isinstance(paths, str | Path) or not paths:
+            raise ValueError(f"paths is {str(paths)!r}, wanted a list of at least one file")
+        if not callable(factory):
+            raise TypeError(f"factory is a {type(factory).__name__}, wanted a function giving an nn.Module")
+        hashes = tuple(map(checkpoint.sha256_of, paths) if sha256 is None else sha256)
+        if len(hashes) != len(paths):
+            raise ValueError(f"sha256 has {len(hashes)} hashes, wanted one for each of {len(paths)} paths")
+
+        def models():
+            model = factory()
+            if not isinstance(model, nn.Module):
+                raise TypeError(f"factory returned a {type(model).__name__}, wanted an nn.Module")
+            for path, digest in zip(paths, hashes, strict=True):
+                checkpoint.load_state(model, checkpoint.load_weights(path, digest), path)
+                yield model  # copied by the ensemble before the next file is read into it
+
+        ensemble = cls(models(), layer).to(device)
+        ensemble.hashes = hashes
+        return ensemble
+
+    def __len__(self) -> int:
+        return len(self.models)
+
+    @property
+    def feature_dim(self) -> int:
+        """D, the width of the features."""
+        return self._captures[0].dim
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """All snapshots' logits (M, B, C) and last features (M, B, D), in the dtypes that snapshot 0 returns.
+
+        Both are views of buffers that the next call overwrites: use or clone them before. The buffers grow
+        with the largest batch. ValueError where a snapshot differs in C or D.
+        """
+        for m, capture in enumerate(self._captures):
+            outputs = capture(x)
+            if m == 0:
+                self._memory = [*map(self._room, self._memory, outputs)]
+                views = [memory[:, : len(rows)] for memory, rows in zip(self._memory, outputs, strict=True)]
+            for name, rows, view in zip(("logits", "features"), outputs, views, strict=True):
+                if rows.shape != view.shape[1:]:  # copy_ would broadcast
+                    raise ValueError(f"snapshot {m} gave {name} of shape {tuple(rows.shape)}, wanted "
+                                     f"{tuple(view.shape[1:])} as from snapshot 0")
+                view[m].copy_(rows)
+        return tuple(views)
+
+    def train(self, mode: bool = True) -> "SnapshotEnsemble":
+        """Stay in eval mode, whatever `mode` is."""
+        return super().train(False)
+
+    def _room(self, memory: Tensor | None, rows: Tensor) -> Tensor:
+        """`memory` where M times `rows` (B, width) fit into it, else new memory."""
+        if rows.ndim != 2:
+            raise ValueError(f"a snapshot gave an output of shape {tuple(rows.shape)}, wanted (B, width)")
+        kind = rows.shape[1], rows.dtype, rows.device
+        fits = memory is not None and (memory.shape[2], memory.dtype, memory.device) == kind
+        if not fits or memory.shape[1] < len(rows):
+            with torch.inference_mode(False):  # born in inference mode, it could never serve training
+                memory = torch.empty(len(self), *rows.shape, dtype=rows.dtype, device=rows.device)
+        return memory
+
+    def _apply(self, fn, recurse=True):
+        for model in self.models:
+            model._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+
+def read_manifest(directory: str | Path) -> dict:
+    """The content of the manifest in `directory`, checked; FileNotFoundError or ValueError names the file."""
+    path = Path(directory) / MANIFEST
+    manifest = checkpoint.read_json(path)
+
+    def want(true: bool, reason: str) -> None:
+        if not true:
+            raise ValueError(f"{path} is not a manifest of snapshots: {reason}")
+
+    want(isinstance(manifest, dict), f"it is {repr(manifest)}, wanted an object")
+    missing = [key for key in ("format", "spec", "schedule", "snapshots") if key not in manifest]
+    want(not missing, f"it has no {', '.join(missing)}")
+    version, spec, schedule, entries = map(manifest.get, ("format", "spec", "schedule", "snapshots"))
+    want(type(version) is int and version == FORMAT, f"format is {repr(version)}, wanted {FORMAT}")
+    want(isinstance(spec, dict | None), f"spec is {repr(spec)}, wanted an object or null")
+    want(isinstance(schedule, list) and _rising(schedule),
+         f"schedule is {repr(schedule)}, wanted a list of rising steps")
+    want(isinstance(entries, list), f"snapshots is {repr(entries)}, wanted a list")
+    for m, entry in enumerate(entries):
+        want(isinstance(entry, dict), f"snapshot {m} is {repr(entry)}, wanted an object")
+        file, sha256, metrics = map(entry.get, ("file", "sha256", "metrics"))
+        want(isinstance(file, str) and re.fullmatch(r"\w[\w.-]*\.safetensors", file, re.ASCII) is not None,
+             f"file of snapshot {m} is {repr(file)}, wanted the name of a .safetensors file in this folder")
+        want(isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) is not None,
+             f"sha256 of snapshot {m} is {repr(sha256)}, wanted 64 hexadecimal digits")
+        want(isinstance(metrics, dict) and all(map(_finite, metrics.values())),
+             f"metrics of snapshot {m} are {repr(metrics)}, wanted an object of numbers or null")
+    steps, files = [entry.get("step") for entry in entries], [entry["file"] for entry in entries]
+    want(_rising(steps) and steps == schedule[: len(steps)],
+         f"snapshots are of steps {repr(steps)}, wanted the first of schedule {repr(schedule)}")
+    want(len(set(files)) == len(files), f"a file is listed twice in {repr(files)}")
+    return manifest
+
+
+def _schedule(schedule: str | Sequence[int], name: str, total: int | None, snapshots: int) -> list[int]:
+    """The steps with which the stages end."""
+    if total is not None:
+        _integer(name, total, 1)
+    if schedule == "uniform":
+        if total is None:
+            raise ValueError("total_steps and epochs are both missing, wanted one of them")
+        _integer("snapshots", snapshots, 1, total)
+        return [total * m // snapshots for m in range(1, snapshots + 1)]
+    steps = list(schedule) if isinstance(schedule, Sequence) else []
+    if not steps or not _rising(steps) or total not in (None, steps[-1]):
+        last = "" if total is None else f", the last one {name}={total}"
+        raise ValueError(f'schedule is {repr(schedule)}, wanted "uniform" or a list of rising steps{last}')
+    return steps
+
+
+def _rising(steps: list) -> bool:
+    """Whether steps are integers from 1 on, each above the one before."""
+    return all(type(step) is int for step in steps) and all(a < b for a, b in itertools.pairwise([0, *steps]))
+
+
+def _finite(value) -> bool:
+    return value is None or (type(value) in (int, float) and abs(value) < math.inf)
+
+
+def _integer(name: str, value: int, least: int, most: int | None = None) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{name} is {value!r}, wanted an int")
+    if value < least or (most is not None and value > most):
+        bounds = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} is {value}, wanted {bounds}")
+    return value
+
+
+def _number(name: str, value: float) -> float | None:
+    try:
+        value = float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} is {value!r}, wanted a number") from error
+    return value if math.isfinite(value) else None
+
+
+def _first_process() -> bool:
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"models holds a {type(model).__name__}, wanted nn.Modules")
+    return copy.deepcopy(model).eval().requires_grad_(False)

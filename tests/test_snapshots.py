@@ -1,0 +1,713 @@
+"""A run's snapshots: recorded in anybody's loop, checked when read, frozen whatever the student does."""
+
+import copy
+import json
+import math
+import string
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from eekd import checkpoint
+from eekd.models import build
+from eekd.snapshots import SnapshotEnsemble, SnapshotRecorder, _schedule, read_manifest
+
+SPEC = {"name": "resnet8_w4", "num_classes": 3, "in_channels": 1, "image_size": 8}
+HASH = "0123456789abcdef" * 4
+
+
+class Net(nn.Module):
+    """Three classes, features of width 5, and everything that makes a state_dict awkward."""
+
+    def __init__(self, classes=3, width=5):
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 4, 3, padding=1)
+        self.tied = nn.Conv2d(1, 4, 3)
+        self.tied.weight = self.convolution.weight
+        self.norm = nn.BatchNorm2d(4)
+        self.register_buffer("table", torch.arange(6).view(2, 3).t())
+        self.hidden = nn.Linear(4, width)
+        self.dropout = nn.Dropout()
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x):
+        return self.head(self.dropout(self.hidden(self.norm(self.convolution(x)).relu().mean((2, 3)))))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def images(device):
+    return torch.randn(4, 1, 8, 8, device=device)
+
+
+@pytest.fixture
+def nets():
+    nets = [Net() for _ in range(3)]
+    for net in nets:
+        net(torch.randn(8, 1, 8, 8))  # running statistics that tell eval from train
+    return nets
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run of 3 snapshots and its models."""
+    models = record(tmp_path / "run", [build(**SPEC) for _ in range(3)])
+    return tmp_path / "run", models
+
+
+def record(directory, models, spec=SPEC, **options):
+    recorder = SnapshotRecorder(directory, len(models), snapshots=len(models), spec=spec, **options)
+    for model in models:
+        assert recorder.step(model, {"accuracy": 0.5})
+    assert recorder.complete
+    return models
+
+
+def folder(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def edit(directory, change):
+    """Let `change` do what it likes to the content of the manifest in `directory`."""
+    path = directory / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def edited(change):
+    return lambda directory: edit(directory, change)
+
+
+def updated(**changes):
+    return edited(lambda manifest: manifest.update(changes))
+
+
+def lost(name):
+    return lambda directory: (directory / name).unlink()
+
+
+def filled(name, text):
+    return lambda directory: (directory / name).write_text(text)
+
+
+def last_lost(manifest):
+    manifest["snapshots"].pop()
+
+
+# recording
+
+
+@pytest.mark.parametrize("options, steps", [
+    ({"epochs": 200}, [40, 80, 120, 160, 200]),
+    ({"total_steps": 7, "snapshots": 3}, [2, 4, 7]),
+    ({"total_steps": 5}, [1, 2, 3, 4, 5]),
+    ({"total_steps": 4, "snapshots": 1}, [4]),
+    ({"schedule": [1, 5, 6]}, [1, 5, 6]),
+    ({"epochs": 6, "schedule": (2, 6)}, [2, 6]),
+    ({"schedule": range(2, 9, 2)}, [2, 4, 6, 8]),
+])
+def test_each_stage_ends_with_one_snapshot_and_the_last_with_the_run(tmp_path, options, steps):
+    recorder, model = SnapshotRecorder(tmp_path, **options), nn.Linear(1, 1)
+    entries = []
+    for step in range(1, steps[-1] + 1):
+        assert not recorder.complete
+        nn.init.constant_(model.weight, step)
+        entries += [entry] if (entry := recorder.step(model)) else []
+    assert recorder.complete and [entry["step"] for entry in entries] == steps
+    assert read_manifest(tmp_path)["snapshots"] == entries == recorder.manifest["snapshots"]
+    for entry in entries:
+        assert checkpoint.load_tensors(tmp_path / entry["file"], entry["sha256"])["weight"] == entry["step"]
+    names = [f"snapshot-{m}.safetensors" for m in range(1, len(steps) + 1)]
+    assert sorted(folder(tmp_path)) == ["manifest.json", *names]
+
+
+@given(st.integers(1, 64), st.integers(0, 10_000))
+def test_uniform_stages_are_equal_to_one_step(snapshots, more):
+    total = snapshots + more
+    steps = _schedule("uniform", "epochs", total, snapshots)
+    lengths = {later - earlier for earlier, later in zip([0, *steps], steps, strict=False)}
+    assert len(steps) == snapshots and steps[-1] == total
+    assert lengths <= {total // snapshots, -(-total // snapshots)} and min(lengths) > 0
+
+
+def test_manifest_says_everything(tmp_path):
+    recorder = SnapshotRecorder(tmp_path, epochs=2, snapshots=1, spec=SPEC)
+    empty = {"format": 1, "spec": SPEC, "schedule": [2], "snapshots": []}
+    assert json.loads((tmp_path / "manifest.json").read_text()) == empty
+    assert recorder.step(nn.Linear(1, 1), {"loss": 0.0}) is None
+    metrics = {"accuracy": torch.tensor(0.5), "epoch": 2, "loss": math.nan, "norm": math.inf}
+    entry = recorder.step(nn.Linear(1, 1), metrics)
+    assert entry["metrics"] == {"accuracy": 0.5, "epoch": 2, "loss": None, "norm": None}
+    assert json.loads((tmp_path / "manifest.json").read_text()) == {**empty, "snapshots": [entry]}
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda model: model,
+    torch.compile,
+    nn.DataParallel,
+    lambda model: torch.compile(nn.DataParallel(model)),
+])
+def test_wrappers_tied_weights_and_odd_buffers_are_recorded(tmp_path, device, wrap):
+    net = Net().to(device)
+    net.norm.num_batches_tracked += 7
+    record(tmp_path, [wrap(net)], spec=None)
+    state = checkpoint.load_tensors(tmp_path / "snapshot-1.safetensors")
+    assert state.keys() == net.state_dict().keys()
+    assert all(torch.equal(state[name], tensor.cpu()) for name, tensor in net.state_dict().items())
+    copy = SnapshotEnsemble.load(tmp_path, Net).models[0]
+    assert copy.tied.weight is copy.convolution.weight and copy.norm.num_batches_tracked == 7
+
+
+def test_distributed_models_are_recorded_by_the_first_process_only(tmp_path, monkeypatch):
+    distributed = torch.distributed
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        net = nn.parallel.DistributedDataParallel(Net())
+        record(tmp_path / "first", [net], spec=None)
+        monkeypatch.setattr(distributed, "get_rank", lambda: 1)
+        second = SnapshotRecorder(tmp_path / "second", 1, snapshots=1)
+        assert second.step(net) is None and second.complete
+    finally:
+        distributed.destroy_process_group()
+    assert len(SnapshotEnsemble.load(tmp_path / "first", Net)) == 1
+    assert not (tmp_path / "second").exists()
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("arguments, error, message", [
+    ({}, ValueError, "total_steps and epochs are both missing"),
+    ({"total_steps": 10, "epochs": 10}, ValueError, "total_steps and epochs are both given"),
+    ({"total_steps": 4}, ValueError, "snapshots is 5, wanted from 1 to 4"),
+    ({"epochs": 4, "snapshots": 0}, ValueError, "snapshots is 0, wanted from 1 to 4"),
+    ({"epochs": 4, "snapshots": 2.0}, TypeError, "snapshots is 2.0, wanted an int"),
+    ({"epochs": 4, "snapshots": True}, TypeError, "snapshots is True, wanted an int"),
+    ({"epochs": 0}, ValueError, "epochs is 0, wanted at least 1"),
+    ({"total_steps": -3}, ValueError, "total_steps is -3, wanted at least 1"),
+    ({"total_steps": 10.0}, TypeError, "total_steps is 10.0, wanted an int"),
+    ({"epochs": "10"}, TypeError, "epochs is '10', wanted an int"),
+    ({"epochs": 10, "schedule": "cosine"}, ValueError, "schedule is 'cosine', wanted \"uniform\" or a list"),
+    ({"epochs": 10, "schedule": []}, ValueError, r"schedule is \[\], wanted"),
+    ({"epochs": 10, "schedule": [5, 9]}, ValueError, r"schedule is \[5, 9\], .* epochs=10"),
+    ({"epochs": 10, "schedule": [5, 5, 10]}, ValueError, "wanted .* rising steps"),
+    ({"epochs": 10, "schedule": [6, 5, 10]}, ValueError, "wanted .* rising steps"),
+    ({"schedule": [0, 10]}, ValueError, "wanted .* rising steps"),
+    ({"schedule": [2.5, 10]}, ValueError, "wanted .* rising steps"),
+    ({"schedule": 3}, ValueError, "schedule is 3, wanted"),
+    ({"schedule": None, "epochs": 5}, ValueError, "schedule is None, wanted"),
+    ({"epochs": 10, "spec": "resnet20"}, TypeError, "spec is a str, wanted a dict"),
+    ({"epochs": 10, "spec": {"layer": nn.Linear}}, TypeError, "spec cannot be written as JSON"),
+    ({"epochs": 10, "spec": {"rate": math.nan}}, TypeError, "spec cannot be written as JSON"),
+    ({"epochs": 10, "done": 11}, ValueError, "done is 11, wanted from 0 to 10"),
+    ({"epochs": 10, "done": -1}, ValueError, "done is -1, wanted from 0 to 10"),
+    ({"epochs": 10, "done": None}, TypeError, "done is None, wanted an int"),
+    ({"epochs": 10, "done": 1}, FileNotFoundError, "manifest.json is missing"),
+])
+def test_recorder_refuses(tmp_path, arguments, error, message):
+    with pytest.raises(error, match=message):
+        SnapshotRecorder(tmp_path / "run", **arguments)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("model, metrics, error, message", [
+    ({}, None, TypeError, "model is a dict, wanted an nn.Module"),
+    (None, None, TypeError, "model is a NoneType, wanted an nn.Module"),
+    (nn.Linear(1, 1), {"loss": "low"}, TypeError, r"metrics\['loss'\] is 'low', wanted a number"),
+    (nn.Linear(1, 1), {"loss": torch.ones(2)}, TypeError, r"metrics\['loss'\] is tensor"),
+    (nn.Linear(1, 1, device="meta"), None, TypeError, "snapshot-1.safetensors: entry 'weight' .* meta"),
+])
+def test_step_refuses_and_counts_nothing(tmp_path, model, metrics, error, message):
+    recorder = SnapshotRecorder(tmp_path, 1, snapshots=1)
+    before = folder(tmp_path)
+    with pytest.raises(error, match=message):
+        recorder.step(model, metrics)
+    assert folder(tmp_path) == before and not recorder.complete
+    assert recorder.step(nn.Linear(1, 1))["step"] == 1
+
+
+@pytest.mark.bad_input
+def test_a_step_past_the_last_is_an_error(tmp_path):
+    record(tmp_path, [nn.Linear(1, 1)])
+    with pytest.raises(RuntimeError, match="step was called again after the last of 1 steps"):
+        SnapshotRecorder(tmp_path, 1, snapshots=1, spec=SPEC, done=1).step(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("failing", ["save_tensors", "write_json_atomic"])
+def test_a_failed_save_can_be_tried_again(tmp_path, monkeypatch, failing):
+    recorder = SnapshotRecorder(tmp_path, 2, snapshots=2)
+    recorder.step(nn.Linear(1, 1))
+    manifest = read_manifest(tmp_path)
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(checkpoint, failing, fail)
+        recorder.step(nn.Linear(1, 1))
+    assert read_manifest(tmp_path) == manifest == recorder.manifest
+    assert recorder.step(nn.Linear(1, 1))["step"] == 2 and len(read_manifest(tmp_path)["snapshots"]) == 2
+
+
+# continuing
+
+
+def test_a_run_continues_after_a_crash_and_makes_later_snapshots_again(tmp_path):
+    models = [nn.Linear(2, 2) for _ in range(6)]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for directory in (whole, broken):
+        recorder = SnapshotRecorder(directory, 6, snapshots=3, spec=SPEC)
+        for model in models if directory == whole else models[:4]:
+            recorder.step(model)
+    recorder = SnapshotRecorder(broken, 6, snapshots=3, spec=SPEC, done=3)
+    assert [entry["step"] for entry in read_manifest(broken)["snapshots"]] == [2]
+    for model in models[3:]:
+        recorder.step(model)
+    assert recorder.complete and folder(broken) == folder(whole)
+
+
+def test_a_run_that_has_recorded_nothing_may_start_again(tmp_path):
+    SnapshotRecorder(tmp_path, epochs=10)
+    assert len(record(tmp_path, [nn.Linear(1, 1)])) == 1
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("prepare", [
+    lambda path: None,
+    lost("manifest.json"),
+    updated(snapshots=[]),
+    lambda path: [file.unlink() for file in path.glob("snapshot-*")],
+])
+def test_a_run_is_not_overwritten(run, prepare):
+    path, _ = run
+    prepare(path)
+    before = folder(path)
+    with pytest.raises(FileExistsError, match="run already holds snapshots: choose another directory"):
+        SnapshotRecorder(path, 3, snapshots=3, spec=SPEC)
+    assert folder(path) == before
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("options, prepare, error, message", [
+    ({"total_steps": 4}, None, ValueError, r"manifest.json has schedule \[1, 2, 3\], wanted \[1, 2, 4\]"),
+    ({"spec": None}, None, ValueError, "manifest.json has spec .*, wanted None to continue"),
+    ({"spec": {**SPEC, "num_classes": 4}}, None, ValueError, "manifest.json has spec"),
+    ({}, edited(last_lost), ValueError, r"manifest.json lists no snapshot of steps \[3\]"),
+    ({}, lost("snapshot-2.safetensors"), FileNotFoundError, "snapshot-2.safetensors is missing"),
+    ({}, filled("snapshot-2.safetensors", ""), ValueError, "snapshot-2.safetensors was changed"),
+    ({}, lost("manifest.json"), FileNotFoundError, "manifest.json is missing"),
+    ({}, filled("manifest.json", "{"), ValueError, "manifest.json is not JSON"),
+    ({"done": 0}, filled("manifest.json", "{}"), ValueError, "manifest.json .* it has no format"),
+])
+def test_only_the_same_run_is_continued(run, options, prepare, error, message):
+    path, _ = run
+    if prepare:
+        prepare(path)
+    before = folder(path)
+    with pytest.raises(error, match=message):
+        SnapshotRecorder(path, **{"total_steps": 3, "snapshots": 3, "spec": SPEC, "done": 3, **options})
+    assert folder(path) == before
+
+
+# the manifest
+
+
+def manifest_of(**changes):
+    files = ["snapshot-1.safetensors", "snapshot-2.safetensors"]
+    entries = [{"file": file, "sha256": HASH, "step": step, "metrics": {"x": 1.0}}
+               for step, file in enumerate(files, 1)]
+    return {"format": 1, "spec": SPEC, "schedule": [1, 2, 3], "snapshots": entries, **changes}
+
+
+def entries_with(**changes):
+    first, second = manifest_of()["snapshots"]
+    return {"snapshots": [first, {**second, **changes}]}
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("content, reason", [
+    ([], r"it is \[\], wanted an object"),
+    (None, "it is None, wanted an object"),
+    ({}, "it has no format, spec, schedule, snapshots"),
+    ({"format": 1, "spec": None}, "it has no schedule, snapshots"),
+    (manifest_of(format=2), "format is 2, wanted 1"),
+    (manifest_of(format="1"), "format is '1', wanted 1"),
+    (manifest_of(format=True), "format is True, wanted 1"),
+    (manifest_of(spec="resnet20"), "spec is 'resnet20', wanted an object"),
+    (manifest_of(schedule=3), "schedule is 3, wanted a list"),
+    (manifest_of(schedule=[2, 1]), r"schedule is \[2, 1\], wanted a list of rising steps"),
+    (manifest_of(schedule=["1"]), "wanted a list of rising steps"),
+    (manifest_of(schedule=[1]), r"snapshots are of steps \[1, 2\], wanted the first of schedule \[1\]"),
+    (manifest_of(snapshots={}), "snapshots is {}, wanted a list"),
+    (manifest_of(snapshots=[1]), "snapshot 0 is 1, wanted an object"),
+    (manifest_of(snapshots=[{}]), "file of snapshot 0 is None"),
+    (manifest_of(**entries_with(file="../snapshot-2.safetensors")), "in this folder"),
+    (manifest_of(**entries_with(file="/etc/snapshot-2.safetensors")), "in this folder"),
+    (manifest_of(**entries_with(file="sub/snapshot-2.safetensors")), "in this folder"),
+    (manifest_of(**entries_with(file="..\\snapshot-2.safetensors")), "in this folder"),
+    (manifest_of(**entries_with(file="snapshot\0.safetensors")), "in this folder"),
+    (manifest_of(**entries_with(file="snapshot-2.pt")), "wanted the name of a .safetensors file"),
+    (manifest_of(**entries_with(file="snapshot-2.safetensors\n")), "in this folder"),
+    (manifest_of(**entries_with(file=2)), "file of snapshot 1 is 2"),
+    (manifest_of(**entries_with(file="snapshot-1.safetensors")), "a file is listed twice"),
+    (manifest_of(**entries_with(sha256=HASH[:-1])), "sha256 of snapshot 1 is '0123"),
+    (manifest_of(**entries_with(sha256=HASH.upper())), "wanted 64 hexadecimal digits"),
+    (manifest_of(**entries_with(sha256=None)), "sha256 of snapshot 1 is None"),
+    (manifest_of(**entries_with(step=1)), r"snapshots are of steps \[1, 1\]"),
+    (manifest_of(**entries_with(step=3)), r"snapshots are of steps \[1, 3\]"),
+    (manifest_of(**entries_with(step=2.0)), r"snapshots are of steps \[1, 2.0\]"),
+    (manifest_of(**entries_with(step=None)), r"snapshots are of steps \[1, None\]"),
+    (manifest_of(**entries_with(metrics=None)), "metrics of snapshot 1 are None"),
+    (manifest_of(**entries_with(metrics={"loss": "low"})), "metrics of snapshot 1 are {'loss': 'low'}"),
+])
+def test_what_is_no_manifest_is_named(tmp_path, content, reason):
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"manifest.json is not a manifest of snapshots: .*{reason}"):
+        read_manifest(tmp_path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("a.safetensors"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+KEYS = [("format",), ("spec",), ("schedule",), ("snapshots",), ("schedule", 1), ("snapshots", 1)]
+KEYS += [("snapshots", 1, key) for key in ("file", "sha256", "step", "metrics")]
+KEYS += [("snapshots", 1, "metrics", "x")]
+
+
+def check_reading(directory, data):
+    """Whatever the file holds: a manifest that keeps its promises, or a ValueError that names it."""
+    (directory / "manifest.json").write_bytes(data)
+    try:
+        manifest = read_manifest(directory)
+    except ValueError as error:
+        message = str(error)
+        assert message.startswith(f"{directory}/manifest.json") and len(message) < 1000 and "\n" not in message
+        return
+    steps = [entry["step"] for entry in manifest["snapshots"]]
+    assert manifest["format"] == 1 and steps == sorted(set(steps)) == manifest["schedule"][: len(steps)]
+    for entry in manifest["snapshots"]:
+        assert (directory / entry["file"]).parent == directory and "/" not in entry["file"]
+        assert len(entry["sha256"]) == 64 and set(entry["sha256"]) <= set(string.hexdigits)
+    checkpoint.write_json_atomic(directory / "again.json", manifest)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("manifests")
+
+
+@given(st.binary() | st.text().map(str.encode) | JSON.map(json.dumps).map(str.encode))
+def test_any_file_is_a_manifest_or_an_error(scratch, data):
+    check_reading(scratch, data)
+
+
+@given(st.sampled_from(KEYS), JSON)
+def test_any_value_in_a_manifest_is_sound_or_an_error(scratch, keys, value):
+    manifest = inner = manifest_of()
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    check_reading(scratch, json.dumps(manifest).encode())
+
+
+@given(st.integers(0), st.integers(0, 7))
+def test_any_flipped_bit_of_a_manifest_is_sound_or_an_error(scratch, position, bit):
+    data = bytearray(json.dumps(manifest_of()).encode())
+    data[position % len(data)] ^= 1 << bit
+    check_reading(scratch, bytes(data))
+
+
+# loading
+
+
+def test_a_run_comes_back_as_it_was(run, images, device):
+    path, models = run
+    ensemble = SnapshotEnsemble.load(path, device=device)
+    assert len(ensemble) == 3 and ensemble.feature_dim == 16
+    assert ensemble.hashes == tuple(map(checkpoint.sha256_of, sorted(path.glob("snapshot-*"))))
+    logits, features = ensemble(images)
+    for m, model in enumerate(models):
+        torch.testing.assert_close(logits[m], model.to(device).eval()(images))
+    assert features.shape == (3, 4, 16)
+
+
+@pytest.mark.parametrize("which", [[0, 2], [-1], (1,), range(2)])
+def test_some_snapshots_can_be_picked(run, which):
+    path, models = run
+    ensemble = SnapshotEnsemble.load(path, which=which)
+    assert len(ensemble) == len(which)
+    for model, index in zip(ensemble.models, which, strict=True):
+        assert torch.equal(next(model.parameters()), next(models[index].parameters()))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("which", [[], [3], [-4], [0, 9]])
+def test_which_must_be_there(run, which):
+    with pytest.raises(ValueError, match=r"which is \[.*\], wanted indices of 3 snapshots in .*json"):
+        SnapshotEnsemble.load(run[0], which=which)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("position", [0, 31, 63])
+def test_a_flipped_hash_is_seen(run, position):
+    def flip(manifest):
+        digits = list(manifest["snapshots"][1]["sha256"])
+        digits[position] = f"{int(digits[position], 16) ^ 1:x}"
+        manifest["snapshots"][1]["sha256"] = "".join(digits)
+
+    edit(run[0], flip)
+    with pytest.raises(ValueError, match="snapshot-2.safetensors was changed or damaged"):
+        SnapshotEnsemble.load(run[0])
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("where", [0, 0.01, 0.2, 0.9, -1])  # the header's length, the header, the tensors
+def test_a_flipped_bit_is_seen(run, where):
+    path = run[0] / "snapshot-3.safetensors"
+    data = bytearray(path.read_bytes())
+    data[int(where * len(data)) if where >= 0 else -1] ^= 8
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="snapshot-3.safetensors was changed or damaged"):
+        SnapshotEnsemble.load(run[0])
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("prepare, options, error, message", [
+    (lost("snapshot-2.safetensors"), {}, FileNotFoundError, "snapshot-2.safetensors is missing"),
+    (filled("snapshot-2.safetensors", "x" * 9), {}, ValueError, "snapshot-2.safetensors was changed"),
+    (lost("manifest.json"), {}, FileNotFoundError, "manifest.json is missing"),
+    (edited(last_lost), {}, ValueError, "manifest.json lists 2 of 3 snapshots: let its run end"),
+    (updated(spec=None), {}, ValueError, "manifest.json names no architecture .* wanted a factory"),
+    (updated(spec={}), {}, ValueError, "manifest.json has a spec that cannot be built"),
+    (updated(spec={**SPEC, "name": "resnet9"}), {}, ValueError, "manifest.json has a spec that cannot be"),
+    (updated(spec={**SPEC, "num_classes": 7}), {}, ValueError,
+     r"snapshot-1.safetensors does not fit this \w+: of another shape: .* \(3, 16\), wanted \(7, 16\)"),
+    (None, {"factory": Net}, ValueError, "snapshot-1.safetensors does not fit this Net: missing: .*; unex"),
+    (None, {"factory": "resnet20"}, TypeError, "factory is a str"),
+    (None, {"factory": dict}, TypeError, "factory returned a dict, wanted an nn.Module"),
+    (None, {"layer": "nowhere"}, ValueError, "nowhere"),
+])
+def test_load_refuses(run, prepare, options, error, message):
+    if prepare:
+        prepare(run[0])
+    before = folder(run[0])
+    with pytest.raises(error, match=message):
+        SnapshotEnsemble.load(run[0], **options)
+    assert folder(run[0]) == before
+
+
+@pytest.mark.bad_input
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.manifest.json is missing"):
+        SnapshotEnsemble.load(tmp_path / "nowhere")
+
+
+def test_an_unfinished_run_gives_the_snapshots_one_asks_for(run):
+    edit(run[0], last_lost)
+    assert len(SnapshotEnsemble.load(run[0], which=[0, 1])) == 2
+
+
+def test_anybodys_files_are_loaded(tmp_path, nets, images, device):
+    paths = [tmp_path / name for name in ("a.safetensors", "b.pt", "c.pth")]
+    checkpoint.save_tensors(paths[0], nets[0].state_dict())
+    torch.save({"state_dict": nn.DataParallel(nets[1]).state_dict(), "epoch": 3}, paths[1])
+    torch.save({"model": nets[2].state_dict()}, paths[2])
+    ensemble = SnapshotEnsemble.from_files(paths, Net, device)
+    logits, _ = ensemble(images)
+    for m, net in enumerate(nets):
+        torch.testing.assert_close(logits[m], net.to(device).eval()(images))
+    assert ensemble.hashes == tuple(map(checkpoint.sha256_of, paths))
+    again = SnapshotEnsemble.from_files([str(path) for path in paths], Net, sha256=ensemble.hashes)
+    assert again.hashes == ensemble.hashes
+
+
+def test_one_model_may_serve_as_the_factory(tmp_path, nets, images):
+    paths = [tmp_path / "a.pt", tmp_path / "b.pt"]
+    for net, path in zip(nets, paths, strict=False):
+        torch.save(net.state_dict(), path)
+    scratch = Net().to(images.device)
+    logits, _ = SnapshotEnsemble.from_files(paths, lambda: scratch, images.device)(images)
+    assert not torch.equal(logits[0], logits[1]) and scratch.training and scratch.head.weight.requires_grad
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("paths, options, error, message", [
+    ("a.pt", {}, ValueError, "paths is 'a.pt', wanted a list"),
+    (Path("a.pt"), {}, ValueError, "paths is 'a.pt', wanted a list"),
+    ([], {}, ValueError, r"paths is '\[\]', wanted a list of at least one"),
+    (["nowhere.pt"], {}, FileNotFoundError, "nowhere.pt is missing"),
+    (["a.pt"], {"sha256": [HASH]}, ValueError, "a.pt was changed or damaged"),
+    (["a.pt"], {"sha256": [HASH, HASH]}, ValueError, "sha256 has 2 hashes, wanted one for each"),
+    (["a.pt"], {"factory": None}, TypeError, "factory is a NoneType"),
+    (["a.pt"], {"factory": lambda: Net(classes=4)}, ValueError, "a.pt does not fit this Net"),
+])
+def test_from_files_refuses(tmp_path, monkeypatch, paths, options, error, message):
+    monkeypatch.chdir(tmp_path)
+    torch.save(Net().state_dict(), "a.pt")
+    with pytest.raises(error, match=message):
+        SnapshotEnsemble.from_files(paths, **{"factory": Net, **options})
+
+
+# the ensemble
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("models, error, message", [
+    ([], ValueError, "models is empty"),
+    (Net(), TypeError, "models is one Net, wanted a list"),
+    (nn.Sequential(nn.Linear(1, 1)), TypeError, "models is one Sequential, wanted a list"),
+    ([Net(), "net"], TypeError, "models holds a str, wanted nn.Modules"),
+    ([nn.Conv2d(1, 1, 1)], ValueError, "Linear"),
+])
+def test_ensemble_refuses(models, error, message):
+    with pytest.raises(error, match=message):
+        SnapshotEnsemble(models)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("other, outputs", [
+    ({"classes": 4}, r"logits of shape \(2, 4\), wanted \(2, 3\)"),
+    ({"classes": 1}, r"logits of shape \(2, 1\), wanted \(2, 3\)"),
+    ({"width": 6}, r"features of shape \(2, 6\), wanted \(2, 5\)"),
+])
+def test_snapshots_must_agree(other, outputs):
+    with pytest.raises(ValueError, match=f"snapshot 1 gave {outputs} as from snapshot 0"):
+        SnapshotEnsemble([Net(), Net(**other)])(torch.randn(2, 1, 8, 8))
+
+
+@pytest.mark.bad_input
+def test_outputs_must_be_rows():
+    sequence = nn.Sequential(nn.Linear(5, 3), nn.Unflatten(0, (2, 1)), nn.Softmax(-1))
+    with pytest.raises(ValueError, match=r"a snapshot gave an output of shape \(2, 1, 3\), wanted"):
+        SnapshotEnsemble([sequence])(torch.randn(2, 5))
+
+
+class Student(nn.Module):
+    def __init__(self, teacher):
+        super().__init__()
+        self.body = nn.Linear(3, 3)
+        self.teacher = teacher
+        self.teachers = nn.ModuleList([teacher])
+
+
+def test_copies_stay_frozen_whatever_the_student_does(nets, images):
+    ensemble = SnapshotEnsemble(nets).to(images.device)
+    student = Student(ensemble).to(images.device)
+    expected = ensemble(images)[0].clone()
+    student.train().requires_grad_(True)
+    student.apply(lambda module: module.train())
+    ensemble.train()
+    assert not ensemble.training
+    for model in ensemble.models:
+        assert not any(module.training for module in model.modules())
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    logits, features = ensemble(images)
+    assert torch.equal(logits, expected) and not logits.requires_grad and not features.requires_grad
+    assert all(model.norm.num_batches_tracked == 1 for model in ensemble.models)
+
+
+def test_a_student_does_not_carry_its_teacher(nets):
+    student = Student(SnapshotEnsemble(nets))
+    names = ["body.weight", "body.bias"]
+    assert list(student.state_dict()) == names == [name for name, _ in student.named_parameters()]
+    assert not list(student.teacher.parameters()) and not list(student.teacher.buffers())
+    student.load_state_dict(nn.ModuleDict({"body": nn.Linear(3, 3)}).state_dict())
+
+
+def test_given_models_stay_as_they_are(nets, images):
+    ensemble = SnapshotEnsemble(nets).to(images.device)
+    before = ensemble(images)[0].clone()
+    assert all(net.training and net.head.weight.requires_grad for net in nets)
+    nn.init.zeros_(nets[0].head.weight)
+    assert torch.equal(ensemble(images)[0], before)
+
+
+def test_what_moves_the_student_moves_the_copies(nets, images):
+    student = Student(SnapshotEnsemble(nets))
+    student.to(images.device, torch.float64).to(memory_format=torch.channels_last)
+    logits, features = student.teacher(images.double().to(memory_format=torch.channels_last))
+    assert logits.device == images.device and logits.dtype == features.dtype == torch.float64
+    for m, net in enumerate(nets):
+        assert student.teacher.models[m].convolution.weight.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(logits[m], net.to(images.device).double().eval()(images.double()))
+
+
+def test_a_copied_ensemble_is_whole_and_separate(nets, images):
+    ensemble = SnapshotEnsemble(nets).to(images.device)
+    logits, _ = ensemble(images)
+    twin = copy.deepcopy(ensemble)
+    nn.init.zeros_(ensemble.models[0].head.weight)
+    expected = logits.clone()
+    assert torch.equal(twin(images)[0], expected) and twin.feature_dim == 5
+
+
+def test_features_are_the_input_of_the_last_linear_or_of_the_named_layer(nets, images):
+    nets = [net.to(images.device).eval() for net in nets]
+    logits, features = SnapshotEnsemble(nets)(images)
+    for m, net in enumerate(nets):
+        torch.testing.assert_close(net.head(features[m]), logits[m])
+    logits, features = SnapshotEnsemble(nets, layer="hidden")(images)
+    assert features.shape == (3, 4, 4)
+    torch.testing.assert_close(nets[2].head(nets[2].hidden(features[2])), logits[2])
+
+
+def test_memory_is_used_again_sliced_and_grown(nets, images):
+    ensemble = SnapshotEnsemble(nets).to(images.device)
+    first = ensemble(images)
+    pointers = [output.data_ptr() for output in first]
+    smaller = ensemble(images[:2])
+    assert [output.data_ptr() for output in smaller] == pointers
+    assert [output.shape for output in smaller] == [(3, 2, 3), (3, 2, 5)]
+    assert all(output.stride(-1) == 1 for output in smaller)
+    expected = [output.clone() for output in smaller]
+    larger = ensemble(images.repeat(2, 1, 1, 1))
+    assert larger[0].shape == (3, 8, 3) and larger[0].data_ptr() != pointers[0]
+    for output, rows in zip(larger, expected, strict=True):
+        torch.testing.assert_close(output[:, :2], rows)
+        torch.testing.assert_close(output[:, 4:6], rows)
+    assert ensemble(images)[0].data_ptr() == larger[0].data_ptr()
+    assert ensemble(images[:0])[0].shape == (3, 0, 3)
+
+
+def test_autocast_gives_its_dtype_and_leaving_it_gives_the_old_one(nets, images):
+    ensemble = SnapshotEnsemble(nets).to(images.device)
+    with torch.autocast(images.device.type, torch.bfloat16):
+        low = ensemble(images)[0].clone()
+    full = ensemble(images)[0]
+    assert low.dtype == torch.bfloat16 and full.dtype == torch.float32
+    torch.testing.assert_close(low.float(), full, atol=0.05, rtol=0.05)
+
+
+def test_memory_born_in_inference_mode_serves_training(nets, images):
+    ensemble = SnapshotEnsemble(nets).to(images.device)
+    with torch.inference_mode():
+        ensemble(images)
+    logits, _ = ensemble(images)
+    student = torch.randn(4, 3, device=images.device, requires_grad=True)
+    (student * logits).sum().backward()
+    torch.testing.assert_close(student.grad, logits.sum(0))
+
+
+def test_a_loss_of_an_overwritten_batch_is_an_error_not_a_wrong_gradient(nets, images):
+    ensemble = SnapshotEnsemble(nets).to(images.device)
+    student = torch.randn(4, 3, device=images.device, requires_grad=True)
+    loss = (student * ensemble(images)[0]).sum()
+    ensemble(images)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_an_image_that_wants_a_gradient_gets_none_from_the_teacher(nets, images):
+    outputs = SnapshotEnsemble(nets).to(images.device)(images.requires_grad_())
+    assert not any(output.requires_grad for output in outputs)
