@@ -38,15 +38,12 @@ class LastFeatures:
             raise ValueError(f"layer must name a linear layer, got {self.layer!r}, a {type(module).__name__}")
         self.dim = weight.shape[1]
         self._classes = weight.shape[0] if layer is None else None  # a named layer need not be the classifier
-        self._input: Tensor | None = None
-        module.register_forward_pre_hook(self._keep)
-
-    def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._input = inputs[0]
+        self._tap = _Tap()
+        module.register_forward_pre_hook(self._tap)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         output = self.model(x)
-        logits, features, self._input = getattr(output, "logits", output), self._input, None
+        logits, features, self._tap.input = getattr(output, "logits", output), self._tap.input, None
         if features is None:
             raise RuntimeError(
                 f"the model's forward did not run {self.layer!r}; name another layer by layer=, or make "
@@ -61,6 +58,18 @@ class LastFeatures:
         if features.shape[1] != self.dim:
             raise ValueError(f"{self.layer!r} must have {self.dim} inputs a sample, got {features.shape[1]}")
         return logits, features
+
+
+class _Tap:
+    """The hook: keeps a layer's input, and is copied and pickled empty when the model it sits in is."""
+
+    input: Tensor | None = None
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.input = inputs[0]
+
+    def __reduce__(self):
+        return _Tap, ()
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -18,11 +18,11 @@ class EEKDLoss(nn.Module):
     Weighting "attention" learns w by a SnapshotAttention of the given sizes (`student_dim`, `snapshot_dim`,
     `embed_dim`, `normalize`, `scale`): optimise this module's parameters with the student's. It learns by
     `attention_objective`: "label", the likelihood of the true label under the target p, then a constant in
-    L, or "kl", L itself. `detach_query` keeps that gradient from the student's features. The other weightings
-    are those of `log_weights`. `fusion` "logit" averages logits in place of probabilities.
+    L, or "kl", L itself. `detach_query` keeps its gradient from the student's features. `log_weights` defines
+    the other weightings. `fusion` "logit" averages logits in place of probabilities.
 
-    forward takes student_logits (B, C); snapshot_logits (M, B, C), or a list of M (B, C); labels (B,), or None
-    for pure distillation; and for "attention" student_features (B, student_dim) and snapshot_features
+    forward takes student_logits (B, C); snapshot_logits (M, B, C), or a list of M (B, C); labels (B,), or
+    None for pure distillation; and for "attention" student_features (B, student_dim) and snapshot_features
     (M, B, snapshot_dim). It gives `(loss, measurements)`. The loss, a mean over the rows whose label is not
     `ignore_index`, is all there is to backpropagate: L, and with objective "label" the attention's own loss.
     The measurements are detached and stay on the device: "loss" is L alone, to compare weightings by;

@@ -1,6 +1,7 @@
 """Last features of any classifier, wrapped or not, with their gradient."""
 
 import copy
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from eekd.features import LastFeatures
 class Net(nn.Module):
     """Defines its classifier before its body, and has a trap for whoever takes the last module."""
 
-    def __init__(self, early=False, wrap=lambda logits: logits):
+    def __init__(self, early=False, wrap=None):
         super().__init__()
         head, body = nn.Linear(8, 3), nn.Linear(5, 8)
         if early:
@@ -26,7 +27,8 @@ class Net(nn.Module):
         self.wrap = wrap
 
     def forward(self, x):
-        return self.wrap(self.last(self.head(relu(self.body(x)))))
+        logits = self.last(self.head(relu(self.body(x))))
+        return self.wrap(logits) if self.wrap else logits
 
 
 def expected(net, x):
@@ -69,12 +71,15 @@ def test_a_named_layer_may_be_any_linear_one(net, x):
     assert torch.equal(capture(x)[1], x)
 
 
-def test_a_copy_of_the_model_is_independent(net, x):
-    LastFeatures(net)
-    twin = copy.deepcopy(net)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_a_copy_of_the_model_is_independent(net, x, copied):
+    LastFeatures(torch.compile(net, backend="eager"))
+    capture = LastFeatures(net)
+    net(x)  # leaves features with their graph, which cannot be copied, in the hook
+    twin = copied(net)
     with torch.no_grad():
         twin.body.weight.zero_()
-    check(LastFeatures(net), net, x)
+    check(capture, net, x)
     check(LastFeatures(twin), twin, x)
 
 
@@ -83,7 +88,7 @@ def test_leaves_the_state_and_nothing_alive(net, x):
     capture = LastFeatures(net)
     capture(x)
     assert list(net.state_dict()) == before
-    assert capture._input is None
+    assert capture._tap.input is None
 
 
 @pytest.mark.parametrize("layer", [None, "head"])

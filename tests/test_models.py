@@ -54,6 +54,16 @@ def test_adapts_to_channels_and_image_size(name, in_channels, image_size):
         assert model(torch.empty(2, in_channels, image_size, image_size)).shape == (2, 7)
 
 
+@pytest.mark.parametrize("name, relus", [
+    ("resnet20", 1 + 9 * 2), ("ResNet50", 1 + 16 * 3), ("wrn_16_2", 6 * 2 + 1), ("vgg13", 10),
+    ("MobileNetV2", 1 + 17 * 2 + 1), ("ShuffleNetV1", 1 + 16 * 3), ("ShuffleNetV2", 1 + 3 * 3 + 13 * 2 + 1),
+])
+def test_has_as_many_relus_as_the_benchmark(name, relus):
+    with torch.device("meta"):
+        model = models.build(name, num_classes=10)
+    assert sum(isinstance(m, nn.ReLU) for m in model.modules()) == relus
+
+
 # Pixels left before the mean: the resolution at which each family works, as in the benchmark.
 @pytest.mark.parametrize("name, size, left", [
     ("resnet20", 32, 8), ("resnet8x4", 32, 8), ("ResNet50", 32, 4), ("wrn_16_2", 32, 8),
