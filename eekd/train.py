@@ -29,8 +29,8 @@ TITLES = {"ce": "CE only", "last": "KD (last)", "attention": "EEKD (attention)"}
 class Flags:
     """Trains a teacher, keeps its snapshots and distils students.
 
-    The first word "teacher" trains the teacher only; "student --teacher RUN" only students, of the teacher of an
-    earlier run.
+    The first word "teacher" trains the teacher only; "student --teacher RUN" students only, from the teacher
+    of an earlier run.
     """
 
     preset: str | None = None  # start from these settings (None: digits)
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str]) -> Flags:
-    """The flags of a command line; ValueError, or SystemExit by tyro, with what is wrong and the nearest right."""
+    """The flags of a command line; ValueError or tyro's SystemExit says what is wrong and what is near it."""
     command = argv[0] if argv and not argv[0].startswith("-") else None
     if command not in (None, "teacher", "student"):
         raise ValueError(f"{command!r} is no command{nearest(command, ('teacher', 'student'))}")
@@ -94,7 +94,7 @@ def parse(argv: list[str]) -> Flags:
 
 
 def _start(start: Start) -> Config:
-    """The settings that the flags override: a preset's, a file's or those of the run that gives the teacher."""
+    """The settings that flags override: a preset's, a file's, or those of the run that gives the teacher."""
     if start.preset and start.config:
         raise ValueError("give --preset or --config, not both")
     settings = Config.load(start.config) if start.config else preset(start.preset or "digits")
@@ -115,9 +115,12 @@ def _literals() -> ConstructorRegistry:
         if get_origin(info.type) is not Literal:
             return None
         return PrimitiveConstructorSpec(
-            nargs=1, metavar="{" + ",".join(get_args(info.type)) + "}", instance_from_str=lambda words: words[0],
-            is_instance=lambda value: isinstance(value, str), str_from_instance=lambda value: [value],
-        )  # fmt: skip
+            nargs=1,
+            metavar="{" + ",".join(get_args(info.type)) + "}",
+            instance_from_str=lambda words: words[0],
+            is_instance=lambda value: isinstance(value, str),
+            str_from_instance=lambda value: [value],
+        )
 
     return registry
 
@@ -130,8 +133,8 @@ class Display:
         text = progress.TextColumn
         self.bars = progress.Progress(
             text("{task.description}"), progress.BarColumn(), text("{task.fields[state]}"),
-            progress.TimeElapsedColumn(), text("of"), progress.TimeRemainingColumn(elapsed_when_finished=True),
-            console=console, disable=not console.is_terminal,
+            progress.TimeElapsedColumn(), progress.TimeRemainingColumn(), console=console,
+            disable=not console.is_terminal,
         )  # fmt: skip
         self.tasks: dict[str, progress.TaskID] = {}
 
@@ -156,33 +159,33 @@ class Display:
 def _plan(session: Session) -> Table:
     data, rows = session.data, plan(session)
     table = _table(
-        "phase", "network", "parameters", "epochs", "steps", "memory", "disk",
-        title=f"{data.name} on {session.device}: {len(data.train):,} training, {len(data.val):,} validation and "
-              f"{len(data.test):,} test images, {data.channels} x {data.image_size} x {data.image_size}",
-        caption=f"estimates; disk in all {_size(sum(row['disk'] for row in rows))}",
-    )  # fmt: skip
+        ("phase", "network", "parameters", "epochs", "steps", "memory", "disk"),
+        f"{data.name}, {data.channels} x {data.image_size} x {data.image_size}: {len(data.train):,} images "
+        f"to train on, {len(data.val):,} to validate, {len(data.test):,} to test",
+    )
     for row in rows:
-        table.add_row(TITLES.get(row["name"], row["name"]), row["model"], f"{row['parameters']:,}",
-                      str(row["epochs"]), f"{row['steps']:,}", _size(row["memory"]), _size(row["disk"]))  # fmt: skip
+        numbers = f"{row['parameters']:,}", str(row["epochs"]), f"{row['steps']:,}"
+        sizes = _size(row["memory"]), _size(row["disk"])
+        table.add_row(TITLES.get(row["name"], row["name"]), row["model"], *numbers, *sizes)
     return table
 
 
 def _results(rows: list[dict]) -> Table:
-    table = _table("", "network", "parameters", "epoch", "val %", "test %", "gain", "s/epoch",
-                   caption="gain over CE in points of test accuracy")  # fmt: skip
+    columns = "", "network", "parameters", "epoch", "val %", "test %", "gain", "s/epoch"
+    table = _table(columns, "gain over CE in points of test accuracy")
     for row in rows:
         gain, seconds = row["gain"], row["seconds_per_epoch"]
         table.add_row(
             TITLES.get(row["name"], row["name"]), row["model"], f"{row['parameters']:,}", str(row["epochs"]),
-            f"{row['val_accuracy']:.2%}"[:-1], f"{row['test_accuracy']:.2%}"[:-1],
+            f"{100 * row['val_accuracy']:.2f}", f"{100 * row['test_accuracy']:.2f}",
             "" if gain is None or row["name"] == "ce" else f"{100 * gain:+.2f}",
             "" if seconds is None else f"{seconds:.2f}", end_section=row["kind"] in ("teacher", "ensemble"),
         )  # fmt: skip
     return table
 
 
-def _table(*columns: str, **options) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left", caption_justify="left", **options)
+def _table(columns: tuple[str, ...], caption: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
     return table

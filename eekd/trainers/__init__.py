@@ -5,13 +5,11 @@ import json
 import time
 from pathlib import Path
 
-import torch
-
 from eekd import models
 from eekd.checkpoint import read_json, write_json_atomic
 from eekd.config import Config
 from eekd.features import LastFeatures
-from eekd.snapshots import read_manifest
+from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.trainers.folder import FORMAT, new_folder, summary_writer, write_settings
 from eekd.trainers.loop import Progress, Session, quiet
 from eekd.trainers.student import train_student
@@ -22,9 +20,9 @@ __all__ = ["Session", "prepare", "train", "train_student", "train_teacher"]
 
 def train(config: Config, out: str | Path | None = None, *, session: Session | None = None,
           progress: Progress = quiet) -> Path:
-    """Trains the teacher and then every student, and returns the run folder, described in eekd.trainers.folder.
+    """Trains the teacher and then every student; returns the run folder, described in eekd.trainers.folder.
 
-    With config.teacher_run no teacher is trained, without config.students no student. Whatever is wrong with the
+    With config.teacher_run no teacher is trained, without config.students no student. What is wrong with the
     settings is raised by `prepare`, before anything is written; FileExistsError where `out` holds anything.
     """
     start, session = time.perf_counter(), session or prepare(config)
@@ -36,27 +34,31 @@ def train(config: Config, out: str | Path | None = None, *, session: Session | N
         teacher = Path(config.teacher_run, "teacher")
     else:
         train_teacher(config, teacher, session=session, progress=progress)
-    for weighting in config.students:
-        train_student(config, teacher, weighting, run / "students" / weighting, session=session, progress=progress)
-    rows = table(teacher, [run / "students" / weighting for weighting in config.students])
-    write_json_atomic(run / "summary.json", {"format": FORMAT, "seconds": time.perf_counter() - start, "rows": rows})
+    students = {weighting: run / "students" / weighting for weighting in config.students}
+    for weighting, folder in students.items():
+        train_student(config, teacher, weighting, folder, session=session, progress=progress)
+    rows, seconds = table(teacher, list(students.values())), time.perf_counter() - start
+    write_json_atomic(run / "summary.json", {"format": FORMAT, "seconds": seconds, "rows": rows})
     return run
 
 
 def prepare(config: Config) -> Session:
-    """Loads the data and finds whatever would stop the run later: names, classes, a teacher that does not fit."""
-    if config.teacher_run:
-        config = dataclasses.replace(config, teacher=Config.load(Path(config.teacher_run, "config.json")).teacher)
+    """Loads the data and finds what would stop the run later: an unknown name, a teacher that does not fit.
+
+    The teacher's settings become those of config.teacher_run, where there is one.
+    """
+    earlier = Path(config.teacher_run) if config.teacher_run else None
+    if earlier:
+        config = dataclasses.replace(config, teacher=Config.load(earlier / "config.json").teacher)
     if config.tensorboard:
         summary_writer()
     session = Session(config)
     for phase in (config.teacher, config.student):
         LastFeatures(models.build(**session.spec(phase)))
-    if config.teacher_run:
-        manifest = read_manifest(Path(config.teacher_run, "teacher"))
-        taught = read_json(Path(config.teacher_run, "environment.json"))["data"]["fingerprint"]
-        if manifest["spec"] != session.spec(config.teacher) or taught != session.data.fingerprint:
-            raise ValueError(f"teacher_run {config.teacher_run} was trained on other data than {config.data} here")
+    if earlier:
+        if read_json(earlier / "environment.json")["data"]["fingerprint"] != session.data.fingerprint:
+            raise ValueError(f"teacher_run {earlier} was trained on other images than {config.data}")
+        SnapshotEnsemble.load(earlier / "teacher")
     return session
 
 
@@ -79,17 +81,17 @@ def table(teacher: Path, students: list[Path]) -> list[dict]:
     records = [read_json(folder / "student.json") for folder in students]
     alone = next((record["test"]["accuracy"] for record in records if record["weighting"] == "ce"), None)
     for folder, record in zip(students, records, strict=True):
-        accuracy = record["test"]["accuracy"]
+        spec, accuracy = record["spec"], record["test"]["accuracy"]
         rows.append(_row(
-            "student", record["weighting"], model=record["spec"]["name"], parameters=parameters(record["spec"]),
+            "student", record["weighting"], model=spec["name"], parameters=parameters(spec),
             epochs=len(_rows(folder)), val_accuracy=record["val"]["accuracy"], test_accuracy=accuracy,
             gain=None if alone is None else accuracy - alone, seconds_per_epoch=record["seconds_per_epoch"],
         ))  # fmt: skip
     return rows
 
 
-def _row(kind: str, name: str, *, gain: float | None = None, seconds_per_epoch: float | None = None, **rest) -> dict:
-    return {"kind": kind, "name": name, **rest, "gain": gain, "seconds_per_epoch": seconds_per_epoch}
+def _row(kind: str, name: str, **known) -> dict:
+    return {"kind": kind, "name": name, "gain": None, "seconds_per_epoch": None} | known
 
 
 def _rows(folder: Path) -> list[dict]:
@@ -98,5 +100,4 @@ def _rows(folder: Path) -> list[dict]:
 
 def parameters(spec: dict) -> int:
     """How many numbers a network of this architecture learns."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in models.build(**spec).parameters())
+    return sum(p.numel() for p in models.build(**spec).parameters())

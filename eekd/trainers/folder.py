@@ -1,7 +1,7 @@
 """The run folder: what lies in it, and how it is written.
 
     RUN/
-      config.json             every setting of the run (eekd.config.Config); --config RUN/config.json runs it again
+      config.json             every setting (eekd.config.Config): --config RUN/config.json runs it again
       environment.json        format, command, commit, versions, device, threads, started, data
                               (data: name, fingerprint, classes, train, val, test: the last three are counts)
       summary.json            format, seconds, rows: the final table (below); absent until the run has ended
@@ -16,11 +16,11 @@
         metrics.jsonl metrics.csv
       **/events.out.tfevents.*           TensorBoard events, only when asked for
 
-metrics.jsonl has one object per epoch; metrics.csv the same, a list spread over columns (weights_1, weights_2, ...):
+metrics.jsonl has one object per epoch; metrics.csv the same, a list spread over columns (weights_1, ...):
 
     epoch, step             from 1; optimiser steps taken so far
     lr                      at the last step of the epoch
-    train_loss              cross-entropy, or alpha CE + (1 - alpha) temperature^2 KL, without the attention's loss
+    train_loss              cross-entropy, or alpha CE + (1 - alpha) temperature^2 KL without the attention's
     train_accuracy          of the network in training mode, on augmented images
     val_loss, val_accuracy  cross-entropy and accuracy on the validation images
     seconds                 of training in the epoch, validation left out
@@ -33,22 +33,23 @@ and for a student with snapshots also:
     weights                 list of M: mean weight of each snapshot in training
     weight_entropy          mean over samples of the entropy of the weights, in nats (uniform: log M)
     train_attention_loss    -log p_y of the fused target at the student's temperature
-    val_target_nll, val_target_nll_uniform   the same on validation images, under these weights and under 1/M each
+    val_target_nll, val_target_nll_uniform   the same on validation images, under these weights and under 1/M
     val_kd_loss, val_kd_loss_uniform         alpha CE + (1 - alpha) temperature^2 KL to either target
 
-snapshots.json holds {"val": DIAGNOSIS, "test": DIAGNOSIS}; a DIAGNOSIS has `members`, a list of M + 1 objects
-(the snapshots in order, then their ensemble: the uniform mean of probabilities), each with `name`, `accuracy`,
-`nll`, `ece` and `reliability` (lists `confidence`, `accuracy`, `count` over 15 equal bins of confidence;
-null where a bin is empty), all at temperature 1, and `disagreement`: M x M, the fraction of images on which two
-snapshots predict different classes.
+snapshots.json: format, val and test, each with `members`, a list of M + 1 objects (the snapshots in order,
+then their ensemble: the uniform mean of probabilities) of `name`, `accuracy`, `nll`, `ece` and `reliability`
+(lists `confidence`, `accuracy` and `count` over 15 equal bins of the confidence, null where a bin is empty),
+all at temperature 1, and with `disagreement`, M x M: the fraction of images on which two snapshots predict
+different classes.
 
-student.json: format, weighting, spec (eekd.models.build), file, sha256, attention_sha256 or null, loss (settings),
-seed, commit, val and test ({loss, accuracy}), seconds_per_epoch, teacher: null for ce, or run, spec and
-snapshots (file, sha256, step of each snapshot that taught).
+student.json: format, weighting, spec (of eekd.models.build), file, sha256, attention_sha256 (or null), loss
+(its settings), weights (at the end, or null), seed, commit, val and test (loss, accuracy), seconds_per_epoch,
+and teacher: null for ce, else run (relative to this folder), spec, and snapshots: file, sha256 and step of
+each that taught.
 
-A row of summary.json: kind (teacher | snapshot | ensemble | student), name, model, parameters, epochs,
-val_accuracy, test_accuracy, gain (over the ce student, test accuracy; null where there is none or for other
-kinds), seconds_per_epoch (null for snapshots and the ensemble). Accuracies are fractions.
+A row of summary.json: kind (teacher | snapshot | ensemble | student), name (a student's is its weighting),
+model, parameters, epochs, val_accuracy, test_accuracy, gain (of a student over the ce student in test
+accuracy, else null) and seconds_per_epoch (null for snapshots and ensemble). Accuracies are fractions of 1.
 
 Test images are touched once, at the end of a phase, and what is reported is the last epoch.
 """
@@ -89,7 +90,8 @@ class Log:
         self.rows.append(row)
         flat = {}
         for name, value in row.items():
-            flat |= {f"{name}_{i}": v for i, v in enumerate(value, 1)} if isinstance(value, list) else {name: value}
+            several = value if isinstance(value, list) else None
+            flat |= {f"{name}_{i}": v for i, v in enumerate(several, 1)} if several else {name: value}
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
         with open(self.folder / "metrics.csv", "a", newline="") as file:
@@ -119,7 +121,7 @@ def summary_writer() -> type:
 
 
 def new_folder(out: str | Path | None, name: str) -> Path:
-    """Makes the folder `out`, or the first free runs/NAME-1, -2, ...; FileExistsError where `out` holds anything."""
+    """Makes the folder `out`, or the first free runs/NAME-1, -2, ...; FileExistsError if it is not empty."""
     if out is not None:
         out = Path(out)
         if out.is_file() or out.is_dir() and any(out.iterdir()):
@@ -156,10 +158,11 @@ def write_settings(run: Path, config: Config, data: ImageData, device: torch.dev
 
 
 def commit() -> str | None:
-    """The git commit that this code runs from, with "-dirty" where files differ from it; None outside a checkout."""
-    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The git commit of this code, with "-dirty" where files differ from it; None outside a checkout."""
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

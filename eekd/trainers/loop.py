@@ -19,11 +19,11 @@ from eekd.trainers.folder import Log
 
 CHECK = 50  # look at the loss every so many steps: each look makes the GPU wait
 
-Progress = Callable[[str, int, int, dict], None]  # name of the phase, steps done, steps in all, what is known so far
+Progress = Callable[[str, int, int, dict], object]  # phase, steps done, steps in all, what is known so far
 
 
-def quiet(name: str, done: int, total: int, known: dict) -> None:
-    """The progress display that shows nothing."""
+def quiet(phase: str, done: int, total: int, known: dict) -> None:
+    """Shows no progress."""
 
 
 class Session:
@@ -58,7 +58,7 @@ class Session:
         return models.build(**self.spec(phase)).to(self.device, memory_format=self.layout)
 
     def loader(self, split: str, phase: Phase, train: bool = False) -> Loader:
-        """Batches of one split; with `train` shuffled and augmented, and never a last batch of one (batch norm)."""
+        """Batches of a split; to train on: shuffled, augmented and never a last batch of one (batch norm)."""
         images = getattr(self.data, split)
         augment = self.data.augment if self.config.augment == "auto" else self.config.augment
         return Loader(
@@ -76,12 +76,13 @@ class Session:
         return torch.compile(network) if self.config.compile else network
 
 
-def fit(name: str, session: Session, phase: Phase, trained: nn.Module, objective: Callable, validate: Callable,
-        folder: Path, progress: Progress, after_epoch: Callable[[dict], object] = lambda row: None) -> list[dict]:
+def fit(name: str, session: Session, phase: Phase, trained: nn.Module, objective: Callable,
+        validate: Callable, folder: Path, progress: Progress,
+        after_epoch: Callable[[dict], object] = dict) -> list[dict]:  # fmt: skip
     """Trains for phase.epochs epochs and returns the rows of metrics.jsonl.
 
-    objective(batch, clock) gives what to minimise and detached measurements, validate() the validation entries of a row,
-    and after_epoch(row) is called when an epoch is complete. FloatingPointError where the loss is not finite.
+    objective(batch, clock) gives what to minimise and detached measurements, validate() the val_ entries of a
+    row; after_epoch(row) is called when an epoch is complete. FloatingPointError if the loss is not finite.
     """
     config, device = session.config, session.device
     loader, log = session.loader("train", phase, train=True), Log(folder, config.tensorboard)
@@ -107,17 +108,15 @@ def fit(name: str, session: Session, phase: Phase, trained: nn.Module, objective
             if step % CHECK == 0 or step % len(loader) == 0:
                 running = means["loss"]
                 if not math.isfinite(running):
-                    raise FloatingPointError(
-                        f"{name}: the loss is {running} in epoch {epoch + 1} of {phase.epochs} at learning rate "
-                        f"{lr:.3g}; try a lower lr or precision fp32"
-                    )
+                    what = f"the loss became {running} in epoch {epoch + 1} at learning rate {lr:.3g}"
+                    raise FloatingPointError(f"{name}: {what}; try a lower lr or precision fp32")
             progress(name, step, total, {"epoch": epoch + 1, "epochs": phase.epochs, "train_loss": running})
         seconds = time.perf_counter() - start
         row = {"epoch": epoch + 1, "step": step, "lr": lr}
         row |= {_TRAIN.get(key, key): value for key, value in means.all().items()}
         row |= validate()
-        row |= {"seconds": seconds, "seconds_teacher": clock.seconds("teacher"),
-                "seconds_forward": clock.seconds("forward"), "seconds_backward": clock.seconds("backward")}  # fmt: skip
+        row |= {"seconds": seconds}
+        row |= {f"seconds_{part}": clock.seconds(part) for part in ("teacher", "forward", "backward")}
         log.write(row)
         after_epoch(row)
         progress(name, step, total, row | {"epochs": phase.epochs})
@@ -127,22 +126,26 @@ def fit(name: str, session: Session, phase: Phase, trained: nn.Module, objective
 _TRAIN = {"loss": "train_loss", "accuracy": "train_accuracy", "attention_loss": "train_attention_loss"}
 
 
-def classify(session: Session, network: Callable) -> Callable:
-    """The objective without a teacher: cross-entropy."""
+def classify(session: Session, network: nn.Module, val: Loader) -> tuple[Callable, Callable]:
+    """Objective and validation without a teacher: cross-entropy."""
+    compiled = session.compiled(network)
 
     def objective(batch, clock):
         with clock("forward"):
-            logits = session.run(network, batch.images)
-        measured = scores(logits, batch.labels)
-        return measured["loss"], {name: mean.detach() for name, mean in measured.items()}
+            logits = session.run(compiled, batch.images)
+        with clock("backward"):
+            loss = F.cross_entropy(logits.float(), batch.labels)
+        return loss, {"loss": loss.detach(), "accuracy": accuracy(logits, batch.labels)}
 
-    return objective
+    def validate():
+        return {f"val_{name}": mean for name, mean in evaluate(session, network, val).items()}
+
+    return objective, validate
 
 
-def scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy and accuracy of (B, C) logits, as means over the batch."""
-    right = logits.argmax(1) == labels
-    return {"loss": F.cross_entropy(logits.float(), labels), "accuracy": right.float().mean()}
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Fraction of (B, C) logits that are highest at the label."""
+    return (logits.argmax(1) == labels).double().mean()
 
 
 @torch.no_grad()
@@ -150,8 +153,9 @@ def evaluate(session: Session, network: nn.Module, loader: Loader) -> dict[str, 
     """Mean cross-entropy and accuracy on all images of the loader."""
     network.eval()
     means = Means()
-    for batch in loader:
-        means.add(len(batch.labels), **scores(session.run(network, batch.images), batch.labels))
+    for images, labels, _ in loader:
+        logits = session.run(network, images).float()
+        means.add(len(labels), loss=F.cross_entropy(logits, labels), accuracy=accuracy(logits, labels))
     return means.all()
 
 
@@ -168,7 +172,8 @@ def learning_rate(phase: Phase, step: int, total: int) -> float:
 
 
 def _optimizer(phase: Phase, trained: nn.Module) -> torch.optim.Optimizer:
-    options = dict(lr=phase.lr, weight_decay=phase.weight_decay, fused=True)  # fused: no host sync under GradScaler
+    # fused: the one that GradScaler steps without asking the GPU for the gradients' state
+    options = dict(lr=phase.lr, weight_decay=phase.weight_decay, fused=True)
     if phase.optimizer == "adamw":
         return torch.optim.AdamW(trained.parameters(), **options)
     return torch.optim.SGD(trained.parameters(), momentum=0.9, nesterov=phase.nesterov, **options)
@@ -195,7 +200,7 @@ class Means:
 
 
 class Clock:
-    """Seconds spent in named stretches of code: by CUDA events, read at the end, or by the wall clock on a CPU."""
+    """Seconds spent in named stretches of code: by CUDA events, read at the end, or by the clock of a CPU."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"

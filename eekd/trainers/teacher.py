@@ -9,7 +9,8 @@ from eekd.checkpoint import write_json_atomic
 from eekd.config import Config
 from eekd.data import Loader
 from eekd.snapshots import SnapshotEnsemble, SnapshotRecorder
-from eekd.trainers.loop import Progress, Session, classify, evaluate, fit, quiet
+from eekd.trainers.folder import FORMAT
+from eekd.trainers.loop import Progress, Session, classify, fit, quiet
 
 BINS = 15
 
@@ -23,19 +24,16 @@ def train_teacher(config: Config, folder: str | Path, *, session: Session | None
     """
     folder, session, phase = Path(folder), session or Session(config), config.teacher
     model = session.network(phase, 2 * config.seed)
-    recorder = SnapshotRecorder(folder, epochs=phase.epochs, snapshots=phase.snapshots, spec=session.spec(phase))
-    val = session.loader("val", phase)
+    spec, val = session.spec(phase), session.loader("val", phase)
+    recorder = SnapshotRecorder(folder, epochs=phase.epochs, snapshots=phase.snapshots, spec=spec)
 
-    def validate() -> dict:
-        return {f"val_{name}": value for name, value in evaluate(session, model, val).items()}
-
-    def after_epoch(row: dict) -> None:
+    def record(row: dict) -> None:
         recorder.step(model, {name: row[name] for name in ("train_loss", "val_loss", "val_accuracy")})
 
-    fit("teacher", session, phase, model, classify(session, session.compiled(model)), validate, folder, progress,
-        after_epoch)
-    ensemble = SnapshotEnsemble.load(folder, device=session.device)
+    fit("teacher", session, phase, model, *classify(session, model, val), folder, progress, record)
+    ensemble = SnapshotEnsemble.load(folder, device=session.device).to(memory_format=session.layout)
     known = {split: diagnose(session, ensemble, session.loader(split, phase)) for split in ("val", "test")}
+    known = {"format": FORMAT} | known
     write_json_atomic(folder / "snapshots.json", known)
     return known
 
@@ -49,18 +47,17 @@ def diagnose(session: Session, ensemble: SnapshotEnsemble, loader: Loader) -> di
     """
     m, device = len(ensemble), session.device
     likelihood = torch.zeros(m + 1, dtype=torch.float64, device=device)
-    bins = torch.zeros(3, m + 1, BINS, dtype=torch.float64, device=device)  # sums of confidence, hits and ones
+    bins = torch.zeros(3, m + 1, BINS, dtype=torch.float64, device=device)  # sums of confidence, hits, ones
     differ = torch.zeros(m, m, dtype=torch.int64, device=device)
-    for batch in loader:
-        logits, _ = session.run(ensemble, batch.images)
+    for images, labels, _ in loader:
+        logits, _ = session.run(ensemble, images)
         each = logits.double().log_softmax(-1)
         both = torch.cat([each, each.logsumexp(0, keepdim=True) - math.log(m)])  # (M + 1, B, C)
-        labels = batch.labels.expand(m + 1, -1)
-        likelihood += both.gather(2, labels[..., None]).sum((1, 2))
+        likelihood += both[:, torch.arange(len(labels)), labels].sum(1)
         confidence, predicted = both.exp().max(-1)
         place = (confidence * BINS).long().clamp_(max=BINS - 1)
-        for sums, values in zip(bins, (confidence, predicted == labels, torch.ones_like(confidence)), strict=True):
-            sums.scatter_add_(1, place, values.double())
+        values = torch.stack([confidence, (predicted == labels).double(), torch.ones_like(confidence)])
+        bins.scatter_add_(2, place.expand(3, -1, -1), values)
         differ += (predicted[:m, None] != predicted[None, :m]).sum(-1)
     count = bins[2].sum(1)
     accuracy, ece = bins[1].sum(1) / count, (bins[1] - bins[0]).abs().sum(1) / count
