@@ -50,7 +50,7 @@ def read_checked(path: str | Path, sha256: str | None = None) -> bytes:
         raise FileNotFoundError(f"{path} is missing or not a file")
     data = path.read_bytes()
     if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
-        raise ValueError(f"{path} was changed or damaged: its SHA-256 is {found}, wanted {sha256}")
+        raise ValueError(f"{path} was changed or damaged: its SHA-256 must be {sha256}, got {found}")
     return data
 
 
@@ -90,11 +90,11 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor],
     """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-            raise TypeError(f"{path}: entry {name!r} is {_kind(tensor)}, wanted a dense tensor with data")
+            raise TypeError(f"{path}: {name!r} must be a dense tensor with data, got {_kind(tensor)}")
     metadata = dict(metadata or {})
     for name, value in metadata.items():
         if not isinstance(value, str):
-            raise TypeError(f"{path}: metadata {name!r} is {_kind(value)}, wanted a str")
+            raise TypeError(f"{path}: metadata {name!r} must be a str, got {_kind(value)}")
     copies = {name: tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
               for name, tensor in tensors.items()}
     return write_atomic(path, safetensors.torch.save(copies, metadata))
@@ -129,8 +129,8 @@ def load_weights(path: str | Path, sha256: str | None = None) -> dict[str, Tenso
             state = next((state[key] for key in NESTS if isinstance(state.get(key), dict)), None)
     if not isinstance(state, dict) or not state or not _all_tensors(state):
         found = f"a dict of {_some(map(repr, content))}" if isinstance(content, dict) else _kind(content)
-        raise ValueError(f"{path} holds {found}, wanted a state_dict of tensors, alone or under "
-                         f"{', '.join(NESTS)}")
+        raise ValueError(f"{path} must hold a state_dict of tensors, alone or under {', '.join(NESTS)}; "
+                         f"got {found}")
     return state
 
 
@@ -153,9 +153,9 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str | Path
     faults = {
         "missing": [name for name in own if name not in state],
         "unexpected": [name for name in state if name not in own],
-        "of another shape": [f"{name} {tuple(got.shape)}, wanted {tuple(want.shape)}"
+        "of another shape": [f"{name} {tuple(got.shape)} for {tuple(want.shape)}"
                              for name, got, want in both if got.shape != want.shape],
-        "of another kind": [f"{name} {got.dtype}, wanted {want.dtype}" for name, got, want in both
+        "of another kind": [f"{name} {got.dtype} for {want.dtype}" for name, got, want in both
                             if got.is_floating_point() != want.is_floating_point()],
     }
     if any(faults.values()):

@@ -53,14 +53,14 @@ class SnapshotRecorder:
                  snapshots: int = 5, schedule: str | Sequence[int] = "uniform", spec: dict | None = None,
                  done: int = 0):
         if total_steps is not None and epochs is not None:
-            raise ValueError("total_steps and epochs are both given, wanted one of them")
+            raise ValueError("give total_steps or epochs, not both")
         name, total = ("total_steps", total_steps) if epochs is None else ("epochs", epochs)
         try:
             spec = json.loads(json.dumps(spec, allow_nan=False))
         except (TypeError, ValueError) as error:
-            raise TypeError(f"spec cannot be written as JSON: {error}") from error
+            raise TypeError(f"spec must be a dict that JSON can hold: {error}") from error
         if not isinstance(spec, dict | None):
-            raise TypeError(f"spec is a {type(spec).__name__}, wanted a dict or None")
+            raise TypeError(f"spec must be a dict or None, got {type(spec).__name__}")
         self.directory = Path(directory)
         self.schedule = _schedule(schedule, name, total, snapshots)
         self.done = _integer("done", done, 0, self.schedule[-1])
@@ -82,7 +82,7 @@ class SnapshotRecorder:
         if self.complete:
             raise RuntimeError(f"{self.directory}: step was called again after the last of {self.done} steps")
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}, wanted an nn.Module")
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         step, entry = self.done + 1, None
         if step in self.schedule and _first_process():
             numbers = {name: _number(f"metrics[{name!r}]", value) for name, value in (metrics or {}).items()}
@@ -110,12 +110,12 @@ class SnapshotRecorder:
         manifest = read_manifest(self.directory)
         for key in ("schedule", "spec"):
             if manifest[key] != self.manifest[key]:
-                raise ValueError(f"{path} has {key} {repr(manifest[key])}, wanted {repr(self.manifest[key])} "
-                                 "to continue its run")
+                raise ValueError(f"{key} must be that of {path} to continue its run, "
+                                 f"{repr(manifest[key])}, got {repr(self.manifest[key])}")
         kept = [entry for entry in manifest["snapshots"] if entry["step"] <= self.done]
         steps = [entry["step"] for entry in kept]
         if wanted := [step for step in self.schedule if step <= self.done and step not in steps]:
-            raise ValueError(f"{path} lists no snapshot of steps {wanted}, wanted all up to done={self.done}")
+            raise ValueError(f"{path} must list all snapshots up to done={self.done}, got none of {wanted}")
         for entry in kept:
             checkpoint.read_checked(self.directory / entry["file"], entry["sha256"])
         return kept
@@ -143,10 +143,10 @@ class SnapshotEnsemble(nn.Module):
     def __init__(self, models: Iterable[nn.Module], layer: str | None = None):
         super().__init__()
         if isinstance(models, nn.Module):
-            raise TypeError(f"models is one {type(models).__name__}, wanted a list of nn.Modules")
+            raise TypeError(f"models must be a list of nn.Modules, got one {type(models).__name__}")
         self.models = tuple(_frozen(model) for model in models)  # nn.Module does not look into tuples
         if not self.models:
-            raise ValueError("models is empty, wanted at least one nn.Module")
+            raise ValueError("models must hold at least one nn.Module, got none")
         self.hashes: tuple[str, ...] = ()
         self._captures = tuple(LastFeatures(model, layer) for model in self.models)
         self._memory: list[Tensor | None] = [None, None]  # of logits, of features
@@ -168,11 +168,12 @@ class SnapshotEnsemble(nn.Module):
             raise ValueError(f"{path} lists {len(entries)} of {wanted} snapshots: let its run end, or pick "
                              "some with which=")
         if which is not None:
-            if not which or not all(-len(entries) <= index < len(entries) for index in which):
-                raise ValueError(f"which is {which!r}, wanted indices of {len(entries)} snapshots in {path}")
-            entries = [entries[index] for index in which]
+            indices = list(which) if isinstance(which, Sequence) else []
+            if not indices or any(index not in range(-len(entries), len(entries)) for index in indices):
+                raise ValueError(f"which must index the {len(entries)} snapshots in {path}, got {which!r}")
+            entries = [entries[index] for index in indices]
         if factory is None and spec is None:
-            raise ValueError(f"{path} names no architecture (its spec is null), wanted a factory")
+            raise ValueError(f"{path} names no architecture (its spec is null): give a factory")
 
         def build() -> nn.Module:
             from eekd import models
@@ -196,17 +197,17 @@ class SnapshotEnsemble(nn.Module):
         `sha256` are the hashes that the files must have. Errors as in `load`.
         """
         if isinstance(paths, str | Path) or not paths:
-            raise ValueError(f"paths is {str(paths)!r}, wanted a list of at least one file")
+            raise ValueError(f"paths must be a list of at least one file, got {paths!r}")
         if not callable(factory):
-            raise TypeError(f"factory is a {type(factory).__name__}, wanted a function giving an nn.Module")
+            raise TypeError(f"factory must be a function that makes a model, got {type(factory).__name__}")
         hashes = tuple(map(checkpoint.sha256_of, paths) if sha256 is None else sha256)
         if len(hashes) != len(paths):
-            raise ValueError(f"sha256 has {len(hashes)} hashes, wanted one for each of {len(paths)} paths")
+            raise ValueError(f"sha256 must hold a hash for each of {len(paths)} paths, got {len(hashes)}")
 
         def models():
             model = factory()
             if not isinstance(model, nn.Module):
-                raise TypeError(f"factory returned a {type(model).__name__}, wanted an nn.Module")
+                raise TypeError(f"factory must return an nn.Module, got {type(model).__name__}")
             for path, digest in zip(paths, hashes, strict=True):
                 checkpoint.load_state(model, checkpoint.load_weights(path, digest), path)
                 yield model  # copied by the ensemble before the next file is read into it
@@ -237,8 +238,8 @@ class SnapshotEnsemble(nn.Module):
                 views = [memory[:, : len(rows)] for memory, rows in zip(self._memory, outputs, strict=True)]
             for name, rows, view in zip(("logits", "features"), outputs, views, strict=True):
                 if rows.shape != view.shape[1:]:  # copy_ would broadcast
-                    raise ValueError(f"snapshot {m} gave {name} of shape {tuple(rows.shape)}, wanted "
-                                     f"{tuple(view.shape[1:])} as from snapshot 0")
+                    raise ValueError(f"{name} of snapshot {m} must have snapshot 0's shape "
+                                     f"{tuple(view.shape[1:])}, got {tuple(rows.shape)}")
                 view[m].copy_(rows)
         return tuple(views)
 
@@ -249,7 +250,7 @@ class SnapshotEnsemble(nn.Module):
     def _room(self, memory: Tensor | None, rows: Tensor) -> Tensor:
         """`memory` where M times `rows` (B, width) fit into it, else new memory."""
         if rows.ndim != 2:
-            raise ValueError(f"a snapshot gave an output of shape {tuple(rows.shape)}, wanted (B, width)")
+            raise ValueError(f"outputs of a snapshot must be (B, width), got shape {tuple(rows.shape)}")
         kind = rows.shape[1], rows.dtype, rows.device
         fits = memory is not None and (memory.shape[2], memory.dtype, memory.device) == kind
         if not fits or memory.shape[1] < len(rows):
@@ -268,32 +269,32 @@ def read_manifest(directory: str | Path) -> dict:
     path = Path(directory) / MANIFEST
     manifest = checkpoint.read_json(path)
 
-    def want(true: bool, reason: str) -> None:
+    def check(true: bool, wanted: str, got) -> None:
         if not true:
-            raise ValueError(f"{path} is not a manifest of snapshots: {reason}")
+            raise ValueError(f"{path} is no manifest of snapshots: {wanted}, got {repr(got)}")
 
-    want(isinstance(manifest, dict), f"it is {repr(manifest)}, wanted an object")
-    missing = [key for key in ("format", "spec", "schedule", "snapshots") if key not in manifest]
-    want(not missing, f"it has no {', '.join(missing)}")
-    version, spec, schedule, entries = map(manifest.get, ("format", "spec", "schedule", "snapshots"))
-    want(type(version) is int and version == FORMAT, f"format is {repr(version)}, wanted {FORMAT}")
-    want(isinstance(spec, dict | None), f"spec is {repr(spec)}, wanted an object or null")
-    want(isinstance(schedule, list) and _rising(schedule),
-         f"schedule is {repr(schedule)}, wanted a list of rising steps")
-    want(isinstance(entries, list), f"snapshots is {repr(entries)}, wanted a list")
+    keys = "format", "spec", "schedule", "snapshots"
+    whole = isinstance(manifest, dict) and manifest.keys() >= set(keys)
+    check(whole, f"it must be an object of {', '.join(keys)}", manifest)
+    version, spec, schedule, entries = map(manifest.get, keys)
+    check(type(version) is int and version == FORMAT, f"format must be {FORMAT}", version)
+    check(isinstance(spec, dict | None), "spec must be an object or null", spec)
+    rising = isinstance(schedule, list) and _rising(schedule)
+    check(rising, "schedule must be a list of rising steps", schedule)
+    check(isinstance(entries, list), "snapshots must be a list", entries)
     for m, entry in enumerate(entries):
-        want(isinstance(entry, dict), f"snapshot {m} is {repr(entry)}, wanted an object")
+        check(isinstance(entry, dict), f"snapshot {m} must be an object", entry)
         file, sha256, metrics = map(entry.get, ("file", "sha256", "metrics"))
-        want(isinstance(file, str) and re.fullmatch(r"\w[\w.-]*\.safetensors", file, re.ASCII) is not None,
-             f"file of snapshot {m} is {repr(file)}, wanted the name of a .safetensors file in this folder")
-        want(isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) is not None,
-             f"sha256 of snapshot {m} is {repr(sha256)}, wanted 64 hexadecimal digits")
-        want(isinstance(metrics, dict) and all(map(_finite, metrics.values())),
-             f"metrics of snapshot {m} are {repr(metrics)}, wanted an object of numbers or null")
+        check(isinstance(file, str) and re.fullmatch(r"\w[\w.-]*\.safetensors", file, re.ASCII),
+              f"file of snapshot {m} must be the name of a .safetensors file in its folder", file)
+        check(isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256),
+              f"sha256 of snapshot {m} must be 64 hexadecimal digits", sha256)
+        check(isinstance(metrics, dict) and all(map(_finite, metrics.values())),
+              f"metrics of snapshot {m} must be numbers or null by name", metrics)
     steps, files = [entry.get("step") for entry in entries], [entry["file"] for entry in entries]
-    want(_rising(steps) and steps == schedule[: len(steps)],
-         f"snapshots are of steps {repr(steps)}, wanted the first of schedule {repr(schedule)}")
-    want(len(set(files)) == len(files), f"a file is listed twice in {repr(files)}")
+    check(_rising(steps) and steps == schedule[: len(steps)],
+          f"steps of snapshots must be the first of schedule {repr(schedule)}", steps)
+    check(len(set(files)) == len(files), "files of snapshots must differ", files)
     return manifest
 
 
@@ -301,15 +302,15 @@ def _schedule(schedule: str | Sequence[int], name: str, total: int | None, snaps
     """The steps with which the stages end."""
     if total is not None:
         _integer(name, total, 1)
-    if schedule == "uniform":
+    if isinstance(schedule, str) and schedule == "uniform":
         if total is None:
-            raise ValueError("total_steps and epochs are both missing, wanted one of them")
+            raise ValueError("give total_steps or epochs, the number of times that step will be called")
         _integer("snapshots", snapshots, 1, total)
         return [total * m // snapshots for m in range(1, snapshots + 1)]
     steps = list(schedule) if isinstance(schedule, Sequence) else []
     if not steps or not _rising(steps) or total not in (None, steps[-1]):
-        last = "" if total is None else f", the last one {name}={total}"
-        raise ValueError(f'schedule is {repr(schedule)}, wanted "uniform" or a list of rising steps{last}')
+        last = "" if total is None else f" up to {name}={total}"
+        raise ValueError(f'schedule must be "uniform" or a list of rising steps{last}, got {repr(schedule)}')
     return steps
 
 
@@ -324,10 +325,10 @@ def _finite(value) -> bool:
 
 def _integer(name: str, value: int, least: int, most: int | None = None) -> int:
     if type(value) is not int:
-        raise TypeError(f"{name} is {value!r}, wanted an int")
+        raise TypeError(f"{name} must be an int, got {value!r}")
     if value < least or (most is not None and value > most):
         bounds = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name} is {value}, wanted {bounds}")
+        raise ValueError(f"{name} must be {bounds}, got {value}")
     return value
 
 
@@ -335,7 +336,7 @@ def _number(name: str, value: float) -> float | None:
     try:
         value = float(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} is {value!r}, wanted a number") from error
+        raise TypeError(f"{name} must be a number, got {value!r}") from error
     return value if math.isfinite(value) else None
 
 
@@ -345,5 +346,5 @@ def _first_process() -> bool:
 
 def _frozen(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"models holds a {type(model).__name__}, wanted nn.Modules")
+        raise TypeError(f"models must be nn.Modules, got {type(model).__name__}")
     return copy.deepcopy(model).eval().requires_grad_(False)

@@ -114,14 +114,14 @@ def test_the_same_tensors_give_the_same_bytes(tmp_path):
     (torch.ones(2, device="meta"), "meta"),
 ])
 def test_only_dense_tensors_are_saved(tmp_path, entry, reason):
-    with pytest.raises(TypeError, match=f"file: entry 'x' is .*{reason}"):
+    with pytest.raises(TypeError, match=f"file: 'x' must be a dense tensor with data, got .*{reason}"):
         checkpoint.save_tensors(tmp_path / "file", {"x": entry})
     assert folder(tmp_path) == []
 
 
 @pytest.mark.bad_input
 def test_metadata_are_strings(tmp_path):
-    with pytest.raises(TypeError, match="file: metadata 'step' is a int, wanted a str"):
+    with pytest.raises(TypeError, match="file: metadata 'step' must be a str, got a int"):
         checkpoint.save_tensors(tmp_path / "file", STATE, {"step": 1})
     assert folder(tmp_path) == []
 
@@ -135,7 +135,7 @@ def test_every_flipped_bit_is_seen(tmp_path):
         damaged = bytearray(whole)
         damaged[position] ^= 1 << position % 8
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"file was changed or damaged: its SHA-256 is \w{64}, wanted"):
+        with pytest.raises(ValueError, match=r"file was changed or damaged: its SHA-256 must be \w{64}, got"):
             checkpoint.load_tensors(path, sha256)
 
 
@@ -220,19 +220,19 @@ def endless():
 
 @pytest.mark.bad_input
 @pytest.mark.parametrize("content, reason", [
-    (nn.Linear(3, 2), "cannot be read as tensors without unpickling"),
-    ({"model": STATE, "args": Custom()}, "cannot be read as tensors without unpickling"),
-    (torch.ones(2), "holds a torch.strided tensor on cpu, wanted a state_dict"),
-    ([STATE], "holds a list, wanted a state_dict"),
-    ({}, "holds a dict of nothing, wanted a state_dict"),
-    ({"state_dict": {}}, "holds a dict of 'state_dict', wanted a state_dict"),
-    ({"weights": STATE, "epoch": 1}, "holds a dict of 'weights', 'epoch', wanted a state_dict"),
-    ({str(n): n for n in range(9)}, "holds a dict of '0', '1', '2' and 6 more, wanted a state_dict"),
-    (endless(), "holds a dict of 'model', wanted a state_dict"),
+    (nn.Linear(3, 2), "cannot be read as tensors without unpickling: "),
+    ({"model": STATE, "args": Custom()}, "cannot be read as tensors without unpickling: "),
+    (torch.ones(2), "must hold a state_dict of tensors, .*; got a torch.strided tensor on cpu$"),
+    ([STATE], "must hold a state_dict of tensors, .*; got a list$"),
+    ({}, "must hold a state_dict of tensors, .*; got a dict of nothing$"),
+    ({"state_dict": {}}, "must hold a state_dict of tensors, .*; got a dict of 'state_dict'$"),
+    ({"weights": STATE, "epoch": 1}, "must hold a state_dict .*; got a dict of 'weights', 'epoch'$"),
+    ({str(n): n for n in range(9)}, "must hold a state_dict .*; got a dict of '0', '1', '2' and 6 more$"),
+    (endless(), "must hold a state_dict of tensors, .*; got a dict of 'model'$"),
 ])
 def test_what_holds_no_weights_is_named(tmp_path, content, reason):
     torch.save(content, tmp_path / "file.pt")
-    with pytest.raises(ValueError, match=f"file.pt {reason}"):
+    with pytest.raises(ValueError, match=f"file.pt .*{reason}"):
         checkpoint.load_weights(tmp_path / "file.pt")
 
 
@@ -261,9 +261,9 @@ def test_nothing_in_a_pickle_is_run(tmp_path):
 @pytest.mark.parametrize("change, reason", [
     (lambda state: state.pop("bias"), "missing: bias$"),
     (lambda state: state.update(extra=torch.ones(1)), "unexpected: extra$"),
-    (lambda state: state.update(bias=torch.ones(3)), r"of another shape: bias \(3,\), wanted \(2,\)$"),
-    (lambda state: state.update(bias=torch.ones(2).int()), "of another kind: bias torch.int32"),
-    (lambda state: state.update({f"{n}": state.pop("bias") if n == 4 else torch.ones(1) for n in range(5)}),
+    (lambda state: state.update(bias=torch.ones(3)), r"of another shape: bias \(3,\) for \(2,\)$"),
+    (lambda state: state.update(bias=torch.ones(2).int()), "of another kind: bias torch.int32 for torch"),
+    (lambda state: state.update({str(n): state.pop("bias", None) for n in range(5)}),
      "missing: bias; unexpected: 0, 1, 2 and 2 more$"),
     (lambda state: state.clear(), "missing: weight, bias$"),
 ])
