@@ -4,6 +4,8 @@
 #include <cmath>
 #include <limits>
 
+#include "eekd.h"
+
 #ifdef __CUDACC__
 #define EEKD_HD __host__ __device__
 #else
@@ -35,30 +37,28 @@ static EEKD_HD inline void merge(SoftmaxSum<T>& a, SoftmaxSum<T> b, T k) {
 }
 
 // de_m = scale w_m (g_m - Σ_j w_j g_j): a gradient through the weights becomes one through the scores.
-// A snapshot of weight 0 was not read: its g is meaningless and its de is 0.
 template <class T>
 static EEKD_HD inline void softmax_grad(const T* w, const T* g, T scale, T* de, int snapshots) {
   T mean = 0;
-  for (int m = 0; m < snapshots; ++m) mean += w[m] == 0 ? T(0) : w[m] * g[m];
-  for (int m = 0; m < snapshots; ++m) de[m] = w[m] == 0 ? T(0) : scale * w[m] * (g[m] - mean);
+  for (int m = 0; m < snapshots; ++m) mean += w[m] * g[m];
+  for (int m = 0; m < snapshots; ++m) de[m] = scale * w[m] * (g[m] - mean);
 }
 
-// The label's share of a mixture p_y = Σ_m w_m p_m, p_m = 2^(l_m) / sum_m: returns -log p_y and turns l into the
-// posterior w_m p_m / p_y. In log space where p_y is too small for a number.
+// The label's share of a mixture, p_y = Σ_m w_m p_m with p_m = 2^(l_m) / sum_m: returns -log p_y and turns l into
+// the posterior w_m p_m / p_y. In log space where p_y is too small for a number.
 template <class T>
 static EEKD_HD inline T mixture_nll(const T* w, const SoftmaxSum<T>* sums, T* l, int snapshots) {
-  T p[64], total = 0;
-  for (int m = 0; m < snapshots; ++m) total += p[m] = w[m] == 0 ? T(0) : w[m] * std::exp2(l[m]) / sums[m].sum;
+  T p[kMaxSnapshots], total = 0, max = -std::numeric_limits<T>::infinity();
+  for (int m = 0; m < snapshots; ++m) total += p[m] = w[m] / sums[m].sum * std::exp2(l[m]);
   if (!(total < std::numeric_limits<T>::min())) {  // or NaN
     for (int m = 0; m < snapshots; ++m) l[m] = p[m] / total;
     return -std::log(total);
   }
-  T max = -std::numeric_limits<T>::infinity();
-  total = 0;
   for (int m = 0; m < snapshots; ++m) {
-    l[m] = w[m] == 0 ? -std::numeric_limits<T>::infinity() : l[m] + std::log2(w[m] / sums[m].sum);
+    l[m] += std::log2(w[m] / sums[m].sum);
     max = l[m] > max ? l[m] : max;
   }
+  total = 0;
   for (int m = 0; m < snapshots; ++m) total += l[m] = std::exp2(l[m] - max);
   for (int m = 0; m < snapshots; ++m) l[m] /= total;
   return static_cast<T>(-kLn2) * (max + std::log2(total));

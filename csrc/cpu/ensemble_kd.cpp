@@ -1,8 +1,8 @@
 // ensemble_kd on the CPU: attention, fusion, KL, CE and all gradients of a row while its logits are in cache.
 //
-// A row is cut into tiles of kTile columns. The first visit of a tile gives softmax statistics, the second the
-// loss and the gradients. A row of one tile is converted and exponentiated once, and kept between the visits;
-// longer rows are read again, from cache, instead of parking M rows of exponentials in memory.
+// A row is cut into tiles of kTile columns. The first visit of a tile gives softmax statistics, the second the loss
+// and the gradients. The exponentials of a row of one tile are kept between the visits; longer rows are read again,
+// from cache, instead of parking M rows of exponentials in memory.
 //
 // Compiled once per instruction set, into the namespace EEKD_ISA. Statistics and sums of tiles are combined in the
 // order of the columns, whoever computed them, so the bits do not depend on the number of threads.
@@ -21,20 +21,19 @@ namespace {
 constexpr int kTile = 1024;
 constexpr int64_t kGrain = 1 << 14;  // logits per task below which a second thread costs more than it gives
 
+// The weights of a row, and the snapshots whose weight is not 0: the others are not read.
+template <class T>
+struct Weights {
+  T all[kMaxSnapshots];
+  int used;
+  int id[kMaxSnapshots];
+  T w[kMaxSnapshots];  // of id[0, used)
+};
+
 template <class T>
 struct Stats {
-  SoftmaxSum<T> target[kMaxSnapshots];  // probability: one per snapshot; logit: [0] is the mixture's
+  SoftmaxSum<T> target[kMaxSnapshots];  // probability: one per used snapshot; logit: [0] is the mixture's
   SoftmaxSum<T> soft, hard;             // the student at τ and at 1
-
-  void clear(int targets) {
-    std::fill_n(target, targets, SoftmaxSum<T>::none());
-    soft = hard = SoftmaxSum<T>::none();
-  }
-  void merge(const Stats& tile, int targets, T k) {
-    for (int m = 0; m < targets; ++m) eekd::merge(target[m], tile.target[m], k);
-    eekd::merge(soft, tile.soft, k);
-    eekd::merge(hard, tile.hard, T(kLog2e));
-  }
 };
 
 template <class T>
@@ -42,258 +41,287 @@ struct Sums {
   T kl;                    // Σ_c p r,  r = log p - log q
   T mean[kMaxSnapshots];   // logit: Σ_c p z_m
   T moved[kMaxSnapshots];  // probability: Σ_c p_m r;  logit: Σ_c p r z_m
-
-  void clear(int snapshots) {
-    kl = 0;
-    std::fill_n(mean, snapshots, T(0));
-    std::fill_n(moved, snapshots, T(0));
-  }
-  void add(const Sums& tile, int snapshots) {
-    kl += tile.kl;
-    for (int m = 0; m < snapshots; ++m) mean[m] += tile.mean[m], moved[m] += tile.moved[m];
-  }
 };
 
 // What turns a tile's lines into probabilities and gradients, known once the row's statistics are.
 template <class T>
 struct Scales {
   T target[kMaxSnapshots];  // probability: w_m / Σ exp;  logit: [0] 1 / Σ exp
-  T soft, hard;             // 1 / Σ exp
+  T soft, hard;             // 1 / Σ exp;  the CE's coefficient / Σ exp
   T log_ratio;              // log of the student's sum, less log of the mixture's (logit)
-  T kd, ce;                 // coefficients of (q - p) and of softmax(s) in d_student
 };
 
 template <class T>
-T max_line(const T* line, int n) {
-  Vec<T> most = load(line);
-  for (int i = Simd<T>::width; i < n; i += Simd<T>::width) most = max(most, load(line + i));
-  return largest<T>(most);
-}
-
-// e = 2^(k (x - max)), in place where e is x; returns its sum.
-template <class T>
-T exp_line(const T* x, T* e_line, int n, T max, T k) {
+T dot(const T* x, const T* y, int n) {
   Vec<T> total = {};
-  for (int i = 0; i < n; i += Simd<T>::width) {
-    const Vec<T> e = exp2((load(x + i) - max) * k);
-    store(e_line + i, e);
-    total += e;
-  }
+  for (int i = 0; i < n; i += Simd<T>::width) total += load(x + i) * load(y + i);
   return sum<T>(total);
 }
 
+enum class Find { stats, lines, both };
+
+// The work on one row at a time. A line is kTile numbers, of which each function uses those of the tile.
 template <class T>
 class Kernel {
  public:
   explicit Kernel(const EnsembleKD& args)
       : a(args),
         snapshots(static_cast<int>(a.snapshots)),
-        targets(a.fusion == Fusion::probability ? snapshots : 1),
-        tiles((a.classes + kTile - 1) / kTile),
         has_ce(a.labels && a.alpha > 0),
         beta(static_cast<T>(a.labels ? 1 - a.alpha : 1)),
         tau(static_cast<T>(a.temperature)),
         k(static_cast<T>(kLog2e / a.temperature)),
-        row_scale(static_cast<T>(a.row_scale)) {
-    const bool attends = a.d_scores || a.d_query;
-    moves_by_kl = attends && a.objective == Objective::kl;
-    moves_by_label = attends && a.objective == Objective::label;
-    // Per thread, a few tiles: the lines below.
+        row_scale(static_cast<T>(a.row_scale)),
+        by_kl((a.d_scores || a.d_query) && a.objective == Objective::kl),
+        by_label((a.d_scores || a.d_query) && a.objective == Objective::label) {
     struct alignas(64) Block {
       T x[64 / sizeof(T)];
     };
-    static thread_local std::vector<Block> scratch;
-    const size_t lines = std::max(snapshots, 2) + 3;
-    scratch.resize(std::max(scratch.size(), lines * kTile * sizeof(T) / sizeof(Block)));
+    static thread_local std::vector<Block> scratch;  // a few tiles per thread, kept between calls
+    const size_t targets = std::max(snapshots, 2);
+    scratch.resize(std::max(scratch.size(), (targets + 3) * kTile * sizeof(T) / sizeof(Block)));
     target = scratch.data()->x;
-    student = target + std::max(snapshots, 2) * kTile;
+    student = target + targets * kTile;
     soft = student + kTile;
     hard = soft + kTile;
   }
 
   bool ignored(int64_t b) const { return a.labels && a.labels[b] == a.ignore_index; }
-  int64_t row_tiles() const { return tiles; }
 
-  void zero(int64_t b) {
+  void write_zeros(int64_t b) {
     static_cast<T*>(a.loss)[b] = static_cast<T*>(a.attention_loss)[b] = 0;
     std::fill_n(a.weights + b * snapshots, snapshots, 0.f);
-    const auto clear = [](void* p, DType dtype, int64_t offset, int64_t n) {
+    const auto clear = [](void* p, DType dtype, int64_t index, int64_t n) {
       const int64_t size = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-      if (p) std::memset(static_cast<char*>(p) + offset * size, 0, n * size);
+      if (p) std::memset(static_cast<char*>(p) + index * size, 0, n * size);
     };
     clear(a.d_student, a.student.dtype, b * a.classes, a.classes);
     clear(a.d_scores, a.scores.dtype, b * snapshots, snapshots);
     clear(a.d_query, a.query.dtype, b * a.width, a.width);
+    for (int m = 0; m < snapshots; ++m) clear(a.d_keys, a.keys[0].dtype, (m * a.rows + b) * a.width, a.width);
+  }
+
+  // softmax of the scores, which are given, or the products of query and keys, or all the same.
+  void weigh(int64_t b, Weights<T>& w) {
+    if (a.query.data || a.scores.data) {
+      T* e = student;
+      if (a.query.data)
+        products(b, e);
+      else
+        read_line(a.scores, b, 0, snapshots, e);
+      const T max = max_of(e, snapshots);
+      const T total = exp_of(e, e, snapshots, max, T(kLog2e));
+      for (int m = 0; m < snapshots; ++m) w.all[m] = e[m] / total;
+    } else {
+      std::fill_n(w.all, snapshots, T(1) / snapshots);
+    }
+    w.used = 0;
     for (int m = 0; m < snapshots; ++m)
-      clear(a.d_keys, a.keys[0].dtype, (m * a.rows + b) * a.width, a.width);
+      if (w.all[m] != 0) w.id[w.used] = m, w.w[w.used++] = w.all[m];
   }
 
-  // w = softmax of the scores, which are given or are the products of query and keys.
-  void weigh(int64_t b, T* w) {
-    T* e = student;
-    if (a.query.data) {
-      std::fill_n(e, snapshots, T(0));
-      for (int64_t d = 0; d < a.width; d += kTile) {
-        const int n = static_cast<int>(std::min<int64_t>(kTile, a.width - d));
-        read_line(a.query.data, b * a.query.stride + d, a.query.dtype, n, soft);
-        for (int m = 0; m < snapshots; ++m) {
-          read_line(a.keys[m].data, b * a.keys[m].stride + d, a.keys[m].dtype, n, hard);
-          for (int i = 0; i < n; ++i) e[m] += soft[i] * hard[i];
-        }
-      }
-      pad_line(e, snapshots);
-    } else if (a.scores.data) {
-      read_line(a.scores.data, b * a.scores.stride, a.scores.dtype, snapshots, e);
-    } else {
-      std::fill_n(w, snapshots, T(1) / snapshots);
-      return;
-    }
-    const T total = exp_line(e, e, snapshots, max_line(e, snapshots), T(kLog2e));
-    for (int m = 0; m < snapshots; ++m) w[m] = e[m] / total;
-  }
-
-  // Fills the lines of a tile and, unless `known`, the statistics by which they are scaled.
-  void fill(int64_t b, int64_t tile, const T* w, bool known, Stats<T>& stats) {
-    const int n = tile_size(tile);
-    const int64_t c = tile * kTile;
+  // Reads a tile and finds its statistics, or its lines by the maxima in `stats`, or both. The lines: exponentials of
+  // the targets (logit: of the mixture, after the mixture itself), the student's logits, its exponentials.
+  void fill(int64_t b, int64_t tile, const Weights<T>& w, Find find, Stats<T>& stats) {
+    const int n = size(tile);
     if (a.fusion == Fusion::probability) {
-      for (int m = 0; m < snapshots; ++m) {
-        if (w[m] == 0) continue;
-        T* line = target + m * kTile;
-        read_line(a.snapshot[m].data, b * a.snapshot[m].stride + c, a.snapshot[m].dtype, n, line);
-        exponentiate(line, line, n, k, known, stats.target[m]);
-      }
+      for (int j = 0; j < w.used; ++j)
+        with_elements_of(a.snapshot[w.id[j]], b, tile, [&](auto z) {
+          exponentiate(z, target + j * kTile, n, k, find, stats.target[j]);
+        });
     } else {
-      T* mixed = target;
-      T* line = target + kTile;
-      bool first = true;
-      for (int m = 0; m < snapshots; ++m) {
-        if (w[m] == 0) continue;
-        read_line(a.snapshot[m].data, b * a.snapshot[m].stride + c, a.snapshot[m].dtype, n, line);
-        for (int i = 0; i < n; i += Simd<T>::width)
-          store(mixed + i, first ? load(line + i) * w[m] : load(mixed + i) + load(line + i) * w[m]);
-        first = false;
-      }
-      exponentiate(mixed, line, n, k, known, stats.target[0]);
+      mix(b, tile, w, target);
+      exponentiate(target, target + kTile, n, k, find, stats.target[0]);
     }
-    read_line(a.student.data, b * a.student.stride + c, a.student.dtype, n, student);
-    exponentiate(student, soft, n, k, known, stats.soft);
-    if (has_ce) {
-      stats.hard.max = stats.soft.max;
-      const T total = exp_line(student, hard, n, stats.hard.max, T(kLog2e));
-      if (!known) stats.hard.sum = total;
-    }
+    read_line(a.student, b, tile * kTile, n, student);
+    exponentiate(student, soft, n, k, find, stats.soft);
+    if (has_ce) exponentiate(student, hard, n, T(kLog2e), find, stats.hard);
   }
 
-  Scales<T> scales(const T* w, const Stats<T>& stats) const {
+  void clear(Stats<T>& stats) const {
+    std::fill_n(stats.target, snapshots, SoftmaxSum<T>::none());
+    stats.soft = stats.hard = SoftmaxSum<T>::none();
+  }
+  void add(Stats<T>& row, const Stats<T>& tile, const Weights<T>& w) const {
+    const int targets = a.fusion == Fusion::probability ? w.used : 1;
+    for (int j = 0; j < targets; ++j) merge(row.target[j], tile.target[j], k);
+    merge(row.soft, tile.soft, k);
+    merge(row.hard, tile.hard, T(kLog2e));
+  }
+
+  Scales<T> scales(const Weights<T>& w, const Stats<T>& stats) const {
     Scales<T> s;
-    if (a.fusion == Fusion::probability)
-      for (int m = 0; m < snapshots; ++m) s.target[m] = w[m] == 0 ? T(0) : w[m] / stats.target[m].sum;
-    else
-      s.target[0] = 1 / stats.target[0].sum;
     s.soft = 1 / stats.soft.sum;
+    s.hard = has_ce ? row_scale * static_cast<T>(a.alpha) / stats.hard.sum : T(0);
     s.log_ratio = std::log(stats.soft.sum);
-    if (a.fusion == Fusion::logit) s.log_ratio -= std::log(stats.target[0].sum);
-    s.hard = has_ce ? 1 / stats.hard.sum : T(0);
-    s.kd = row_scale * beta * tau;
-    s.ce = has_ce ? row_scale * static_cast<T>(a.alpha) : T(0);
+    if (a.fusion == Fusion::probability) {
+      for (int j = 0; j < w.used; ++j) s.target[j] = w.w[j] / stats.target[j].sum;
+    } else {
+      s.target[0] = 1 / stats.target[0].sum;
+      s.log_ratio -= std::log(stats.target[0].sum);
+    }
     return s;
   }
 
   // The second visit of a tile, whose lines are filled: its share of the sums, and its columns of d_student.
-  void visit(int64_t b, int64_t tile, const T* w, const Stats<T>& stats, const Scales<T>& s, Sums<T>& out) {
-    const int n = tile_size(tile);
-    out.clear(snapshots);
+  void visit(int64_t b, int64_t tile, const Weights<T>& w, const Stats<T>& stats, const Scales<T>& s, Sums<T>& out) {
+    const int n = size(tile);
     if (a.fusion == Fusion::probability)
-      has_ce ? combine<Fusion::probability, true>(n, w, stats, s, out)
-             : combine<Fusion::probability, false>(n, w, stats, s, out);
+      out.kl = has_ce ? combine<Fusion::probability, true>(n, w.used, stats, s)
+                      : combine<Fusion::probability, false>(n, w.used, stats, s);
     else
-      has_ce ? combine<Fusion::logit, true>(n, w, stats, s, out) : combine<Fusion::logit, false>(n, w, stats, s, out);
+      out.kl = has_ce ? combine<Fusion::logit, true>(n, w.used, stats, s)
+                      : combine<Fusion::logit, false>(n, w.used, stats, s);
     if (a.d_student) {
-      const int64_t c = tile * kTile;
-      if (has_ce && a.labels[b] >= c && a.labels[b] < c + n) hard[a.labels[b] - c] -= s.ce;
-      write_line(a.d_student, b * a.classes + c, a.student.dtype, n, hard);
+      const int64_t first = tile * kTile;
+      if (has_ce && a.labels[b] >= first && a.labels[b] < first + n)
+        hard[a.labels[b] - first] -= row_scale * static_cast<T>(a.alpha);
+      write_line(a.d_student, b * a.classes + first, a.student.dtype, n, hard);
     }
-    if (a.fusion == Fusion::probability && moves_by_kl)
-      for (int m = 0; m < snapshots; ++m)
-        if (w[m] != 0) out.moved[m] = dot(target + m * kTile, soft, n) / stats.target[m].sum;
-    if (a.fusion == Fusion::logit && (moves_by_kl || moves_by_label)) reread(b, tile, w, out);
+    for (int j = 0; j < w.used; ++j) {
+      out.mean[j] = out.moved[j] = 0;
+      if (a.fusion == Fusion::probability && by_kl)
+        out.moved[j] = dot(target + j * kTile, soft, n) / stats.target[j].sum;
+      else if (a.fusion == Fusion::logit && (by_kl || by_label))
+        with_elements_of(a.snapshot[w.id[j]], b, tile, [&](auto z) { weigh_logits(z, n, out.mean[j], out.moved[j]); });
+    }
+  }
+
+  void clear(Sums<T>& sums) const {
+    sums.kl = 0;
+    std::fill_n(sums.mean, snapshots, T(0));
+    std::fill_n(sums.moved, snapshots, T(0));
+  }
+  void add(Sums<T>& row, const Sums<T>& tile, const Weights<T>& w) const {
+    row.kl += tile.kl;
+    for (int j = 0; j < w.used; ++j) row.mean[j] += tile.mean[j], row.moved[j] += tile.moved[j];
   }
 
   // Everything that is O(M) or O(D) per row.
-  void finish(int64_t b, const T* w, const Stats<T>& stats, const Sums<T>& sums) {
-    const int64_t y = a.labels ? a.labels[b] : 0;
+  void finish(int64_t b, const Weights<T>& w, const Stats<T>& stats, const Sums<T>& sums) {
     T loss = beta == 0 ? T(0) : beta * tau * tau * sums.kl;
     T attention_loss = 0, g[kMaxSnapshots], de[kMaxSnapshots];
-    if (has_ce)
-      loss += static_cast<T>(a.alpha) *
-              (std::log(stats.hard.sum) - (read<T>(a.student, b, y) - stats.hard.max));
-    if (a.labels && a.fusion == Fusion::probability) {
-      T posterior[kMaxSnapshots];
-      for (int m = 0; m < snapshots; ++m) posterior[m] = w[m] == 0 ? T(0) : (read<T>(a.snapshot[m], b, y) - stats.target[m].max) * k;
-      attention_loss = mixture_nll(w, stats.target, posterior, snapshots);
-      for (int m = 0; m < snapshots; ++m) de[m] = row_scale * (w[m] - posterior[m]);
-    } else if (a.labels) {
-      T mixed = 0;
-      for (int m = 0; m < snapshots; ++m) {
-        if (w[m] == 0) continue;
-        const T z = read<T>(a.snapshot[m], b, y);
-        mixed += w[m] * z;
-        g[m] = (sums.mean[m] - z) / tau;
+    if (a.labels) {
+      const int64_t y = a.labels[b];
+      if (has_ce) {
+        const T log_q = read<T>(a.student, b, y) - stats.hard.max - std::log(stats.hard.sum);
+        loss -= static_cast<T>(a.alpha) * log_q;
       }
-      attention_loss = std::log(stats.target[0].sum) - (mixed - stats.target[0].max) / tau;
-      softmax_grad(w, g, row_scale, de, snapshots);
+      T z[kMaxSnapshots];
+      for (int j = 0; j < w.used; ++j) z[j] = read<T>(a.snapshot[w.id[j]], b, y);
+      if (a.fusion == Fusion::probability) {
+        for (int j = 0; j < w.used; ++j) z[j] = (z[j] - stats.target[j].max) * k;
+        attention_loss = mixture_nll(w.w, stats.target, z, w.used);
+        for (int j = 0; j < w.used; ++j) de[j] = row_scale * (w.w[j] - z[j]);
+      } else {
+        T mixed = 0;
+        for (int j = 0; j < w.used; ++j) mixed += w.w[j] * z[j], g[j] = (sums.mean[j] - z[j]) / tau;
+        attention_loss = std::log(stats.target[0].sum) - (mixed - stats.target[0].max) / tau;
+        softmax_grad(w.w, g, row_scale, de, w.used);
+      }
     }
-    if (moves_by_kl) {
-      for (int m = 0; m < snapshots; ++m)
-        g[m] = a.fusion == Fusion::probability ? tau * tau * sums.moved[m]
-                                               : tau * (sums.moved[m] - sums.kl * sums.mean[m]);
-      softmax_grad(w, g, beta == 0 ? T(0) : row_scale * beta, de, snapshots);
+    if (by_kl) {
+      for (int j = 0; j < w.used; ++j)
+        g[j] = a.fusion == Fusion::probability ? tau * tau * sums.moved[j]
+                                               : tau * (sums.moved[j] - sums.kl * sums.mean[j]);
+      if (beta == 0) std::fill_n(g, w.used, T(0));
+      softmax_grad(w.w, g, row_scale * beta, de, w.used);
     }
     static_cast<T*>(a.loss)[b] = row_scale * loss;
     static_cast<T*>(a.attention_loss)[b] = row_scale * attention_loss;
-    for (int m = 0; m < snapshots; ++m) a.weights[b * snapshots + m] = static_cast<float>(w[m]);
-    if (a.d_scores) write_line(a.d_scores, b * snapshots, a.scores.dtype, snapshots, de);
-    if (a.d_query) write_embeddings(b, de);
+    for (int m = 0; m < snapshots; ++m) a.weights[b * snapshots + m] = static_cast<float>(w.all[m]);
+    if (by_kl || by_label) {
+      T spread[kMaxSnapshots] = {};
+      for (int j = 0; j < w.used; ++j) spread[w.id[j]] = de[j];
+      if (a.d_scores)
+        write_line(a.d_scores, b * snapshots, a.scores.dtype, snapshots, spread);
+      else
+        write_embeddings(b, spread);
+    }
   }
 
  private:
-  int tile_size(int64_t tile) const { return static_cast<int>(std::min<int64_t>(kTile, a.classes - tile * kTile)); }
+  int size(int64_t tile) const { return static_cast<int>(std::min<int64_t>(kTile, a.classes - tile * kTile)); }
 
-  void exponentiate(const T* x, T* e, int n, T scale, bool known, SoftmaxSum<T>& stats) {
-    if (!known) stats.max = max_line(x, n);
-    const T total = exp_line(x, e, n, stats.max, scale);
-    if (!known) stats.sum = stats.max == -std::numeric_limits<T>::infinity() ? T(0) : total;
+  template <class F>
+  static void with_elements_of(const Matrix& x, int64_t b, int64_t tile, F f) {
+    with_elements(x.data, x.dtype, b * x.stride + tile * kTile, f);
   }
 
-  static T dot(const T* x, const T* y, int n) {
+  template <class S>
+  static T max_of(const S* x, int n) {
+    Vec<T> most = load_from<T>(x, n);
+    for (int i = Simd<T>::width; i < n; i += Simd<T>::width) most = max(most, load_from<T>(x + i, n - i));
+    return largest<T>(most);
+  }
+
+  // e = 2^(scale (x - max)), 0 beyond n, unless e is null; returns its sum.
+  template <class S>
+  static T exp_of(const S* x, T* e, int n, T max, T scale) {
     Vec<T> total = {};
-    for (int i = 0; i < n; i += Simd<T>::width) total += load(x + i) * load(y + i);
+    for (int i = 0; i < n; i += Simd<T>::width) {
+      const Vec<T> v = exp2((load_from<T>(x + i, n - i) - max) * scale);
+      if (e) store(e + i, v);
+      total += v;
+    }
     return sum<T>(total);
+  }
+
+  template <class S>
+  void exponentiate(const S* x, T* e, int n, T scale, Find find, SoftmaxSum<T>& stats) const {
+    if (find != Find::lines) stats.max = max_of(x, n);
+    const T total = exp_of(x, find == Find::stats ? nullptr : e, n, stats.max, scale);
+    if (find != Find::lines) stats.sum = stats.max == -std::numeric_limits<T>::infinity() ? T(0) : total;
+  }
+
+  void products(int64_t b, T* e) {
+    std::fill_n(e, snapshots, T(0));
+    for (int64_t d = 0; d < a.width; d += kTile) {
+      const int n = static_cast<int>(std::min<int64_t>(kTile, a.width - d));
+      read_line(a.query, b, d, n, soft);
+      for (int m = 0; m < snapshots; ++m) {
+        read_line(a.keys[m], b, d, n, hard);
+        for (int i = 0; i < n; ++i) e[m] += soft[i] * hard[i];
+      }
+    }
+  }
+
+  // line = Σ_m w_m z_m
+  void mix(int64_t b, int64_t tile, const Weights<T>& w, T* line) {
+    const int n = size(tile);
+    with_elements_of(a.snapshot[0], b, tile, [&](auto first) {
+      decltype(first) z[kMaxSnapshots];
+      for (int j = 0; j < w.used; ++j)
+        with_elements_of(a.snapshot[w.id[j]], b, tile, [&](auto p) { z[j] = reinterpret_cast<decltype(first)>(p); });
+      for (int i = 0; i < n; i += Simd<T>::width) {
+        Vec<T> mixed = load_from<T>(z[0] + i, n - i) * w.w[0];
+        for (int j = 1; j < w.used; ++j) mixed += load_from<T>(z[j] + i, n - i) * w.w[j];
+        store(line + i, mixed);
+      }
+    });
   }
 
   // hard = d_student; soft = r (probability) or p r (logit), and target[0] = p (logit), for the attention.
   template <Fusion fusion, bool ce>
-  void combine(int n, const T* w, const Stats<T>& stats, const Scales<T>& s, Sums<T>& out) {
-    const T inverse = 1 / tau;
+  T combine(int n, int used, const Stats<T>& stats, const Scales<T>& s) {
+    const T inverse = 1 / tau, kd = row_scale * beta * tau, student_max = stats.soft.max;
     Vec<T> kl = {};
     for (int i = 0; i < n; i += Simd<T>::width) {
-      const Vec<T> x = (load(student + i) - stats.soft.max) * inverse;  // log q + log of the student's sum
-      Vec<T> p = {}, log_p;
+      const Vec<T> log_q = (load(student + i) - student_max) * inverse;  // less the log of its sum
+      Vec<T> p, log_p;
       if constexpr (fusion == Fusion::probability) {
-        for (int m = 0; m < snapshots; ++m)
-          if (w[m] != 0) p += load(target + m * kTile + i) * s.target[m];
+        p = load(target + i) * s.target[0];
+        for (int j = 1; j < used; ++j) p += load(target + j * kTile + i) * s.target[j];
         log_p = log(max(p, splat(std::numeric_limits<T>::min())));
       } else {
         p = load(target + kTile + i) * s.target[0];
         log_p = (load(target + i) - stats.target[0].max) * inverse;
       }
-      const Vec<T> q = load(soft + i) * s.soft;
-      const Vec<T> r = p > 0 ? log_p - x + s.log_ratio : Vec<T>{};
+      const Vec<T> r = p > 0 ? log_p - log_q + s.log_ratio : Vec<T>{};
       const Vec<T> pr = p * r;
       kl += pr;
-      Vec<T> d = (q - p) * s.kd;
-      if constexpr (ce) d += load(hard + i) * (s.ce * s.hard);
+      Vec<T> d = (load(soft + i) * s.soft - p) * kd;
+      if constexpr (ce) d += load(hard + i) * s.hard;
       store(hard + i, d);
       if constexpr (fusion == Fusion::probability) {
         store(soft + i, r);
@@ -302,26 +330,21 @@ class Kernel {
         store(soft + i, pr);
       }
     }
-    out.kl = sum<T>(kl);
+    return sum<T>(kl);
   }
 
-  // logit: Σ p z_m and Σ p r z_m, from the logits once more.
-  void reread(int64_t b, int64_t tile, const T* w, Sums<T>& out) {
-    const int n = tile_size(tile);
-    T* line = target + kTile;
-    for (int m = 0; m < snapshots; ++m) {
-      if (w[m] == 0) continue;
-      read_line(a.snapshot[m].data, b * a.snapshot[m].stride + tile * kTile, a.snapshot[m].dtype, n, line);
-      Vec<T> mean = {}, moved = {};
-      for (int i = 0; i < n; i += Simd<T>::width) {
-        const Vec<T> p = load(target + i);
-        const Vec<T> z = p > 0 ? load(line + i) : Vec<T>{};
-        mean += p * z;
-        moved += load(soft + i) * z;
-      }
-      out.mean[m] = sum<T>(mean);
-      out.moved[m] = sum<T>(moved);
+  // logit: Σ p z and Σ p r z. A masked z meets p = 0.
+  template <class S>
+  void weigh_logits(const S* x, int n, T& mean, T& moved) const {
+    Vec<T> p_z = {}, pr_z = {};
+    for (int i = 0; i < n; i += Simd<T>::width) {
+      const Vec<T> p = load(target + i);
+      const Vec<T> z = p > 0 ? load_from<T>(x + i, n - i) : Vec<T>{};
+      p_z += p * z;
+      pr_z += load(soft + i) * z;
     }
+    mean = sum<T>(p_z);
+    moved = sum<T>(pr_z);
   }
 
   // d_query = Σ_m de_m key_m,  d_key_m = de_m query.
@@ -329,10 +352,10 @@ class Kernel {
     for (int64_t d = 0; d < a.width; d += kTile) {
       const int n = static_cast<int>(std::min<int64_t>(kTile, a.width - d));
       T *query = soft, *key = hard, *d_query = student;
-      read_line(a.query.data, b * a.query.stride + d, a.query.dtype, n, query);
+      read_line(a.query, b, d, n, query);
       std::fill_n(d_query, n, T(0));
       for (int m = 0; m < snapshots; ++m) {
-        read_line(a.keys[m].data, b * a.keys[m].stride + d, a.keys[m].dtype, n, key);
+        read_line(a.keys[m], b, d, n, key);
         for (int i = 0; i < n; ++i) d_query[i] += de[m] * key[i], key[i] = de[m] * query[i];
         write_line(a.d_keys, (m * a.rows + b) * a.width + d, a.keys[m].dtype, n, key);
       }
@@ -341,110 +364,104 @@ class Kernel {
   }
 
   const EnsembleKD& a;
-  const int snapshots, targets;
-  const int64_t tiles;
+  const int snapshots;
   const bool has_ce;
   const T beta, tau, k, row_scale;
-  bool moves_by_kl, moves_by_label;
-  T *target, *student, *soft, *hard;  // lines of kTile
-
- public:
-  void clear(Stats<T>& row) const { row.clear(targets); }
-  void merge(Stats<T>& row, const Stats<T>& tile) const { row.merge(tile, targets, k); }
+  const bool by_kl, by_label;         // what, if anything, moves the attention
+  T *target, *student, *soft, *hard;  // lines; target has one per snapshot, two at least
 };
 
 template <class T>
 void whole_rows(const EnsembleKD& a, int64_t begin, int64_t end) {
   Kernel<T> kernel(a);
+  const int64_t tiles = (a.classes + kTile - 1) / kTile;
   for (int64_t b = begin; b < end; ++b) {
     if (kernel.ignored(b)) {
-      kernel.zero(b);
+      kernel.write_zeros(b);
       continue;
     }
-    T w[kMaxSnapshots];
+    Weights<T> w;
+    Stats<T> row, stats;
+    Sums<T> sums, share;
     kernel.weigh(b, w);
-    const int64_t tiles = kernel.row_tiles();
-    Stats<T> row;
     if (tiles == 1) {
-      kernel.fill(b, 0, w, false, row);
+      kernel.fill(b, 0, w, Find::both, row);
+      kernel.visit(b, 0, w, row, kernel.scales(w, row), sums);
     } else {
       kernel.clear(row);
+      kernel.clear(sums);
       for (int64_t tile = 0; tile < tiles; ++tile) {
-        Stats<T> stats;
-        kernel.clear(stats);
-        kernel.fill(b, tile, w, false, stats);
-        kernel.merge(row, stats);
+        kernel.fill(b, tile, w, Find::stats, stats);
+        kernel.add(row, stats, w);
       }
-    }
-    const Scales<T> scales = kernel.scales(w, row);
-    Sums<T> sums;
-    if (tiles == 1) {
-      kernel.visit(b, 0, w, row, scales, sums);
-    } else {
-      sums.clear(static_cast<int>(a.snapshots));
+      const Scales<T> scales = kernel.scales(w, row);
       for (int64_t tile = 0; tile < tiles; ++tile) {
-        Sums<T> share;
-        kernel.fill(b, tile, w, true, row);
+        kernel.fill(b, tile, w, Find::lines, row);
         kernel.visit(b, tile, w, row, scales, share);
-        sums.add(share, static_cast<int>(a.snapshots));
+        kernel.add(sums, share, w);
       }
     }
     kernel.finish(b, w, row, sums);
   }
 }
 
+// For fewer rows than threads: the tiles of a row are shared out, twice, and combined in order in between.
+template <class T>
+struct SharedRow {
+  const EnsembleKD& a;
+  int64_t b;
+  Weights<T> w;
+  Stats<T> row;
+  Scales<T> scales;
+  std::vector<Stats<T>> stats;
+  std::vector<Sums<T>> sums;
+
+  static void first_visit(int64_t begin, int64_t end, void* context) {
+    SharedRow& r = *static_cast<SharedRow*>(context);
+    Kernel<T> kernel(r.a);
+    for (int64_t tile = begin; tile < end; ++tile) kernel.fill(r.b, tile, r.w, Find::stats, r.stats[tile]);
+  }
+  static void second_visit(int64_t begin, int64_t end, void* context) {
+    SharedRow& r = *static_cast<SharedRow*>(context);
+    Kernel<T> kernel(r.a);
+    Stats<T> row = r.row;
+    for (int64_t tile = begin; tile < end; ++tile) {
+      kernel.fill(r.b, tile, r.w, Find::lines, row);
+      kernel.visit(r.b, tile, r.w, row, r.scales, r.sums[tile]);
+    }
+  }
+
+  void run(const Parallel& parallel, int64_t grain) {
+    Kernel<T> kernel(a);
+    if (kernel.ignored(b)) return kernel.write_zeros(b);
+    const int64_t tiles = stats.size();
+    Sums<T> total;
+    kernel.weigh(b, w);
+    parallel.run(tiles, grain, first_visit, this);
+    kernel.clear(row);
+    for (const Stats<T>& tile : stats) kernel.add(row, tile, w);
+    scales = kernel.scales(w, row);
+    parallel.run(tiles, grain, second_visit, this);
+    kernel.clear(total);
+    for (const Sums<T>& tile : sums) kernel.add(total, tile, w);
+    kernel.finish(b, w, row, total);
+  }
+};
+
 }  // namespace
 
 template <class T>
 void ensemble_kd_fwd(const EnsembleKD& a, const Parallel& parallel) {
-  const int64_t row_work = a.classes * (a.snapshots + 2);
   const int64_t tiles = (a.classes + kTile - 1) / kTile;
+  const auto grain = [&](int64_t columns) { return std::max<int64_t>(1, kGrain / (columns * (a.snapshots + 2))); };
   if (a.rows >= parallel.threads || tiles == 1) {
-    const auto body = [](int64_t begin, int64_t end, void* context) {
+    const auto rows = [](int64_t begin, int64_t end, void* context) {
       whole_rows<T>(*static_cast<const EnsembleKD*>(context), begin, end);
     };
-    parallel.run(a.rows, std::max<int64_t>(1, kGrain / row_work), body, const_cast<EnsembleKD*>(&a));
-    return;
-  }
-  // Fewer rows than threads: the tiles of one row are shared out, twice, and combined in order in between.
-  for (int64_t b = 0; b < a.rows; ++b) {
-    Kernel<T> kernel(a);
-    if (kernel.ignored(b)) {
-      kernel.zero(b);
-      continue;
-    }
-    struct Context {
-      const EnsembleKD& a;
-      int64_t b;
-      T w[kMaxSnapshots];
-      std::vector<Stats<T>> stats;
-      std::vector<Sums<T>> sums;
-      Stats<T> row;
-      Scales<T> scales;
-    } context{a, b, {}, std::vector<Stats<T>>(tiles), std::vector<Sums<T>>(tiles), {}, {}};
-    kernel.weigh(b, context.w);
-    const int64_t grain = std::max<int64_t>(1, kGrain / (kTile * (a.snapshots + 2)));
-    parallel.run(tiles, grain, [](int64_t begin, int64_t end, void* p) {
-      Context& c = *static_cast<Context*>(p);
-      Kernel<T> kernel(c.a);
-      for (int64_t tile = begin; tile < end; ++tile) kernel.fill(c.b, tile, c.w, false, c.stats[tile]);
-    }, &context);
-    kernel.clear(context.row);
-    for (const Stats<T>& stats : context.stats) kernel.merge(context.row, stats);
-    context.scales = kernel.scales(context.w, context.row);
-    parallel.run(tiles, grain, [](int64_t begin, int64_t end, void* p) {
-      Context& c = *static_cast<Context*>(p);
-      Kernel<T> kernel(c.a);
-      for (int64_t tile = begin; tile < end; ++tile) {
-        Stats<T> row = c.row;
-        kernel.fill(c.b, tile, c.w, true, row);
-        kernel.visit(c.b, tile, c.w, c.row, c.scales, c.sums[tile]);
-      }
-    }, &context);
-    Sums<T> sums;
-    sums.clear(static_cast<int>(a.snapshots));
-    for (const Sums<T>& share : context.sums) sums.add(share, static_cast<int>(a.snapshots));
-    kernel.finish(b, context.w, context.row, sums);
+    parallel.run(a.rows, grain(a.classes), rows, const_cast<EnsembleKD*>(&a));
+  } else {
+    for (int64_t b = 0; b < a.rows; ++b)
+      SharedRow<T>{a, b, {}, {}, {}, std::vector<Stats<T>>(tiles), std::vector<Sums<T>>(tiles)}.run(parallel, grain(kTile));
   }
 }
 

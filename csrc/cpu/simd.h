@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -45,10 +46,6 @@ inline Vec<T> splat(T x) {
 template <class T>
 inline Vec<T> load(const T* p) {  // lines are aligned
   return *reinterpret_cast<const Vec<T>*>(p);
-}
-template <class T>
-inline Vec<T> load_unaligned(const T* p) {
-  return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p);
 }
 template <class T>
 inline void store(T* p, Vec<T> v) {
@@ -129,80 +126,90 @@ inline Vec<double> log(Vec<double> x) {
   return x;
 }
 
-inline float bfloat_to_float(uint16_t bfloat) {
-  const uint32_t bits = uint32_t(bfloat) << 16;
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-inline float to_float(uint16_t half) {
-#if defined(__F16C__)
-  return _cvtsh_ss(half);
-#else
-  _Float16 h;
-  std::memcpy(&h, &half, 2);
-  return static_cast<float>(h);
-#endif
-}
-inline uint16_t to_half(float x) {
-#if defined(__F16C__)
-  return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
-#else
-  const _Float16 h = static_cast<_Float16>(x);
+// The storage types, and vectors of T read from n elements of them, the lanes beyond n filled with -inf.
+struct BFloat16 {
   uint16_t bits;
-  std::memcpy(&bits, &h, 2);
-  return bits;
-#endif
-}
-
-// Fills a line of n up to the next whole vector with -inf.
-template <class T>
-inline void pad_line(T* line, int n) {
-  for (; n % Simd<T>::width; ++n) line[n] = -std::numeric_limits<T>::infinity();
-}
-
-// line[0, n) = the n elements at p[offset], converted and padded.
-template <class T>
-inline void read_line(const void* p, int64_t offset, DType dtype, int n, T* __restrict line) {
-  int i = 0;
-  switch (dtype) {
-    case DType::f64: {
-      const double* __restrict from = static_cast<const double*>(p) + offset;
-      for (; i < n; ++i) line[i] = static_cast<T>(from[i]);
-      break;
-    }
-    case DType::f32: {
-      const float* __restrict from = static_cast<const float*>(p) + offset;
-      if constexpr (sizeof(T) == 4) {
-        for (; i + Simd<T>::width <= n; i += Simd<T>::width) store(line + i, load_unaligned(from + i));
-#if defined(__AVX512F__)
-        if (i < n) {
-          const Vec<float> padding = splat(-std::numeric_limits<float>::infinity());
-          store(line + i, Vec<float>(_mm512_mask_loadu_ps(padding, (1u << (n - i)) - 1, from + i)));
-          return;
-        }
-#endif
-      }
-      for (; i < n; ++i) line[i] = from[i];
-      break;
-    }
-    case DType::bf16: {
-      const uint16_t* __restrict from = static_cast<const uint16_t*>(p) + offset;
-      for (; i < n; ++i) line[i] = bfloat_to_float(from[i]);
-      break;
-    }
-    case DType::f16: {
-      const uint16_t* __restrict from = static_cast<const uint16_t*>(p) + offset;
-#if defined(__F16C__)
-      if constexpr (sizeof(T) == 4)
-        for (; i + 8 <= n; i += 8)
-          _mm256_storeu_ps(line + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-#endif
-      for (; i < n; ++i) line[i] = to_float(from[i]);
-      break;
-    }
+  operator float() const {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float x;
+    std::memcpy(&x, &wide, 4);
+    return x;
   }
-  pad_line(line, n);
+};
+struct Float16 {
+  uint16_t bits;
+  operator float() const {
+#if defined(__F16C__)
+    return _cvtsh_ss(bits);
+#else
+    _Float16 h;
+    std::memcpy(&h, &bits, 2);
+    return static_cast<float>(h);
+#endif
+  }
+};
+
+template <class T, class S>
+inline Vec<T> gather(const S* p, int n) {
+  alignas(kVectorBytes) T lanes[Simd<T>::width];
+  for (int i = 0; i < Simd<T>::width; ++i) lanes[i] = i < n ? static_cast<T>(p[i]) : -std::numeric_limits<T>::infinity();
+  return load(lanes);
+}
+template <class T, class S>
+inline Vec<T> load_from(const S* p) {
+  if constexpr (sizeof(S) == sizeof(T)) {
+    return *reinterpret_cast<const typename Simd<T>::Unaligned*>(p);
+#if defined(__AVX512F__)
+  } else if constexpr (std::is_same_v<S, BFloat16> && sizeof(T) == 4) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return Vec<T>(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)));
+  } else if constexpr (std::is_same_v<S, Float16> && sizeof(T) == 4) {
+    return Vec<T>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+  } else if constexpr (std::is_same_v<S, BFloat16> && sizeof(T) == 4) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return Vec<T>(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)));
+  } else if constexpr (std::is_same_v<S, Float16> && sizeof(T) == 4) {
+    return Vec<T>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#endif
+  } else {
+    return gather<T>(p, Simd<T>::width);
+  }
+}
+template <class T, class S>
+inline Vec<T> load_from(const S* p, int n) {
+  if (n >= Simd<T>::width) return load_from<T>(p);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<S, float> && sizeof(T) == 4) {
+    const Vec<float> padding = splat(-std::numeric_limits<float>::infinity());
+    return Vec<T>(_mm512_mask_loadu_ps(padding, (1u << n) - 1, p));
+  }
+#endif
+  return gather<T>(p, n);
+}
+
+// Calls f with the elements from `index` on, as a pointer of their type.
+template <class F>
+inline auto with_elements(const void* data, DType dtype, int64_t index, F f) {
+  switch (dtype) {
+    case DType::f64: return f(static_cast<const double*>(data) + index);
+    case DType::f32: return f(static_cast<const float*>(data) + index);
+    case DType::bf16: return f(static_cast<const BFloat16*>(data) + index);
+    default: return f(static_cast<const Float16*>(data) + index);
+  }
+}
+
+template <class T>
+inline T read(const Matrix& a, int64_t row, int64_t column) {
+  return with_elements(a.data, a.dtype, row * a.stride + column, [](auto p) { return static_cast<T>(*p); });
+}
+
+// line[0, n) = elements [column, column + n) of a row, converted, and padded with -inf to a whole vector.
+template <class T>
+inline void read_line(const Matrix& a, int64_t row, int64_t column, int n, T* line) {
+  with_elements(a.data, a.dtype, row * a.stride + column, [=](auto p) {
+    for (int i = 0; i < n; i += Simd<T>::width) store(line + i, load_from<T>(p + i, n - i));
+  });
 }
 
 // The n elements at p[offset] = line[0, n), rounded to nearest even.
@@ -241,21 +248,16 @@ inline void write_line(void* p, int64_t offset, DType dtype, int n, const T* __r
         for (; i + 8 <= n; i += 8)
           _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
                            _mm256_cvtps_ph(_mm256_loadu_ps(line + i), _MM_FROUND_TO_NEAREST_INT));
+      for (; i < n; ++i) to[i] = _cvtss_sh(static_cast<float>(line[i]), _MM_FROUND_TO_NEAREST_INT);
+#else
+      for (; i < n; ++i) {
+        const _Float16 h = static_cast<_Float16>(line[i]);
+        std::memcpy(to + i, &h, 2);
+      }
 #endif
-      for (; i < n; ++i) to[i] = to_half(static_cast<float>(line[i]));
       break;
     }
   }
-}
-
-// One element, for labels and scores.
-template <class T>
-inline T read(const Matrix& a, int64_t row, int64_t column) {
-  const int64_t i = row * a.stride + column;
-  if (a.dtype == DType::f64) return static_cast<T>(static_cast<const double*>(a.data)[i]);
-  if (a.dtype == DType::f32) return static_cast<const float*>(a.data)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(a.data)[i];
-  return a.dtype == DType::f16 ? to_float(bits) : bfloat_to_float(bits);
 }
 
 }  // namespace eekd::EEKD_ISA
