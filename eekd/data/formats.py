@@ -34,18 +34,20 @@ def read_members(path: Path, names: set[str]) -> dict[str, bytes]:
     """
     if path.is_dir():
         return {name: (path / name).read_bytes() for name in names if (path / name).is_file()}
-    found = {}
+    found, strange = {}, []
     try:
         with tarfile.open(path) as tar:
             for member in tar:
                 name = PurePosixPath(member.name)
                 plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE)
                 if name.is_absolute() or ".." in name.parts or not plain:
-                    raise ValueError(f"{path} is refused: {member.name!r} is no plain file or folder in it")
-                if member.isfile() and name.name in names:
+                    strange.append(member.name)
+                elif member.isfile() and name.name in names:
                     found[name.name] = tar.extractfile(member).read()
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path} is not a readable tar archive: {error}") from None
+    except Exception as error:  # a damaged header can make tarfile raise anything
+        raise ValueError(f"{path} is damaged or no tar archive ({type(error).__name__})") from None
+    if strange:
+        raise ValueError(f"{path} is refused: {strange[0]!r} is no plain file or folder in it")
     return found
 
 
@@ -150,7 +152,7 @@ class _Unpickler(pickle._Unpickler):
 
     def find_class(self, module, name):
         if (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+            raise pickle.UnpicklingError(f"it asks for {f'{module}.{name}'[:80]!r}")
         return self.allowed[module, name]
 
 
@@ -158,8 +160,9 @@ def read_pickle(data: bytes, source: str) -> dict:
     """The dict in a pickle of plain values and arrays of bytes; ValueError, and nothing run, for all else."""
     try:
         value = _Unpickler(io.BytesIO(data), encoding="latin1").load()
-    except Exception as error:  # a forged pickle can make the reader fail in any way
-        raise ValueError(f"{source} is no pickle of plain values and arrays of bytes: {error}") from None
+    except Exception as error:  # a forged pickle can make the reader raise anything
+        reason = str(error) if isinstance(error, pickle.UnpicklingError) else type(error).__name__
+        raise ValueError(f"{source} is no pickle of plain values and arrays of bytes: {reason}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{source} holds a {type(value).__name__}, wanted a dict")
     return value

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from .augment import AUGMENTATIONS, ORDER, augment, random_bits, random_flip, resized_crop_boxes
 from .dataset import Split, check_int
@@ -49,6 +49,7 @@ class Loader:
         self.batch_size = check_int("batch_size", batch_size, 1)
         self.world_size = check_int("world_size", world_size, 1)
         self.rank = check_int("rank", rank, 0)
+        check_int("workers", workers, 0)
         if rank >= world_size:
             raise ValueError(f"rank is {rank}, wanted less than world_size, which is {world_size}")
         if train and not len(self):
@@ -61,9 +62,10 @@ class Loader:
         self._labels = split.labels.to(self.device)
         self._encoded = isinstance(split.images, Encoded)
         if self._encoded:
+            self._work = []  # of the epoch: (view, samples of a batch), each batch for one process
             self._decoder = DataLoader(
                 _Decoder(split.images, seed, crop=self.augment == "imagenet"), batch_size=None,
-                sampler=_Plan(self), num_workers=check_int("workers", workers, 0),
+                sampler=self._work, num_workers=workers,
                 persistent_workers=workers > 0, pin_memory=self.device.type == "cuda",
                 generator=torch.Generator(),  # else every epoch would draw from the global one
             )  # fmt: skip
@@ -93,6 +95,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         seed, view = self.seed, self.view
         if self._encoded:
+            self._work[:] = [(view, index) for index in self._indices("cpu")]
             for index, images in self._decoder:
                 index, images = (x.to(self.device, non_blocking=True) for x in (index, images))
                 if self.augment == "imagenet":  # the crop was cut where the image was decoded
@@ -107,20 +110,6 @@ class Loader:
     def _batch(self, images: Tensor, index: Tensor) -> Batch:
         # Two kernels, since a fused multiply-add would round differently from one device to another.
         return Batch(images.float().sub_(self._mean).mul_(self._scale), self._labels[index], index)
-
-
-class _Plan(Sampler):
-    """An epoch's work for the decoding processes: (view, samples of a batch), one batch for one process."""
-
-    def __init__(self, loader: Loader):
-        self.loader = loader
-
-    def __len__(self):
-        return len(self.loader)
-
-    def __iter__(self):
-        view = self.loader.view
-        return ((view, index) for index in self.loader._indices("cpu"))
 
 
 class _Decoder(Dataset):
