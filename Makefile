@@ -1,0 +1,23 @@
+# One line each; CI runs the same. Without an active virtual environment, one is made in .venv.
+EXTRAS ?= dev
+VENV := $(or $(VIRTUAL_ENV),.venv)
+PYTHON := $(VENV)/bin/python
+
+.PHONY: demo test bench install
+demo: install
+	$(PYTHON) -m eekd.train
+
+test: install
+	$(PYTHON) -m pytest
+
+bench: install
+	$(PYTHON) -m eekd.kernels.bench --json results/bench.json
+
+# Editable, against the environment's own torch, so that one torch serves build and run.
+install: $(VENV)/eekd-$(EXTRAS)
+$(VENV)/eekd-$(EXTRAS): setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f) | $(PYTHON)
+	$(PYTHON) -m pip install --quiet "torch>=2.11" "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.24" ninja
+	$(PYTHON) -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
+	touch $@
+$(PYTHON):
+	python3 -m venv $(VENV)
