@@ -81,7 +81,7 @@ class Phase(_Checked):
     """How one network is trained."""
 
     model: str = "resnet8"  # a name of eekd.models, timm:NAME or path/to/file.py:factory
-    epochs: int = 10
+    epochs: int = 20
     batch_size: int = 64
     optimizer: Literal["sgd", "adamw"] = "sgd"  # sgd has momentum 0.9
     lr: float = 0.1
@@ -105,6 +105,7 @@ class Teacher(Phase):
     """The teacher: one ordinary training run that keeps snapshots."""
 
     _prefix = "teacher."
+
     schedule: Literal["step", "cosine", "cyclic"] = "step"  # cyclic: one cosine cycle per snapshot
     snapshots: int = 5  # M; one at the end of each of M equal stages
 
@@ -120,6 +121,8 @@ class Student(Phase):
     """The students: all start from the same weights and see the same images; only the loss differs."""
 
     _prefix = "student."
+
+    model: str = "resnet8_w4"
     temperature: float = 5.0
     alpha: float = 0.5  # loss = alpha CE + (1 - alpha) temperature^2 KL
     fusion: Literal["probability", "logit"] = "probability"

@@ -59,12 +59,13 @@ def test_one_wrong_value_anywhere_is_one_sentence(config, data):
     assert "\n" not in str(caught.value)
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3)))  # fmt: skip
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
+JSON = st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner), max_leaves=5)
+
+
+@given(JSON.filter(lambda value: value != {}))
 @settings(max_examples=50)
-def test_any_other_json_is_refused_or_a_config(value):
-    if value == {}:
-        return
+def test_any_other_json_is_refused(value):
     with pytest.raises(ValueError):
         Config.from_json(json.dumps(value))
 
@@ -78,8 +79,10 @@ def test_presets(name):
 
 
 def test_recipes_are_those_of_the_papers():
-    crd, eekd = preset("cifar100-crd:vgg13-MobileNetV2"), preset("cifar100-eekd:resnet56-resnet20")
-    assert (crd.teacher.lr, crd.student.lr, crd.student.temperature, crd.student.alpha) == (0.05, 0.01, 4, 0.1)
+    crd = preset("cifar100-crd:vgg13-MobileNetV2")
+    eekd = preset("cifar100-eekd:resnet56-resnet20")
+    assert (crd.teacher.lr, crd.student.lr) == (0.05, 0.01)
+    assert (crd.student.temperature, crd.student.alpha) == (4, 0.1)
     assert [m * crd.teacher.epochs for m in crd.teacher.milestones] == [150, 180, 210]
     assert [m * eekd.student.epochs for m in eekd.student.milestones] == pytest.approx([60, 120, 180])
     assert (eekd.student.temperature, eekd.student.alpha, eekd.student.nesterov) == (5, 0.5, True)
@@ -107,9 +110,9 @@ def test_every_choice_is_accepted(kind):
 
 @pytest.mark.bad_input
 @pytest.mark.parametrize(("kind", "name", "value", "wanted"), [
-    *[(kind, "epochs", value, "epochs must be") for kind in (Teacher, Student) for value in (0, -1, 1.5, "3", True)],
-    *[(kind, "batch_size", value, "batch_size must be") for kind in (Teacher, Student) for value in (0, 2.0, None)],
-    *[(kind, "lr", value, "lr must be") for kind in (Teacher, Student)
+    *[(kind, "epochs", value, "must be") for kind in (Teacher, Student) for value in (0, -1, 1.5, "3", True)],
+    *[(kind, "batch_size", value, "must be") for kind in (Teacher, Student) for value in (0, 2.0, None)],
+    *[(kind, "lr", value, "must be") for kind in (Teacher, Student)
       for value in (0, -0.1, float("nan"), float("inf"), "0.1", None)],
     (Teacher, "weight_decay", -1e-4, "at least 0"),
     (Teacher, "optimizer", "adam", "one of sgd, adamw, got 'adam'; did you mean 'adamw'"),
@@ -122,7 +125,7 @@ def test_every_choice_is_accepted(kind):
     (Teacher, "milestones", 0.5, "a list"),
     (Teacher, "milestones", ("a",), "a finite number"),
     (Teacher, "snapshots", 0, "from 1 to teacher.epochs"),
-    (Teacher, "snapshots", 11, "from 1 to teacher.epochs (10)"),
+    (Teacher, "snapshots", 21, "from 1 to teacher.epochs (20)"),
     (Teacher, "model", "", "some text"),
     (Teacher, "model", None, "some text"),
     (Teacher, "nesterov", 1, "true or false"),

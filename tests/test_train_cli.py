@@ -1,0 +1,185 @@
+"""The command line: python -m eekd.train as a user types it."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from eekd import train as cli
+from eekd.checkpoint import sha256_of
+from eekd.config import Config, preset
+
+TEACHER = "--teacher.epochs 2 --teacher.snapshots 2 --teacher.model resnet8_w4"
+SMALL = f"teacher {TEACHER} --student.epochs 1 --train-limit 150 --device cpu"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of a small teacher, which tests only read."""
+    out = tmp_path_factory.mktemp("run") / "teacher"
+    assert cli.main([*SMALL.split(), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def sentence(capsys) -> str:
+    """What was printed, in one line without boxes."""
+    printed = capsys.readouterr()
+    return re.sub(r"[\s│╭╮╰╯─]+", " ", printed.err + printed.out).strip()
+
+
+def test_the_default_command(tmp_path):
+    """Everything, end to end, as the README's first command runs it."""
+    command = [sys.executable, "-m", "eekd.train", "--device", "cpu"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "digits-1"
+    assert "everything is in runs/digits-1" in done.stdout
+    table = " ".join(done.stdout.split())
+    for name in ("teacher", "snapshot 1", "snapshot 5", "ensemble", "CE only", "KD (last)", "EEKD (attention)"):
+        assert re.search(re.escape(name) + r" resnet8\S* [\d,]+ \d+ \d\d\.\d\d \d\d\.\d\d", table)
+    assert "EEKD (attention): epoch 20/20" in done.stdout
+    summary = json.loads((run / "summary.json").read_text())
+    accuracy = {row["name"]: row["test_accuracy"] for row in summary["rows"]}
+    assert accuracy["teacher"] > 0.93 and accuracy["attention"] > 0.85 and accuracy["snapshot 1"] < 0.99
+    assert Config.load(run / "config.json") == Config(device="cpu")
+
+
+def test_the_halves(run, here):
+    assert json.loads((run / "summary.json").read_text())["rows"][-1]["kind"] == "ensemble"
+    assert Config.load(run / "config.json").students == ()
+    assert cli.main(["student", "--teacher", str(run), "--students", "uniform", "--out", "one"]) == 0
+    assert cli.main(["student", f"--teacher={run}", "--out", "two", "--student.epochs", "2"]) == 0
+    one, two = Config.load("one/config.json"), Config.load("two/config.json")
+    assert (one.students, one.student.epochs, one.train_limit) == (("uniform",), 1, 150)
+    assert (two.students, two.student.epochs) == (Config().students, 2)
+    assert one.teacher == two.teacher == Config.load(run / "config.json").teacher
+    rows = json.loads((here / "two" / "summary.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["teacher", "snapshot 1", "snapshot 2", "ensemble", *two.students]
+
+
+def test_a_run_runs_again_from_its_own_config(run, here):
+    assert cli.main(["--config", str(run / "config.json"), "--out", "again"]) == 0
+    for snapshot in run.glob("teacher/*.safetensors"):
+        assert sha256_of(snapshot) == sha256_of(here / "again" / "teacher" / snapshot.name)
+
+
+def test_flags_override_presets():
+    typed = "--preset cifar100-crd:vgg13-vgg8 --teacher.epochs 10 --data cifar10 --train-limit None --seed 3"
+    more = "--students ce entropy --student.milestones 0.5"
+    base, made = preset("cifar100-crd:vgg13-vgg8"), cli.parse(f"{typed} {more}".split()).settings
+    assert (made.teacher.epochs, made.teacher.lr, made.data) == (10, base.teacher.lr, "cifar10")
+    assert (made.student.milestones, made.students, made.seed) == ((0.5,), ("ce", "entropy"), 3)
+    assert made.student.temperature == 4
+
+
+@pytest.mark.parametrize("underscores", [False, True])
+def test_every_setting_is_a_flag(underscores, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    told = capsys.readouterr().out
+    for name in ("data", "train-limit", "teacher.batch-size", "student.attention-objective", "teacher-run"):
+        assert f"--{name} " in told
+    flag = "--train_limit" if underscores else "--train-limit"
+    assert cli.parse([flag, "5"]).settings.train_limit == 5
+
+
+def test_dry_run_writes_nothing(here, capsys):
+    assert cli.main(["--dry-run", "--teacher.model", "resnet20"]) == 0
+    told = sentence(capsys)
+    assert "teacher resnet20 272,186 20" in told and "EEKD (attention) resnet8_w4" in told and "MiB" in told
+    assert not list(here.iterdir())
+
+
+def test_display_on_a_terminal():
+    screen = io.StringIO()
+    with cli.Display(Console(file=screen, force_terminal=True, width=100)) as display:
+        known = {"epoch": 1, "epochs": 2, "train_loss": 0.5}
+        display("last", 1, 4, known)
+        display("last", 2, 4, known | {"val_accuracy": 0.75})
+    assert "KD (last)" in screen.getvalue() and "epoch 1/2  loss 0.500  val 75.00%" in screen.getvalue()
+
+
+def test_ctrl_c_is_one_line(here, monkeypatch, capsys):
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "train", stop)
+    assert cli.main([]) == 130
+    assert sentence(capsys) == "stopped"
+
+
+def test_out_of_memory_is_one_line(here, monkeypatch, capsys):
+    import torch
+
+    def burst(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(cli, "train", burst)
+    assert cli.main([]) == 2
+    assert "a smaller batch_size may fit" in sentence(capsys)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(("typed", "wanted"), [
+    ("--teacher.epoch 3", "perhaps you meant: --teacher.epochs"),
+    ("--epochs 3", "--teacher.epochs"),
+    ("--teacher.lr", "lr"),
+    ("--teacher.lr fast", "--teacher.lr"),
+    ("--teacher.lr 0", "teacher.lr must be above 0, got 0.0"),
+    ("--teacher.lr nan", "teacher.lr must be a finite number, got nan"),
+    ("--teacher.schedule cosin", "did you mean 'cosine'?"),
+    ("--student.schedule cyclic", "must be one of step, cosine, got 'cyclic'"),
+    ("--student.alpha 1.5", "student.alpha must be from 0 to 1, got 1.5"),
+    ("--student.temperature -1", "student.temperature must be above 0"),
+    ("--student.fusion probabilty", "did you mean 'probability'?"),
+    ("--students ce atention", "did you mean 'attention'?"),
+    ("--students ce ce", "students must be different from each other"),
+    ("--precision fp8", "did you mean 'fp"),
+    ("--compile yes", "unrecognized options: yes"),
+    ("--val-fraction 1", "val_fraction must be between 0 and 1, got 1.0"),
+    ("--train-limit 0.5", "train-limit"),
+    ("--train-limit 0", "train_limit must be at least 1, got 0"),
+    ("--teacher.snapshots 30", "teacher.snapshots must be from 1 to teacher.epochs (20), got 30"),
+    ("--teacher.schedule cyclic --teacher.epochs 11", "a multiple of teacher.snapshots"),
+    ("--preset digit", "did you mean 'digits'?"),
+    ("--preset", "preset"),
+    ("--config nowhere.json", "no config file at nowhere.json"),
+    ("--config nowhere.json --preset digits", "not both"),
+    ("--data digit", "digit"),
+    ("--teacher.model resnet21", "resnet2"),
+    ("--student.model nowhere.py:net", "nowhere.py"),
+    ("--device cuda:77", "device 'cuda:77' is not there"),
+    ("teach", "'teach' is no command; did you mean 'teacher'?"),
+    ("student", "student needs --teacher run"),
+    ("student --teacher nowhere", "nowhere/config.json"),
+    ("student --teacher RUN --teacher.epochs 3", "cannot be changed"),
+    ("student --teacher RUN --split-seed 7", "was trained on other images"),
+    ("--out RUN", "already holds something"),
+    ("--teacher.lr 1e30 --out bad", "teacher: the loss became"),
+])  # fmt: skip
+def test_bad_flags(run, here, capsys, typed, wanted):
+    try:
+        code = cli.main([*typed.replace("RUN", str(run)).split()])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    told = sentence(capsys)
+    assert wanted in told.lower().replace(str(run).lower(), "run") and "Traceback" not in told
+    assert {path.name for path in here.iterdir()} <= {"bad"} and not list(here.rglob("*.safetensors"))
+
+
+@pytest.mark.bad_input
+def test_without_rich_and_tyro_one_sentence_says_what_to_install():
+    code = "import sys; sys.modules['tyro'] = None; import eekd.train"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "pip install 'eekd[train]'" in done.stderr
