@@ -376,6 +376,13 @@ def test_what_is_no_manifest_is_named(tmp_path, content, reason):
         read_manifest(tmp_path)
 
 
+@pytest.mark.bad_input
+def test_a_number_beyond_floats_is_no_metric(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest_of()).replace("1.0", "1e999"))
+    with pytest.raises(ValueError, match="metrics of snapshot 0 must be .*, got {'x': inf}"):
+        read_manifest(tmp_path)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("a.safetensors"),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
