@@ -50,21 +50,30 @@ class Start:
 
 
 def main(argv: list[str] | None = None) -> int:
-    console = Console()
+    """Runs a command line and returns its exit code: 0, 130 when interrupted, 2 for any mistake."""
     try:
-        flags = parse(sys.argv[1:] if argv is None else argv)
-        session = prepare(flags.settings)
-        if flags.dry_run:
-            console.print(_plan(session))
-            return 0
-        with Display(console) as display:
-            run = train(session.config, flags.out, session=session, progress=display)
+        return _main(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+
+
+def _main(argv: list[str]) -> int:
+    console = Console()
+    try:
+        flags = parse(argv)
+        session = prepare(flags.settings)
+    except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:  # a name, a file, a value
+        return _fail(error)
+    if flags.dry_run:
+        console.print(_plan(session))
+        return 0
+    try:
+        with Display(console) as display:
+            run = train(session.config, flags.out, session=session, progress=display)
     except torch.OutOfMemoryError as error:
         return _fail(f"the device is out of memory, a smaller batch_size may fit: {error}")
-    except (ArithmeticError, AttributeError, ImportError, OSError, TypeError, ValueError) as error:
+    except (FloatingPointError, OSError, ValueError) as error:
         return _fail(error)
     summary = json.loads((run / "summary.json").read_text())
     console.print(_results(summary["rows"]))

@@ -24,6 +24,7 @@ def train(config: Config, out: str | Path | None = None, *, session: Session | N
 
     With config.teacher_run no teacher is trained, without config.students no student. What is wrong with the
     settings is raised by `prepare`, before anything is written; FileExistsError where `out` holds anything.
+    `session` is what `prepare` returned for this config, to save doing it again.
     """
     start, session = time.perf_counter(), session or prepare(config)
     config = session.config
