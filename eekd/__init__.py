@@ -13,6 +13,19 @@ arXiv 2202.12488 (2022).
 
 __version__ = "0.1.0"
 
+from eekd.attention import SnapshotAttention
+from eekd.features import LastFeatures
+from eekd.losses import EEKDLoss
 from eekd.ops import EnsembleKD, ensemble_kd, use_backend
+from eekd.snapshots import SnapshotEnsemble, SnapshotRecorder
 
-__all__ = ["EnsembleKD", "ensemble_kd", "use_backend"]
+__all__ = [
+    "EEKDLoss",
+    "EnsembleKD",
+    "LastFeatures",
+    "SnapshotAttention",
+    "SnapshotEnsemble",
+    "SnapshotRecorder",
+    "ensemble_kd",
+    "use_backend",
+]

@@ -71,22 +71,20 @@ def error(run: Callable[[], Tensor], tensors, fusion: str) -> float:
     """The largest difference from the fp64 reference among loss and gradients, each relative to its largest value."""
     student, snapshots, labels, scores = tensors
     leaves = [x.detach().double().requires_grad_() for x in (student, scores)]
-    out = reference.ensemble_kd(leaves[0], snapshots.double(), labels, scores=leaves[1], fusion=fusion)
-    loss = out[0] + out[2]
+    loss, _, attention_loss = reference.ensemble_kd(leaves[0], snapshots.double(), labels, scores=leaves[1], fusion=fusion)
+    loss = loss + attention_loss
     truth = [loss, *torch.autograd.grad(loss, leaves)]
-    student.grad = scores.grad = None
     got = run()
-    got.backward()
-    pairs = zip((got.detach(), student.grad, scores.grad), truth, strict=True)
+    pairs = zip([got, *torch.autograd.grad(got, (student, scores))], truth, strict=True)
     return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
-def peak_extra_bytes(run: Callable[[], Tensor]) -> int | None:
+def peak_extra_bytes(step: Callable[[], object]) -> int | None:
     """The highest resident memory during forward + backward, above what was resident before; Linux only."""
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = _status("VmRSS")
-        run().backward()
+        step()
         return _status("VmHWM") - before
     except OSError:
         return None
@@ -106,7 +104,7 @@ def quantiles(times: list[float]) -> dict[str, float]:
 
 def measure(shape, dtype, fusion, modes, seconds, seed) -> dict:
     tensors = inputs(shape, dtype, seed)
-    student, _, _, scores = tensors
+    leaves = tensors[0], tensors[3]
     torch._dynamo.reset()
     functions = {"eekd": fused, "eager": plain}
     functions |= {
@@ -124,20 +122,22 @@ def measure(shape, dtype, fusion, modes, seconds, seed) -> dict:
         row["error"][name] = error(run, tensors, fusion)
         if not row["error"][name] < limit:
             raise SystemExit(f"{name} is wrong at {shape} {fusion}: relative error {row['error'][name]:.1e}, not timed")
+
+    def step(name):  # not .backward(): in training the logits are no leaves, and nothing copies their gradient
+        torch.autograd.grad(runs[name](), leaves)
+
     times = {name: [] for name in runs}
     stop = time.perf_counter() + seconds * len(runs)
     while time.perf_counter() < stop or len(times["eekd"]) < 5:
-        for name, run in runs.items():  # taking turns, so that what else the machine does meets all alike
+        for name in runs:  # taking turns, so that what else the machine does meets all alike
             for _ in range(max(1, min(50, 2**21 // math.prod(shape)))):
-                student.grad = scores.grad = None
                 start = time.perf_counter()
-                run().backward()
+                step(name)
                 times[name].append(time.perf_counter() - start)
     warm = {name: values[len(values) // 10 :] for name, values in times.items()}
     row["times"] = {name: quantiles(values) for name, values in warm.items()}
     for name in ("eekd", "eager"):
-        student.grad = scores.grad = None
-        row["peak_bytes"][name] = peak_extra_bytes(runs[name])
+        row["peak_bytes"][name] = peak_extra_bytes(lambda name=name: step(name))
     compiled = min(row["times"][name]["us"] for name in runs if name.startswith("compile"))
     row["vs_eager"] = row["times"]["eager"]["us"] / row["times"]["eekd"]["us"]
     row["vs_compile"] = compiled / row["times"]["eekd"]["us"]

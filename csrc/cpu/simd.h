@@ -78,13 +78,16 @@ inline T largest(Vec<T> v) {
   return fold(v, [](auto a, auto b) { return b > a ? b : a; });
 }
 
-// 2^x for x <= 0, to 1e-7; exactly 0 below the smallest normal number, NaN for NaN. The polynomial is a minimax
-// fit of (2^r - 1) / r on [-1/2, 1/2], weighted for the relative error of 2^r.
+// 2^x for x <= 0, to 1e-7; 0 far below the smallest normal number, NaN for NaN. The polynomial is a minimax fit of
+// (2^r - 1) / r on [-1/2, 1/2], weighted for the relative error of 2^r.
 inline Vec<float> exp2(Vec<float> x) {
-  using IntVec = Simd<float>::IntVec;
+#if defined(__AVX512F__)
+  const Vec<float> n = Vec<float>(_mm512_roundscale_ps(__m512(x), _MM_FROUND_TO_NEAREST_INT));
+#else
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves round(x) in the low bits
-  const Vec<float> shifted = x + kRound;
-  const Vec<float> r = x - (shifted - kRound);
+  const Vec<float> shifted = x + kRound, n = shifted - kRound;
+#endif
+  const Vec<float> r = x - n;
   Vec<float> p = splat(1.5353360504377633e-4f);
   p = p * r + 1.3398875016719103e-3f;
   p = p * r + 9.61843691766262e-3f;
@@ -92,9 +95,13 @@ inline Vec<float> exp2(Vec<float> x) {
   p = p * r + 2.4022647738456726e-1f;
   p = p * r + 6.9314718246459961e-1f;
   p = p * r + 1.f;
-  const Vec<float> y = reinterpret_cast<Vec<float>>(
-      reinterpret_cast<IntVec>(p) + (reinterpret_cast<IntVec>(shifted) << 23));
-  return x < -126.f ? splat(0.f) : y;
+#if defined(__AVX512F__)
+  return Vec<float>(_mm512_scalef_ps(__m512(p), __m512(n)));  // 0 for n = -inf, whatever p
+#else
+  using IntVec = Simd<float>::IntVec;
+  const auto bits = reinterpret_cast<IntVec>(p) + (reinterpret_cast<IntVec>(shifted) << 23);
+  return x < -126.f ? splat(0.f) : reinterpret_cast<Vec<float>>(bits);
+#endif
 }
 
 // log x for normal x > 0, to 1e-7. x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); the polynomial is a
