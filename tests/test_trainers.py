@@ -15,6 +15,7 @@ import torch
 from eekd import models, reference
 from eekd.checkpoint import load_tensors, sha256_of
 from eekd.config import Config, Student, Teacher, Weighting
+from eekd.data import Loader
 from eekd.features import LastFeatures
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.trainers import prepare, table, train, train_student, train_teacher
@@ -129,6 +130,19 @@ def test_metrics_of_every_epoch(run):
             table = list(csv.DictReader(file))
         assert [float(line["val_loss"]) for line in table] == [row["val_loss"] for row in rows(folder)]
     assert "weights_3" in table[0] or folder.name in ("ce", "last")
+
+
+def test_every_step_trains_in_training_mode(run):
+    for path in run.rglob("s*.safetensors"):
+        if (folder := path.parent).name != "teacher" or path.stem == "snapshot-3":
+            assert load_tensors(path)["2.num_batches_tracked"] == rows(folder)[-1]["step"]
+
+
+def test_every_epoch_has_its_own_order(config, tmp_path, monkeypatch):
+    epochs, set_epoch = [], Loader.set_epoch
+    monkeypatch.setattr(Loader, "set_epoch", lambda self, epoch: epochs.append(epoch) or set_epoch(self, epoch))
+    train_student(config, None, "ce", tmp_path / "student")
+    assert [epoch for epoch in epochs if epoch] == [1, 2]
 
 
 def test_fixed_weights_are_the_published_ones(run):
