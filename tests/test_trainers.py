@@ -139,10 +139,10 @@ def test_every_step_trains_in_training_mode(run):
 
 
 def test_every_epoch_has_its_own_order(config, tmp_path, monkeypatch):
-    epochs, set_epoch = [], Loader.set_epoch
-    monkeypatch.setattr(Loader, "set_epoch", lambda self, epoch: epochs.append(epoch) or set_epoch(self, epoch))
+    seen, set_epoch = [], Loader.set_epoch
+    monkeypatch.setattr(Loader, "set_epoch", lambda self, epoch: seen.append(epoch) or set_epoch(self, epoch))
     train_student(config, None, "ce", tmp_path / "student")
-    assert [epoch for epoch in epochs if epoch] == [1, 2]
+    assert [epoch for epoch in seen if epoch] == [1, 2]
 
 
 def test_fixed_weights_are_the_published_ones(run):
