@@ -7,6 +7,7 @@ import pickle
 import struct
 import sys
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -510,6 +511,14 @@ def test_large_images_become_squares(tmp_path):
     data = load(str(folder(tmp_path, ["train", "val"], size=(70, 100), each=5)), val_fraction=0.2)
     assert data.image_size == 224 and data.augment == "imagenet"
     assert (data.train.images.shape, data.val.images.shape) == ((8, 3, 224, 224), (2, 3, 224, 224))
+    files = [str(tmp_path / "val" / "cat" / "000.png")]
+    shown = Encoded(files, channels=3, image_size=224, zoom=7 / 8).decode(0)
+    assert torch.equal(data.test.images[0], shown)  # as ImageNet's protocol has it
+    assert torch.equal(load(str(tmp_path), memory_budget=0).test.images.decode(0), shown)
+    whole = Encoded(
+        [str(path) for path in tmp_path.glob("train/*/*")], channels=3, image_size=224
+    ).decode_all()
+    assert all((whole == image).flatten(1).all(1).any() for image in data.train.images)
     assert load(str(tmp_path), image_size=24).test.images.shape == (10, 3, 24, 24)
 
 
@@ -760,6 +769,16 @@ def test_the_fingerprint_notices_content_labels_and_order(tmp_path, budget):
     assert len({first.fingerprint, moved, load(str(root), memory_budget=budget).fingerprint}) == 3
 
 
+def test_the_fingerprint_covers_every_part_of_every_split():
+    data = load("digits")
+    seen = {data.fingerprint}
+    for name in ("train", "val", "test"):
+        split = getattr(data, name)
+        for change in ({"images": split.images.flip(0)}, {"labels": split.labels.flip(0)}, {"mean": (0.5,)}):
+            seen.add(replace(data, **{name: replace(split, **change)}).fingerprint)
+    assert len(seen) == 10
+
+
 # ---- augmentation ----
 
 
@@ -813,6 +832,13 @@ def test_pad_crop_is_a_window_of_the_padded_image(device):
     padded = torch.nn.functional.pad(x, (4, 4, 4, 4))
     for i in range(81):
         assert torch.equal(out[i], padded[i, :, top[i] : top[i] + 6, left[i] : left[i] + 7])
+
+
+def test_half_the_images_are_mirrored_left_to_right(device):
+    x = torch.from_numpy(images(200, 2, 8)).to(device)
+    out = aug.random_flip(x, torch.arange(200, device=device), seed=0, view=0)
+    kept, mirrored = ((out == y).flatten(1).all(1) for y in (x, x.flip(3)))
+    assert (kept ^ mirrored).all() and 80 < kept.sum() < 120
 
 
 def test_resized_crop_is_bilinear(device):
@@ -935,7 +961,8 @@ def test_ranks_share_the_batches_of_one_loader(world_size, drop_last):
     whole = Loader(split_of(), batch_size=5 * world_size, drop_last=drop_last)
     for loader in (*ranks, whole):
         loader.set_epoch(4)
-    assert len({len(loader) for loader in ranks}) == 1 and len({len(list(loader)) for loader in ranks}) == 1
+    assert len({tuple(len(batch.index) for batch in loader) for loader in ranks}) == 1
+    assert all(len(list(loader)) == len(loader) for loader in ranks)
     seen = [torch.cat([b.index for b in step]) for step in zip(*ranks, strict=True)]
     for together, batch in zip(seen, whole, strict=False):
         assert set(together.tolist()) <= set(batch.index.tolist())
@@ -957,6 +984,19 @@ def test_decoded_batches_are_those_of_memory(encoded, kind, device):
         for loader in loaders:
             loader.set_epoch(epoch)
         assert same(*map(list, loaders))
+
+
+def test_files_are_cropped_from_what_they_hold(encoded, device):
+    loader = Loader(encoded[1], batch_size=20, augment="imagenet", seed=2, device=device)
+    loader.set_epoch(3, view=1)
+    (batch,) = loader
+    index = batch.index.cpu()
+    boxes = aug.resized_crop_boxes(index, 16, 16, seed=2, view=1).tolist()
+    pairs = zip(index, boxes, strict=True)
+    cut = [encoded[1].images.decode(i, lambda height, width, box=box: box) for i, box in pairs]
+    want = aug.random_flip(torch.stack(cut), index, seed=2, view=1)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (encoded[1].mean, encoded[1].std))
+    torch.testing.assert_close(batch.images.cpu(), (want / 255 - mean) / std, atol=1e-5, rtol=1e-5)
 
 
 def test_workers_change_nothing(encoded):

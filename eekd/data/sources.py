@@ -47,8 +47,9 @@ def find(name: str, root: Path | None, image_size: int | None) -> Found:
     if name in _CIFAR and root:
         return _cifar(name, root)
     if name in _HUB:
-        return _hugging_face(_HUB[name], image_size, f"{name} needs root=FOLDER or Hugging Face")
-    path = Path(root or "", name)
+        package = ", Debian's package dataset-fashion-mnist" if name == "fashion-mnist" else ""
+        return _hugging_face(_HUB[name], image_size, f"{name} needs root=FOLDER{package} or Hugging Face")
+    path = Path(root or "", name).expanduser()
     if (path / "train").is_dir():
         return _folder(path, image_size)
     if path.suffix == ".parquet" and path.is_file() or path.is_dir() and any(path.rglob("*.parquet")):
