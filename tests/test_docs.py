@@ -1,0 +1,77 @@
+"""README and docs are run: every Python block in order, page by page, and every command line parsed."""
+
+import json
+import re
+import runpy
+import shlex
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from eekd import train
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def network(width: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, width), nn.ReLU(), nn.Linear(width, 3))
+
+
+def a_users_names() -> dict:
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 3, 2, 2), torch.randint(3, (8,))
+    return {
+        "torch": torch, "epochs": 5, "teacher": network(6), "student": network(4), "make_teacher": lambda: network(6),
+        "train_one_epoch": lambda model: None, "images": images, "loader": [(images, labels)] * 3,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = a_users_names()
+    if "init_process_group" in page.read_text():
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1}.items():
+            monkeypatch.setenv(name, str(value))
+        exec(blocks(ROOT / "docs" / "loop.md", "python")[0], names)
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), names)
+    if "optimizer" in names:
+        assert names["measurements"]["weights"].sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def commands() -> list[str]:
+    lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("python -m eekd.train")]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_the_command_lines_parse(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for run in re.findall(r"runs/\w+", command):
+        Path(run).mkdir(parents=True, exist_ok=True)
+        Path(run, "config.json").write_text(train.Config().to_json())
+    train.parse(shlex.split(command)[3:])
+
+
+def test_the_tables_are_what_the_results_say():
+    render = runpy.run_path(str(ROOT / "results" / "render.py"))
+    assert render["main"](["--check"]) == 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("**/*.json")), ids=lambda p: p.name)
+def test_results_say_where_they_come_from(path):
+    record = json.loads(path.read_text())
+    assert record["command"]
+    assert record["environment"]["commit"] and record["environment"]["torch"]
