@@ -71,7 +71,9 @@ def error(run: Callable[[], Tensor], tensors, fusion: str) -> float:
     """The largest difference from the fp64 reference among loss and gradients, each relative to its largest value."""
     student, snapshots, labels, scores = tensors
     leaves = [x.detach().double().requires_grad_() for x in (student, scores)]
-    loss, _, attention_loss = reference.ensemble_kd(leaves[0], snapshots.double(), labels, scores=leaves[1], fusion=fusion)
+    loss, _, attention_loss = reference.ensemble_kd(
+        leaves[0], snapshots.double(), labels, scores=leaves[1], fusion=fusion
+    )
     loss = loss + attention_loss
     truth = [loss, *torch.autograd.grad(loss, leaves)]
     got = run()
@@ -108,7 +110,8 @@ def measure(shape, dtype, fusion, modes, seconds, seed) -> dict:
     torch._dynamo.reset()
     functions = {"eekd": fused, "eager": plain}
     functions |= {
-        f"compile:{mode}": torch.compile(plain, mode=None if mode == "default" else mode, dynamic=False) for mode in modes
+        f"compile:{mode}": torch.compile(plain, mode=None if mode == "default" else mode, dynamic=False)
+        for mode in modes
     }
 
     def runner(name, function):
@@ -166,7 +169,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="per contender and shape")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="two small shapes, one mode of torch.compile: a smoke test")
+    parser.add_argument(
+        "--quick", action="store_true", help="two small shapes, one mode of torch.compile: a smoke test"
+    )
     parser.add_argument("--json", type=Path, help="save the figures here")
     args = parser.parse_args(argv)
     try:
@@ -181,7 +186,9 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
 
     print("forward + backward, µs (median)")
-    print(f"{'(B, M, C)':>16} {'fusion':>11}  {'eekd':>9} {'eager':>9} {'compile':>9}  {'/eager':>7} {'/compile':>7}  error")
+    print(
+        f"{'(B, M, C)':>16} {'fusion':>11}  {'eekd':>9} {'eager':>9} {'compile':>9}  {'/eager':>7} {'/compile':>7}  error"
+    )
     rows = []
     for shape in shapes:
         for fusion in ("probability", "logit"):

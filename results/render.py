@@ -1,7 +1,7 @@
 """Writes the tables of README.md and docs/, and the plots, from the JSON files beside this script.
 
-    python results/render.py          # rewrites what stands between <!-- table:NAME --> and <!-- end -->
-    python results/render.py --check  # changes nothing; exits 1 where a table is not what the JSON says
+python results/render.py          # rewrites what stands between <!-- table:NAME --> and <!-- end -->
+python results/render.py --check  # changes nothing; exits 1 where a table is not what the JSON says
 """
 
 import json
@@ -31,23 +31,34 @@ def provenance(record: dict) -> str:
 def seeds(record: dict) -> str:
     """Mean ± std of a preset's runs."""
     runs = record["runs"]
-    lines = ["| | network | parameters | test accuracy, % | gain over CE, points | s per epoch |", "|---|---|--:|--:|--:|--:|"]
+    lines = [
+        "| | network | parameters | test accuracy, % | gain over CE, points | s per epoch |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
     for rows in zip(*(run["rows"] for run in runs), strict=True):
         first = rows[0]
         name = TITLES.get(first["name"], first["name"])
         name += f", epoch {first['epochs']}" if first["kind"] == "snapshot" else ""
-        gain = spread([r["gain"] for r in rows], 100, "+") if first["gain"] is not None and first["name"] != "ce" else ""
+        gain = (
+            spread([r["gain"] for r in rows], 100, "+") if first["gain"] is not None and first["name"] != "ce" else ""
+        )
         seconds = "" if first["seconds_per_epoch"] is None else f"{mean(r['seconds_per_epoch'] for r in rows):.1f}"
         accuracy = spread([r["test_accuracy"] for r in rows], 100)
         lines.append(f"| {name} | {first['model']} | {first['parameters']:,} | {accuracy} | {gain} | {seconds} |")
     minutes = mean(run["seconds"] for run in runs) / 60
-    lines += ["", f"Mean ± std over {len(runs)} seeds, last epoch, {minutes:.1f} minutes per seed: {provenance(record)}"]
+    lines += [
+        "",
+        f"Mean ± std over {len(runs)} seeds, last epoch, {minutes:.1f} minutes per seed: {provenance(record)}",
+    ]
     return "\n".join(lines)
 
 
 def bench(record: dict) -> str:
     """Times and ratios of the kernel bench."""
-    lines = ["| (B, M, C) | fusion | eekd, µs | eager | torch.compile | × eager | × compile |", "|---|---|--:|--:|--:|--:|--:|"]
+    lines = [
+        "| (B, M, C) | fusion | eekd, µs | eager | torch.compile | × eager | × compile |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
     for row in record["rows"]:
         times = {name: t["us"] for name, t in row["times"].items()}
         compiled = min(t for name, t in times.items() if name.startswith("compile"))
@@ -85,7 +96,10 @@ def plot(record: dict, path: Path) -> None:
         values = [100 * run["rows"][i]["test_accuracy"] for run in runs]
         right.plot([place] * len(values), values, "o", color="#4477aa", alpha=0.7, ms=4)
         right.plot([place - 0.2, place + 0.2], [mean(values)] * 2, color="#cc3311")
-    names = [{"ce": "CE only", "last": "KD, last", "attention": "EEKD"}.get(rows[i]["name"], rows[i]["name"]) for i in students]
+    names = [
+        {"ce": "CE only", "last": "KD, last", "attention": "EEKD"}.get(rows[i]["name"], rows[i]["name"])
+        for i in students
+    ]
     right.set_xticks(range(len(names)), names)
     right.set(title="Students: each seed, and the mean", xlim=(-0.5, len(names) - 0.5), ylabel="test accuracy, %")
     for axes in (left, right):

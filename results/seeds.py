@@ -1,6 +1,6 @@
 """Runs a preset once per seed and keeps what came out: results/PRESET.json.
 
-    python results/seeds.py fashion-mnist-cpu --seeds 0 1 2
+python results/seeds.py fashion-mnist-cpu --seeds 0 1 2
 """
 
 import argparse
@@ -33,7 +33,14 @@ def main() -> None:
             curves = {}
             for phase in ("teacher", *(f"students/{name}" for name in config.students)):
                 rows = [json.loads(line) for line in (run / phase / "metrics.jsonl").read_text().splitlines()]
-                keep = ("epoch", "val_accuracy", "weights", "weight_entropy", "val_target_nll", "val_target_nll_uniform")
+                keep = (
+                    "epoch",
+                    "val_accuracy",
+                    "weights",
+                    "weight_entropy",
+                    "val_target_nll",
+                    "val_target_nll_uniform",
+                )
                 curves[phase.split("/")[-1]] = [{k: row[k] for k in keep if k in row} for row in rows]
             record["runs"].append({"seed": seed, **json.loads((run / "summary.json").read_text()), "curves": curves})
             path.write_text(json.dumps(record, indent=1) + "\n")
