@@ -66,4 +66,12 @@ namespace avx512 { EEKD_CPU_KERNELS }
 template <class T>
 void ensemble_kd_fwd_cpu(const EnsembleKD&, const Parallel&);
 
+// CUDA: all pointers are of the current device, all work is put on the stream, nothing waits. `mean` divides by the
+// labels that count, into `count` where there are many. Rows go to args.loss and args.attention_loss; unless `loss` is
+// null these lie one behind the other, and their sums go to `loss` and `attention_loss`. A label that is neither a
+// class nor ignored makes its row NaN. Returns what went wrong, or null.
+template <class T>
+const char* ensemble_kd_fwd_cuda(const EnsembleKD& args, bool mean, void* loss, void* attention_loss, int* count,
+                                 void* stream);
+
 }  // namespace eekd

@@ -58,6 +58,10 @@ static EEKD_HD inline T mixture_nll(const T* w, const SoftmaxSum<T>* sums, T* l,
     l[m] += std::log2(w[m] / sums[m].sum);
     max = l[m] > max ? l[m] : max;
   }
+  if (max == -std::numeric_limits<T>::infinity()) {  // p_y = 0 for any weights, which get no gradient
+    for (int m = 0; m < snapshots; ++m) l[m] = w[m];
+    return -max;
+  }
   total = 0;
   for (int m = 0; m < snapshots; ++m) total += l[m] = std::exp2(l[m] - max);
   for (int m = 0; m < snapshots; ++m) l[m] /= total;

@@ -217,6 +217,7 @@ class Kernel {
         T mixed = 0;
         for (int j = 0; j < w.used; ++j) mixed += w.w[j] * z[j], g[j] = (sums.mean[j] - z[j]) / tau;
         attention_loss = std::log(stats.target[0].sum) - (mixed - stats.target[0].max) / tau;
+        if (mixed == -std::numeric_limits<T>::infinity()) std::fill_n(g, w.used, T(0));  // p_y = 0 for any weights
         softmax_grad(w.w, g, row_scale, de, w.used);
       }
     }
@@ -267,11 +268,31 @@ class Kernel {
     return sum<T>(total);
   }
 
+  // The first vector's maximum serves as well as the row's, as long as no exponential grows out of bounds: this saves
+  // a pass. Otherwise, NaN included, the row's own is found.
   template <class S>
   void exponentiate(const S* x, T* e, int n, T scale, Find find, SoftmaxSum<T>& stats) const {
-    if (find != Find::lines) stats.max = max_of(x, n);
-    const T total = exp_of(x, find == Find::stats ? nullptr : e, n, stats.max, scale);
-    if (find != Find::lines) stats.sum = stats.max == -std::numeric_limits<T>::infinity() ? T(0) : total;
+    constexpr T kBound = T(1ull << 62);
+    if (find == Find::lines) {
+      exp_of(x, e, n, stats.max, scale);
+      return;
+    }
+    if (find == Find::stats) e = nullptr;
+    stats.max = largest<T>(load_from<T>(x, n));
+    stats.sum = exp_of(x, e, n, stats.max, scale);
+    if (stats.sum < kBound) return;
+    stats.max = max_of(x, n);
+    stats.sum = exp_of(x, e, n, stats.max, scale);
+    if (stats.max == -std::numeric_limits<T>::infinity()) stats.sum = sum_of_masked(x, n);
+  }
+
+  // Of nothing but -inf, and NaN that max_of passed over: 0, or NaN.
+  template <class S>
+  static T sum_of_masked(const S* x, int n) {
+    T total = 0;
+    for (int i = 0; i < n; ++i)
+      if (const T v = static_cast<T>(x[i]); v != v) total = v;
+    return total;
   }
 
   void products(int64_t b, T* e) {

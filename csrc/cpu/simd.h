@@ -78,16 +78,29 @@ inline T largest(Vec<T> v) {
   return fold(v, [](auto a, auto b) { return b > a ? b : a; });
 }
 
-// 2^x for x <= 0, to 1e-7; 0 far below the smallest normal number, NaN for NaN. The polynomial is a minimax fit of
-// (2^r - 1) / r on [-1/2, 1/2], weighted for the relative error of 2^r.
-inline Vec<float> exp2(Vec<float> x) {
+// 2^x to 1e-7: 0 far below the smallest normal number, NaN for NaN, and beyond 2^127 that or more. The polynomials
+// are minimax fits of (2^r - 1) / r, weighted for the relative error of 2^r.
 #if defined(__AVX512F__)
-  const Vec<float> n = Vec<float>(_mm512_roundscale_ps(__m512(x), _MM_FROUND_TO_NEAREST_INT));
+// 2^x = 2^(i/16) 2^r 2^k with the integers k and i from 0 to 15 of floor(16 x) and |r| <= 1/32.
+inline Vec<float> exp2(Vec<float> x) {
+  alignas(64) static constexpr float kRoots[16] = {
+      1.0f, 1.0442737340927124f, 1.0905077457427979f, 1.1387885808944702f, 1.1892070770263672f,
+      1.2418577671051025f, 1.2968395948410034f, 1.3542555570602417f, 1.4142135381698608f, 1.4768261909484863f,
+      1.5422108173370361f, 1.610490322113037f, 1.6817928552627563f, 1.7562521696090698f, 1.8340080976486206f,
+      1.9152065515518188f};
+  constexpr float kRound = 786432.f;  // 1.5 * 2^19: adding it rounds to sixteenths, their number in the low bits
+  const Vec<float> shifted = x + kRound, n = shifted - kRound, r = x - n;
+  const Vec<float> root = Vec<float>(_mm512_permutexvar_ps(__m512i(shifted), _mm512_load_ps(kRoots)));
+  Vec<float> p = r * 5.5502135306596756e-2f + 2.4023428559303284e-1f;
+  p = p * r + 6.9314718246459961e-1f;
+  return Vec<float>(_mm512_scalef_ps(__m512(root * (p * r) + root), __m512(n)));  // floors n; 0 for n = -inf
+}
 #else
+inline Vec<float> exp2(Vec<float> x) {
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves round(x) in the low bits
-  const Vec<float> shifted = x + kRound, n = shifted - kRound;
-#endif
-  const Vec<float> r = x - n;
+  x = max(x, splat(-127.f));
+  x = x > 127.f ? splat(127.f) : x;
+  const Vec<float> shifted = x + kRound, n = shifted - kRound, r = x - n;
   Vec<float> p = splat(1.5353360504377633e-4f);
   p = p * r + 1.3398875016719103e-3f;
   p = p * r + 9.61843691766262e-3f;
@@ -95,14 +108,11 @@ inline Vec<float> exp2(Vec<float> x) {
   p = p * r + 2.4022647738456726e-1f;
   p = p * r + 6.9314718246459961e-1f;
   p = p * r + 1.f;
-#if defined(__AVX512F__)
-  return Vec<float>(_mm512_scalef_ps(__m512(p), __m512(n)));  // 0 for n = -inf, whatever p
-#else
   using IntVec = Simd<float>::IntVec;
-  const auto bits = reinterpret_cast<IntVec>(p) + (reinterpret_cast<IntVec>(shifted) << 23);
-  return x < -126.f ? splat(0.f) : reinterpret_cast<Vec<float>>(bits);
-#endif
+  const IntVec bits = (reinterpret_cast<IntVec>(shifted) << 23) + 0x3f800000;  // of 2^n, 0 for n = -127
+  return p * reinterpret_cast<Vec<float>>(bits);  // a product, for any sum of a NaN's bits may be a number
 }
+#endif
 
 // log x for normal x > 0, to 1e-7. x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); the polynomial is a
 // minimax fit of (log(1 + f) - f + f²/2) / f³.
