@@ -342,7 +342,7 @@ def test_a_teacher_serves_later_students(config, run, tmp_path):
     dict(teacher=dict(schedule="cyclic"), student=dict(fusion="logit", attention_objective="kl")),
     dict(student=dict(normalize=False, scale=1.0, detach_query=False)),
     dict(deterministic=True),
-    dict(teacher=dict(batch_size=89)),
+    dict(teacher=dict(batch_size=199, epochs=6)),
 ], ids=lambda changes: "-".join(f"{k}" for k in changes))  # fmt: skip
 def test_options_train(tiny, tmp_path, device, changes):
     config = dataclasses.replace(small(tiny, **changes), device=device, students=("attention",))
