@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from eekd.checkpoint import write_json_atomic
 from eekd.config import Config
@@ -53,11 +54,11 @@ def diagnose(session: Session, ensemble: SnapshotEnsemble, loader: Loader) -> di
         logits, _ = session.run(ensemble, images)
         each = logits.double().log_softmax(-1)
         both = torch.cat([each, each.logsumexp(0, keepdim=True) - math.log(m)])  # (M + 1, B, C)
-        likelihood += both[:, torch.arange(len(labels)), labels].sum(1)
+        likelihood += both[:, torch.arange(len(labels), device=device), labels].sum(1)
         confidence, predicted = both.exp().max(-1)
-        place = (confidence * BINS).long().clamp_(max=BINS - 1)
+        place = F.one_hot((confidence * BINS).long().clamp_(max=BINS - 1), BINS).double()
         values = torch.stack([confidence, (predicted == labels).double(), torch.ones_like(confidence)])
-        bins.scatter_add_(2, place.expand(3, -1, -1), values)
+        bins += torch.einsum("kmb,mbn->kmn", values, place)
         differ += (predicted[:m, None] != predicted[None, :m]).sum(-1)
     count = bins[2].sum(1)
     accuracy, ece = bins[1].sum(1) / count, (bins[1] - bins[0]).abs().sum(1) / count
