@@ -86,7 +86,7 @@ class Log:
         self.events = summary_writer()(folder) if tensorboard else None
 
     def write(self, row: dict) -> None:
-        row = {name: _finite(value) for name, value in row.items()}
+        row = finite(row)
         self.rows.append(row)
         flat = {}
         for name, value in row.items():
@@ -106,10 +106,13 @@ class Log:
             self.events.flush()
 
 
-def _finite(value):
+def finite(value):
+    """`value` with None in place of NaN and infinities, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
     if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return value if math.isfinite(value) else None
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def summary_writer() -> type:

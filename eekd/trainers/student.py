@@ -14,7 +14,7 @@ from eekd.data import Loader
 from eekd.features import LastFeatures
 from eekd.losses import EEKDLoss
 from eekd.snapshots import SnapshotEnsemble, read_manifest
-from eekd.trainers.folder import FORMAT, commit
+from eekd.trainers.folder import FORMAT, commit, finite
 from eekd.trainers.loop import Means, Progress, Session, accuracy, classify, evaluate, fit, quiet
 
 
@@ -65,7 +65,7 @@ def train_student(config: Config, teacher: str | Path | None, weighting: Weighti
         "seconds_per_epoch": sum(row["seconds"] for row in rows) / len(rows),
         "teacher": taught_by,
     }
-    write_json_atomic(folder / "student.json", known)
+    write_json_atomic(folder / "student.json", finite(known))
     return known
 
 

@@ -10,7 +10,7 @@ from eekd.checkpoint import write_json_atomic
 from eekd.config import Config
 from eekd.data import Loader
 from eekd.snapshots import SnapshotEnsemble, SnapshotRecorder
-from eekd.trainers.folder import FORMAT
+from eekd.trainers.folder import FORMAT, finite
 from eekd.trainers.loop import Progress, Session, classify, fit, quiet
 
 BINS = 15
@@ -20,8 +20,8 @@ def train_teacher(config: Config, folder: str | Path, *, session: Session | None
                   progress: Progress = quiet) -> dict:
     """Trains config.teacher and leaves the snapshots, the metrics and snapshots.json in `folder`.
 
-    Returns the content of snapshots.json: {"val": ..., "test": ...}, see eekd.trainers.folder. Raises
-    FileExistsError where the folder holds snapshots, FloatingPointError where the loss is not finite.
+    Returns the content of snapshots.json, see eekd.trainers.folder. FileExistsError if the folder holds
+    snapshots, FloatingPointError if the loss is not finite.
     """
     folder, session, phase = Path(folder), session or Session(config), config.teacher
     model = session.network(phase, 2 * config.seed)
@@ -35,7 +35,7 @@ def train_teacher(config: Config, folder: str | Path, *, session: Session | None
     ensemble = SnapshotEnsemble.load(folder, device=session.device).to(memory_format=session.layout)
     known = {split: diagnose(session, ensemble, session.loader(split, phase)) for split in ("val", "test")}
     known = {"format": FORMAT} | known
-    write_json_atomic(folder / "snapshots.json", known)
+    write_json_atomic(folder / "snapshots.json", finite(known))
     return known
 
 
