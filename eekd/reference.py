@@ -38,7 +38,7 @@ def ensemble_kd(
 
     s, z = counted(s), counted(z)
     if query is not None:
-        e = torch.einsum("bd,mbd->bm", counted(query), counted(keys))
+        e = (counted(query) * counted(keys)).sum(2).t()  # not as a matrix product, which autocast would round
     else:
         e = s.new_zeros(rows, snapshots) if scores is None else counted(scores)
 
@@ -56,7 +56,8 @@ def ensemble_kd(
         log_p = torch.where(used & (terms != -torch.inf), terms, floor).logsumexp(0)
     log_p = log_p.clamp(min=floor)  # (B, C)
 
-    attention_loss = -log_p.gather(1, y[:, None]).squeeze(1)
+    log_p_y = log_p.gather(1, y[:, None]).squeeze(1)
+    attention_loss = torch.where(log_p_y <= floor, torch.inf, -log_p_y)
     if attention_objective == "label":
         log_p = log_p.detach()
     else:

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from eekd import reference
 from eekd.ops.backend import backend_for
@@ -81,6 +80,8 @@ def ensemble_kd(
     Source: arXiv 2202.12488, sections 3.2 and 3.3, where `attention_objective="kl"` is the reading of the paper.
     """
     stacked = isinstance(snapshot_logits, Tensor)
+    if not stacked and not isinstance(snapshot_logits, (list, tuple)):
+        raise TypeError(f"snapshot_logits must be a tensor or a list of tensors, got {type(snapshot_logits).__name__}")
     snapshots = (snapshot_logits,) if stacked else tuple(snapshot_logits)
     student_logits = _checked_logits(student_logits, snapshots, stacked)
     count = snapshots[0].shape[0] if stacked else len(snapshots)
@@ -92,6 +93,9 @@ def ensemble_kd(
         query, keys = _checked_attention(query, keys, student_logits, count)
     elif scores is not None:
         scores = _checked_scores(scores, student_logits, count)
+    _check_type("temperature", temperature, (int, float), "a number")
+    _check_type("alpha", alpha, (int, float), "a number")
+    _check_type("ignore_index", ignore_index, int, "an integer")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be a positive number, got {temperature}")
     if not 0 <= alpha <= 1:
@@ -109,7 +113,7 @@ def ensemble_kd(
     if backend == "reference":
         return EnsembleKD(
             *reference.ensemble_kd(
-                student_logits, snapshot_logits, labels, scores=scores, query=query, keys=keys,
+                student_logits, snapshot_logits if stacked else snapshots, labels, scores=scores, query=query, keys=keys,
                 temperature=temperature, alpha=alpha, fusion=fusion, attention_objective=attention_objective,
                 reduction=reduction, ignore_index=ignore_index,
             )
@@ -156,22 +160,40 @@ class _EnsembleKD(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, scores, query, keys, labels, *rest):
-        options, snapshots = rest[:6], rest[6:]
-        needs = ctx.needs_input_grad
+        options, snapshots = list(rest[:6]), rest[6:]
+        wants_student, wants_attention = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:4])
+        kl_objective, reduction, ignore_index = options[3:]
+        # In fp16 the gradients of a mean underflow before a loss scale can save them: those of the sum are written.
+        count = None
+        dtypes = {x.dtype for x in (student, scores, query, keys) if x is not None}
+        if reduction == "mean" and torch.float16 in dtypes:
+            options[4] = "sum"
+            count = student.new_full((), student.shape[0], dtype=torch.long)
+            count = (count if labels is None else (labels != ignore_index).sum()).clamp(min=1)
         loss, weights, attention_loss, *units = _forward(
-            student, scores, query, keys, labels, *options, snapshots, needs[0], any(needs[1:4])
+            student, scores, query, keys, labels, *options, snapshots, wants_student, wants_attention
         )
-        ctx.save_for_backward(*units)
-        ctx.attention_follows_loss = options[3]
-        ctx.mark_non_differentiable(weights)
+        if count is not None:
+            loss, attention_loss = loss / count, attention_loss / count
+        ctx.save_for_backward(count, *units)
+        ctx.kl_objective = kl_objective
+        constant = [weights]
+        if not wants_student and not (wants_attention and kl_objective):
+            constant.append(loss)
+        if kl_objective or not wants_attention:
+            constant.append(attention_loss)
+        ctx.mark_non_differentiable(*constant)
         ctx.set_materialize_grads(False)
         return loss, weights, attention_loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_loss, _, d_attention_loss):
-        d_student, *d_attention = ctx.saved_tensors
-        if ctx.attention_follows_loss:
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            raise RuntimeError("ensemble_kd has no second derivative; backpropagate without create_graph=True")
+        count, d_student, *d_attention = ctx.saved_tensors
+        if count is not None:
+            d_loss, d_attention_loss = (g if g is None else g / count for g in (d_loss, d_attention_loss))
+        if ctx.kl_objective:
             d_attention_loss = d_loss
         grads = [_scaled(d_student, d_loss), *(_scaled(unit, d_attention_loss) for unit in d_attention)]
         return *grads, *(None for _ in ctx.needs_input_grad[4:])
@@ -186,6 +208,11 @@ def _scaled(unit: Tensor | None, grad: Tensor | None) -> Tensor | None:
     if grad.device.type == "cpu" and not torch.compiler.is_compiling() and grad.item() == 1:
         return unit
     return unit * grad
+
+
+def _check_type(name: str, value, types, wanted: str) -> None:
+    if not isinstance(value, types):
+        raise TypeError(f"{name} must be {wanted}, got {value!r}")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -244,8 +271,10 @@ def _checked_labels(labels, student: Tensor) -> Tensor:
 def _checked_attention(query, keys, student: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if query is None or keys is None:
         raise ValueError(f"query and keys go together, got only {'keys' if query is None else 'query'}")
-    if not isinstance(query, Tensor) or query.dim() != 2 or query.shape[1] == 0:
-        raise ValueError(f"query must be a tensor (B, D) with D >= 1, got {tuple(getattr(query, 'shape', ())) or query}")
+    if not isinstance(query, Tensor):
+        raise TypeError(f"query must be a tensor, got {type(query).__name__}")
+    if query.dim() != 2 or query.shape[1] == 0:
+        raise ValueError(f"query must be (B, D) with D >= 1, got shape {tuple(query.shape)}")
     rows, width = student.shape[0], query.shape[1]
     _check_tensor("query", query, (rows, width), student.device)
     _check_tensor("keys", keys, (count, rows, width), student.device)
