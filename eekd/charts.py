@@ -165,7 +165,7 @@ class Line(NamedTuple):
     name: str
     colour: str  # CSS
     points: list[tuple[float, float | None]]  # None is a gap
-    dashed: bool = False
+    dashed: bool = False  # a level to compare with, without points
 
 
 def lines(title: str, x: str, y: str, series: list[Line], *note, log: bool = False) -> Html:
@@ -194,8 +194,9 @@ def lines(title: str, x: str, y: str, series: list[Line], *note, log: bool = Fal
             pen, end = "L", (chart.x(a), chart.y(b))
             dots.append(tag("circle", tag("title", f"{name}, {x} {a}: {b:.4g}"), cx=end[0], cy=end[1], r=3,
                             class_="fill" if len(points) <= 30 else "fill hidden"))
+        marks = [tag("title", f"{name}: ", points[-1][1])] if dashed else dots
         stroke = tag("path", d=path, class_="line dashed" if dashed else "line")
-        chart.add("g", stroke, *([] if dashed else dots), style=f"color: {colour}")
+        chart.add("g", stroke, *marks, style=f"color: {colour}")
         ends.append((name, colour, *end))
     named = ends[:: math.ceil(15 * len(ends) / chart.bottom)]  # as many as there is room for
     places = spread([end[-1] for end in named], 15, 14, chart.bottom)
