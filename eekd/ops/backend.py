@@ -35,4 +35,24 @@ def use_backend(name: str) -> Iterator[None]:
 
 def backend_for(device: torch.device) -> str:
     """The name of the backend that runs ops on `device` now."""
-    return _forced or "native"
+    if _forced:
+        return _forced
+    # On GPUs the C++/CUDA kernels have not been measured against Triton's yet, so the more portable of the two runs.
+    return "triton" if device.type == "cuda" else "native"
+
+
+def namespace(device: torch.device):
+    """The namespace of the ops that run on `device` now; raises RuntimeError where its backend is not available."""
+    if backend_for(device) == "native":
+        if device.type == "cuda" and not _C.cuda_version:
+            raise RuntimeError('the native backend was built without CUDA; install nvcc and build it again')
+        if device.type not in ("cpu", "cuda", "meta"):
+            raise RuntimeError(f'the native backend runs on cpu and cuda, not on {device.type}; use "reference" there')
+        return torch.ops.eekd
+    try:
+        from eekd.kernels import ensemble_kd
+    except ImportError as error:
+        raise RuntimeError(f"the triton backend needs Triton ({error}); `pip install triton`") from None
+    if device.type == "cpu" and not ensemble_kd.INTERPRETED:
+        raise RuntimeError("the triton backend runs on cpu only where TRITON_INTERPRET=1 is set before Python starts")
+    return torch.ops.eekd_triton

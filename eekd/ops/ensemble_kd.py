@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from eekd import reference
-from eekd.ops.backend import backend_for
+from eekd.ops.backend import backend_for, namespace
 
 MAX_SNAPSHOTS = 64
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -109,8 +109,7 @@ def ensemble_kd(
     attends = grad and attention is not None and (attention.requires_grad or (keys is not None and keys.requires_grad))
     if attends and labels is None and attention_objective == "label":
         raise ValueError('attention_objective="label" needs labels to train the attention; give labels or use "kl"')
-    backend = backend_for(student_logits.device)
-    if backend == "reference":
+    if backend_for(student_logits.device) == "reference":
         return EnsembleKD(
             *reference.ensemble_kd(
                 student_logits, snapshot_logits if stacked else snapshots, labels, scores=scores, query=query, keys=keys,
@@ -145,7 +144,7 @@ def _forward(
         d_keys = torch.empty_like(keys, memory_format=torch.contiguous_format)
     elif wants_attention:
         d_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
-    torch.ops.eekd.ensemble_kd_fwd(
+    namespace(student.device).ensemble_kd_fwd(
         student, snapshots, labels, scores, query, keys, temperature, alpha, logit_fusion, kl_objective,
         reduction == "mean", ignore_index, loss, attention_loss, weights, d_student, d_scores, d_query, d_keys,
     )  # fmt: skip

@@ -1,0 +1,114 @@
+"""What the kernels share: the launch rule, and helpers of a row of a tile."""
+
+import functools
+from math import gcd
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from triton import next_power_of_2
+
+# A tile of R rows is held in registers as fp32: M snapshots, rounded up to a power of two, and three lines of the
+# student, all by a block of columns. These limits keep every variant free of spills on sm_80 to sm_120, which
+# tests/test_triton_aot.py asserts.
+PER_THREAD = 112  # numbers of the tile, of 255 registers
+ON_CHIP = 32768  # numbers of a tile that is read once and kept
+STREAMED = 22528  # numbers of a tile that is read, used and dropped
+WIDEST = 4096  # columns of it
+PACKED = 1024  # numbers below which a program takes several rows
+
+
+class Launch(NamedTuple):
+    """How the rows of one shape are cut: `rows` per program, tiles of `block` columns, read once if `on_chip`."""
+
+    rows: int
+    block: int
+    on_chip: bool
+    num_warps: int
+
+
+@functools.lru_cache
+def launch(classes: int, snapshots: int, wide: bool) -> Launch:
+    """The launch of (classes, snapshots), the same every time so that the bits are; `wide` is fp64."""
+    lines = (next_power_of_2(snapshots) + 3) * (2 if wide else 1)
+    block = next_power_of_2(classes)
+    on_chip = lines * block <= ON_CHIP
+    while not on_chip and (block > WIDEST or lines * block > STREAMED):
+        block //= 2
+    rows = next_power_of_2(max(1, PACKED // (lines * block)))
+    return Launch(rows, block, on_chip, next_power_of_2(-(-rows * lines * block // (32 * PER_THREAD))))
+
+
+class Alignment(NamedTuple):
+    """Rows begin at multiples of `vector` elements, or, if `shifted`, all equally far beyond one."""
+
+    vector: int
+    shifted: bool
+
+
+def alignment(columns: int, itemsize: int, pointers: list[int], row_strides: list[int], other_strides: list[int]):
+    """How 16-byte accesses meet the rows of tensors; pointers and strides are counted in elements.
+
+    Rows of an odd length begin anywhere, and a tile of them would be read element by element. Where all tensors are
+    equally far off in each row, the tile begins at the multiple of 16 bytes before the row, and its first columns and
+    last are dropped. A 16-byte piece that holds an element of the tensor lies in its page, so nothing can fault.
+    """
+    vector = 16 // itemsize
+    common = gcd(vector, columns, *pointers, *row_strides, *other_strides)
+    alike = len({stride % vector for stride in row_strides}) == 1
+    if common < vector and alike and all(x % vector == 0 for x in (*pointers, *other_strides)):
+        return Alignment(vector, True)
+    return Alignment(common, False)
+
+
+@triton.jit
+def finite(x):
+    """x, or 0 for -inf: the maximum to subtract from a row of nothing but -inf."""
+    return tl.where(x == float("-inf"), 0.0, x)
+
+
+@triton.jit
+def powers(x, largest, k, AXIS: tl.constexpr):
+    """2^(k (x - largest)) with `largest` per row of x. The same words twice are computed once while x stays on chip."""
+    return tl.exp2((x - tl.expand_dims(finite(largest), AXIS)) * k)
+
+
+@triton.jit
+def absorb(largest, total, x, k, AXIS: tl.constexpr):
+    """Takes columns x into softmax statistics: their maximum, and Σ 2^(k (x - maximum))."""
+    new = tl.maximum(largest, tl.max(x, AXIS))
+    return new, total * tl.exp2((largest - finite(new)) * k) + tl.sum(powers(x, new, k, AXIS), AXIS)
+
+
+@triton.jit
+def softmax_grad(w, g):
+    """(R, M): a gradient through softmax weights becomes one through the scores."""
+    return w * (g - tl.sum(w * g, 1)[:, None])
+
+
+@triton.jit
+def counted(labels, B, ignore_index, BLOCK: tl.constexpr):
+    """How many of the B labels are not `ignore_index`, but 1 at least."""
+    count = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, B, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        count += (tl.load(labels + at, mask=at < B, other=ignore_index) != ignore_index).to(tl.int32)
+    return tl.maximum(tl.sum(count, 0), 1)
+
+
+@triton.jit
+def count_kernel(labels, o_count, B, ignore_index, BLOCK: tl.constexpr):
+    tl.store(o_count, counted(labels, B, ignore_index, BLOCK))
+
+
+@triton.jit
+def sum_kernel(parts, o_first, o_second, n, BLOCK: tl.constexpr):
+    """The sums of the two rows of parts (2, n), each in one fixed order."""
+    first = tl.zeros([BLOCK], parts.dtype.element_ty)
+    second = tl.zeros([BLOCK], parts.dtype.element_ty)
+    for begin in range(0, n, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        first += tl.load(parts + at, mask=at < n, other=0.0)
+        second += tl.load(parts + n + at, mask=at < n, other=0.0)
+    tl.store(o_first, tl.sum(first, 0))
+    tl.store(o_second, tl.sum(second, 0))
