@@ -11,19 +11,20 @@ from typing import NamedTuple
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1c1e21; --quiet: #666b72; --faint: #e6e8eb;
-  --early: #c08400; --late: #0a5fae; --alarm: #b3261e; --teacher: #1c1e21; --ce: #767b82; --last: #0072b2;
+  --early: #c08400; --late: #0a5fae; --teacher: #1c1e21; --ce: #767b82; --last: #0072b2;
   --uniform: #00916a; --linear_increase: #3a93c9; --linear_decrease: #948000; --entropy: #b5609a;
   --confidence: #bd7b00; --attention: #d55e00 }
 @media (prefers-color-scheme: dark) { :root { --page: #15181b; --ink: #e8eaed; --quiet: #9aa0a6;
-  --faint: #2b2f34; --early: #ffc94d; --late: #5ba7f7; --alarm: #ff8a80; --teacher: #e8eaed; --ce: #9aa0a6;
+  --faint: #2b2f34; --early: #ffc94d; --late: #5ba7f7; --teacher: #e8eaed; --ce: #9aa0a6;
   --last: #4aa8f0; --uniform: #2cc295; --linear_increase: #8fd0f5; --linear_decrease: #e0cf4b;
   --entropy: #de9bc4; --confidence: #f0b030; --attention: #ff8040 } }
 body { max-width: 68rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; background: var(--page);
   color: var(--ink); font: 1rem/1.5 system-ui, sans-serif }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 } h2 { font-size: 1.25rem; margin: 3rem 0 .5rem }
 h3 { font-size: 1rem; margin: 1.75rem 0 0 } p { max-width: 46rem; margin: .5rem 0 }
+header p { max-width: none }
 .quiet, figcaption, th { color: var(--quiet) } figcaption b { color: var(--ink); font-weight: 600 }
-.missing { border-left: 3px solid var(--alarm); padding-left: .75rem }
+.missing { border-left: 3px solid var(--early); padding-left: .75rem }
 .wide { overflow-x: auto; margin: 1rem 0 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th { text-align: left; font-weight: 500; font-size: .875rem; border-bottom: 1px solid var(--quiet) }

@@ -302,10 +302,9 @@ def disagreement(run: Run) -> list[Html]:
     if not pairs:
         return [missing("There is no pair of snapshots that was compared.")]
     least, most = min(pairs, key=pairs.get), max(pairs, key=pairs.get)
-    mean = percent(sum(pairs.values()) / len(pairs))
-    return [note(f"Two snapshots differ on {mean} % of the test images, averaged over pairs:",
-                 f"{least[0]} and {least[1]} least, on {percent(pairs[least])} %,",
-                 f"{most[0]} and {most[1]} most, on {percent(pairs[most])} %.",
+    return [note(f"{least[0]} and {least[1]} differ least, on {percent(pairs[least])} % of the test images,",
+                 f"{most[0]} and {most[1]} most, on {percent(pairs[most])} %; the mean over pairs is",
+                 f"{percent(sum(pairs.values()) / len(pairs))} %.",
                  "Snapshots that agree everywhere teach no more than one of them."),
             heatmap("Images on which two predict different classes, %", "snapshot", values, "var(--late)")]
 
