@@ -1,0 +1,128 @@
+"""The Triton kernels compiled for GPUs that are not here: no spills, wide loads, shared memory within the limit."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from eekd.kernels import ensemble_kd as kernels
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+SHARED_LIMIT = {80: 163, 90: 227, 100: 227, 120: 99}  # KB per block
+POINTERS = {
+    torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.int64: "*i64", torch.int32: "*i32",
+}  # fmt: skip
+# Both sides of every step of the launch rule, and the sizes people train: (M, C).
+SHAPES = [
+    (5, 10), (5, 100), (1, 512), (1, 1000), (5, 1000), (5, 1001), (16, 1000), (64, 256), (8, 2048), (4, 4001),
+    (4, 4096), (2, 4096), (1, 8192), (5, 4096), (64, 1000), (17, 5000), (5, 32000), (2, 50257), (1, 128256), (8, 128256),
+]  # fmt: skip
+READINGS = [("probability", "label"), ("probability", "kl"), ("logit", "label"), ("logit", "kl")]
+# On every commit; `pytest -m slow` compiles all shapes, readings and dtypes for all architectures.
+QUICK = [
+    (80, 5, 1000, torch.bfloat16, "probability", "kl"),
+    (90, 5, 1001, torch.bfloat16, "probability", "label"),
+    (90, 4, 4001, torch.bfloat16, "probability", "kl"),
+    (90, 5, 32000, torch.float16, "logit", "kl"),
+    (100, 5, 100, torch.float32, "probability", "label"),
+    (120, 1, 8192, torch.bfloat16, "logit", "label"),
+]
+
+
+def arguments(snapshots, classes, dtype, fusion, objective, attention="scores", whole=True):
+    """What the kernel is launched with, all outputs asked for; a batch of 8192, at 16 bytes."""
+    rows, width = 8192, 8
+
+    def empty(*size, dtype=torch.float32):
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    logits = empty(snapshots, rows, classes, dtype=dtype)
+    inputs = {
+        "scores": (empty(rows, snapshots), None, None),
+        "query": (None, empty(rows, width), empty(snapshots, rows, width)),
+    }[attention]
+    return kernels.launch_arguments(
+        empty(rows, classes, dtype=dtype), [logits] if whole else list(logits), empty(rows, dtype=torch.int64),
+        *inputs, 5.0, 0.5, fusion == "logit", objective == "kl", 1.0, empty(dtype=torch.int32), -100,
+        empty(rows), empty(rows), empty(rows, snapshots), empty(rows, classes, dtype=dtype), *inputs,
+        dtype == torch.float64, True,
+    )[1]  # fmt: skip
+
+
+def compiled(capability, arguments):
+    """The kernel for these arguments, specialised as a launch would."""
+    arguments = dict(arguments)
+    signature, constants, attributes = {}, {}, {}
+
+    def type_of(path, value):
+        if isinstance(value, tuple):
+            return tuple(type_of((*path, i), v) for i, v in enumerate(value))
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            return POINTERS[value.dtype]
+        return "fp64" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
+
+    options = {"num_warps": arguments.pop("num_warps")}
+    for i, parameter in enumerate(kernels.rows_kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        else:
+            signature[parameter.name] = type_of((i,), value)
+    source = ASTSource(kernels.rows_kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def facts(kernel, folder):
+    """Stack bytes, and how many SASS instructions of each name."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+
+    def dump(what):
+        return subprocess.run([CUOBJDUMP, what, cubin], capture_output=True, text=True, check=True).stdout
+
+    stack = int(re.search(r"STACK:(\d+)", dump("-res-usage")).group(1))
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", dump("-sass"), re.M)
+    assert len(names) > 100
+    return stack, names
+
+
+def check(folder, capability, snapshots, classes, dtype, fusion, objective, **kind):
+    launched = arguments(snapshots, classes, dtype, fusion, objective, **kind)
+    kernel = compiled(capability, launched)
+    stack, names = facts(kernel, folder)
+    wide = sum(name.startswith("LDG") and ".128" in name for name in names)
+    assert stack == 0
+    assert not [name for name in names if name.startswith(("LDL", "STL"))]
+    assert kernel.metadata.shared <= SHARED_LIMIT[capability] * 1024
+    # Every element of the tile in 16 bytes at a time, as often as the kernel visits it.
+    threads, visits = 32 * launched["num_warps"], 1 if launched["ON_CHIP"] else 2
+    elements = launched["R"] * (launched["MP"] + 1) * launched["BLOCK"]
+    assert wide >= visits * elements * dtype.itemsize / 16 / threads / 2  # half, for rounding M up reads nothing
+
+
+@pytest.mark.parametrize("capability, snapshots, classes, dtype, fusion, objective", QUICK, ids=str)
+def test_compiles_well(tmp_path, capability, snapshots, classes, dtype, fusion, objective):
+    check(tmp_path, capability, snapshots, classes, dtype, fusion, objective)
+
+
+@pytest.mark.parametrize("kind", [{"attention": "query"}, {"whole": False}], ids=str)
+def test_other_arguments_compile_well(tmp_path, kind):
+    check(tmp_path, 90, 5, 1000, torch.bfloat16, "probability", "label", **kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", list(SHARED_LIMIT))
+@pytest.mark.parametrize("snapshots, classes", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("fusion, objective", READINGS)
+def test_the_launch_table_compiles_well(tmp_path, capability, snapshots, classes, dtype, fusion, objective):
+    check(tmp_path, capability, snapshots, classes, dtype, fusion, objective)
