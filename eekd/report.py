@@ -84,8 +84,11 @@ def read(folder: str | Path) -> Run:
     names = dict.fromkeys([*config.students, *found])
     students = [network(name, config.student, folder / "students" / name, "student.json") for name in names]
     # a student names its teacher as seen from its own folder, config.json as seen from where the run began
-    teachers = [folder / "students" / student.name / student.known["teacher"]["run"]
-                for student in students if student.known and student.known.get("teacher")]
+    teachers = []
+    for student in students:
+        noted = (student.known or {}).get("teacher")
+        if isinstance(noted, dict) and isinstance(noted.get("run"), str):
+            teachers.append(folder / "students" / student.name / noted["run"])
     teachers.append(Path(config.teacher_run or folder, "teacher"))
     own = next(filter(Path.is_dir, teachers), teachers[-1])
     manifest = read_manifest(own)["snapshots"] if (own / "manifest.json").exists() else []

@@ -256,7 +256,7 @@ def test_a_students_run_finds_its_teacher_elsewhere(run, tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     assert "teacher, epoch 4" in drawn(other).words["curves"]
     for path in other.glob("students/*/student.json"):
-        path.unlink()
+        rewrite(path, lambda known: known | {"teacher": known["teacher"] and ["no note"]})
     assert "teacher, epoch 4" not in drawn(other).words["curves"]
     monkeypatch.chdir(tmp_path)
     assert "teacher, epoch 4" in drawn(other).words["curves"]
@@ -326,6 +326,7 @@ def add(name, text):
     (edit("teacher/snapshots.json", test={"members": []}), "is not written as eekd.trainers.folder says"),
     (write("students/ce/student.json", "\x80"), "student.json is not JSON"),
     (edit("students/last/student.json", format="1"), "student.json must be an object with format 1"),
+    (edit("students/last/student.json", test=None), "is not written as eekd.trainers.folder says: TypeError"),
     (add("students/ce/metrics.jsonl", "not a row\n"), "metrics.jsonl, line 5 is not JSON"),
     (add("students/ce/metrics.jsonl", "[5]\n"), "metrics.jsonl, line 5 must be an object with an epoch"),
     (add("teacher/metrics.jsonl", '{"epoch": "5"}\n'), "line 5 must be an object with an epoch"),
