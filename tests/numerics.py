@@ -1,0 +1,73 @@
+"""How exact an op must be: the one tolerance table.
+
+Truth is the reference in fp64 on the same numbers. The error of an op may be twice the error of the reference in the
+dtypes given, plus ATOL of the scale of the output. The scale is the largest true value, but not below what the terms
+that cancel in it have: τ² for the loss and the gradients through the target, 0.01 for the rest. For 16 bits ATOL is
+one unit in the last place, since a gradient is rounded when it is written and again when it is scaled.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from eekd import reference
+
+ATOL = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+DIFFERENTIABLE = ("student_logits", "scores", "query", "keys")
+
+
+def evaluate(op: Callable, x: dict, *, upstream=(1.0, 1.0), wrt=DIFFERENTIABLE, **options) -> dict[str, Tensor]:
+    """Outputs of op(**x, **options), and gradients of upstream[0] loss + upstream[1] attention_loss, as "d_NAME".
+
+    A gradient that does not exist is a zero. The attention gets none where its objective has no labels.
+    """
+    if x.get("labels") is None and options.get("attention_objective", "label") == "label":
+        wrt = ("student_logits",)
+    leaves = {name: x[name].detach().requires_grad_() for name in wrt if x.get(name) is not None}
+    loss, weights, attention_loss = op(**{**x, **leaves}, **options)
+    total = (loss * upstream[0]).sum() + (attention_loss * upstream[1]).sum()
+    grads = torch.autograd.grad(total, leaves.values(), allow_unused=True, materialize_grads=True)
+    out = {"loss": loss.detach(), "attention_loss": attention_loss.detach(), "weights": weights}
+    return out | {f"d_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+def double(x: dict) -> dict:
+    """The same numbers in fp64."""
+
+    def widen(value):
+        if isinstance(value, Tensor):
+            return value.double() if value.is_floating_point() else value
+        return [widen(v) for v in value] if isinstance(value, list) else value
+
+    return {name: widen(value) for name, value in x.items()}
+
+
+def assert_accurate(got: dict[str, Tensor], x: dict, **options) -> None:
+    """`got` is evaluate(op, x, **options) of the op under test."""
+    truth = evaluate(reference.ensemble_kd, double(x), **options)
+    torchs = evaluate(reference.ensemble_kd, x, **options)
+    assert got.keys() == truth.keys()
+    squared = options.get("temperature", 5.0) ** 2
+    through_target = {"loss"}
+    if options.get("attention_objective") == "kl":
+        through_target |= {"d_scores", "d_query", "d_keys"}
+    for name, value in got.items():
+        assert value.shape == truth[name].shape and value.dtype == torchs[name].dtype, name
+        floor = ATOL[value.dtype] * (squared if name in through_target else 0.01)
+        assert_close(name, value.double(), torchs[name].double(), truth[name].double(), ATOL[value.dtype], floor)
+
+
+def assert_close(name: str, value: Tensor, torchs: Tensor, truth: Tensor, rtol: float, floor: float) -> None:
+    finite = truth.isfinite()
+    torch.testing.assert_close(value[~finite], truth[~finite], equal_nan=True, msg=lambda m: f"{name}: {m}")
+    if finite.any():
+        error = (value - truth)[finite].abs().max()
+        bound = 2 * (torchs - truth)[finite].abs().max() + max(rtol * truth[finite].abs().max(), floor)
+        assert error <= bound, f"{name}: error {error:.3g} exceeds {bound:.3g}"
+
+
+def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name

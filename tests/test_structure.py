@@ -1,0 +1,168 @@
+"""The house: one op is one row, imports point one way, importing does nothing, public names are documented."""
+
+import ast
+import importlib.util
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from eekd.kernels import bench
+
+import eekd
+from eekd import reference
+
+ROOT = Path(__file__).resolve().parent.parent
+OPS = sorted(path.stem for path in (ROOT / "eekd" / "ops").glob("*.py") if path.stem not in ("__init__", "backend"))
+SOURCES = {
+    ".".join((package, *path.relative_to(root).with_suffix("").parts)).removesuffix(".__init__"): path
+    for package, root in (("eekd", ROOT / "eekd"), ("eekd.kernels", ROOT / "kernels"))
+    for path in sorted(root.rglob("*.py"))
+    if not path.is_relative_to(ROOT / "eekd" / "kernels")
+}
+
+# What each part of eekd may import of the others. A new module takes its place here.
+MAY_IMPORT = {
+    "reference": set(),
+    "ops": {"_C", "kernels", "reference"},
+    "attention": set(),
+    "checkpoint": set(),
+    "features": set(),
+    "models": set(),
+    "data": {"checkpoint"},
+    "snapshots": {"checkpoint", "features", "models"},
+    "losses": {"attention", "ops"},
+    "config": set(),
+    "info": {"_C"},
+    "trainers": {"checkpoint", "config", "data", "features", "info", "losses", "models", "snapshots"},
+    "charts": set(),
+    "train": {"config", "trainers"},
+    "report": {"charts", "checkpoint", "config", "snapshots", "trainers"},
+}
+COMMANDS = {"train", "report"}  # nobody imports them
+
+
+def imports(module: str) -> set[str]:
+    """The modules, and the names in them, that a module imports, wherever in its file."""
+    path, found = SOURCES[module], set()
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            found |= {f"{start}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_one_op_is_one_row(op, capsys):
+    assert op in eekd.__all__
+    public, formula = (inspect.signature(getattr(module, op)).parameters for module in (eekd, reference))
+    assert [(p.name, p.kind, p.default) for p in public.values()] == [
+        (p.name, p.kind, p.default) for p in formula.values()
+    ]
+    assert hasattr(torch.ops.eekd, f"{op}_fwd")
+    assert f"{op}_fwd" in (ROOT / "csrc" / "eekd.h").read_text()
+    for part, path in {
+        "kernels": f"kernels/{op}.py",
+        "csrc/cpu": f"csrc/cpu/{op}.cpp",
+        "csrc/cuda": f"csrc/cuda/{op}.cu",
+        "tests": f"tests/test_{op}.py",
+    }.items():
+        others = [p for p in (ROOT / part).glob("*" + Path(path).suffix) if p.stem not in ("__init__", "bench")]
+        assert (ROOT / path).is_file() or not others, f"{op} lacks {path}"
+    with pytest.raises(SystemExit):
+        bench.main(["no such op"])
+    assert op in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "folder, beside", [("csrc/cpu", {"dispatch"}), ("csrc/cuda", set()), ("kernels", {"__init__", "common", "bench"})]
+)
+def test_every_kernel_belongs_to_an_op(folder, beside):
+    kernels = {path.stem for path in (ROOT / folder).glob("*") if path.suffix in (".cpp", ".cu", ".py")}
+    assert kernels - beside <= set(OPS)
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports_point_one_way(module):
+    part = module.split(".")[1] if "." in module else "eekd"
+    used = {name.split(".")[1] for name in imports(module) if name.startswith("eekd.")}
+    if part == "eekd":
+        assert not used & (COMMANDS | {"kernels"})
+    elif part == "kernels":
+        assert module == "eekd.kernels.bench" or ("eekd" not in imports(module) and used <= {"kernels"})
+    else:
+        assert used <= MAY_IMPORT[part] | {part}, f"{module} imports {used - MAY_IMPORT[part] - {part}}"
+
+
+def test_native_kernels_know_neither_torch_nor_python():
+    for path in (ROOT / "csrc").rglob("*.*"):
+        if path.name != "bindings.cpp":
+            assert not re.search(r"#include\s*[<\"](torch|ATen|c10|pybind11|Python)", path.read_text()), path
+
+
+def test_triton_stays_in_kernels():
+    for module in SOURCES:
+        if not module.startswith("eekd.kernels"):
+            assert not any(name.split(".")[0] == "triton" for name in imports(module)), module
+
+
+IMPORT = """
+import json, os, subprocess, sys, torch
+before, environment = set(sys.modules), dict(os.environ)
+def refuse(*args, **kwargs): raise AssertionError("eekd does work when it is imported")
+subprocess.Popen.__init__ = torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = refuse
+torch.compile = torch.library.custom_op = refuse
+import eekd
+assert dict(os.environ) == environment and not torch.cuda.is_initialized()
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+
+def test_importing_does_no_work():
+    run = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    loaded = json.loads(run.stdout)
+    assert "eekd._C" in loaded
+    heavy = ("triton", "torch._dynamo", "torch._inductor", "torchvision", "timm", "datasets", "sklearn", "eekd.kernels")
+    assert not [name for name in loaded if name.startswith(heavy)]
+
+
+def test_modules_are_documented():
+    assert not [module for module, path in SOURCES.items() if not ast.get_docstring(ast.parse(path.read_text()))]
+
+
+def test_public_names_are_documented():
+    missing = []
+    for module in ("eekd", "eekd.data", "eekd.models", "eekd.ops", "eekd.trainers"):
+        loaded = importlib.import_module(module)
+        for name in getattr(loaded, "__all__", ()):
+            value = getattr(loaded, name)
+            if callable(value) and not inspect.getdoc(value):
+                missing.append(f"{module}.{name}")
+    for name in eekd.__all__:
+        for method, function in vars(getattr(eekd, name)).items():
+            documented = inspect.getdoc(getattr(getattr(eekd, name), method))  # there, or where it is inherited from
+            if inspect.isfunction(function) and method[0] != "_" and not documented:
+                missing.append(f"eekd.{name}.{method}")
+    assert not missing
+
+
+def test_the_op_says_what_it_computes_takes_and_raises():
+    for op in OPS:
+        doc = inspect.getdoc(getattr(eekd, op))
+        for part in ("Args:", "Returns:", "Raises:", "Source:", "arXiv"):
+            assert part in doc
+        for name in inspect.signature(getattr(eekd, op)).parameters:
+            assert re.search(rf"\b{name}\b.*:", doc.split("Args:")[1]), f"{op} does not document {name}"
+
+
+def test_public_names_exist_and_are_sorted():
+    assert eekd.__all__ == sorted(eekd.__all__)
+    assert all(hasattr(eekd, name) for name in eekd.__all__)
