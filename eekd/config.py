@@ -14,13 +14,11 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
-Weighting = Literal[
-    "ce", "last", "uniform", "linear_increase", "linear_decrease", "entropy", "confidence", "attention"
-]
+Weighting = Literal["ce", "last", "uniform", "linear_increase", "linear_decrease", "entropy", "confidence", "attention"]
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """"; did you mean 'x'?" for the entry of `names` closest to `name`, or "" where none is close."""
+    """A hint at the entry of `names` closest to `name`: "; did you mean 'x'?", or "" where none is close."""
     close = difflib.get_close_matches(str(name).lower(), {n.lower(): n for n in names}, 1, 0.5)
     return f"; did you mean {next(n for n in names if n.lower() == close[0])!r}?" if close else ""
 
@@ -96,8 +94,11 @@ class Phase(_Checked):
         yield "batch_size", self.batch_size >= 1, "at least 1"
         yield "lr", self.lr > 0, "above 0"
         yield "weight_decay", self.weight_decay >= 0, "at least 0"
-        yield ("milestones", all(0 < m < 1 for m in marks) and list(marks) == sorted(set(marks)),
-               "rising fractions of training between 0 and 1")
+        yield (
+            "milestones",
+            all(0 < m < 1 for m in marks) and list(marks) == sorted(set(marks)),
+            "rising fractions of training between 0 and 1",
+        )
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,11 @@ class Teacher(Phase):
     def _rules(self):
         yield from super()._rules()
         yield "snapshots", 1 <= self.snapshots <= self.epochs, f"from 1 to teacher.epochs ({self.epochs})"
-        yield ("epochs", self.schedule != "cyclic" or self.epochs % self.snapshots == 0,
-               f"a multiple of teacher.snapshots ({self.snapshots}) when teacher.schedule is cyclic")
+        yield (
+            "epochs",
+            self.schedule != "cyclic" or self.epochs % self.snapshots == 0,
+            f"a multiple of teacher.snapshots ({self.snapshots}) when teacher.schedule is cyclic",
+        )
 
 
 @dataclass(frozen=True)
@@ -225,8 +229,11 @@ def fashion_mnist_cpu() -> Config:
     """
     recipe = dict(epochs=15, batch_size=128)
     return Config(
-        data="fashion-mnist", train_limit=25_000, channels_last=True,
-        teacher=Teacher(model="resnet8", **recipe), student=Student(model="resnet8_w4", **recipe),
+        data="fashion-mnist",
+        train_limit=25_000,
+        channels_last=True,
+        teacher=Teacher(model="resnet8", **recipe),
+        student=Student(model="resnet8_w4", **recipe),
     )
 
 
@@ -234,7 +241,7 @@ CIFAR100_PAIRS = (
     "wrn_40_2-wrn_16_2", "wrn_40_2-wrn_40_1", "resnet56-resnet20", "resnet110-resnet20", "resnet110-resnet32",
     "resnet32x4-resnet8x4", "vgg13-vgg8", "vgg13-MobileNetV2", "ResNet50-MobileNetV2", "ResNet50-vgg8",
     "resnet32x4-ShuffleNetV1", "resnet32x4-ShuffleNetV2", "wrn_40_2-ShuffleNetV1",
-)
+)  # fmt: skip
 
 
 def cifar100_crd(pair: str) -> Config:
@@ -261,7 +268,8 @@ def cifar100_eekd(pair: str) -> Config:
     recipe = dict(epochs=200, batch_size=128)
     return Config(
         data="cifar100",
-        teacher=Teacher(model=teacher, **recipe), student=Student(model=student, **recipe),
+        teacher=Teacher(model=teacher, **recipe),
+        student=Student(model=student, **recipe),
     )
 
 
@@ -272,9 +280,14 @@ def imagenet_r34_r18() -> Config:
     """
     recipe = dict(epochs=100, batch_size=256, nesterov=False, weight_decay=1e-4)
     return Config(
-        data="imagenet", image_size=224, val_fraction=0.01, workers=8,
-        precision="bf16", channels_last=True,
-        teacher=Teacher(model="timm:resnet34", **recipe), student=Student(model="timm:resnet18", **recipe),
+        data="imagenet",
+        image_size=224,
+        val_fraction=0.01,
+        workers=8,
+        precision="bf16",
+        channels_last=True,
+        teacher=Teacher(model="timm:resnet34", **recipe),
+        student=Student(model="timm:resnet18", **recipe),
     )
 
 

@@ -129,7 +129,7 @@ def test_cost_adds_up(run):
 def test_settings_and_environment_are_there(run):
     words, here = drawn(run).words["settings"], json.loads((run / "environment.json").read_text())
     for told in ("students ce, last, uniform, confidence, attention", "val_fraction 0.1", "batch_size 60",
-                 "temperature 5.0", "detach_query true", "root none", f"torch {here['versions']['torch']}",
+                 "temperature 5.0", "detach_query true", "root none", f"torch {here['torch']}",
                  f"commit {here['commit'] or 'none'}", here["data"]["fingerprint"], sys.orig_argv[0]):
         assert told in words
 

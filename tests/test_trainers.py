@@ -107,7 +107,7 @@ def test_run_folder_is_complete(run):
         files |= {"attention.safetensors"} if weighting == "attention" else set()
         assert {path.name for path in (run / "students" / weighting).iterdir()} == files
     environment = read(run / "environment.json")
-    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["torch"] == torch.__version__
     assert environment["data"]["train"] == 200
 
 

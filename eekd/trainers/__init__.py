@@ -18,8 +18,9 @@ from eekd.trainers.teacher import train_teacher
 __all__ = ["Session", "prepare", "train", "train_student", "train_teacher"]
 
 
-def train(config: Config, out: str | Path | None = None, *, session: Session | None = None,
-          progress: Progress = quiet) -> Path:
+def train(
+    config: Config, out: str | Path | None = None, *, session: Session | None = None, progress: Progress = quiet
+) -> Path:
     """Trains the teacher and then every student; returns the run folder, described in eekd.trainers.folder.
 
     With config.teacher_run no teacher is trained, without config.students no student. What is wrong with the

@@ -2,8 +2,8 @@
 
     RUN/
       config.json             every setting (eekd.config.Config): --config RUN/config.json runs it again
-      environment.json        format, command, commit, versions, device, threads, started, data
-                              (data: name, fingerprint, classes, train, val, test: the last three are counts)
+      environment.json        format, command, device, started, what eekd.info.environment() says, and data:
+                              name, fingerprint, classes, and train, val, test: how many images
       summary.json            format, seconds, rows: the final table (below); absent until the run has ended
       teacher/                absent when config.json names a teacher_run, whose RUN/teacher is then meant
         manifest.json *.safetensors      the M snapshots (eekd.snapshots)
@@ -57,20 +57,16 @@ Test images are touched once, at the end of a phase, and what is reported is the
 import csv
 import json
 import math
-import os
-import platform
-import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-import eekd
 from eekd.checkpoint import write_atomic, write_json_atomic
 from eekd.config import Config
 from eekd.data import ImageData
+from eekd.info import environment
 
 FORMAT = 1
 
@@ -143,36 +139,14 @@ def new_folder(out: str | Path | None, name: str) -> Path:
 
 def write_settings(run: Path, config: Config, data: ImageData, device: torch.device) -> None:
     """Writes config.json and environment.json."""
+    facts = environment()
     write_atomic(run / "config.json", config.to_json().encode())
     write_json_atomic(run / "environment.json", {
         "format": FORMAT,
         "command": sys.orig_argv,
-        "commit": commit(),
-        "versions": {"eekd": eekd.__version__, "torch": torch.__version__, "numpy": version("numpy"),
-                     "python": platform.python_version(), "cuda": torch.version.cuda},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else facts["cpu"],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "data": {"name": data.name, "fingerprint": data.fingerprint, "classes": len(data.classes),
                  "train": len(data.train), "val": len(data.val), "test": len(data.test)},
+        **facts,
     })  # fmt: skip
-
-
-def commit() -> str | None:
-    """The git commit of this code, with "-dirty" where files differ from it; None outside a checkout."""
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

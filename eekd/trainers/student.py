@@ -12,9 +12,10 @@ from eekd.checkpoint import save_tensors, write_json_atomic
 from eekd.config import Config, Student, Weighting
 from eekd.data import Loader
 from eekd.features import LastFeatures
+from eekd.info import commit
 from eekd.losses import EEKDLoss
 from eekd.snapshots import SnapshotEnsemble, read_manifest
-from eekd.trainers.folder import FORMAT, commit, finite
+from eekd.trainers.folder import FORMAT, finite
 from eekd.trainers.loop import Means, Progress, Session, accuracy, classify, evaluate, fit, quiet
 
 
@@ -41,7 +42,7 @@ def train_student(config: Config, teacher: str | Path | None, weighting: Weighti
         trained = nn.ModuleList([student, loss])
         objective, validate = distil(session, capture, ensemble, loss, val)
         manifest = read_manifest(teacher)
-        entries = manifest["snapshots"][-len(ensemble):]
+        entries = manifest["snapshots"][-len(ensemble) :]
         taught_by = {
             "run": os.path.relpath(teacher, folder),
             "spec": manifest["spec"],

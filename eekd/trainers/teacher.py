@@ -16,8 +16,9 @@ from eekd.trainers.loop import Progress, Session, classify, fit, quiet
 BINS = 15
 
 
-def train_teacher(config: Config, folder: str | Path, *, session: Session | None = None,
-                  progress: Progress = quiet) -> dict:
+def train_teacher(
+    config: Config, folder: str | Path, *, session: Session | None = None, progress: Progress = quiet
+) -> dict:
     """Trains config.teacher and leaves the snapshots, the metrics and snapshots.json in `folder`.
 
     Returns the content of snapshots.json, see eekd.trainers.folder. FileExistsError if the folder holds
