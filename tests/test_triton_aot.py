@@ -8,10 +8,9 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from eekd.kernels import ensemble_kd as kernels
+kernels = pytest.importorskip("eekd.kernels.ensemble_kd")
+ASTSource = pytest.importorskip("triton.compiler").ASTSource
+GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_LIMIT = {80: 163, 90: 227, 100: 227, 120: 99}  # KB per block
@@ -22,7 +21,7 @@ POINTERS = {
 # Both sides of every step of the launch rule, and the sizes people train: (M, C).
 SHAPES = [
     (5, 10), (5, 100), (1, 512), (1, 1000), (5, 1000), (5, 1001), (16, 1000), (64, 256), (8, 2048), (4, 4001),
-    (4, 4096), (2, 4096), (1, 8192), (5, 4096), (64, 1000), (17, 5000), (5, 32000), (2, 50257), (1, 128256), (8, 128256),
+    (4, 4096), (2, 4096), (1, 8192), (5, 4096), (64, 1000), (17, 5000), (5, 32000), (2, 50257), (8, 128256),
 ]  # fmt: skip
 READINGS = [("probability", "label"), ("probability", "kl"), ("logit", "label"), ("logit", "kl")]
 # On every commit; `pytest -m slow` compiles all shapes, readings and dtypes for all architectures.
