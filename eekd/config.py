@@ -227,10 +227,11 @@ def fashion_mnist_cpu() -> Config:
 
     python -m eekd.train --preset fashion-mnist-cpu
     """
-    recipe = dict(epochs=15, batch_size=128)
+    recipe = dict(epochs=10, batch_size=128)
     return Config(
         data="fashion-mnist",
-        train_limit=25_000,
+        train_limit=30_000,
+        precision="bf16",
         channels_last=True,
         teacher=Teacher(model="resnet8", **recipe),
         student=Student(model="resnet8_w4", **recipe),
