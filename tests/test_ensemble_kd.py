@@ -167,6 +167,16 @@ def test_logits_of_ten_thousand(backend, device, fusion, objective):
 
 
 @readings
+@pytest.mark.parametrize("rise", [30, 300, 3000])
+def test_rows_that_rise_or_fall_far_from_their_start(backend, device, rise, fusion, objective):
+    x = tensors(4, 3, 1500, device=device)
+    slope = torch.linspace(0, rise, 1500, device=device)
+    slope = torch.stack((slope, -slope, slope.flip(0), slope.roll(1000)))
+    x["student_logits"], x["snapshot_logits"] = x["student_logits"] + slope, x["snapshot_logits"] + slope
+    check(x, fusion=fusion, attention_objective=objective, reduction="none")
+
+
+@readings
 def test_scores_far_apart(backend, device, fusion, objective):
     x = tensors(9, 4, 100, device=device)
     x["scores"] = 1e4 * x["scores"]
