@@ -1,6 +1,7 @@
 // The only file that knows torch and Python: schemas, argument checks, registration, and the module eekd._C.
 
 #include <pybind11/pybind11.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -8,6 +9,7 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -126,6 +128,18 @@ void reduce_rows(eekd::EnsembleKD& a, const Tensor& loss, const Tensor& attentio
   *static_cast<T*>(attention_loss.mutable_data_ptr()) = static_cast<T>(attention_total);
 }
 
+// Whether results are fp64, as they are where a logit is; checks that `loss` and `attention_loss` can hold them.
+bool is_wide(const eekd::EnsembleKD& a, const Tensor& loss, const Tensor& attention_loss) {
+  bool wide = a.student.dtype == eekd::DType::f64;
+  for (int64_t m = 0; m < a.snapshots; ++m) wide |= a.snapshot[m].dtype == eekd::DType::f64;
+  const ScalarType result = wide ? ScalarType::Double : ScalarType::Float;
+  for (const Tensor& t : {loss, attention_loss})
+    STD_TORCH_CHECK(t.scalar_type() == result && (t.dim() == 0 || (t.dim() == 1 && t.size(0) == a.rows)) &&
+                        t.dim() == loss.dim() && t.is_contiguous(),
+                    "loss and attention_loss must be () or (B), float64 for float64 logits, else float32");
+  return wide;
+}
+
 void ensemble_kd_fwd_cpu(
     Tensor student, std::vector<Tensor> snapshots, std::optional<Tensor> labels, std::optional<Tensor> scores,
     std::optional<Tensor> query, std::optional<Tensor> keys, double temperature, double alpha, bool logit_fusion,
@@ -139,26 +153,61 @@ void ensemble_kd_fwd_cpu(
   for (int64_t b = 0; a.labels && b < a.rows; ++b) {
     const int64_t y = a.labels[b];
     counted -= y == ignore_index;
-    STD_TORCH_CHECK(y == ignore_index || (y >= 0 && y < a.classes), "labels[", b, "] is ", y,
-                    ", which is neither a class below ", a.classes, " nor ignore_index (", ignore_index, ")");
+    if (y != ignore_index && (y < 0 || y >= a.classes))  // a user's mistake: no place in this file is told
+      throw std::runtime_error("labels[" + std::to_string(b) + "] is " + std::to_string(y) +
+                               ", which is neither a class below " + std::to_string(a.classes) +
+                               " nor ignore_index (" + std::to_string(ignore_index) + ")");
   }
   a.row_scale = mean ? 1.0 / std::max<int64_t>(counted, 1) : 1.0;
 
-  bool wide = a.student.dtype == eekd::DType::f64;
-  for (int64_t m = 0; m < a.snapshots; ++m) wide |= a.snapshot[m].dtype == eekd::DType::f64;
-  const ScalarType result = wide ? ScalarType::Double : ScalarType::Float;
-  for (const Tensor& t : {loss, attention_loss})
-    STD_TORCH_CHECK(t.scalar_type() == result && (t.dim() == 0 || (t.dim() == 1 && t.size(0) == a.rows)) &&
-                        t.dim() == loss.dim() && t.is_contiguous(),
-                    "loss and attention_loss must be () or (B), float64 for float64 logits, else float32");
-  wide ? reduce_rows<double>(a, loss, attention_loss) : reduce_rows<float>(a, loss, attention_loss);
+  is_wide(a, loss, attention_loss) ? reduce_rows<double>(a, loss, attention_loss)
+                                   : reduce_rows<float>(a, loss, attention_loss);
 }
+
+#ifdef EEKD_CUDA
+
+// In libtorch_cuda, which the torch that loads this library may lack.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+void ensemble_kd_fwd_cuda(
+    Tensor student, std::vector<Tensor> snapshots, std::optional<Tensor> labels, std::optional<Tensor> scores,
+    std::optional<Tensor> query, std::optional<Tensor> keys, double temperature, double alpha, bool logit_fusion,
+    bool kl_objective, bool mean, int64_t ignore_index, Tensor loss, Tensor attention_loss, Tensor weights,
+    std::optional<Tensor> d_student, std::optional<Tensor> d_scores, std::optional<Tensor> d_query,
+    std::optional<Tensor> d_keys) {
+  eekd::EnsembleKD a =
+      ensemble_kd_args(student, snapshots, labels, scores, query, keys, temperature, alpha, logit_fusion,
+                       kl_objective, ignore_index, weights, d_student, d_scores, d_query, d_keys);
+  a.row_scale = mean ? 1.0 / std::max<int64_t>(a.rows, 1) : 1.0;
+  const bool wide = is_wide(a, loss, attention_loss), reduces = loss.dim() == 0;
+  const int32_t device = student.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream && !aoti_torch_get_current_cuda_stream(device, &stream),
+                  "this torch has no CUDA streams");
+  std::optional<Tensor> per_row;
+  if (reduces) per_row = torch::stable::new_empty(loss, {2, std::max<int64_t>(a.rows, 1)});
+  const Tensor count = torch::stable::new_empty(loss, {1}, ScalarType::Int);
+  char* rows = static_cast<char*>(reduces ? per_row->mutable_data_ptr() : loss.mutable_data_ptr());
+  a.loss = rows;
+  a.attention_loss = reduces ? rows + a.rows * (wide ? 8 : 4) : attention_loss.mutable_data_ptr();
+  const auto launch = wide ? eekd::ensemble_kd_fwd_cuda<double> : eekd::ensemble_kd_fwd_cuda<float>;
+  const char* error = launch(a, mean, reduces ? loss.mutable_data_ptr() : nullptr, attention_loss.mutable_data_ptr(),
+                             static_cast<int*>(count.mutable_data_ptr()), stream);
+  STD_TORCH_CHECK(!error, "ensemble_kd on CUDA: ", error);
+}
+
+#endif
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(eekd, m) { m.def(kEnsembleKDFwd); }
 
 STABLE_TORCH_LIBRARY_IMPL(eekd, CPU, m) { m.impl("ensemble_kd_fwd", TORCH_BOX(&ensemble_kd_fwd_cpu)); }
+
+#ifdef EEKD_CUDA
+STABLE_TORCH_LIBRARY_IMPL(eekd, CUDA, m) { m.impl("ensemble_kd_fwd", TORCH_BOX(&ensemble_kd_fwd_cuda)); }
+#endif
 
 PYBIND11_MODULE(_C, m) {
   static constexpr const char* kIsas[] = {"baseline", "avx2", "avx512"};

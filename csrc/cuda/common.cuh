@@ -1,0 +1,116 @@
+// What the CUDA kernels share: elements, wide accesses, asynchronous copies, and sums over the threads of a row.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../eekd.h"
+#include "../row.h"
+
+namespace eekd {
+
+// An element type of logits that is known only at run time: student and snapshots differ, or are fp64.
+struct Any {};
+
+__device__ inline int bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float widen(__half x) { return __half2float(x); }
+
+template <class E, class T>
+__device__ inline E narrow(T x) {
+  if constexpr (std::is_same_v<E, __nv_bfloat16>) return __float2bfloat16_rn(static_cast<float>(x));
+  else if constexpr (std::is_same_v<E, __half>) return __float2half_rn(static_cast<float>(x));
+  else return static_cast<E>(x);
+}
+
+// Element i of x.
+template <class T, class E>
+__device__ inline T load(const void* x, DType dtype, int64_t i) {
+  if constexpr (!std::is_same_v<E, Any>) {
+    return static_cast<T>(widen(static_cast<const E*>(x)[i]));
+  } else {
+    switch (dtype) {
+      case DType::f64: return static_cast<T>(static_cast<const double*>(x)[i]);
+      case DType::f32: return static_cast<T>(static_cast<const float*>(x)[i]);
+      case DType::bf16: return static_cast<T>(widen(static_cast<const __nv_bfloat16*>(x)[i]));
+      default: return static_cast<T>(widen(static_cast<const __half*>(x)[i]));
+    }
+  }
+}
+
+template <class E, class T>
+__device__ inline void store(void* x, DType dtype, int64_t i, T value) {
+  if constexpr (!std::is_same_v<E, Any>) {
+    static_cast<E*>(x)[i] = narrow<E>(value);
+  } else {
+    switch (dtype) {
+      case DType::f64: static_cast<double*>(x)[i] = static_cast<double>(value); break;
+      case DType::f32: static_cast<float*>(x)[i] = static_cast<float>(value); break;
+      case DType::bf16: static_cast<__nv_bfloat16*>(x)[i] = narrow<__nv_bfloat16>(value); break;
+      default: static_cast<__half*>(x)[i] = narrow<__half>(value);
+    }
+  }
+}
+
+// 16 bytes of elements, moved by one instruction.
+template <class E>
+struct alignas(16) Vector {
+  E x[16 / sizeof(E)];
+};
+
+// 2^x and log2(x) by the special function unit, to 2 ulp of a float; exact to double for doubles.
+__device__ inline float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline double fast_exp2(double x) { return exp2(x); }
+__device__ inline float fast_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline double fast_log2(double x) { return log2(x); }
+
+// 16 bytes from global to shared memory, past the registers; visible after arrived() and a barrier.
+__device__ inline void copy_async(void* shared, const void* global) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+__device__ inline void arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// The threads that share a row: one warp, or a whole block.
+struct Group {
+  int thread, threads;
+  __device__ int lane() const { return thread & 31; }
+  __device__ int warp() const { return thread >> 5; }
+  __device__ int warps() const { return threads >> 5; }
+  __device__ void sync() const {
+    if (threads == 32) __syncwarp();
+    else __syncthreads();
+  }
+};
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Sums over a warp, the same in every lane.
+template <class T>
+__device__ inline T warp_sum(T x) {
+  for (int i = 16; i; i >>= 1) x += __shfl_xor_sync(kAllLanes, x, i);
+  return x;
+}
+template <class T>
+__device__ inline SoftmaxSum<T> warp_sum(SoftmaxSum<T> x, T k) {
+  for (int i = 16; i; i >>= 1) {
+    SoftmaxSum<T> other{__shfl_xor_sync(kAllLanes, x.max, i), __shfl_xor_sync(kAllLanes, x.sum, i)};
+    merge(x, other, k);
+  }
+  return x;
+}
+
+}  // namespace eekd
