@@ -506,6 +506,14 @@ def test_a_damaged_teacher_is_refused(config, tmp_path):
 
 
 @pytest.mark.bad_input
+def test_several_processes_are_refused(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2, .* without torchrun"):
+        train(config, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.bad_input
 def test_tensorboard_missing_is_said_before_the_run(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match=r"pip install 'eekd\[tensorboard\]'"):

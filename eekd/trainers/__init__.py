@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def prepare(config: Config) -> Session:
 
     The teacher's settings become those of config.teacher_run, where there is one.
     """
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ValueError(f"WORLD_SIZE is {processes}, and training runs in one process: start it without torchrun")
     earlier = Path(config.teacher_run) if config.teacher_run else None
     if earlier:
         config = dataclasses.replace(config, teacher=Config.load(earlier / "config.json").teacher)
