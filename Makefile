@@ -3,7 +3,7 @@ EXTRAS ?= dev
 VENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo test bench install
+.PHONY: demo test bench check-gpu install
 demo: install
 	$(PYTHON) -m eekd.train
 
@@ -12,6 +12,9 @@ test: install
 
 bench: install
 	$(PYTHON) -m eekd.kernels.bench --json results/bench.json
+
+check-gpu: install
+	$(PYTHON) tests/check_gpu.py
 
 # Editable, against the environment's own torch, so that one torch serves build and run.
 install: $(VENV)/eekd-$(EXTRAS)

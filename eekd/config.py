@@ -16,6 +16,13 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 Weighting = Literal["ce", "last", "uniform", "linear_increase", "linear_decrease", "entropy", "confidence", "attention"]
 
+# What tables and plots call a network.
+TITLES = {
+    "teacher": "teacher", "ce": "CE only", "last": "KD (last)", "uniform": "uniform",
+    "linear_increase": "linear increase", "linear_decrease": "linear decrease", "entropy": "entropy (EBKD)",
+    "confidence": "confidence (CA-MKD)", "attention": "EEKD (attention)",
+}
+
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """A hint at the entry of `names` closest to `name`: "; did you mean 'x'?", or "" where none is close."""

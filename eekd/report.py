@@ -15,15 +15,10 @@ from pathlib import Path
 
 from eekd.charts import Chart, Html, Line, bars, heatmap, limits, lines, page, table, tag, ticks
 from eekd.checkpoint import read_json, write_atomic
-from eekd.config import Config
+from eekd.config import TITLES, Config
 from eekd.snapshots import read_manifest
 from eekd.trainers.folder import FORMAT
 
-TITLES = {
-    "teacher": "teacher", "ce": "CE only", "last": "KD (last)", "uniform": "uniform",
-    "linear_increase": "linear increase", "linear_decrease": "linear decrease", "entropy": "entropy (EBKD)",
-    "confidence": "confidence (CA-MKD)", "attention": "EEKD (attention)",
-}
 PER_SAMPLE = "attention", "entropy", "confidence"
 NLL = "−log p of the true label, nats"
 

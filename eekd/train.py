@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated, Literal, get_args, get_origin
 
 import torch
 
-from eekd.config import Config, nearest, preset
+from eekd.config import TITLES, Config, nearest, preset
 from eekd.trainers import Session, prepare, train
 from eekd.trainers.plan import plan
 
@@ -21,8 +22,6 @@ try:
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 except ImportError as error:
     raise SystemExit(f"python -m eekd.train needs {error.name}: pip install 'eekd[train]'") from None
-
-TITLES = {"ce": "CE only", "last": "KD (last)", "attention": "EEKD (attention)"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     console = Console()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return _fail("python -m eekd.train runs in one process, got torchrun with WORLD_SIZE "
+                     f"{os.environ['WORLD_SIZE']}; docs/distributed.md shows a loop of your own for several")
     try:
         flags = parse(argv)
         session = prepare(flags.settings)

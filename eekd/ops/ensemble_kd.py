@@ -72,7 +72,8 @@ def ensemble_kd(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value.
-        RuntimeError: a label that is neither a class nor `ignore_index`, or a backend that is not available.
+        RuntimeError: a label that is neither a class nor `ignore_index` (on a GPU, which cannot raise without waiting,
+            the loss of its row is NaN), or a backend that is not available.
 
     Columns that are -inf in all snapshots and the student (a padded vocabulary) add nothing. A row all of -inf has no
     softmax and gives NaN, as in torch. Second derivatives are refused.
