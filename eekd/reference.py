@@ -1,4 +1,4 @@
-"""Every op as a formula in plain torch: the specification that tests, benchmarks and `use_backend("reference")` share."""
+"""Every op as a formula in plain torch: the specification for tests, benchmarks and `use_backend("reference")`."""
 
 import torch
 from torch import Tensor

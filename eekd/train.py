@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -59,9 +58,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     console = Console()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        return _fail("python -m eekd.train runs in one process, got torchrun with WORLD_SIZE "
-                     f"{os.environ['WORLD_SIZE']}; docs/distributed.md shows a loop of your own for several")
     try:
         flags = parse(argv)
         session = prepare(flags.settings)

@@ -2,11 +2,11 @@
 
 import sys
 
-import eekd.kernels
 import pytest
 import torch
 from cases import tensors
 
+import eekd.kernels
 from eekd import _C, ensemble_kd, reference, use_backend
 from eekd.ops.backend import BACKENDS, backend_for, namespace
 

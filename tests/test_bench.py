@@ -8,10 +8,10 @@ import re
 
 import pytest
 import torch
-from eekd.kernels import bench
 
 import eekd
 from eekd import _C, info
+from eekd.kernels import bench
 
 
 @pytest.fixture(autouse=True)

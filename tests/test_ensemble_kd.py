@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch._dynamo.testing
 from cases import ATTENTIONS, DTYPES, SHAPES, tensors
-from eekd.kernels.bench import peak_extra_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numerics import assert_accurate, assert_same_bits, double, evaluate
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eekd import _C, ensemble_kd, reference, use_backend
+from eekd.kernels.bench import peak_extra_bytes
 
 NAN, INF = float("nan"), float("inf")
 FUSIONS = ("probability", "logit")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from eekd.kernels import bench
 
 import eekd
 from eekd import reference
+from eekd.kernels import bench
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = sorted(path.stem for path in (ROOT / "eekd" / "ops").glob("*.py") if path.stem not in ("__init__", "backend"))

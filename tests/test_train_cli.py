@@ -183,11 +183,3 @@ def test_without_rich_and_tyro_one_sentence_says_what_to_install():
     code = "import sys; sys.modules['tyro'] = None; import eekd.train"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "pip install 'eekd[train]'" in done.stderr
-
-
-@pytest.mark.bad_input
-def test_torchrun_with_more_than_one_process_is_refused(here, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.main([]) == 2
-    assert "runs in one process, got torchrun with WORLD_SIZE 2" in sentence(capsys)
-    assert not list(here.iterdir())

@@ -113,12 +113,13 @@ def ensemble_kd(
     if backend_for(student_logits.device) == "reference":
         return EnsembleKD(
             *reference.ensemble_kd(
-                student_logits, snapshot_logits if stacked else snapshots, labels, scores=scores, query=query, keys=keys,
-                temperature=temperature, alpha=alpha, fusion=fusion, attention_objective=attention_objective,
-                reduction=reduction, ignore_index=ignore_index,
+                student_logits, snapshot_logits if stacked else snapshots, labels,
+                scores=scores, query=query, keys=keys, temperature=temperature, alpha=alpha, fusion=fusion,
+                attention_objective=attention_objective, reduction=reduction, ignore_index=ignore_index,
             )
         )  # fmt: skip
-    options = (float(temperature), float(alpha), fusion == "logit", attention_objective == "kl", reduction, ignore_index)
+    kl_objective = attention_objective == "kl"
+    options = (float(temperature), float(alpha), fusion == "logit", kl_objective, reduction, ignore_index)
     if attends or (grad and student_logits.requires_grad):
         outputs = _EnsembleKD.apply(student_logits, scores, query, keys, labels, *options, *snapshots)
     else:
