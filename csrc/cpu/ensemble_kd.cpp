@@ -146,7 +146,7 @@ class Kernel {
     const int targets = a.fusion == Fusion::probability ? w.used : 1;
     for (int j = 0; j < targets; ++j) merge(row.target[j], tile.target[j], k);
     merge(row.soft, tile.soft, k);
-    merge(row.hard, tile.hard, T(kLog2e));
+    if (has_ce) merge(row.hard, tile.hard, T(kLog2e));
   }
 
   Scales<T> scales(const Weights<T>& w, const Stats<T>& stats) const {
