@@ -20,6 +20,7 @@ namespace {
 
 constexpr int kTile = 1024;
 constexpr int64_t kGrain = 1 << 14;  // logits per task below which a second thread costs more than it gives
+constexpr int64_t kInCache = 1 << 18;  // logits that the cache of a core holds
 
 // The weights of a row, and the snapshots whose weight is not 0: the others are not read.
 template <class T>
@@ -127,13 +128,16 @@ class Kernel {
     if (a.fusion == Fusion::probability) {
       for (int j = 0; j < w.used; ++j)
         with_elements_of(a.snapshot[w.id[j]], b, tile, [&](auto z) {
-          exponentiate(z, target + j * kTile, n, k, find, stats.target[j]);
+          if (find != Find::lines) stats.target[j].max = largest<T>(load_from<T>(z, n));
+          exponentiate(z, target + j * kTile, n, k, find, stats.target[j], ahead(a.snapshot[w.id[j]]));
         });
     } else {
       mix(b, tile, w, target);
+      if (find != Find::lines) stats.target[0].max = largest<T>(load(target));
       exponentiate(target, target + kTile, n, k, find, stats.target[0]);
     }
     read_line(a.student, b, tile * kTile, n, student);
+    if (find != Find::lines) stats.soft.max = stats.hard.max = largest<T>(load(student));
     exponentiate(student, soft, n, k, find, stats.soft);
     if (has_ce) exponentiate(student, hard, n, T(kLog2e), find, stats.hard);
   }
@@ -242,6 +246,13 @@ class Kernel {
   }
 
  private:
+  // From an element to the one in its place in the next row or tile, to be prefetched; 0 where all is in cache. One
+  // snapshot after the other gives stretches too short for the processor to fetch ahead by itself.
+  int64_t ahead(const Matrix& x) const {
+    if (a.rows * a.classes * (snapshots + 1) < kInCache) return 0;
+    return a.classes <= kTile ? x.stride : kTile;
+  }
+
   int size(int64_t tile) const { return static_cast<int>(std::min<int64_t>(kTile, a.classes - tile * kTile)); }
 
   template <class F>
@@ -258,9 +269,10 @@ class Kernel {
 
   // e = 2^(scale (x - max)), 0 beyond n, unless e is null; returns its sum.
   template <class S>
-  static T exp_of(const S* x, T* e, int n, T max, T scale) {
+  [[gnu::always_inline]] static T exp_of(const S* x, T* e, int n, T max, T scale, int64_t ahead = 0) {
     Vec<T> total = {};
     for (int i = 0; i < n; i += Simd<T>::width) {
+      if (ahead) prefetch(x, i + ahead);
       const Vec<T> v = exp2((load_from<T>(x + i, n - i) - max) * scale);
       if (e) store(e + i, v);
       total += v;
@@ -268,21 +280,20 @@ class Kernel {
     return sum<T>(total);
   }
 
-  // The first vector's maximum serves as well as the row's, as long as no exponential grows out of bounds: this saves
-  // a pass. Otherwise, NaN included, the row's own is found.
+  // The first vector's maximum, in stats.max, serves as well as the row's, as long as no exponential grows out of
+  // bounds: this saves a pass. Otherwise, NaN included, the row's own is found.
   template <class S>
-  void exponentiate(const S* x, T* e, int n, T scale, Find find, SoftmaxSum<T>& stats) const {
+  void exponentiate(const S* x, T* e, int n, T scale, Find find, SoftmaxSum<T>& stats, int64_t ahead = 0) const {
     constexpr T kBound = T(1ull << 62);
     if (find == Find::lines) {
-      exp_of(x, e, n, stats.max, scale);
+      exp_of(x, e, n, stats.max, scale, ahead);
       return;
     }
     if (find == Find::stats) e = nullptr;
-    stats.max = largest<T>(load_from<T>(x, n));
-    stats.sum = exp_of(x, e, n, stats.max, scale);
+    stats.sum = exp_of(x, e, n, stats.max, scale, ahead);
     if (stats.sum < kBound) return;
     stats.max = max_of(x, n);
-    stats.sum = exp_of(x, e, n, stats.max, scale);
+    stats.sum = exp_of(x, e, n, stats.max, scale, ahead);
     if (stats.max == -std::numeric_limits<T>::infinity()) stats.sum = sum_of_masked(x, n);
   }
 
@@ -315,8 +326,8 @@ class Kernel {
       for (int j = 0; j < w.used; ++j)
         with_elements_of(a.snapshot[w.id[j]], b, tile, [&](auto p) { z[j] = reinterpret_cast<decltype(first)>(p); });
       for (int i = 0; i < n; i += Simd<T>::width) {
-        Vec<T> mixed = load_from<T>(z[0] + i, n - i) * w.w[0];
-        for (int j = 1; j < w.used; ++j) mixed += load_from<T>(z[j] + i, n - i) * w.w[j];
+        Vec<T> mixed = {};
+        for (int j = 0; j < w.used; ++j) mixed += load_from<T>(z[j] + i, n - i) * w.w[j];
         store(line + i, mixed);
       }
     });

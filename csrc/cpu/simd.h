@@ -166,6 +166,12 @@ struct Float16 {
   }
 };
 
+// Asks the cache for p[i], which need not exist.
+template <class S>
+inline void prefetch(const S* p, int64_t i) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + i * sizeof(S)), 0, 2);
+}
+
 template <class T, class S>
 inline Vec<T> gather(const S* p, int n) {
   alignas(kVectorBytes) T lanes[Simd<T>::width];
@@ -197,10 +203,15 @@ template <class T, class S>
 inline Vec<T> load_from(const S* p, int n) {
   if (n >= Simd<T>::width) return load_from<T>(p);
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<S, float> && sizeof(T) == 4) {
-    const Vec<float> padding = splat(-std::numeric_limits<float>::infinity());
-    return Vec<T>(_mm512_mask_loadu_ps(padding, (1u << n) - 1, p));
+  const auto mask = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (std::is_same_v<S, float> && sizeof(T) == 4)
+    return Vec<T>(_mm512_mask_loadu_ps(splat(-std::numeric_limits<float>::infinity()), mask, p));
+  if constexpr (std::is_same_v<S, BFloat16> && sizeof(T) == 4) {
+    const __m256i bits = _mm256_mask_loadu_epi16(_mm256_set1_epi16(static_cast<short>(0xff80)), mask, p);
+    return Vec<T>(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)));
   }
+  if constexpr (std::is_same_v<S, Float16> && sizeof(T) == 4)
+    return Vec<T>(_mm512_cvtph_ps(_mm256_mask_loadu_epi16(_mm256_set1_epi16(static_cast<short>(0xfc00)), mask, p)));
 #endif
   return gather<T>(p, n);
 }
