@@ -102,14 +102,21 @@ class Kernel {
     for (int m = 0; m < snapshots; ++m) clear(a.d_keys, a.keys[0].dtype, (m * a.rows + b) * a.width, a.width);
   }
 
-  // softmax of the scores, which are given, or the products of query and keys, or all the same.
+  // The scores, which are given, or the products of query and keys, or all the same; e is a line, but not soft or hard.
+  void scores(int64_t b, T* e) {
+    if (a.query.data)
+      products(b, e);
+    else if (a.scores.data)
+      read_line(a.scores, b, 0, snapshots, e);
+    else
+      std::fill_n(e, snapshots, T(0));
+  }
+
+  // softmax of the scores
   void weigh(int64_t b, Weights<T>& w) {
     if (a.query.data || a.scores.data) {
       T* e = student;
-      if (a.query.data)
-        products(b, e);
-      else
-        read_line(a.scores, b, 0, snapshots, e);
+      scores(b, e);
       const T max = max_of(e, snapshots);
       const T total = exp_of(e, e, snapshots, max, T(kLog2e));
       for (int m = 0; m < snapshots; ++m) w.all[m] = e[m] / total;
@@ -238,11 +245,15 @@ class Kernel {
     if (by_kl || by_label) {
       T spread[kMaxSnapshots] = {};
       for (int j = 0; j < w.used; ++j) spread[w.id[j]] = de[j];
-      if (a.d_scores)
-        write_line(a.d_scores, b * snapshots, a.scores.dtype, snapshots, spread);
-      else
-        write_embeddings(b, spread);
+      write_attention(b, spread);
     }
+  }
+
+  void write_attention(int64_t b, const T* de) {
+    if (a.d_scores)
+      write_line(a.d_scores, b * snapshots, a.scores.dtype, snapshots, de);
+    else
+      write_embeddings(b, de);
   }
 
  private:
@@ -395,6 +406,7 @@ class Kernel {
     }
   }
 
+ protected:
   const EnsembleKD& a;
   const int snapshots;
   const bool has_ce;
@@ -402,6 +414,21 @@ class Kernel {
   const bool by_kl, by_label;         // what, if anything, moves the attention
   T *target, *student, *soft, *hard;  // lines; target has one per snapshot, two at least
 };
+
+}  // namespace
+}  // namespace eekd::EEKD_ISA
+
+#include "narrow.h"
+
+namespace eekd::EEKD_ISA {
+namespace {
+
+template <class T>
+void narrow_rows(const EnsembleKD& a, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = NarrowKernel<T>::lanes;
+  NarrowKernel<T> kernel(a);
+  for (int64_t b = begin; b < end; b += lanes) kernel.run(b, static_cast<int>(std::min(lanes, end - b)));
+}
 
 template <class T>
 void whole_rows(const EnsembleKD& a, int64_t begin, int64_t end) {
@@ -488,7 +515,8 @@ void ensemble_kd_fwd(const EnsembleKD& a, const Parallel& parallel) {
   const auto grain = [&](int64_t columns) { return std::max<int64_t>(1, kGrain / (columns * (a.snapshots + 2))); };
   if (a.rows >= parallel.threads || tiles == 1) {
     const auto rows = [](int64_t begin, int64_t end, void* context) {
-      whole_rows<T>(*static_cast<const EnsembleKD*>(context), begin, end);
+      const EnsembleKD& a = *static_cast<const EnsembleKD*>(context);
+      a.classes <= kNarrow ? narrow_rows<T>(a, begin, end) : whole_rows<T>(a, begin, end);
     };
     parallel.run(a.rows, grain(a.classes), rows, const_cast<EnsembleKD*>(&a));
   } else {

@@ -44,10 +44,11 @@ def backend_for(device: torch.device) -> str:
 def namespace(device: torch.device):
     """The namespace of the ops that run on `device` now; raises RuntimeError where its backend is not available."""
     if backend_for(device) == "native":
-        if device.type == "cuda" and not _C.cuda_version:
+        kind = device.type
+        if kind == "cuda" and not _C.cuda_version:
             raise RuntimeError('the native backend was built without CUDA; install nvcc and build it again')
-        if device.type not in ("cpu", "cuda", "meta"):
-            raise RuntimeError(f'the native backend runs on cpu and cuda, not on {device.type}; use "reference" there')
+        if kind not in ("cpu", "cuda", "meta"):
+            raise RuntimeError(f'the native backend runs on cpu and cuda, not on {kind}; use "reference" there')
         return torch.ops.eekd
     try:
         from eekd.kernels import ensemble_kd

@@ -94,9 +94,11 @@ def ensemble_kd(
         query, keys = _checked_attention(query, keys, student_logits, count)
     elif scores is not None:
         scores = _checked_scores(scores, student_logits, count)
-    _check_type("temperature", temperature, (int, float), "a number")
-    _check_type("alpha", alpha, (int, float), "a number")
-    _check_type("ignore_index", ignore_index, int, "an integer")
+    for name, value in (("temperature", temperature), ("alpha", alpha)):
+        if not isinstance(value, (float, int)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be a positive number, got {temperature}")
     if not 0 <= alpha <= 1:
@@ -131,14 +133,13 @@ def _forward(
     student, scores, query, keys, labels, temperature, alpha, logit_fusion, kl_objective, reduction, ignore_index,
     snapshots, wants_student, wants_attention,
 ):  # fmt: skip
-    rows = student.shape[0]
-    count = snapshots[0].shape[0] if snapshots[0].dim() == 3 else len(snapshots)
-    wide = student.dtype == torch.float64 or any(z.dtype == torch.float64 for z in snapshots)
+    rows, device, first = student.shape[0], student.device, snapshots[0]
+    count = first.shape[0] if first.dim() == 3 else len(snapshots)
     shape = (rows,) if reduction == "none" else ()
-    dtype = torch.float64 if wide else torch.float32
-    loss = student.new_empty(shape, dtype=dtype)
-    attention_loss = student.new_empty(shape, dtype=dtype)
-    weights = student.new_empty((rows, count), dtype=torch.float32)
+    dtype = torch.float64 if torch.float64 in (student.dtype, first.dtype) else torch.float32
+    loss = torch.empty(shape, dtype=dtype, device=device)
+    attention_loss = torch.empty(shape, dtype=dtype, device=device)
+    weights = torch.empty((rows, count), dtype=torch.float32, device=device)
     d_student = torch.empty_like(student, memory_format=torch.contiguous_format) if wants_student else None
     d_scores = d_query = d_keys = None
     if wants_attention and query is not None:
@@ -146,7 +147,7 @@ def _forward(
         d_keys = torch.empty_like(keys, memory_format=torch.contiguous_format)
     elif wants_attention:
         d_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
-    namespace(student.device).ensemble_kd_fwd(
+    namespace(device).ensemble_kd_fwd(
         student, snapshots, labels, scores, query, keys, temperature, alpha, logit_fusion, kl_objective,
         reduction == "mean", ignore_index, loss, attention_loss, weights, d_student, d_scores, d_query, d_keys,
     )  # fmt: skip
@@ -166,8 +167,7 @@ class _EnsembleKD(torch.autograd.Function):
         kl_objective, reduction, ignore_index = options[3:]
         # In fp16 the gradients of a mean underflow before a loss scale can save them: those of the sum are written.
         count = None
-        dtypes = {x.dtype for x in (student, scores, query, keys) if x is not None}
-        if reduction == "mean" and torch.float16 in dtypes:
+        if reduction == "mean" and any(x is not None and x.dtype == torch.float16 for x in (student, scores, query, keys)):
             options[4] = "sum"
             count = student.new_full((), student.shape[0], dtype=torch.long)
             count = (count if labels is None else (labels != ignore_index).sum()).clamp(min=1)
@@ -209,11 +209,6 @@ def _scaled(unit: Tensor | None, grad: Tensor | None) -> Tensor | None:
     if grad.device.type == "cpu" and not torch.compiler.is_compiling() and grad.item() == 1:
         return unit
     return unit * grad
-
-
-def _check_type(name: str, value, types, wanted: str) -> None:
-    if not isinstance(value, types):
-        raise TypeError(f"{name} must be {wanted}, got {value!r}")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -266,7 +261,7 @@ def _checked_labels(labels, student: Tensor) -> Tensor:
     _check_tensor("labels", labels, student.shape[:1], student.device)
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise TypeError(f"labels must be integer class indices, got {labels.dtype}")
-    return labels.long().contiguous()
+    return labels if labels.dtype == torch.int64 and labels.is_contiguous() else labels.long().contiguous()
 
 
 def _checked_attention(query, keys, student: Tensor, count: int) -> tuple[Tensor, Tensor]:
