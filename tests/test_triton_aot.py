@@ -35,24 +35,32 @@ QUICK = [
 ]
 
 
-def arguments(snapshots, classes, dtype, fusion, objective, attention="scores", whole=True):
+def arguments(count, classes, dtype, fusion, objective, attention="scores", whole=True):
     """What the kernel is launched with, all outputs asked for; a batch of 8192, at 16 bytes."""
     rows, width = 8192, 8
 
     def empty(*size, dtype=torch.float32):
         return torch.empty(size, dtype=dtype, device="meta")
 
-    logits = empty(snapshots, rows, classes, dtype=dtype)
+    logits = empty(count, rows, classes, dtype=dtype)
     inputs = {
-        "scores": (empty(rows, snapshots), None, None),
-        "query": (None, empty(rows, width), empty(snapshots, rows, width)),
+        "scores": (empty(rows, count), None, None),
+        "query": (None, empty(rows, width), empty(count, rows, width)),
     }[attention]
-    return kernels.launch_arguments(
-        empty(rows, classes, dtype=dtype), [logits] if whole else list(logits), empty(rows, dtype=torch.int64),
-        *inputs, 5.0, 0.5, fusion == "logit", objective == "kl", 1.0, empty(dtype=torch.int32), -100,
-        empty(rows), empty(rows), empty(rows, snapshots), empty(rows, classes, dtype=dtype), *inputs,
-        dtype == torch.float64, True,
-    )[1]  # fmt: skip
+    snapshots = (logits,) if whole else tuple(logits)
+    labels, student = empty(rows, dtype=torch.int64), empty(rows, classes, dtype=dtype)
+    options = (5.0, 0.5, fusion == "logit", objective == "kl", True, -100)
+    scores, query, keys = inputs
+    planned = kernels.plan(
+        student, snapshots, labels, *inputs, *options, empty(dtype=dtype if dtype == torch.float64 else torch.float32),
+        student, scores, query,
+    )  # fmt: skip
+    tensors = (
+        student, logits if whole else snapshots, labels, *inputs, empty(dtype=torch.int32), empty(rows), empty(rows),
+        empty(rows, count), student, *inputs,
+    )  # fmt: skip
+    named = zip(kernels.rows_kernel.arg_names, (*tensors, *planned.numbers), strict=True)
+    return dict(named) | {"num_warps": planned.num_warps}
 
 
 def compiled(capability, arguments):
