@@ -402,13 +402,19 @@ def test_a_nan_in_the_attention_is_never_a_finite_loss(backend, device, who, fus
     assert out["loss"].isnan().tolist() == out["attention_loss"].isnan().tolist() == [False, True, False]
 
 
-def test_offsets_beyond_32_bits(backend):
-    rows, classes, stride = 3, 10, 2**30 + 8
-    storage = mmap.mmap(-1, 2 * 2 * rows * stride, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # NORESERVE
-    z = torch.frombuffer(storage, dtype=torch.float16).as_strided((2, rows, classes), (rows * stride, stride, 1))
-    x = tensors(rows, 2, classes, dtype=torch.float16)
-    z.copy_(x["snapshot_logits"])
-    assert_same_bits(evaluate(ensemble_kd, x | {"snapshot_logits": z}), evaluate(ensemble_kd, x))
+@pytest.mark.parametrize("attention", ["scores", "query"])
+def test_offsets_beyond_32_bits(backend, attention):
+    rows, stride = 3, 2**30 + 8
+
+    def far(x):  # the same numbers, a row every 2^30 elements of memory that is committed where it is written
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # NORESERVE
+        storage = mmap.mmap(-1, 2 * x[..., 0].numel() * stride, flags=flags)
+        strides = (rows * stride, stride, 1)[3 - x.dim() :]
+        return torch.frombuffer(storage, dtype=torch.float16).as_strided(x.shape, strides).copy_(x)
+
+    x = tensors(rows, 2, 10, dtype=torch.float16, attention=attention)
+    y = {name: value if name == "labels" else far(value) for name, value in x.items()}
+    assert_same_bits(evaluate(ensemble_kd, y), evaluate(ensemble_kd, x))
 
 
 @fusions

@@ -26,11 +26,14 @@ SHAPES = [
 READINGS = [("probability", "label"), ("probability", "kl"), ("logit", "label"), ("logit", "kl")]
 # On every commit; `pytest -m slow` compiles all shapes, readings and dtypes for all architectures.
 QUICK = [
-    (80, 5, 1000, torch.bfloat16, "probability", "kl"),
-    (90, 5, 1001, torch.bfloat16, "probability", "label"),
+    *((capability, 5, 1000, torch.bfloat16, "probability", "kl") for capability in SHARED_LIMIT),
+    *((capability, 5, 1001, torch.float16, "logit", "kl") for capability in SHARED_LIMIT),
+    (80, 2, 4096, torch.float32, "logit", "kl"),
+    (80, 2, 50257, torch.float32, "probability", "kl"),
     (90, 4, 4001, torch.bfloat16, "probability", "kl"),
-    (90, 5, 32000, torch.float16, "logit", "kl"),
-    (100, 5, 100, torch.float32, "probability", "label"),
+    (90, 5, 32000, torch.bfloat16, "logit", "kl"),
+    (100, 5, 10, torch.float32, "logit", "kl"),
+    (120, 5, 32000, torch.float32, "probability", "label"),
     (120, 1, 8192, torch.bfloat16, "logit", "label"),
 ]
 
@@ -63,8 +66,9 @@ def arguments(count, classes, dtype, fusion, objective, attention="scores", whol
     return dict(named) | {"num_warps": planned.num_warps}
 
 
-def compiled(capability, arguments):
+def compiled(capability, arguments, of=None):
     """The kernel for these arguments, specialised as a launch would."""
+    of = of or kernels.rows_kernel
     arguments = dict(arguments)
     signature, constants, attributes = {}, {}, {}
 
@@ -78,13 +82,13 @@ def compiled(capability, arguments):
         return "fp64" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
 
     options = {"num_warps": arguments.pop("num_warps")}
-    for i, parameter in enumerate(kernels.rows_kernel.params):
+    for i, parameter in enumerate(of.params):
         value = arguments[parameter.name]
         if parameter.is_constexpr or value is None:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         else:
             signature[parameter.name] = type_of((i,), value)
-    source = ASTSource(kernels.rows_kernel, signature, constants, attributes)
+    source = ASTSource(of, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -113,6 +117,8 @@ def check(folder, capability, snapshots, classes, dtype, fusion, objective, **ki
     # Every element of the tile in 16 bytes at a time, as often as the kernel visits it.
     threads, visits = 32 * launched["num_warps"], 1 if launched["ON_CHIP"] else 2
     elements = launched["R"] * (launched["MP"] + 1) * launched["BLOCK"]
+    if not launched["ON_CHIP"]:  # and read ahead
+        assert sum(name.startswith("LDGSTS") for name in names) >= visits
     assert wide >= visits * elements * dtype.itemsize / 16 / threads / 2  # half, for rounding M up reads nothing
 
 
@@ -124,6 +130,25 @@ def test_compiles_well(tmp_path, capability, snapshots, classes, dtype, fusion, 
 @pytest.mark.parametrize("kind", [{"attention": "query"}, {"whole": False}], ids=str)
 def test_other_arguments_compile_well(tmp_path, kind):
     check(tmp_path, 90, 5, 1000, torch.bfloat16, "probability", "label", **kind)
+
+
+@pytest.mark.parametrize("capability", list(SHARED_LIMIT))
+def test_the_backward_compiles_well(tmp_path, capability):
+    def empty(*size, dtype=torch.float32):
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    numbers = {"B": 8192, "M": 5, "C": 1000, "D": 64, "MP": 8, "CP": 1024, "DP": 64, "TILE": kernels.SCALED}
+    tensors = {
+        "d_loss": empty(), "d_attention_loss": empty(), "count": empty(dtype=torch.int64),
+        "d_student": empty(8192, 1000, dtype=torch.bfloat16), "d_scores": None,
+        "d_query": empty(8192, 64), "d_keys": empty(5, 8192, 64),
+    }  # fmt: skip
+    for per_row in (False, True):
+        each = {"PER_ROW": per_row, "ATTENTION_PER_ROW": per_row, "loss_stride": per_row, "attention_stride": per_row}
+        launched = tensors | numbers | each | {"num_warps": 4}
+        stack, names = facts(compiled(capability, launched, kernels.scale_kernel), tmp_path)
+        assert stack == 0 and not [name for name in names if name.startswith(("LDL", "STL"))]
+        assert sum(name.startswith("LDG") and ".128" in name for name in names) >= 3
 
 
 @pytest.mark.slow
