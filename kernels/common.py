@@ -16,7 +16,7 @@ from triton import next_power_of_2
 # tests/test_triton_aot.py asserts.
 PER_THREAD = 112  # numbers of the tile, of 255 registers
 ON_CHIP = 32768  # numbers of a tile that is read once and kept
-STREAMED = 22528  # numbers of a tile that is read, used and dropped
+STREAMED = 16384  # numbers of a tile that is read, used and dropped
 WIDEST = 4096  # columns of it
 READ_AHEAD = 88 * 1024  # bytes of shared memory for tiles on their way; sm_120 has 99 KB
 PACKED = 512  # numbers below which a program takes several rows

@@ -206,7 +206,8 @@ class _EnsembleKD(torch.autograd.Function):
         else:
             # In place, unless the graph is kept for another backward.
             grads = [unit if unit is None else unit.clone() for unit in units] if _keeps_graph() else units
-            ctx.ops.ensemble_kd_bwd(d_loss, d_attention_loss, count, *grads)
+            if any(grad is not None for grad in grads):
+                ctx.ops.ensemble_kd_bwd(d_loss, d_attention_loss, count, *grads)
         return *grads, *(None for _ in ctx.needs_input_grad[4:])
 
 
