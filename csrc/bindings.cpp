@@ -56,6 +56,10 @@ constexpr const char* kEnsembleKDFwd =
     "int ignore_index, Tensor(a!) loss, Tensor(b!) attention_loss, Tensor(c!) weights, Tensor(d!)? d_student, "
     "Tensor(e!)? d_scores, Tensor(f!)? d_query, Tensor(g!)? d_keys) -> ()";
 
+constexpr const char* kEnsembleKDBwd =
+    "ensemble_kd_bwd(Tensor? d_loss, Tensor? d_attention_loss, Tensor? count, Tensor(a!)? d_student, "
+    "Tensor(b!)? d_scores, Tensor(c!)? d_query, Tensor(d!)? d_keys) -> ()";
+
 // `snapshots` is M tensors (B, C), or one (M, B, C). A scalar `loss` is summed over rows, a (B) one is not.
 eekd::EnsembleKD ensemble_kd_args(
     const Tensor& student, const std::vector<Tensor>& snapshots, const std::optional<Tensor>& labels,
@@ -197,16 +201,48 @@ void ensemble_kd_fwd_cuda(
   STD_TORCH_CHECK(!error, "ensemble_kd on CUDA: ", error);
 }
 
+void ensemble_kd_bwd_cuda(std::optional<Tensor> d_loss, std::optional<Tensor> d_attention_loss,
+                          std::optional<Tensor> count, std::optional<Tensor> d_student,
+                          std::optional<Tensor> d_scores, std::optional<Tensor> d_query,
+                          std::optional<Tensor> d_keys) {
+  eekd::Scale args;
+  for (const auto& [grad, upstream] : {std::pair(&d_student, &d_loss), std::pair(&d_scores, &d_attention_loss),
+                                       std::pair(&d_query, &d_attention_loss), std::pair(&d_keys, &d_attention_loss)}) {
+    if (!*grad || (*grad)->numel() == 0) continue;
+    STD_TORCH_CHECK(*upstream && (*grad)->is_contiguous(), "a gradient must be contiguous, and have its upstream one");
+    const Tensor& x = **grad;
+    const Tensor& factor = **upstream;
+    args.grad[args.count++] = {x.mutable_data_ptr(), dtype_of(x, "gradient"), x.size(x.dim() - 2), x.size(x.dim() - 1),
+                               x.numel(), factor.const_data_ptr(), factor.dim() ? factor.stride(0) : 0};
+    args.wide = factor.scalar_type() == ScalarType::Double;
+  }
+  if (!args.count) return;
+  if (count) args.divisor = static_cast<const int64_t*>(count->const_data_ptr());
+  const int32_t device = (d_loss ? d_loss : d_attention_loss)->get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream && !aoti_torch_get_current_cuda_stream(device, &stream),
+                  "this torch has no CUDA streams");
+  const char* error = eekd::ensemble_kd_bwd_cuda(args, stream);
+  STD_TORCH_CHECK(!error, "ensemble_kd on CUDA: ", error);
+}
+
 #endif
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(eekd, m) { m.def(kEnsembleKDFwd); }
+STABLE_TORCH_LIBRARY(eekd, m) {
+  m.def(kEnsembleKDFwd);
+  m.def(kEnsembleKDBwd);  // CUDA only: on CPU torch scales
+}
 
 STABLE_TORCH_LIBRARY_IMPL(eekd, CPU, m) { m.impl("ensemble_kd_fwd", TORCH_BOX(&ensemble_kd_fwd_cpu)); }
 
 #ifdef EEKD_CUDA
-STABLE_TORCH_LIBRARY_IMPL(eekd, CUDA, m) { m.impl("ensemble_kd_fwd", TORCH_BOX(&ensemble_kd_fwd_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(eekd, CUDA, m) {
+  m.impl("ensemble_kd_fwd", TORCH_BOX(&ensemble_kd_fwd_cuda));
+  m.impl("ensemble_kd_bwd", TORCH_BOX(&ensemble_kd_bwd_cuda));
+}
 #endif
 
 PYBIND11_MODULE(_C, m) {

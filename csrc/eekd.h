@@ -74,4 +74,20 @@ template <class T>
 const char* ensemble_kd_fwd_cuda(const EnsembleKD& args, bool mean, void* loss, void* attention_loss, int* count,
                                  void* stream);
 
+// The gradients of ensemble_kd_fwd, contiguous (..., B, n), times their upstream gradients over `divisor`, in place.
+struct Scaled {
+  void* data;
+  DType dtype;
+  int64_t rows, columns, numel;  // B, n
+  const void* factor;            // () or (B), double if `wide`, else float
+  int64_t stride;                // of the factor; 0 is one for all rows
+};
+struct Scale {
+  Scaled grad[4];
+  int count = 0;
+  bool wide = false;
+  const int64_t* divisor = nullptr;  // on the device, or null: 1
+};
+const char* ensemble_kd_bwd_cuda(const Scale& args, void* stream);
+
 }  // namespace eekd

@@ -1,9 +1,12 @@
-"""What the kernels share: the launch rule, and helpers of a row of a tile."""
+"""What the kernels share: the launch table and the rule behind it, and helpers of a row of a tile."""
 
 import functools
+import json
 from math import gcd
+from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from triton import next_power_of_2
@@ -13,30 +16,64 @@ from triton import next_power_of_2
 # tests/test_triton_aot.py asserts.
 PER_THREAD = 112  # numbers of the tile, of 255 registers
 ON_CHIP = 32768  # numbers of a tile that is read once and kept
-STREAMED = 22528  # numbers of a tile that is read, used and dropped
+STREAMED = 16384  # numbers of a tile that is read, used and dropped
 WIDEST = 4096  # columns of it
-PACKED = 1024  # numbers below which a program takes several rows
+READ_AHEAD = 88 * 1024  # bytes of shared memory for tiles on their way; sm_120 has 99 KB
+PACKED = 512  # numbers below which a program takes several rows
+TABLES = Path(__file__).with_name("launch")
 
 
 class Launch(NamedTuple):
-    """How the rows of one shape are cut: `rows` per program, tiles of `block` columns, read once if `on_chip`."""
+    """How the rows of one shape are cut: `rows` per program, tiles of `block` columns, read once if `on_chip`.
+
+    Tiles that are not are read ahead of their use by `num_stages` - 1.
+    """
 
     rows: int
     block: int
     on_chip: bool
     num_warps: int
+    num_stages: int
+
+
+def bucket(classes: int, snapshots: int, itemsize: int) -> str:
+    """The entry of the launch table that holds this shape."""
+    return f"{next_power_of_2(classes)} classes, {next_power_of_2(snapshots)} snapshots, {itemsize} bytes"
 
 
 @functools.lru_cache
-def launch(classes: int, snapshots: int, wide: bool) -> Launch:
-    """The launch of (classes, snapshots), the same every time so that the bits are; `wide` is fp64."""
-    lines = (next_power_of_2(snapshots) + 3) * (2 if wide else 1)
+def tuned(architecture: str) -> dict[str, Launch]:
+    """The frozen table of a GPU architecture, which eekd.kernels.tune measured; empty where nobody did."""
+    path = TABLES / f"{architecture}.json"
+    launches = json.loads(path.read_text())["launches"] if path.is_file() else {}
+    return {name: Launch(**entry["launch"]) for name, entry in launches.items()}
+
+
+@functools.lru_cache
+def architecture(device: torch.device) -> str:
+    """What launches depend on: sm_90, gfx942; the device's type where it is not a GPU."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "gcnArchName", "").split(":")[0] or f"sm_{properties.major}{properties.minor}"
+
+
+@functools.lru_cache
+def launch(classes: int, snapshots: int, itemsize: int, architecture: str) -> Launch:
+    """The launch of a shape, the same every time so that the bits are: the tuned one, or else the rule's."""
+    return tuned(architecture).get(bucket(classes, snapshots, itemsize)) or by_rule(classes, snapshots, itemsize)
+
+
+def by_rule(classes: int, snapshots: int, itemsize: int) -> Launch:
+    lines = (next_power_of_2(snapshots) + 3) * (2 if itemsize == 8 else 1)
     block = next_power_of_2(classes)
     on_chip = lines * block <= ON_CHIP
     while not on_chip and (block > WIDEST or lines * block > STREAMED):
         block //= 2
     rows = next_power_of_2(max(1, PACKED // (lines * block)))
-    return Launch(rows, block, on_chip, next_power_of_2(-(-rows * lines * block // (32 * PER_THREAD))))
+    warps = next_power_of_2(-(-rows * lines * block // (32 * PER_THREAD)))
+    tile = (next_power_of_2(snapshots) + 1) * block * itemsize
+    return Launch(rows, block, on_chip, warps, 1 if on_chip else min(3, 1 + READ_AHEAD // tile))
 
 
 class Alignment(NamedTuple):
@@ -59,6 +96,26 @@ def alignment(columns: int, itemsize: int, pointers: list[int], row_strides: lis
     if common < vector and alike and all(x % vector == 0 for x in (*pointers, *other_strides)):
         return Alignment(vector, True)
     return Alignment(common, False)
+
+
+KEPT = 1024  # compiled kernels by key
+_compiled = {}
+
+
+def start(kernel, grid: tuple[int, int, int], arguments: tuple, num_warps: int, key: tuple, aligned: bool) -> None:
+    """kernel[grid](*arguments), past Triton's examination of every argument where the key was met before.
+
+    The key determines all that Triton compiles for, but for the pointers: these are multiples of 16 bytes if `aligned`.
+    """
+    compiled = _compiled.get(key) if aligned else None
+    if compiled is not None:
+        compiled[grid](*arguments)
+        return
+    compiled = kernel[grid](*arguments, num_warps=num_warps)  # None in the interpreter
+    if aligned and compiled is not None:
+        if len(_compiled) >= KEPT:
+            _compiled.clear()
+        _compiled[key] = compiled
 
 
 @triton.jit
@@ -102,13 +159,13 @@ def count_kernel(labels, o_count, B, ignore_index, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def sum_kernel(parts, o_first, o_second, n, BLOCK: tl.constexpr):
+def sum_kernel(parts, o_first, o_second, n, stride, BLOCK: tl.constexpr):
     """The sums of the two rows of parts (2, n), each in one fixed order."""
     first = tl.zeros([BLOCK], parts.dtype.element_ty)
     second = tl.zeros([BLOCK], parts.dtype.element_ty)
     for begin in range(0, n, BLOCK):
         at = begin + tl.arange(0, BLOCK)
         first += tl.load(parts + at, mask=at < n, other=0.0)
-        second += tl.load(parts + n + at, mask=at < n, other=0.0)
+        second += tl.load(parts + stride + at, mask=at < n, other=0.0)
     tl.store(o_first, tl.sum(first, 0))
     tl.store(o_second, tl.sum(second, 0))

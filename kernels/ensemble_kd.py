@@ -5,14 +5,19 @@ writes 1 where it is streamed twice; kernels.common.launch decides by M and C. T
 allocated, with the arguments of eekd::ensemble_kd_fwd, under the name eekd_triton::ensemble_kd_fwd.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from triton import next_power_of_2
 
-from .common import absorb, alignment, count_kernel, counted, finite, launch, powers, softmax_grad, sum_kernel
+from . import common
+from .common import absorb, alignment, counted, finite, powers, softmax_grad, start
 
 COUNT_IN_PROGRAM = 2048  # labels that every program counts for itself, which costs less than a launch
+SCALED = 2048  # elements of a gradient that a program of the backward scales at a time
+SCALING_PROGRAMS = 1024  # enough to fill a GPU, and few enough to return at once
 INTERPRETED = triton.knobs.runtime.interpret  # on CPU tensors, for tests
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -130,9 +135,9 @@ def rows_kernel(
     query_stride, key_stride, key_row_stride,
     temperature: tl.float64, alpha: tl.float64, row_scale: tl.float64, ignore_index,
     M: tl.constexpr, STACKED: tl.constexpr, LOGIT: tl.constexpr, BY_KL: tl.constexpr, BY_LABEL: tl.constexpr,
-    CE: tl.constexpr, SUM: tl.constexpr, COUNT_BLOCK: tl.constexpr, ON_CHIP: tl.constexpr, R: tl.constexpr,
-    MP: tl.constexpr, BLOCK: tl.constexpr, DBLOCK: tl.constexpr, VECTOR: tl.constexpr, SHIFTED: tl.constexpr,
-    ACC: tl.constexpr,
+    CE: tl.constexpr, SUM: tl.constexpr, COUNT_BLOCK: tl.constexpr, ON_CHIP: tl.constexpr, STAGES: tl.constexpr,
+    R: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr, DBLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    SHIFTED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program takes R rows: all their columns at once if ON_CHIP, else in blocks, and those twice.
 
@@ -218,7 +223,7 @@ def rows_kernel(
             s, z, w, used, k, s_max, soft_sum, hard_sum, z_max, z_sum, LOGIT, CE
         )
     else:
-        for first in range(0, end, BLOCK):
+        for first in tl.range(0, end, BLOCK, num_stages=STAGES):
             s, z, classes = _columns(p_student, p_snapshot, first + i, bound, shift, keep, used, C, SHIFTED, ACC)
             s_max, soft_sum, hard_sum, z_max, z_sum = _statistics(
                 s, z, w, used, k, s_max, soft_sum, hard_sum, z_max, z_sum, LOGIT, CE
@@ -242,7 +247,7 @@ def rows_kernel(
         if o_d_student is not None:
             _write(o_d_student, d, row, i, shift, classes, inside, keep, C, VECTOR, SHIFTED)
     else:
-        for first in range(0, end, BLOCK):
+        for first in tl.range(0, end, BLOCK, num_stages=STAGES):
             s, z, classes = _columns(p_student, p_snapshot, first + i, bound, shift, keep, used, C, SHIFTED, ACC)
             is_label = classes
             if CE:
@@ -331,6 +336,52 @@ def _write_embeddings(
         tl.store(at, d_key, mask=each[:, :, None] & (d < D)[None, None, :])
 
 
+@triton.jit
+def _scale(
+    x, rows, columns, factor, stride, count, B, PER_ROW: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """x (rows, columns) times factor / count, in place: one factor, or one per row, the same again after B rows."""
+    rows = rows.to(tl.int64)
+    columns = columns.to(tl.int64)
+    n: tl.constexpr = N if PER_ROW else TILE
+    r: tl.constexpr = TILE // n
+    divisor = tl.full([], 1.0, factor.dtype.element_ty)
+    if count is not None:
+        divisor = tl.load(count).to(divisor.dtype)
+    if not PER_ROW:
+        columns = rows * columns
+        rows = tl.full([], 1, tl.int64)
+    across = tl.cdiv(columns, n)
+    tiles = tl.cdiv(rows, r) * across
+    if not PER_ROW:
+        tiles = tl.where(tl.load(factor) / divisor == 1, 0, tiles)
+    for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
+        row = tile // across * r + tl.arange(0, r)
+        i = tile % across * n + tl.arange(0, n)
+        f = tl.load(factor + row % B * stride, mask=row < rows, other=1.0) / divisor
+        mask = ((row < rows) & (f != 1))[:, None] & (i < columns)[None, :]
+        at = x + (row * columns)[:, None] + i[None, :]
+        value = tl.load(at, mask=mask, other=0.0).to(f.dtype) * f[:, None]
+        tl.store(at, value.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def scale_kernel(
+    d_loss, d_attention_loss, count, d_student, d_scores, d_query, d_keys, loss_stride, attention_stride, B, M, C, D,
+    PER_ROW: tl.constexpr, ATTENTION_PER_ROW: tl.constexpr, MP: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Scales the gradients that the forward wrote for an upstream gradient of 1; where it is 1, touches nothing."""
+    if d_student is not None:
+        _scale(d_student, B, C, d_loss, loss_stride, count, B, PER_ROW, CP, TILE)
+    if d_scores is not None:
+        _scale(d_scores, B, M, d_attention_loss, attention_stride, count, B, ATTENTION_PER_ROW, MP, TILE)
+    if d_query is not None:
+        _scale(d_query, B, D, d_attention_loss, attention_stride, count, B, ATTENTION_PER_ROW, DP, TILE)
+    if d_keys is not None:
+        _scale(d_keys, M * B, D, d_attention_loss, attention_stride, count, B, ATTENTION_PER_ROW, DP, TILE)
+
+
 SCHEMA = (
     "(Tensor student, Tensor[] snapshots, Tensor? labels, Tensor? scores, Tensor? query, "
     "Tensor? keys, float temperature, float alpha, bool logit_fusion, bool kl_objective, bool mean, "
@@ -339,30 +390,40 @@ SCHEMA = (
 )
 
 
-def launch_arguments(
-    student, snapshots, labels, scores, query, keys, temperature, alpha, logit_fusion, kl_objective, row_scale,
-    count, ignore_index, loss, attention_loss, weights, d_student, d_scores, d_query, d_keys, wide, reduces,
+class Plan(NamedTuple):
+    """A launch of `rows_kernel`: its grid, and what follows the tensors among its arguments."""
+
+    grid: tuple[int, int, int]
+    numbers: tuple
+    num_warps: int
+
+
+def plan(
+    student, snapshots, labels, scores, query, keys, temperature, alpha, logit_fusion, kl_objective, mean, ignore_index,
+    loss, d_student, d_scores, d_query, cut=None,
 ):  # fmt: skip
-    """The grid of `rows_kernel`, and its arguments by name."""
+    """The launch for these tensors, as `cut` or else as the launch table has it."""
     rows, classes = student.shape
     stacked = snapshots[0].dim() == 3
     m = snapshots[0].shape[0] if stacked else len(snapshots)
     row_strides = [z.stride(-2) for z in snapshots]
+    wide = loss.dtype == torch.float64
+    sizes = student.element_size(), snapshots[0].element_size()
     vector, shifted = alignment(
         classes,
-        min(student.element_size(), snapshots[0].element_size()),
+        min(sizes),
         [x.data_ptr() // x.element_size() for x in (student, *snapshots)],
         [student.stride(0), *row_strides] if rows > 1 else [classes],
         [snapshots[0].stride(0)] if stacked and m > 1 else [],
     )
-    cut = launch(classes + (vector - 1 if shifted else 0), m, wide)
-    padded = next_power_of_2(m)
+    cut = cut or common.launch(
+        classes + (vector - 1 if shifted else 0), m, 8 if wide else max(sizes), common.architecture(student.device)
+    )
     attends = d_scores is not None or d_query is not None
+    counts = mean and labels is not None
+    padded = next_power_of_2(m)
     width = 0 if query is None else query.shape[1]
-    arguments = dict(
-        student=student, snapshots=snapshots[0] if stacked else tuple(snapshots), labels=labels, scores=scores,
-        query=query, keys=keys, count=count, o_loss=loss, o_attention_loss=attention_loss, o_weights=weights,
-        o_d_student=d_student, o_d_scores=d_scores, o_d_query=d_query, o_d_keys=d_keys,
+    numbers = dict(
         B=rows, C=classes, D=width, student_stride=student.stride(0),
         snapshot_stride=snapshots[0].stride(0) if stacked else 0,
         snapshot_strides=row_strides[0] if stacked else tuple(row_strides),
@@ -370,14 +431,20 @@ def launch_arguments(
         query_stride=0 if query is None else query.stride(0),
         key_stride=0 if keys is None else keys.stride(0),
         key_row_stride=0 if keys is None else keys.stride(1),
-        temperature=temperature, alpha=alpha, row_scale=row_scale, ignore_index=ignore_index,
+        temperature=temperature, alpha=alpha, row_scale=1.0 / rows if mean and not counts else 1.0,
+        ignore_index=ignore_index,
         M=m, STACKED=stacked, LOGIT=logit_fusion, BY_KL=attends and kl_objective, BY_LABEL=attends and not kl_objective,
-        CE=labels is not None and alpha > 0, SUM=reduces,
-        COUNT_BLOCK=0, ON_CHIP=cut.on_chip, R=cut.rows, MP=padded, BLOCK=cut.block,
+        CE=labels is not None and alpha > 0, SUM=loss.dim() == 0,
+        COUNT_BLOCK=next_power_of_2(rows) if counts and rows <= COUNT_IN_PROGRAM else 0,
+        ON_CHIP=cut.on_chip, STAGES=cut.num_stages, R=cut.rows, MP=padded, BLOCK=cut.block,
         DBLOCK=min(next_power_of_2(max(width, 1)), max(16, 1024 // padded)), VECTOR=vector, SHIFTED=shifted,
-        ACC=tl.float64 if wide else tl.float32, num_warps=cut.num_warps,
+        ACC=tl.float64 if wide else tl.float32,
     )  # fmt: skip
-    return (triton.cdiv(rows, cut.rows),), arguments
+    assert list(numbers) == rows_kernel.arg_names[-len(numbers) :]
+    return Plan((triton.cdiv(rows, cut.rows), 1, 1), tuple(numbers.values()), cut.num_warps)
+
+
+_plans = {}  # of tensors that begin at multiples of 16 bytes
 
 
 def ensemble_kd_fwd(
@@ -394,27 +461,101 @@ def ensemble_kd_fwd(
         loss.zero_()
         attention_loss.zero_()
         return
+    device = student.device
+    snapshots = tuple(snapshots)
+    one = snapshots[0]
+    stacked = one.dim() == 3
     reduces = loss.dim() == 0
-    counts = mean and labels is not None
-    count = student.new_empty((), dtype=torch.int32) if counts and rows > COUNT_IN_PROGRAM else None
-    grid, arguments = launch_arguments(
-        student, snapshots, labels, scores, query, keys, temperature, alpha, logit_fusion, kl_objective,
-        1.0 if counts or not mean else 1.0 / rows, count, ignore_index, loss, attention_loss, weights,
-        d_student, d_scores, d_query, d_keys, loss.dtype == torch.float64, reduces,
+    options = temperature, alpha, logit_fusion, kl_objective, mean, ignore_index
+    key = (
+        device, student.shape, student.stride(0), student.dtype,
+        one.shape, one.dtype, one.stride() if stacked else tuple(z.stride(0) for z in snapshots),
+        labels is None, None if scores is None else (scores.stride(0), scores.dtype),
+        None if query is None else (query.shape[1], query.stride(0), query.dtype, *keys.stride(), keys.dtype),
+        options, reduces, d_student is None, d_scores is None, d_query is None,
     )  # fmt: skip
-    if counts and count is None:
-        arguments["COUNT_BLOCK"] = next_power_of_2(rows)
+    pointers = 0
+    for x in (
+        student, *snapshots, labels, scores, query, keys, loss, attention_loss, weights,
+        d_student, d_scores, d_query, d_keys,
+    ):  # fmt: skip
+        if x is not None:
+            pointers |= x.data_ptr()
+    aligned = pointers % 16 == 0
+    planned = _plans.get(key) if aligned else None
+    if planned is None:
+        planned = plan(
+            student, snapshots, labels, scores, query, keys, *options, loss, d_student, d_scores, d_query
+        )  # fmt: skip
+        if aligned:
+            if len(_plans) >= common.KEPT:
+                _plans.clear()
+            _plans[key] = planned
+    grid = planned.grid
+    count = parts = None
+    o_loss, o_attention_loss = loss, attention_loss
+    if mean and labels is not None and rows > COUNT_IN_PROGRAM:
+        count = student.new_empty((), dtype=torch.int32)
     if reduces:
-        parts = loss.new_empty((2, *grid))
-        arguments |= {"o_loss": parts[0], "o_attention_loss": parts[1]}
+        parts = loss.new_empty((2, -(-grid[0] // 4) * 4))  # both rows at multiples of 16 bytes
+        o_loss, o_attention_loss = parts.unbind()
+    tensors = (
+        student, one if stacked else snapshots, labels, scores, query, keys, count, o_loss, o_attention_loss, weights,
+        d_student, d_scores, d_query, d_keys,
+    )  # fmt: skip
     with torch.cuda.device_of(student):
         if count is not None:
-            count_kernel[(1,)](labels, count, rows, ignore_index, BLOCK=4096, num_warps=8)
-        rows_kernel[grid](**arguments)
+            counting = (labels, count, rows, ignore_index, 4096)
+            start(common.count_kernel, (1, 1, 1), counting, 8, ("count", device, *counting[2:]), aligned)
+        start(rows_kernel, grid, (*tensors, *planned.numbers), planned.num_warps, key, aligned)
         if reduces:
-            sum_kernel[(1,)](parts, loss, attention_loss, grid[0], BLOCK=1024, num_warps=4)
+            sums = (parts, loss, attention_loss, grid[0], parts.stride(0), 1024)
+            start(common.sum_kernel, (1, 1, 1), sums, 4, ("sum", device, loss.dtype, grid[0]), aligned)
 
 
-torch.library.define("eekd_triton::ensemble_kd_fwd", SCHEMA)
-torch.library.impl("eekd_triton::ensemble_kd_fwd", ("cpu", "cuda"))(ensemble_kd_fwd)
-torch.library.register_fake("eekd_triton::ensemble_kd_fwd")(lambda *args: None)
+BWD_SCHEMA = (
+    "(Tensor? d_loss, Tensor? d_attention_loss, Tensor? count, Tensor(a!)? d_student, Tensor(b!)? d_scores, "
+    "Tensor(c!)? d_query, Tensor(d!)? d_keys) -> ()"
+)
+
+
+def ensemble_kd_bwd(d_loss, d_attention_loss, count, d_student, d_scores, d_query, d_keys):
+    """Multiplies the gradients in place by the upstream gradients over `count`, () or (B), in one launch.
+
+    Where these are 1 the launch reads them and nothing else.
+    """
+    grads = [x for x in (d_student, d_scores, d_query, d_keys) if x is not None and x.numel()]
+    if not grads:
+        return
+
+    def stride(upstream):  # an expanded scalar has one factor too
+        return upstream.stride(0) if upstream is not None and upstream.dim() and upstream.shape[0] > 1 else 0
+
+    strides = stride(d_loss), stride(d_attention_loss)
+    rows = d_keys.shape[1] if d_keys is not None else grads[0].shape[0]
+    classes = 1 if d_student is None else d_student.shape[1]
+    snapshots = d_keys.shape[0] if d_keys is not None else 1 if d_scores is None else d_scores.shape[1]
+    width = 1 if d_keys is None else d_keys.shape[2]
+    tensors = d_loss, d_attention_loss, count, d_student, d_scores, d_query, d_keys
+    dtypes = (None if x is None else x.dtype for x in tensors)
+    key = ("bwd", grads[0].device, rows, classes, snapshots, width, strides, *dtypes)
+    pointers = 0
+    for x in tensors:
+        if x is not None:
+            pointers |= x.data_ptr()
+    numbers = (
+        *strides, rows, snapshots, classes, width, strides[0] != 0, strides[1] != 0,
+        *(min(next_power_of_2(n), SCALED) for n in (snapshots, classes, width)), SCALED,
+    )  # fmt: skip
+    programs = min(max(-(-x.numel() // SCALED) for x in grads), SCALING_PROGRAMS)
+    with torch.cuda.device_of(grads[0]):
+        start(scale_kernel, (programs, 1, 1), (*tensors, *numbers), 4, key, pointers % 16 == 0)
+
+
+for _name, _schema, _op in (
+    ("ensemble_kd_fwd", SCHEMA, ensemble_kd_fwd),
+    ("ensemble_kd_bwd", BWD_SCHEMA, ensemble_kd_bwd),
+):
+    torch.library.define(f"eekd_triton::{_name}", _schema)
+    torch.library.impl(f"eekd_triton::{_name}", ("cpu", "cuda"))(_op)
+    torch.library.register_fake(f"eekd_triton::{_name}")(lambda *args: None)

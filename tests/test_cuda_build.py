@@ -22,6 +22,7 @@ LIMITS = {
     "rows_kernelIff": (90, 256),
     "sum_kernel": (40, 0),
     "count_kernel": (40, 0),
+    "scale_kernel": (48, 0),
 }
 
 

@@ -10,7 +10,7 @@ import torch._dynamo.testing
 from cases import ATTENTIONS, DTYPES, SHAPES, tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numerics import assert_accurate, assert_same_bits, double, evaluate
+from numerics import DIFFERENTIABLE, assert_accurate, assert_same_bits, double, evaluate
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -239,7 +239,8 @@ def test_a_row_of_nothing_but_masked_has_no_softmax(backend, device, who, fusion
     assert got["loss"].isnan().tolist() == [False, True, False]
     fine = {name: value[:, [0, 2]] if value.dim() == 3 else value[[0, 2]] for name, value in x.items()}
     fine = evaluate(ensemble_kd, fine, fusion=fusion, reduction="none")
-    assert_same_bits({name: value[[0, 2]] for name, value in got.items()}, fine)
+    for name, value in got.items():  # not to the bit: the rows lie elsewhere
+        torch.testing.assert_close(value[[0, 2]], fine[name], rtol=1e-5, atol=1e-6)
 
 
 # Memory
@@ -289,7 +290,7 @@ def test_any_layout_gives_the_same_bits(backend, device, attention, classes, fus
                 patch.setattr(torch, "stack", lambda *_: pytest.fail("snapshots were stacked"))
             got = evaluate(ensemble_kd, y, **options)
         for name in expected:
-            if backend == "reference":  # torch sums in an order of its own
+            if backend in ("reference", "triton"):  # where columns lie decides the order in which these two sum
                 torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-6)
             else:
                 assert torch.equal(got[name], expected[name]), f"{layout}: {name}"
@@ -401,13 +402,19 @@ def test_a_nan_in_the_attention_is_never_a_finite_loss(backend, device, who, fus
     assert out["loss"].isnan().tolist() == out["attention_loss"].isnan().tolist() == [False, True, False]
 
 
-def test_offsets_beyond_32_bits(backend):
-    rows, classes, stride = 3, 10, 2**30 + 8
-    storage = mmap.mmap(-1, 2 * 2 * rows * stride, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # NORESERVE
-    z = torch.frombuffer(storage, dtype=torch.float16).as_strided((2, rows, classes), (rows * stride, stride, 1))
-    x = tensors(rows, 2, classes, dtype=torch.float16)
-    z.copy_(x["snapshot_logits"])
-    assert_same_bits(evaluate(ensemble_kd, x | {"snapshot_logits": z}), evaluate(ensemble_kd, x))
+@pytest.mark.parametrize("attention", ["scores", "query"])
+def test_offsets_beyond_32_bits(backend, attention):
+    rows, stride = 3, 2**30 + 8
+
+    def far(x):  # the same numbers, a row every 2^30 elements of memory that is committed where it is written
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # NORESERVE
+        storage = mmap.mmap(-1, 2 * x[..., 0].numel() * stride, flags=flags)
+        strides = (rows * stride, stride, 1)[3 - x.dim() :]
+        return torch.frombuffer(storage, dtype=torch.float16).as_strided(x.shape, strides).copy_(x)
+
+    x = tensors(rows, 2, 10, dtype=torch.float16, attention=attention)
+    y = {name: value if name == "labels" else far(value) for name, value in x.items()}
+    assert_same_bits(evaluate(ensemble_kd, y), evaluate(ensemble_kd, x))
 
 
 @fusions
@@ -636,7 +643,7 @@ class Calls(TorchDispatchMode):
         self.own, self.others = [], []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "eekd":
+        if func.namespace in ("eekd", "eekd_triton"):
             names = [argument.name for argument in func._schema.arguments]
             self.own.append((func.__name__.split(".")[0], dict(zip(names, args, strict=False)) | (kwargs or {})))
         else:
@@ -667,16 +674,52 @@ def test_gradients_not_asked_for_are_not_computed(kernels, device, attention, st
         assert written == (expected if asked else set())
 
 
+def launches(kernels, device):
+    """Whether the backward is a launch that scales in place; the native kernels leave it to torch on CPU."""
+    return kernels == "triton" or device != "cpu"
+
+
 def test_backward_scales_and_nothing_else(kernels, device):
     x = tensors(4, 3, 5, device=device)
     x["student_logits"].requires_grad_()
     for scale, most in ((1.0, 0), (3.0, 1)):
         loss, upstream = ensemble_kd(**x).loss, torch.tensor(scale, device=device)
         with Calls() as calls:
-            torch.autograd.grad(loss, x["student_logits"], upstream)
-        assert not calls.own
+            (grad,) = torch.autograd.grad(loss, x["student_logits"], upstream)
+        if launches(kernels, device):
+            ((name, args),) = calls.own
+            assert name == "ensemble_kd_bwd" and args["d_student"].data_ptr() == grad.data_ptr()
+            most = 0
+        else:
+            assert not calls.own
         work = [name for name in calls.others if "detach" not in name and "_local_scalar_dense" not in name]
         assert len(work) <= most, work
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("attention", ["scores", "query"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_graph_that_is_kept_keeps_its_gradients(kernels, device, dtype, reduction, attention, objective):
+    x = tensors(9, 3, 20, device=device, dtype=dtype, attention=attention)
+    leaves = [x[name].requires_grad_() for name in DIFFERENTIABLE if name in x]
+    out = ensemble_kd(**x, reduction=reduction, attention_objective=objective)
+    total = (torch.arange(out.loss.numel(), device=device) + 3) * (out.loss + 2 * out.attention_loss)
+    total = total.sum()
+    first, second = (torch.autograd.grad(total, leaves, retain_graph=True) for _ in range(2))
+    with Calls() as calls:
+        third = torch.autograd.grad(total, leaves)
+    assert len(calls.own) == launches(kernels, device)  # one launch for all gradients
+    for a, b, c in zip(first, second, third, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c) and len({t.data_ptr() for t in (a, b, c)}) == 3
+
+
+def test_a_loss_without_a_gradient_gives_none(kernels, device):
+    x = tensors(9, 3, 20, device=device)
+    student, scores = x["student_logits"].requires_grad_(), x["scores"].requires_grad_()
+    for name, moved in (("loss", [True, False]), ("attention_loss", [False, True])):
+        grads = torch.autograd.grad(3 * getattr(ensemble_kd(**x), name), (student, scores), allow_unused=True)
+        assert [grad is not None for grad in grads] == moved
 
 
 # Bits
@@ -684,11 +727,13 @@ def test_backward_scales_and_nothing_else(kernels, device):
 
 @readings
 def test_the_same_inputs_give_the_same_bits(backend, device, fusion, objective):
-    x = tensors(5, 3, 1500, device=device, attention="query")
     options = {"fusion": fusion, "attention_objective": objective}
-    first = evaluate(ensemble_kd, x, **options)
-    for _ in range(3):
-        assert_same_bits(evaluate(ensemble_kd, x, **options), first)
+    for classes in (1500, 1001):  # the rows of 1001 begin at any element
+        x = tensors(5, 3, classes, device=device, attention="query")
+        first = evaluate(ensemble_kd, x, **options)
+        for _ in range(3):
+            x = {name: value.clone() for name, value in x.items()}
+            assert_same_bits(evaluate(ensemble_kd, x, **options), first)
 
 
 @pytest.mark.parametrize("size", [(64, 3, 1000), (3, 3, 5000), (1, 2, 100000)], ids=str)
@@ -716,6 +761,8 @@ def test_few_rows_with_many_columns_are_the_same_rows(kernels, device, threads, 
 
 
 def test_callers_in_several_threads(backend, device):
+    if (backend, device) == ("triton", "cpu"):
+        pytest.skip("Triton's interpreter runs in one thread")
     xs = [tensors(20, 3, classes, device=device) for classes in (10, 1000, 3000)] * 2
     expected = [evaluate(ensemble_kd, x) for x in xs]
     got = [None] * len(xs)

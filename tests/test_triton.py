@@ -1,5 +1,6 @@
 """The Triton backend without a GPU: the op's own suite under Triton's interpreter, and the launch rule."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,25 +10,34 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-import eekd.kernels.ensemble_kd  # noqa: F401  registers the op
+import eekd.kernels.ensemble_kd  # noqa: F401  registers the ops
+from eekd.kernels import common
 from eekd.kernels.common import alignment, launch
 
 SUITE = Path(__file__).with_name("test_ensemble_kd.py")
-# What runs on every commit; `pytest -m slow` runs all.
-QUICK = (
-    "formulas or temperature_and_alpha or far_apart or no_probability or padded or on_a_masked or expanded or ignored "
-    "or embedding or (compiles_whole and label) or (every_shape and (65x5x10- or 9x5x1001 or 5x3x5000 or 0x5x100)) "
-    "or same_inputs"
-)
+INTERPRETED = {**os.environ, "TRITON_INTERPRET": "1"}
+# What runs on every commit, some of every kind of behaviour; `pytest -m slow` runs all.
+QUICK = """
+    formulas
+    or (every_shape and (65x5x10- or 9x5x1001 or 5x3x5000 or 0x5x100 or 9x17x100) and (probability-label or logit-kl))
+    or (every_dtype and labels and logit-kl and (bfloat16 or float64) and 100)
+    or (different_dtypes and probability) or (half_precision and logit-label)
+    or (temperature_and_alpha and logit-kl) or (embedding_width and not 1500)
+    or ten_thousand or far_apart or no_probability or padded_vocabulary or masked
+    or (any_layout and (13-scores or logit-label-1030-query)) or expanded or ignored or no_weight
+    or (nan_that_is_read and quiet) or nan_in_the_attention or offsets
+    or plain_distillation or (constant_added and logit-kl)
+    or (gradcheck and mean and scores and (probability-label or logit-kl))
+    or (upstream and float16 and logit-kl) or backward or (graph_that_is_kept and label-scores) or without_a_gradient
+    or second_derivative or (not_asked and probability-label) or same_inputs
+    or (compiles_whole and probability-label) or inductor or inference_mode
+"""
 
 
 def run_suite(expression: str):
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-k", f"triton and ({expression})", SUITE],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
+    chosen = f"triton and ({' '.join(expression.split())})"
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-k", chosen, SUITE]
+    run = subprocess.run(command, env=INTERPRETED, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
 
 
@@ -40,17 +50,19 @@ def test_the_op_s_whole_suite_in_the_interpreter():
     run_suite("test")
 
 
-def test_same_schema_as_the_native_op():
-    native, triton = (str(x.ensemble_kd_fwd.default._schema) for x in (torch.ops.eekd, torch.ops.eekd_triton))
-    assert native.removeprefix("eekd::") == triton.removeprefix("eekd_triton::")
+def test_same_schemas_as_the_native_ops():
+    for name in ("ensemble_kd_fwd", "ensemble_kd_bwd"):
+        native, triton = (str(getattr(x, name).default._schema) for x in (torch.ops.eekd, torch.ops.eekd_triton))
+        assert native.removeprefix("eekd::") == triton.removeprefix("eekd_triton::")
 
 
 @pytest.mark.parametrize("snapshots", [1, 2, 5, 17, 64])
 def test_every_number_of_classes_has_a_launch(snapshots):
     for classes in (1, 2, 10, 100, 1000, 1001, 4096, 8192, 8193, 50257, 262144):
-        for wide in (False, True):
-            cut = launch(classes, snapshots, wide)
+        for itemsize in (2, 4, 8):
+            cut = launch(classes, snapshots, itemsize, "sm_90")
             assert cut.block >= (classes if cut.on_chip else 32) and cut.num_warps in (1, 2, 4, 8, 16)
+            assert 1 <= cut.num_stages <= 3
 
 
 def test_alignment():
@@ -60,3 +72,102 @@ def test_alignment():
     assert alignment(1001, 2, [0, 8], [1001, 1001], [9009]) == (1, False)  # of 9: snapshots begin elsewhere
     assert alignment(1001, 2, [0, 8], [1001, 5005], [1001]) == (1, False)  # (B, M, C) memory
     assert alignment(1000, 4, [1, 8], [1000, 1000], [8000]) == (1, False)
+
+
+def test_the_tuner_writes_the_table_that_launches_come_from(tmp_path, monkeypatch):
+    command = [sys.executable, "-m", "eekd.kernels.tune"]
+    run = subprocess.run([*command, "--tiny", "--out", tmp_path], env=INTERPRETED, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    written = json.loads((tmp_path / "cpu.json").read_text())["launches"]
+    assert len(written) == run.stdout.count("bytes") == 4
+    # As if another launch had been the fastest, by far.
+    bucket = common.bucket(1000, 3, 4)
+    other = common.by_rule(1000, 3, 4)._replace(block=512, on_chip=False, num_stages=2)
+    written[bucket]["launch"] = other._asdict()
+    (tmp_path / "cpu.json").write_text(json.dumps({"launches": written}))
+    monkeypatch.setattr(common, "TABLES", tmp_path)
+    for cached in (common.tuned, launch):
+        cached.cache_clear()
+    try:
+        assert launch(1000, 3, 4, "cpu") == launch(513, 4, 4, "cpu") == other
+        assert launch(1000, 3, 4, "sm_90") == common.by_rule(1000, 3, 4)
+        assert launch(1025, 3, 4, "cpu") == common.by_rule(1025, 3, 4)
+    finally:
+        for cached in (common.tuned, launch):
+            cached.cache_clear()
+
+
+def test_the_tuner_without_a_gpu_says_so():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        [sys.executable, "-m", "eekd.kernels.tune"], env=environment, capture_output=True, text=True
+    )  # fmt: skip
+    assert run.returncode == 2 and "no GPU was found" in run.stderr
+
+
+# A driver that compiles for sm_90 and records launches instead of making them.
+LAUNCHES = """
+import types
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+launched = []
+
+
+class Recorder:
+    utils = types.SimpleNamespace(
+        load_binary=lambda *args: (1, len(launched), 64, 0, 1024),
+        get_device_properties=lambda device: {"max_shared_mem": 232448, "multiprocessor_count": 132},
+    )
+    get_current_device = is_active = lambda self: 0
+    get_current_stream = lambda self, device: 7
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    launcher_cls = lambda self, source, metadata: lambda *args: launched.append((source.name, *args))
+
+
+driver.set_active(Recorder())
+from eekd.kernels import ensemble_kd as kernels
+
+
+def step(student, snapshots, labels, upstream):
+    scores = torch.empty(len(student), 3)
+    outputs = [torch.empty(()), torch.empty(()), torch.empty_like(scores), torch.empty_like(student)]
+    launched.clear()
+    kernels.ensemble_kd_fwd(
+        student, snapshots, labels, scores, None, None, 5.0, 0.5, False, False, True, -100,
+        *outputs, torch.empty_like(scores), None, None,
+    )
+    kernels.ensemble_kd_bwd(upstream, upstream, None, outputs[3], scores, None, None)
+    # Tensors are new in every step, and so is what the profiler would be told; all else must be the same.
+    return [
+        [type(x) if isinstance(x, torch.Tensor) or type(x).__name__ == "LazyDict" else
+         tuple(map(type, x)) if isinstance(x, tuple) and isinstance(x[0], torch.Tensor) else x for x in call]
+        for call in launched
+    ]
+
+
+def made(rows, classes, whole=True, offset=0):
+    student, labels = torch.empty(rows, classes), torch.empty(rows, dtype=torch.long)
+    memory = torch.empty(3 * rows * classes + offset)[offset:].view(3, rows, classes)
+    return student, [memory] if whole else list(memory), labels, torch.ones(())
+
+
+for rows, classes, whole in ((128, 100, True), (64, 1001, False), (4096, 8, True)):
+    first, second = (step(*made(rows, classes, whole)) for _ in range(2))
+    names = [call[0] for call in first]
+    assert names == ["count_kernel"] * (rows > 2048) + ["rows_kernel", "sum_kernel", "scale_kernel"], names
+    assert first == second and all(call[4] == 7 for call in first)
+kept = len(kernels.common._compiled)
+assert kept == 10, kept
+step(*made(128, 100, offset=1))  # where 16-byte accesses are wrong, what was compiled for them is not used
+assert launched[0][0] == "rows_kernel" and len(kernels.common._compiled) == kept
+vector = kernels.rows_kernel.arg_names.index("VECTOR") - len(kernels.rows_kernel.arg_names)
+assert launched[0][vector] == 1, launched[0][vector]
+"""
+
+
+def test_what_is_launched_again_is_what_was_launched_first():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", LAUNCHES], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -14,6 +14,7 @@ GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_LIMIT = {80: 163, 90: 227, 100: 227, 120: 99}  # KB per block
+SPILLED = 0 if triton.__version__ >= "3.7" else 16  # bytes; the older compiler keeps two registers on the stack
 POINTERS = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
     torch.int64: "*i64", torch.int32: "*i32",
@@ -26,37 +27,49 @@ SHAPES = [
 READINGS = [("probability", "label"), ("probability", "kl"), ("logit", "label"), ("logit", "kl")]
 # On every commit; `pytest -m slow` compiles all shapes, readings and dtypes for all architectures.
 QUICK = [
-    (80, 5, 1000, torch.bfloat16, "probability", "kl"),
-    (90, 5, 1001, torch.bfloat16, "probability", "label"),
+    *((capability, 5, 1000, torch.bfloat16, "probability", "kl") for capability in SHARED_LIMIT),
+    *((capability, 5, 1001, torch.float16, "logit", "kl") for capability in SHARED_LIMIT),
+    (80, 2, 4096, torch.float32, "logit", "kl"),
+    (80, 2, 50257, torch.float32, "probability", "kl"),
     (90, 4, 4001, torch.bfloat16, "probability", "kl"),
-    (90, 5, 32000, torch.float16, "logit", "kl"),
-    (100, 5, 100, torch.float32, "probability", "label"),
+    (90, 5, 32000, torch.bfloat16, "logit", "kl"),
+    (100, 5, 10, torch.float32, "logit", "kl"),
+    (120, 5, 32000, torch.float32, "probability", "label"),
     (120, 1, 8192, torch.bfloat16, "logit", "label"),
 ]
 
 
-def arguments(snapshots, classes, dtype, fusion, objective, attention="scores", whole=True):
+def arguments(count, classes, dtype, fusion, objective, attention="scores", whole=True):
     """What the kernel is launched with, all outputs asked for; a batch of 8192, at 16 bytes."""
     rows, width = 8192, 8
 
     def empty(*size, dtype=torch.float32):
         return torch.empty(size, dtype=dtype, device="meta")
 
-    logits = empty(snapshots, rows, classes, dtype=dtype)
+    logits = empty(count, rows, classes, dtype=dtype)
     inputs = {
-        "scores": (empty(rows, snapshots), None, None),
-        "query": (None, empty(rows, width), empty(snapshots, rows, width)),
+        "scores": (empty(rows, count), None, None),
+        "query": (None, empty(rows, width), empty(count, rows, width)),
     }[attention]
-    return kernels.launch_arguments(
-        empty(rows, classes, dtype=dtype), [logits] if whole else list(logits), empty(rows, dtype=torch.int64),
-        *inputs, 5.0, 0.5, fusion == "logit", objective == "kl", 1.0, empty(dtype=torch.int32), -100,
-        empty(rows), empty(rows), empty(rows, snapshots), empty(rows, classes, dtype=dtype), *inputs,
-        dtype == torch.float64, True,
-    )[1]  # fmt: skip
+    snapshots = (logits,) if whole else tuple(logits)
+    labels, student = empty(rows, dtype=torch.int64), empty(rows, classes, dtype=dtype)
+    options = (5.0, 0.5, fusion == "logit", objective == "kl", True, -100)
+    scores, query, keys = inputs
+    planned = kernels.plan(
+        student, snapshots, labels, *inputs, *options, empty(dtype=dtype if dtype == torch.float64 else torch.float32),
+        student, scores, query,
+    )  # fmt: skip
+    tensors = (
+        student, logits if whole else snapshots, labels, *inputs, empty(dtype=torch.int32), empty(rows), empty(rows),
+        empty(rows, count), student, *inputs,
+    )  # fmt: skip
+    named = zip(kernels.rows_kernel.arg_names, (*tensors, *planned.numbers), strict=True)
+    return dict(named) | {"num_warps": planned.num_warps}
 
 
-def compiled(capability, arguments):
+def compiled(capability, arguments, of=None):
     """The kernel for these arguments, specialised as a launch would."""
+    of = of or kernels.rows_kernel
     arguments = dict(arguments)
     signature, constants, attributes = {}, {}, {}
 
@@ -70,13 +83,13 @@ def compiled(capability, arguments):
         return "fp64" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
 
     options = {"num_warps": arguments.pop("num_warps")}
-    for i, parameter in enumerate(kernels.rows_kernel.params):
+    for i, parameter in enumerate(of.params):
         value = arguments[parameter.name]
         if parameter.is_constexpr or value is None:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         else:
             signature[parameter.name] = type_of((i,), value)
-    source = ASTSource(kernels.rows_kernel, signature, constants, attributes)
+    source = ASTSource(of, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -99,12 +112,14 @@ def check(folder, capability, snapshots, classes, dtype, fusion, objective, **ki
     kernel = compiled(capability, launched)
     stack, names = facts(kernel, folder)
     wide = sum(name.startswith("LDG") and ".128" in name for name in names)
-    assert stack == 0
-    assert not [name for name in names if name.startswith(("LDL", "STL"))]
+    assert stack <= SPILLED
+    assert sum(name.startswith(("LDL", "STL")) for name in names) <= SPILLED / 2
     assert kernel.metadata.shared <= SHARED_LIMIT[capability] * 1024
     # Every element of the tile in 16 bytes at a time, as often as the kernel visits it.
     threads, visits = 32 * launched["num_warps"], 1 if launched["ON_CHIP"] else 2
     elements = launched["R"] * (launched["MP"] + 1) * launched["BLOCK"]
+    if not launched["ON_CHIP"]:  # and read ahead
+        assert sum(name.startswith("LDGSTS") for name in names) >= visits
     assert wide >= visits * elements * dtype.itemsize / 16 / threads / 2  # half, for rounding M up reads nothing
 
 
@@ -116,6 +131,25 @@ def test_compiles_well(tmp_path, capability, snapshots, classes, dtype, fusion, 
 @pytest.mark.parametrize("kind", [{"attention": "query"}, {"whole": False}], ids=str)
 def test_other_arguments_compile_well(tmp_path, kind):
     check(tmp_path, 90, 5, 1000, torch.bfloat16, "probability", "label", **kind)
+
+
+@pytest.mark.parametrize("capability", list(SHARED_LIMIT))
+def test_the_backward_compiles_well(tmp_path, capability):
+    def empty(*size, dtype=torch.float32):
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    numbers = {"B": 8192, "M": 5, "C": 1000, "D": 64, "MP": 8, "CP": 1024, "DP": 64, "TILE": kernels.SCALED}
+    tensors = {
+        "d_loss": empty(), "d_attention_loss": empty(), "count": empty(dtype=torch.int64),
+        "d_student": empty(8192, 1000, dtype=torch.bfloat16), "d_scores": None,
+        "d_query": empty(8192, 64), "d_keys": empty(5, 8192, 64),
+    }  # fmt: skip
+    for per_row in (False, True):
+        each = {"PER_ROW": per_row, "ATTENTION_PER_ROW": per_row, "loss_stride": per_row, "attention_stride": per_row}
+        launched = tensors | numbers | each | {"num_warps": 4}
+        stack, names = facts(compiled(capability, launched, kernels.scale_kernel), tmp_path)
+        assert stack == 0 and not [name for name in names if name.startswith(("LDL", "STL"))]
+        assert sum(name.startswith("LDG") and ".128" in name for name in names) >= 3
 
 
 @pytest.mark.slow

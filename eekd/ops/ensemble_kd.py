@@ -155,6 +155,7 @@ def _forward(
 
 
 torch.library.register_fake("eekd::ensemble_kd_fwd")(lambda *args: None)
+torch.library.register_fake("eekd::ensemble_kd_bwd")(lambda *args: None)
 
 
 class _EnsembleKD(torch.autograd.Function):
@@ -178,6 +179,10 @@ class _EnsembleKD(torch.autograd.Function):
             loss, attention_loss = loss / count, attention_loss / count
         ctx.save_for_backward(count, *units)
         ctx.kl_objective = kl_objective
+        # The backend that wrote the gradients scales them, on the device; the native one on CPU leaves it to torch.
+        ctx.ops = None
+        if not torch.compiler.is_compiling() and (student.is_cuda or backend_for(student.device) == "triton"):
+            ctx.ops = namespace(student.device)
         constant = [weights]
         if not wants_student and not (wants_attention and kl_objective):
             constant.append(loss)
@@ -191,18 +196,30 @@ class _EnsembleKD(torch.autograd.Function):
     def backward(ctx, d_loss, _, d_attention_loss):
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             raise RuntimeError("ensemble_kd has no second derivative; backpropagate without create_graph=True")
-        count, d_student, *d_attention = ctx.saved_tensors
-        if count is not None:
-            d_loss, d_attention_loss = (g if g is None else g / count for g in (d_loss, d_attention_loss))
+        count, *units = ctx.saved_tensors
         if ctx.kl_objective:
             d_attention_loss = d_loss
-        grads = [_scaled(d_student, d_loss), *(_scaled(unit, d_attention_loss) for unit in d_attention)]
+        upstream = (d_loss, *3 * (d_attention_loss,))
+        units = [unit if grad is not None else None for unit, grad in zip(units, upstream, strict=True)]
+        if ctx.ops is None or torch.compiler.is_compiling():
+            grads = [_scaled(unit, grad, count) for unit, grad in zip(units, upstream, strict=True)]
+        else:
+            # In place, unless the graph is kept for another backward.
+            grads = [unit if unit is None else unit.clone() for unit in units] if _keeps_graph() else units
+            if any(grad is not None for grad in grads):
+                ctx.ops.ensemble_kd_bwd(d_loss, d_attention_loss, count, *grads)
         return *grads, *(None for _ in ctx.needs_input_grad[4:])
 
 
-def _scaled(unit: Tensor | None, grad: Tensor | None) -> Tensor | None:
+# Private, and so allowed to go: then every graph counts as kept.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def _scaled(unit: Tensor | None, grad: Tensor | None, count: Tensor | None) -> Tensor | None:
     if unit is None or grad is None:
         return None
+    if count is not None:
+        grad = grad / count
     if grad.dim():  # reduction="none": one factor per row of (…, B, n)
         return torch.mul(unit, grad[:, None], out=torch.empty_like(unit))
     # Reading a CPU scalar costs less than a pass over the gradient; elsewhere it would stall the device.
