@@ -14,7 +14,8 @@ from triton import next_power_of_2
 # A tile of R rows is held in registers as fp32: M snapshots, rounded up to a power of two, and three lines of the
 # student, all by a block of columns. These limits keep every variant free of spills on sm_80 to sm_120, which
 # tests/test_triton_aot.py asserts.
-PER_THREAD = 112  # numbers of the tile, of 255 registers
+PER_THREAD = 112  # numbers of a tile that is kept, of 255 registers
+PER_THREAD_STREAMED = 64  # beside the addresses of what is on its way
 ON_CHIP = 32768  # numbers of a tile that is read once and kept
 STREAMED = 16384  # numbers of a tile that is read, used and dropped
 WIDEST = 4096  # columns of it
@@ -71,7 +72,8 @@ def by_rule(classes: int, snapshots: int, itemsize: int) -> Launch:
     while not on_chip and (block > WIDEST or lines * block > STREAMED):
         block //= 2
     rows = next_power_of_2(max(1, PACKED // (lines * block)))
-    warps = next_power_of_2(-(-rows * lines * block // (32 * PER_THREAD)))
+    per_warp = 32 * (PER_THREAD if on_chip else PER_THREAD_STREAMED)
+    warps = next_power_of_2(-(-rows * lines * block // per_warp))
     tile = (next_power_of_2(snapshots) + 1) * block * itemsize
     return Launch(rows, block, on_chip, warps, 1 if on_chip else min(3, 1 + READ_AHEAD // tile))
 

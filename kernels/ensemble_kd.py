@@ -5,6 +5,7 @@ writes 1 where it is streamed twice; kernels.common.launch decides by M and C. T
 allocated, with the arguments of eekd::ensemble_kd_fwd, under the name eekd_triton::ensemble_kd_fwd.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -519,37 +520,48 @@ BWD_SCHEMA = (
 )
 
 
+@functools.lru_cache(common.KEPT)
+def _scaling(rows: int, snapshots: int, classes: int, width: int, strides: tuple[int, int], most: int):
+    """The grid of `scale_kernel`, and what follows the tensors among its arguments."""
+    padded = (min(next_power_of_2(n), SCALED) for n in (snapshots, classes, width))
+    numbers = (*strides, rows, snapshots, classes, width, strides[0] != 0, strides[1] != 0, *padded, SCALED)
+    return (min(triton.cdiv(most, SCALED), SCALING_PROGRAMS), 1, 1), numbers
+
+
 def ensemble_kd_bwd(d_loss, d_attention_loss, count, d_student, d_scores, d_query, d_keys):
     """Multiplies the gradients in place by the upstream gradients over `count`, () or (B), in one launch.
 
     Where these are 1 the launch reads them and nothing else.
     """
-    grads = [x for x in (d_student, d_scores, d_query, d_keys) if x is not None and x.numel()]
-    if not grads:
+    rows = snapshots = classes = width = 1
+    most = pointers = 0
+    if d_student is not None:
+        rows, classes = d_student.shape
+        most = rows * classes
+    if d_scores is not None:
+        rows, snapshots = d_scores.shape
+        most = max(most, rows * snapshots)
+    if d_query is not None:
+        rows, width = d_query.shape
+        most = max(most, rows * width)
+    if d_keys is not None:
+        snapshots, rows, width = d_keys.shape
+        most = max(most, snapshots * rows * width)
+    if most == 0:
         return
-
-    def stride(upstream):  # an expanded scalar has one factor too
-        return upstream.stride(0) if upstream is not None and upstream.dim() and upstream.shape[0] > 1 else 0
-
-    strides = stride(d_loss), stride(d_attention_loss)
-    rows = d_keys.shape[1] if d_keys is not None else grads[0].shape[0]
-    classes = 1 if d_student is None else d_student.shape[1]
-    snapshots = d_keys.shape[0] if d_keys is not None else 1 if d_scores is None else d_scores.shape[1]
-    width = 1 if d_keys is None else d_keys.shape[2]
+    strides = tuple(  # an expanded scalar is one factor too
+        x.stride(0) if x is not None and x.dim() and rows > 1 else 0 for x in (d_loss, d_attention_loss)
+    )
     tensors = d_loss, d_attention_loss, count, d_student, d_scores, d_query, d_keys
-    dtypes = (None if x is None else x.dtype for x in tensors)
-    key = ("bwd", grads[0].device, rows, classes, snapshots, width, strides, *dtypes)
-    pointers = 0
+    dtypes = []
     for x in tensors:
-        if x is not None:
-            pointers |= x.data_ptr()
-    numbers = (
-        *strides, rows, snapshots, classes, width, strides[0] != 0, strides[1] != 0,
-        *(min(next_power_of_2(n), SCALED) for n in (snapshots, classes, width)), SCALED,
-    )  # fmt: skip
-    programs = min(max(-(-x.numel() // SCALED) for x in grads), SCALING_PROGRAMS)
-    with torch.cuda.device_of(grads[0]):
-        start(scale_kernel, (programs, 1, 1), (*tensors, *numbers), 4, key, pointers % 16 == 0)
+        dtypes.append(None if x is None else x.dtype)
+        pointers |= 0 if x is None else x.data_ptr()
+    grid, numbers = _scaling(rows, snapshots, classes, width, strides, most)
+    like = d_loss if d_loss is not None else d_attention_loss
+    key = ("bwd", like.device, numbers, *dtypes)
+    with torch.cuda.device_of(like):
+        start(scale_kernel, grid, (*tensors, *numbers), 4, key, pointers % 16 == 0)
 
 
 for _name, _schema, _op in (
