@@ -52,11 +52,17 @@ struct Scales {
   T log_ratio;              // log of the student's sum, less log of the mixture's (logit)
 };
 
-template <class T>
-T dot(const T* x, const T* y, int n) {
-  Vec<T> total = {};
-  for (int i = 0; i < n; i += Simd<T>::width) total += load(x + i) * load(y + i);
-  return sum<T>(total);
+// The sum of f(i, left) over the vectors that begin at i, with as many elements left, in four parts: one would wait
+// for itself at every addition.
+template <class T, class F>
+[[gnu::always_inline]] inline T total(int n, F f) {
+  constexpr int w = Simd<T>::width;
+  Vec<T> part[4] = {};
+  int i = 0;
+  for (; i + 4 * w <= n; i += 4 * w)
+    for (int u = 0; u < 4; ++u) part[u] += f(i + u * w, w);
+  for (; i < n; i += w) part[0] += f(i, n - i);
+  return sum<T>((part[0] + part[1]) + (part[2] + part[3]));
 }
 
 enum class Find { stats, lines, both };
@@ -192,7 +198,7 @@ class Kernel {
     for (int j = 0; j < w.used; ++j) {
       out.mean[j] = out.moved[j] = 0;
       if (a.fusion == Fusion::probability && by_kl)
-        out.moved[j] = dot(target + j * kTile, soft, n) / stats.target[j].sum;
+        out.moved[j] = total<T>(n, [&](int i, int) { return load(target + j * kTile + i) * load(soft + i); }) / stats.target[j].sum;
       else if (a.fusion == Fusion::logit && (by_kl || by_label))
         with_elements_of(a.snapshot[w.id[j]], b, tile, [&](auto z) { weigh_logits(z, n, out.mean[j], out.moved[j]); });
     }
@@ -376,18 +382,17 @@ class Kernel {
     return sum<T>(kl);
   }
 
-  // logit: Σ p z and Σ p r z. A masked z meets p = 0.
+  // logit: Σ p z and, if wanted, Σ p r z. A masked z meets p = 0.
   template <class S>
   void weigh_logits(const S* x, int n, T& mean, T& moved) const {
-    Vec<T> p_z = {}, pr_z = {};
-    for (int i = 0; i < n; i += Simd<T>::width) {
+    mean = total<T>(n, [&](int i, int left) {
       const Vec<T> p = load(target + i);
-      const Vec<T> z = p > 0 ? load_from<T>(x + i, n - i) : Vec<T>{};
-      p_z += p * z;
-      pr_z += load(soft + i) * z;
-    }
-    mean = sum<T>(p_z);
-    moved = sum<T>(pr_z);
+      return p * (p > 0 ? load_from<T>(x + i, left) : Vec<T>{});
+    });
+    if (by_kl) moved = total<T>(n, [&](int i, int left) {
+      const Vec<T> pr = load(soft + i);
+      return pr * (load(target + i) > 0 ? load_from<T>(x + i, left) : Vec<T>{});
+    });
   }
 
   // d_query = Σ_m de_m key_m,  d_key_m = de_m query.

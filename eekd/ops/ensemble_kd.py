@@ -103,9 +103,13 @@ def ensemble_kd(
         raise ValueError(f"temperature must be a positive number, got {temperature}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
-    _check_choice("fusion", fusion, ("probability", "logit"))
-    _check_choice("attention_objective", attention_objective, ("label", "kl"))
-    _check_choice("reduction", reduction, ("mean", "sum", "none"))
+    for name, value, choices in (
+        ("fusion", fusion, ("probability", "logit")),
+        ("attention_objective", attention_objective, ("label", "kl")),
+        ("reduction", reduction, ("mean", "sum", "none")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
 
     grad = torch.is_grad_enabled()
     attention = scores if query is None else query
@@ -163,18 +167,19 @@ class _EnsembleKD(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, scores, query, keys, labels, *rest):
-        options, snapshots = list(rest[:6]), rest[6:]
-        wants_student, wants_attention = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:4])
-        kl_objective, reduction, ignore_index = options[3:]
+        (*options, reduction, ignore_index), snapshots = rest[:6], rest[6:]
+        wants_student, wants_attention = ctx.needs_input_grad[0], True in ctx.needs_input_grad[1:4]
+        kl_objective = options[3]
         # In fp16 the gradients of a mean underflow before a loss scale can save them: those of the sum are written.
         count = None
-        if reduction == "mean" and any(x is not None and x.dtype == torch.float16 for x in (student, scores, query, keys)):
-            options[4] = "sum"
+        if reduction == "mean" and torch.float16 in [x.dtype for x in (student, scores, query, keys) if x is not None]:
+            reduction = "sum"
             count = student.new_full((), student.shape[0], dtype=torch.long)
             count = (count if labels is None else (labels != ignore_index).sum()).clamp(min=1)
         loss, weights, attention_loss, *units = _forward(
-            student, scores, query, keys, labels, *options, snapshots, wants_student, wants_attention
-        )
+            student, scores, query, keys, labels, *options, reduction, ignore_index, snapshots,
+            wants_student, wants_attention,
+        )  # fmt: skip
         if count is not None:
             loss, attention_loss = loss / count, attention_loss / count
         ctx.save_for_backward(count, *units)
@@ -194,43 +199,42 @@ class _EnsembleKD(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_loss, _, d_attention_loss):
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        compiling = torch.compiler.is_compiling()
+        if not compiling and torch.is_grad_enabled():
             raise RuntimeError("ensemble_kd has no second derivative; backpropagate without create_graph=True")
-        count, *units = ctx.saved_tensors
+        count, d_student, *d_attention = ctx.saved_tensors
         if ctx.kl_objective:
             d_attention_loss = d_loss
-        upstream = (d_loss, *3 * (d_attention_loss,))
-        units = [unit if grad is not None else None for unit, grad in zip(units, upstream, strict=True)]
-        if ctx.ops is None or torch.compiler.is_compiling():
-            grads = [_scaled(unit, grad, count) for unit, grad in zip(units, upstream, strict=True)]
+        if d_loss is None:
+            d_student = None
+        if d_attention_loss is None:
+            d_attention = (None, None, None)
+        if ctx.ops is None or compiling:
+            d_student = _scaled(d_student, d_loss, count)
+            d_attention = [_scaled(unit, d_attention_loss, count) for unit in d_attention]
         else:
-            # In place, unless the graph is kept for another backward.
-            grads = [unit if unit is None else unit.clone() for unit in units] if _keeps_graph() else units
-            if any(grad is not None for grad in grads):
-                ctx.ops.ensemble_kd_bwd(d_loss, d_attention_loss, count, *grads)
-        return *grads, *(None for _ in ctx.needs_input_grad[4:])
+            if _keeps_graph():  # in place, unless the graph is kept for another backward
+                d_student, *d_attention = [x if x is None else x.clone() for x in (d_student, *d_attention)]
+            if not d_student is d_attention[0] is d_attention[1] is None:
+                ctx.ops.ensemble_kd_bwd(d_loss, d_attention_loss, count, d_student, *d_attention)
+        return d_student, *d_attention, *(None,) * (len(ctx.needs_input_grad) - 4)
 
 
 # Private, and so allowed to go: then every graph counts as kept.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
-def _scaled(unit: Tensor | None, grad: Tensor | None, count: Tensor | None) -> Tensor | None:
-    if unit is None or grad is None:
+def _scaled(unit: Tensor | None, grad: Tensor, count: Tensor | None) -> Tensor | None:
+    if unit is None:
         return None
     if count is not None:
         grad = grad / count
     if grad.dim():  # reduction="none": one factor per row of (…, B, n)
         return torch.mul(unit, grad[:, None], out=torch.empty_like(unit))
     # Reading a CPU scalar costs less than a pass over the gradient; elsewhere it would stall the device.
-    if grad.device.type == "cpu" and not torch.compiler.is_compiling() and grad.item() == 1:
+    if grad.is_cpu and not torch.compiler.is_compiling() and grad.item() == 1:
         return unit
     return unit * grad
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
 
 
 def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
