@@ -20,6 +20,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -181,10 +182,9 @@ def using(name: str):
     return eekd.use_backend(name) if name in BACKENDS else contextlib.nullcontext()
 
 
-def measure(case: Case, device: torch.device, functions: dict[str, Callable], seconds: float, seed: int) -> dict:
-    """A row: each contender checked, then timed in turns, `seconds` for each."""
-    cuda, dtype = device.type == "cuda", getattr(torch, case.dtype)
-    (rows, m, classes), fusion = case.shape, case.fusion
+def measure(case: Case, device: torch.device, functions: dict[str, Callable], clock, seconds: float, seed: int) -> dict:
+    """A row: each contender checked, then timed in turns by `wall` or `events`, `seconds` for each."""
+    (rows, m, classes), fusion, dtype = case.shape, case.fusion, getattr(torch, case.dtype)
     torch._dynamo.reset()
     sets = inputs(case, device, seed)
     one, random = torch.ones((), device=device), torch.rand((), device=device) + 0.5
@@ -210,8 +210,7 @@ def measure(case: Case, device: torch.device, functions: dict[str, Callable], se
     calls["copy"] = [lambda upstream, to=to, source=source: to.copy_(source) for to, source in pairs]
     result["copy"] = {}
 
-    clock = events if cuda else wall
-    each_turn = max(1, min(10, (2**24 if cuda else 2**21) // math.prod(case.shape)))
+    each_turn = max(1, min(10, (2**24 if clock is events else 2**21) // math.prod(case.shape)))
     rotating = {name: itertools.cycle(calls[name]) for name in calls}
 
     def turn(name, upstream=one, n=each_turn):
@@ -232,7 +231,7 @@ def measure(case: Case, device: torch.device, functions: dict[str, Callable], se
                     taken += clock(turn(name, upstream))
     for name in calls:
         result[name] |= microseconds(times[name][0]) | {"us_random": microseconds(times[name][1])["us"]}
-    small = cuda and any(result[name]["us"] < 50 for name in calls if name in BACKENDS)
+    small = clock is events and any(result[name]["us"] < 50 for name in calls if name in BACKENDS)
     for name in calls if small else ():
         with using(name):
             result[name]["host_us"] = microseconds(wall(turn(name)))["us"]  # the GPU is idle, its queue empty
@@ -244,8 +243,9 @@ def measure(case: Case, device: torch.device, functions: dict[str, Callable], se
 def accesses(backend: str, case: Case, device: torch.device) -> int:
     """Reads and writes of B·C elements by forward + backward at an upstream gradient of 1, as the kernels document.
 
-    M + 1 reads and a write where a row stays on chip (on a CPU: in L2), twice the reads where it is streamed. Any other
-    upstream gradient adds 2. The roofline's copy moves M + 2.
+    M + 1 reads and a write where a row stays on chip (on a CPU: in L2; in CUDA: in the shared memory of a block, from
+    sm_90 of a cluster of 8), twice the reads where it is streamed. Any other upstream gradient adds 2. The roofline's
+    copy moves M + 2.
     """
     _, m, classes = case.shape
     on_chip = True
@@ -254,8 +254,10 @@ def accesses(backend: str, case: Case, device: torch.device) -> int:
 
         on_chip = launch(classes, m, False).on_chip
     elif backend == "native" and device.type == "cuda":
-        shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-        on_chip = (m + 1) * classes * getattr(torch, case.dtype).itemsize < shared - 1024
+        properties = torch.cuda.get_device_properties(device)
+        blocks = 8 if properties.major >= 9 else 1
+        lines = (m + 1) * classes * getattr(torch, case.dtype).itemsize
+        on_chip = lines < blocks * (properties.shared_memory_per_block_optin - 8192)  # the rest holds sums
     return m + 2 if on_chip else 2 * m + 3
 
 
@@ -339,7 +341,7 @@ def main(argv: list[str] | None = None) -> None:
     functions, missing = contenders(cuda, ["default", "max-autotune-no-cudagraphs"][: 1 if args.quick else 2])
     command = ["python", "-m", "eekd.kernels.bench", *(sys.argv[1:] if argv is None else argv)]
     record = {"op": args.op, "command": command, "seed": args.seed, "threads": args.threads, "device": args.device}
-    record |= {"environment": environment(), "missing": missing, "rows": []}
+    record |= {"environment": environment(), "load": os.getloadavg(), "missing": missing, "rows": []}
     if cuda:
         record["device"] = torch.cuda.get_device_name()
         record["driver"] = subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
@@ -347,7 +349,7 @@ def main(argv: list[str] | None = None) -> None:
     names = [*BACKENDS, *BASELINES, "copy", "/eager", "/compile", "/liger", "% copy", "fastest"]
     print(f"{'(B, M, C)':>18}    dtype mem      fusion{''.join(f' {name:>8}' for name in names)} error")
     for case in cases(args, cuda):
-        record["rows"].append(measure(case, device, functions, seconds, args.seed))
+        record["rows"].append(measure(case, device, functions, events if cuda else wall, seconds, args.seed))
         record["summary"] = summary_of(record["rows"])
         print(line_of(record["rows"][-1]), flush=True)
         if args.json:

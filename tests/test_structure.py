@@ -82,7 +82,8 @@ def test_one_op_is_one_row(op, capsys):
 
 
 @pytest.mark.parametrize(
-    "folder, beside", [("csrc/cpu", {"dispatch"}), ("csrc/cuda", set()), ("kernels", {"__init__", "common", "bench"})]
+    "folder, beside",
+    [("csrc/cpu", {"dispatch"}), ("csrc/cuda", set()), ("kernels", {"__init__", "common", "bench", "timing"})],
 )
 def test_every_kernel_belongs_to_an_op(folder, beside):
     kernels = {path.stem for path in (ROOT / folder).glob("*") if path.suffix in (".cpp", ".cu", ".py")}
