@@ -69,7 +69,7 @@ def stages(gpu: bool, tiny: bool, results: Path, runs: Path) -> list[dict[str, P
     ]  # fmt: skip
 
 
-def launch_kernels() -> None:
+def launch_kernels(device: str) -> None:
     """Every path of every backend on small shapes: the sanitizers slow a kernel a hundredfold."""
     from cases import tensors
 
@@ -79,16 +79,17 @@ def launch_kernels() -> None:
     for backend in ("native", "triton"):
         with eekd.use_backend(backend):
             try:
-                namespace(torch.device("cuda"))
+                namespace(torch.device(device))
             except RuntimeError as error:
-                print(error)
+                print(f"{backend}: {error}")
                 continue
+            launches = 0
             for shape in SANITIZED:
                 for dtype, attention, fusion, objective in (
                     (torch.float32, "scores", "probability", "label"),
                     (torch.bfloat16, "query", "logit", "kl"),
                 ):
-                    x = tensors(*shape, device="cuda", dtype=dtype, attention=attention)
+                    x = tensors(*shape, device=device, dtype=dtype, attention=attention)
                     x["labels"][0] = -100  # ignored
                     z = x.pop("snapshot_logits")
                     for name in x.keys() - {"labels"}:
@@ -97,7 +98,10 @@ def launch_kernels() -> None:
                         x["snapshot_logits"] = logits
                         out = eekd.ensemble_kd(**x, fusion=fusion, attention_objective=objective)
                         (2 * (out.loss + out.attention_loss)).backward()
-        torch.cuda.synchronize()
+                        launches += 1
+            if device == "cuda":
+                torch.cuda.synchronize()
+            print(f"{backend}: {launches} launches")
 
 
 def run(stage: dict[str, Part], end: float, gpu: bool) -> dict[str, dict]:
@@ -164,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     if not (gpu or args.tiny):
         parser.error("no CUDA device was found; --tiny runs each part small without one")
     if args.launch:
-        launch_kernels()
+        launch_kernels("cuda" if gpu else "cpu")
         return 0
     name = torch.cuda.get_device_name().replace(" ", "-") if gpu else "cpu"
     results = (args.results / name).resolve()

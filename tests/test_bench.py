@@ -115,6 +115,11 @@ def test_a_wrong_kernel_is_not_timed(what, dtype):
     assert bench.summary_of([row]) == {}
 
 
+def test_gradients_that_underflow_in_fp16_do_not_make_a_kernel_wrong():
+    row = measure({"native": bench.fused}, ((100000, 1, 10), "float16", "probability"))
+    assert row["contenders"]["native"]["us"] > 0
+
+
 def test_a_wrong_kernel_fails_the_run(monkeypatch, capsys):
     monkeypatch.setattr(bench, "fused", lambda *args: 1.01 * bench.plain(*args))
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
