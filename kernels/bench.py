@@ -235,7 +235,10 @@ def measure(case: Case, device: torch.device, functions: dict[str, Callable], cl
         with using(name):
             result[name]["host_us"] = microseconds(wall(turn(name)))["us"]  # the GPU is idle, its queue empty
             if name != "liger":  # whose backward waits for the GPU, which a capture forbids
-                result[name]["graph_us"] = in_graph(turn(name, n=len(calls[name]))) * 1e6
+                try:
+                    result[name]["graph_us"] = in_graph(turn(name, n=len(calls[name]))) * 1e6
+                except RuntimeError as failure:
+                    result[name]["graph_failed"] = str(failure)
     return row_of(case, device, result)
 
 
@@ -272,7 +275,8 @@ def row_of(case: Case, device: torch.device, result: dict[str, dict]) -> dict:
         if name in BACKENDS:
             result[name] |= {f"vs_{b}": best[b] / us[name] for b in BASELINES if best[b]}
     backends = [name for name in BACKENDS if name in us]
-    fastest = min(backends, key=lambda name: result[name].get("graph_us", us[name]), default=None)
+    key = "graph_us" if all("graph_us" in result[name] for name in backends) else "us"
+    fastest = min(backends, key=lambda name: result[name][key], default=None)
     return case._asdict() | {"best_us": best, "fastest": fastest, "contenders": result}
 
 
@@ -348,13 +352,18 @@ def main(argv: list[str] | None = None) -> None:
     names = [*BACKENDS, *BASELINES, "copy", "/eager", "/compile", "/liger", "% copy", "fastest"]
     print(f"{'(B, M, C)':>18}    dtype mem      fusion{''.join(f' {name:>8}' for name in names)} error")
     for case in cases(args, cuda):
-        record["rows"].append(measure(case, device, functions, events if cuda else wall, seconds, args.seed))
+        try:
+            record["rows"].append(measure(case, device, functions, events if cuda else wall, seconds, args.seed))
+        except torch.OutOfMemoryError as failure:  # of the inputs
+            record["missing"][str(case)] = str(failure)
+            print(f"{case} does not fit: {failure}")
+            continue
         record["summary"] = summary_of(record["rows"])
         print(line_of(record["rows"][-1]), flush=True)
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(record, indent=1) + "\n")
-    for name, figures in record["summary"].items():
+    for name, figures in record.get("summary", {}).items():
         print(name, "  ".join(f"{figure} {value:.3g}" for figure, value in figures.items()))
     failed = sum("failed" in row["contenders"].get(name, {}) for row in record["rows"] for name in BACKENDS)
     if failed:

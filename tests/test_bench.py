@@ -139,6 +139,21 @@ def test_a_contender_that_raises_leaves_the_others_to_be_timed():
     assert r["native"].keys() >= {"us", "vs_eager"} and "vs_compile" not in r["native"]
 
 
+def test_a_case_that_does_not_fit_is_told_and_the_next_is_timed(monkeypatch, capsys, tmp_path):
+    def inputs(case, *rest):
+        if case.shape[0] == 9:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return made(case, *rest)
+
+    made = bench.inputs
+    monkeypatch.setattr(bench, "inputs", inputs)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    bench.main(["--quick", "--shape", "9,2,10", "--shape", "8,2,10", "--json", str(tmp_path / "b.json")])
+    record = json.loads((tmp_path / "b.json").read_text())
+    assert len(record["rows"]) == 2 and len(record["missing"]) == 2
+    assert capsys.readouterr().out.count("does not fit: CUDA out of memory") == 2
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("fusion", ["probability", "logit"])
 @pytest.mark.parametrize("layout", ["MBC", "BMC"])
@@ -180,6 +195,8 @@ def test_inputs_rotate_and_contenders_take_turns(monkeypatch):
 
     def in_graph(calls):
         captured.append([call() for call in calls])
+        if len(captured) == 3:
+            raise RuntimeError("cannot be captured")
         return 7e-6
 
     monkeypatch.setattr(bench, "events", events)
@@ -188,7 +205,8 @@ def test_inputs_rotate_and_contenders_take_turns(monkeypatch):
     r = measure({name: spied(name, function) for name, function in functions.items()}, clock=events)["contenders"]
     assert {round(figures["us"], 3) for figures in r.values()} == {5} and r["native"]["p80"] == pytest.approx(8)
     assert r["native"]["graph_us"] == pytest.approx(7) and r["native"]["host_us"] > 0
-    assert "graph_us" not in r["liger"] and r["liger"]["host_us"] > 0
+    assert r["copy"]["graph_failed"] == "cannot be captured" and "graph_us" not in r["copy"]
+    assert "graph_us" not in r["liger"] and "graph_failed" not in r["liger"] and r["liger"]["host_us"] > 0
     assert len(captured) == 3 and all(len(calls) == 3 for calls in captured)  # native, eager, copy: each set once
     sets = {name: [at for who, at in seen if who == name][2:] for name in r.keys() - {"copy"}}  # after both checks
     for order in sets.values():
