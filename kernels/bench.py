@@ -1,22 +1,35 @@
-"""Microbenchmarks: `python -m eekd.kernels.bench [--quick] [--json FILE]` checks each op, then times it.
+"""Microbenchmarks: `python -m eekd.kernels.bench [--quick | --full] [--json FILE]` checks each op, then times it.
 
-Every contender computes the same: M snapshots fused by attention scores, α CE + (1 - α) τ² KL, the label objective of
-the attention, and the gradients of student logits and scores, forward + backward. Nothing is timed before its result
-agrees with the fp64 reference. Contenders take turns within one run; the figure is the median.
+Every contender computes the same, in fp32 as the op does: M snapshots fused by attention scores, α CE + (1 - α) τ² KL,
+the label objective of the attention, and the gradients of student logits and scores, forward + backward. Nothing is
+timed before its result agrees with the fp64 reference. Contenders take turns within one run; the figure is the median.
 
-  eekd      the fused op
-  eager     the same formulas in plain PyTorch (the fusion as an einsum, faster here than a broadcast sum)
-  compile   torch.compile of them (the fusion as a sum, faster there), the better of its default mode and
-            max-autotune-no-cudagraphs
+  native, triton  the fused op, on every backend that the device has
+  eager           the formulas in plain PyTorch, the fusion as an einsum (on a GPU also as a broadcast sum: the better)
+  compile         torch.compile of them (the fusion as a sum, faster there), the better of its default mode and
+                  max-autotune-no-cudagraphs
+  liger           eager with Liger's KL, fed the mixed teacher, mixing included; on a GPU, where it is installed
+  copy            a device copy that moves as many bytes as M + 2 accesses: the roofline
+
+On a GPU inputs rotate through three times the L2 cache, events are recorded while the host is ahead, and shapes below
+50 µs are also timed in a captured graph (graph_us) and on the host (host_us).
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import math
+import os
+import re
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +38,34 @@ from torch.nn import functional as F
 import eekd
 from eekd import reference
 from eekd.info import environment
+from eekd.kernels.timing import events, in_graph, microseconds, peak_extra_bytes, rotation, wall
+from eekd.ops.backend import namespace
 
-SHAPES = [(128, 5, 10), (128, 5, 100), (256, 5, 1000), (1024, 5, 1000), (64, 5, 32000), (16, 4, 128256)]
-TEMPERATURE, ALPHA = 5.0, 0.5
+BACKENDS, BASELINES = ("native", "triton"), ("eager", "compile", "liger")
+TEMPERATURE, ALPHA = 5.0, 0.5  # the op's defaults
+ERROR_LIMIT = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3}
+CPU_SHAPES = [(128, 5, 10), (128, 5, 100), (256, 5, 1000), (1024, 5, 1000), (64, 5, 32000), (16, 4, 128256)]
+GPU_SHAPES = [(128, 5, 100), (32768, 5, 1000), (32768, 5, 1001), (8192, 5, 4096), (1024, 5, 32000), (256, 5, 128256)]
+
+
+class Case(NamedTuple):
+    """One row of the table."""
+
+    shape: tuple[int, int, int]
+    dtype: str
+    fusion: str
+    layout: str = "MBC"  # of the snapshots in memory
+
+
+def protocol() -> Iterable[Case]:
+    """All C and M in bf16, at a gigabyte of traffic and at few rows; the other dtypes and the other layout at M = 5."""
+    for classes, snapshots in itertools.product((10, 100, 1000, 1001, 4096, 10000, 32000, 50257, 128256), (1, 2, 5, 8)):
+        large = (2**29 // ((snapshots + 2) * classes), snapshots, classes)
+        for fusion in ("probability", "logit"):
+            yield from (Case(shape, "bfloat16", fusion) for shape in (large, (64, snapshots, classes)))
+            if snapshots == 5:
+                yield from (Case(large, dtype, fusion) for dtype in ("float16", "float32"))
+                yield Case(large, "bfloat16", fusion, "BMC")
 
 
 def fused(student, snapshots, labels, scores, fusion):
@@ -35,175 +73,301 @@ def fused(student, snapshots, labels, scores, fusion):
     return out.loss + out.attention_loss
 
 
-def plain(student, snapshots, labels, scores, fusion, einsum=True):
-    def mix(x):
-        if einsum:
-            return torch.einsum("bm,mbc->bc", weights, x)
-        return (weights.t()[:, :, None] * x).sum(0)
+def einsum(weights, x):
+    return torch.einsum("bm,mbc->bc", weights, x.float())
 
+
+def broadcast(weights, x):
+    return (weights.t()[:, :, None] * x).sum(0)
+
+
+def kl_div(log_q, p):
+    return F.kl_div(log_q, p, reduction="batchmean")
+
+
+def plain(student, snapshots, labels, scores, fusion, mix=einsum, kl=kl_div):
     weights = scores.softmax(1)
     if fusion == "logit":
-        log_p = F.log_softmax(mix(snapshots) / TEMPERATURE, 1)
+        log_p = F.log_softmax(mix(weights, snapshots) / TEMPERATURE, 1)
         p = log_p.detach().exp()
         attention_loss = F.nll_loss(log_p, labels)
     else:
-        p = mix(F.softmax(snapshots / TEMPERATURE, 2))
+        p = mix(weights, F.softmax(snapshots / TEMPERATURE, 2, dtype=torch.float32))
         attention_loss = -p.gather(1, labels[:, None]).log().mean()
         p = p.detach()
-    kl = F.kl_div(F.log_softmax(student / TEMPERATURE, 1), p, reduction="batchmean")
-    return ALPHA * F.cross_entropy(student, labels) + (1 - ALPHA) * TEMPERATURE**2 * kl + attention_loss
+    log_q = F.log_softmax(student / TEMPERATURE, 1, dtype=torch.float32)
+    ce = F.cross_entropy(student.float(), labels)
+    return ALPHA * ce + (1 - ALPHA) * TEMPERATURE**2 * kl(log_q, p) + attention_loss
 
 
-def inputs(shape: tuple[int, int, int], dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, snapshots, classes = shape
-    generator = torch.Generator().manual_seed(seed)
+def contenders(cuda: bool, modes: list[str]) -> tuple[dict[str, Callable], dict[str, str]]:
+    """Functions of (student, snapshots, labels, scores, fusion) by name, and why others are missing."""
+    found, missing = {}, {}
+    for name in BACKENDS if cuda else BACKENDS[:1]:  # on a CPU Triton is an interpreter
+        try:
+            with eekd.use_backend(name):
+                namespace(torch.device("cuda" if cuda else "cpu"))
+            found[name] = fused
+        except RuntimeError as error:
+            missing[name] = str(error)
+    found["eager:einsum"] = plain
+    if cuda:
+        found["eager:sum"] = partial(plain, mix=broadcast)
+        try:
+            from liger_kernel.transformers.kl_div import LigerKLDIVLoss
 
-    def normal(*size, scale):
-        return (torch.randn(*size, generator=generator) * scale).to(dtype)
+            found["liger"] = partial(plain, kl=LigerKLDIVLoss(reduction="batchmean"))
+        except ImportError as error:
+            missing["liger"] = f"not timed ({error}); pip install liger-kernel"
+    for mode in modes:
+        found[f"compile:{mode}"] = torch.compile(partial(plain, mix=broadcast), mode=mode, dynamic=False)
+    return found, missing
 
-    labels = torch.randint(classes, (rows,), generator=generator)
-    student = normal(rows, classes, scale=2).requires_grad_()
-    scores = normal(rows, snapshots, scale=1).float().requires_grad_()
-    return student, normal(snapshots, rows, classes, scale=3), labels, scores
+
+def inputs(case: Case, device: torch.device, seed: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Sets of student logits, snapshot logits, labels and scores."""
+    (rows, snapshots, classes), dtype = case.shape, getattr(torch, case.dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size, scale, dtype=dtype):
+        return torch.randn(*size, generator=generator, device=device, dtype=dtype).mul_(scale)
+
+    def one():
+        student = normal(rows, classes, scale=2).requires_grad_()
+        if case.layout == "MBC":
+            z = normal(snapshots, rows, classes, scale=3)
+        else:
+            z = normal(rows, snapshots, classes, scale=3).transpose(0, 1)
+        labels = torch.randint(classes, (rows,), generator=generator, device=device)
+        return student, z, labels, normal(rows, snapshots, scale=1, dtype=torch.float32).requires_grad_()
+
+    return [one() for _ in range(rotation((snapshots + 1) * rows * classes * dtype.itemsize, device))]
 
 
-def error(run: Callable[[], Tensor], tensors, fusion: str) -> float:
-    """The largest difference from the fp64 reference among loss and gradients, each relative to its largest value."""
+def gradients(function: Callable, tensors, fusion: str, upstream: Tensor) -> tuple[Tensor, ...]:
+    """Forward + backward. Not by .backward(): in training the logits are no leaves, nothing copies their gradients."""
+    loss = function(*tensors, fusion)
+    return loss, *torch.autograd.grad(loss, (tensors[0], tensors[3]), upstream)
+
+
+def exact(tensors, fusion: str) -> list[Tensor]:
+    """Loss, and d student and d scores of the sum over rows, by the reference in fp64."""
     student, snapshots, labels, scores = tensors
-    leaves = [x.detach().double().requires_grad_() for x in (student, scores)]
-    loss, _, attention_loss = reference.ensemble_kd(
-        leaves[0], snapshots.double(), labels, scores=leaves[1], fusion=fusion
-    )
-    loss = loss + attention_loss
-    truth = [loss, *torch.autograd.grad(loss, leaves)]
-    got = run()
-    pairs = zip([got, *torch.autograd.grad(got, (student, scores))], truth, strict=True)
-    return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+    parts = []
+    at_once = max(1, 2**24 // snapshots[:, 0].numel())  # rows, for fp64 takes memory
+    for first in range(0, len(student), at_once):
+        part = slice(first, first + at_once)
+        leaves = [x[part].detach().double().requires_grad_() for x in (student, scores)]
+        loss, _, attention_loss = reference.ensemble_kd(
+            leaves[0], snapshots[:, part].double(), labels[part], scores=leaves[1], fusion=fusion, reduction="sum"
+        )
+        total = loss + attention_loss
+        parts.append([total.detach()[None], *torch.autograd.grad(total, leaves)])
+    loss, *grads = (torch.cat(x) for x in zip(*parts, strict=True))
+    return [loss.sum() / len(student), *grads]
 
 
-def peak_extra_bytes(step: Callable[[], object]) -> int | None:
-    """The highest resident memory during forward + backward, above what was resident before; Linux only."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        before = _status("VmRSS")
-        step()
-        return _status("VmHWM") - before
-    except OSError:
-        return None
+def error(got: tuple[Tensor, ...], truth: list[Tensor], upstream: Tensor) -> float:
+    """The largest error of loss and gradients, by maximum and by norm, relative to those of the truth."""
+    errors = []
+    for a, b in zip((got[0], *(d.double() * (len(d) / upstream) for d in got[1:])), truth, strict=True):
+        difference = a.detach().double() - b
+        # The gradient of an only snapshot's score is 0: it is held against a hundredth of what others are.
+        largest, norm = b.abs().max().clamp(min=0.01), b.norm().clamp(min=0.01 * b.shape[:1].numel() ** 0.5)
+        errors += [difference.abs().max() / largest, difference.norm() / norm]
+    return torch.stack(errors).max().item()  # NaN if one is
 
 
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
+def using(name: str):
+    return eekd.use_backend(name) if name in BACKENDS else contextlib.nullcontext()
 
 
-def quantiles(times: list[float]) -> dict[str, float]:
-    times = sorted(times)
-    return {name: times[int(q * (len(times) - 1))] * 1e6 for name, q in (("us", 0.5), ("p20", 0.2), ("p80", 0.8))}
-
-
-def measure(shape, dtype, fusion, modes, seconds, seed) -> dict:
-    tensors = inputs(shape, dtype, seed)
-    leaves = tensors[0], tensors[3]
+def measure(case: Case, device: torch.device, functions: dict[str, Callable], clock, seconds: float, seed: int) -> dict:
+    """A row: each contender checked, then timed in turns by `wall` or `events`, `seconds` for each."""
+    (rows, m, classes), fusion, dtype = case.shape, case.fusion, getattr(torch, case.dtype)
     torch._dynamo.reset()
-    functions = {"eekd": fused, "eager": plain}
-    functions |= {
-        f"compile:{mode}": torch.compile(plain, mode=None if mode == "default" else mode, dynamic=False)
-        for mode in modes
-    }
+    sets = inputs(case, device, seed)
+    one, random = torch.ones((), device=device), torch.rand((), device=device) + 0.5
+    truth = exact(sets[0], fusion)
+    scale = rows if dtype == torch.float16 else 1  # like a loss scaler's, for gradients of a mean underflow
+    result, calls = {}, {}  # calls: of each contender, one for each set
+    for name, function in functions.items():
+        result[name] = r = {}
+        try:
+            with using(name):
+                upstreams = scale * one, scale * random
+                errors = [error(gradients(function, sets[0], fusion, g), truth, g) for g in upstreams]
+            r["error"] = max(errors)
+            if all(e < ERROR_LIMIT[case.dtype] for e in errors):
+                calls[name] = [partial(gradients, function, tensors, fusion) for tensors in sets]
+            else:
+                r["failed"] = f"is wrong by a relative error of {r['error']:.1e}"
+        except Exception as failure:  # out of memory, or a compiler's: the others are still worth timing
+            r["failed"] = " ".join(f"raises {type(failure).__name__}: {failure}".split())[:300]
+    half = torch.randn((m + 2) * rows * classes // 2, device=device, dtype=dtype)
+    pairs = [(torch.empty_like(half), half.clone()) for _ in range(rotation(2 * half.nbytes, device))]
+    calls["copy"] = [lambda upstream, to=to, source=source: to.copy_(source) for to, source in pairs]
+    result["copy"] = {}
 
-    def runner(name, function):
-        extra = {"einsum": False} if name.startswith("compile") else {}
-        return lambda: function(*tensors, fusion, **extra)
+    each_turn = max(1, min(10, (2**24 if clock is events else 2**21) // math.prod(case.shape)))
+    rotating = {name: itertools.cycle(calls[name]) for name in calls}
 
-    runs = {name: runner(name, function) for name, function in functions.items()}
-    row = {"shape": shape, "fusion": fusion, "dtype": str(dtype).removeprefix("torch."), "error": {}, "peak_bytes": {}}
-    limit = 1e-4 if dtype == torch.float32 else 3e-2
-    for name, run in runs.items():
-        row["error"][name] = error(run, tensors, fusion)
-        if not row["error"][name] < limit:
-            raise SystemExit(f"{name} is wrong at {shape} {fusion}: relative error {row['error'][name]:.1e}, not timed")
+    def turn(name, upstream=one, n=each_turn):
+        return [partial(call, upstream=upstream) for call in itertools.islice(rotating[name], n)]
 
-    def step(name):  # not .backward(): in training the logits are no leaves, and nothing copies their gradient
-        torch.autograd.grad(runs[name](), leaves)
-
-    times = {name: [] for name in runs}
-    stop = time.perf_counter() + seconds * len(runs)
-    while time.perf_counter() < stop or len(times["eekd"]) < 5:
-        for name in runs:  # taking turns, so that what else the machine does meets all alike
-            for _ in range(max(1, min(50, 2**21 // math.prod(shape)))):
-                start = time.perf_counter()
-                step(name)
-                times[name].append(time.perf_counter() - start)
-    warm = {name: values[len(values) // 10 :] for name, values in times.items()}
-    row["times"] = {name: quantiles(values) for name, values in warm.items()}
-    for name in ("eekd", "eager"):
-        row["peak_bytes"][name] = peak_extra_bytes(lambda name=name: step(name))
-    compiled = min(row["times"][name]["us"] for name in runs if name.startswith("compile"))
-    row["vs_eager"] = row["times"]["eager"]["us"] / row["times"]["eekd"]["us"]
-    row["vs_compile"] = compiled / row["times"]["eekd"]["us"]
-    return row
-
-
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
+    for name in calls:  # warm-up
+        with using(name):
+            stop = time.perf_counter() + 0.1
+            while time.perf_counter() < stop:
+                clock(turn(name))
+            result[name]["peak_bytes"] = peak_extra_bytes(*turn(name, n=1), device)
+    times = {name: ([], []) for name in calls}
+    stop = time.perf_counter() + seconds * len(calls)
+    while time.perf_counter() < stop or len(times["copy"][0]) < 10 * each_turn:
+        for name in calls:  # taking turns, so that what else the machine does meets all alike
+            with using(name):
+                for upstream, taken in zip((one, random), times[name], strict=True):
+                    taken += clock(turn(name, upstream))
+    for name in calls:
+        result[name] |= microseconds(times[name][0]) | {"us_random": microseconds(times[name][1])["us"]}
+    small = clock is events and any(result[name]["us"] < 50 for name in calls if name in BACKENDS)
+    for name in calls if small else ():
+        with using(name):
+            result[name]["host_us"] = microseconds(wall(turn(name)))["us"]  # the GPU is idle, its queue empty
+            if name != "liger":  # whose backward waits for the GPU, which a capture forbids
+                try:
+                    result[name]["graph_us"] = in_graph(turn(name, n=len(calls[name]))) * 1e6
+                except RuntimeError as failure:
+                    result[name]["graph_failed"] = str(failure)
+    return row_of(case, device, result)
 
 
-def print_row(row: dict) -> None:
-    times = row["times"]
-    compiled = min(t["us"] for name, t in times.items() if name.startswith("compile"))
-    print(
-        f"{str(tuple(row['shape'])):>16} {row['fusion']:>11}  {times['eekd']['us']:9.0f} {times['eager']['us']:9.0f} "
-        f"{compiled:9.0f}  {row['vs_eager']:6.1f}x {row['vs_compile']:6.1f}x  {row['error']['eekd']:.0e}",
-        flush=True,
-    )
+def accesses(backend: str, case: Case, device: torch.device) -> int:
+    """Reads and writes of B·C elements by forward + backward at an upstream gradient of 1, as the kernels document.
+
+    M + 1 reads and a write where a row stays on chip (on a CPU: in L2; in CUDA: in the shared memory of a block, from
+    sm_90 of a cluster of 8), twice the reads where it is streamed. Any other upstream gradient adds 2. The roofline's
+    copy moves M + 2.
+    """
+    _, m, classes = case.shape
+    on_chip = True
+    if backend == "triton":
+        from eekd.kernels.common import launch
+
+        on_chip = launch(classes, m, False).on_chip
+    elif backend == "native" and device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        blocks = 8 if properties.major >= 9 else 1
+        lines = (m + 1) * classes * getattr(torch, case.dtype).itemsize
+        on_chip = lines < blocks * (properties.shared_memory_per_block_optin - 8192)  # the rest holds sums
+    return m + 2 if on_chip else 2 * m + 3
+
+
+def row_of(case: Case, device: torch.device, result: dict[str, dict]) -> dict:
+    """The record of a case, with what follows from the times: bandwidth by own traffic, ratios to the baselines."""
+    us = {name: r["us"] for name, r in result.items() if "us" in r}
+    best = {b: min((us[name] for name in us if name.startswith(b)), default=None) for b in BASELINES}
+    megabytes = math.prod(case.shape[::2]) * getattr(torch, case.dtype).itemsize / 1e6
+    for name in us.keys() & {*BACKENDS, "copy"}:
+        traffic = accesses(name, case, device)
+        result[name] |= {"accesses": traffic, "gb_s": traffic * megabytes / us[name] * 1e3}
+        result[name]["percent_of_copy"] = 100 * traffic / (case.shape[1] + 2) * us["copy"] / us[name]
+        if name in BACKENDS:
+            result[name] |= {f"vs_{b}": best[b] / us[name] for b in BASELINES if best[b]}
+    backends = [name for name in BACKENDS if name in us]
+    key = "graph_us" if all("graph_us" in result[name] for name in backends) else "us"
+    fastest = min(backends, key=lambda name: result[name][key], default=None)
+    return case._asdict() | {"best_us": best, "fastest": fastest, "contenders": result}
+
+
+def summary_of(rows: list[dict]) -> dict[str, dict[str, float]]:
+    """Per backend: at how many shapes it is the fastest, geometric mean and least of its ratios."""
+    summary = {}
+    for name, ratio in itertools.product(BACKENDS, [f"vs_{baseline}" for baseline in BASELINES]):
+        figures = [row["contenders"][name][ratio] for row in rows if ratio in row["contenders"].get(name, ())]
+        if figures:
+            of = summary.setdefault(name, {"fastest": sum(row["fastest"] == name for row in rows)})
+            of |= {f"geomean_{ratio}": math.exp(mean(map(math.log, figures))), f"least_{ratio}": min(figures)}
+    return summary
+
+
+def line_of(row: dict) -> str:
+    """What is printed of a row; the JSON has everything."""
+    r, case = row["contenders"], f"{str(tuple(row['shape'])):>18} {row['dtype']:>8} {row['layout']} {row['fusion']:>11}"
+    best = r.get(row["fastest"], {})
+    us = [r.get(name, {}).get("us") for name in BACKENDS] + [*row["best_us"].values(), r["copy"]["us"]]
+    ratios = [best.get(name) for name in ("vs_eager", "vs_compile", "vs_liger", "percent_of_copy")]
+    line = case + "".join(f" {'' if x is None else f'{x:.0f}':>8}" for x in us)
+    line += "".join(f" {'' if x is None else f'{x:.1f}':>8}" for x in ratios)
+    line += f" {row['fastest']:>8} {best['error']:.0e}" if best else ""
+    failed = [f"{name} {x['failed']}, not timed at {' '.join(case.split())}" for name, x in r.items() if "failed" in x]
+    return "\n".join([line, *failed])
+
+
+def cases(args, cuda: bool) -> list[Case]:
+    """What the arguments ask for."""
+    if args.full:
+        return list(protocol())
+    dtype = args.dtype or ("bfloat16" if cuda else "float32")
+    shapes = args.shape or ([(32, 5, 10), (16, 3, 1000)] if args.quick else GPU_SHAPES if cuda else CPU_SHAPES)
+    if shapes is GPU_SHAPES:  # two minutes of them, most of it torch.compile's
+        return [*(Case(s, dtype, "probability") for s in shapes), *(Case(s, dtype, "logit") for s in shapes[1::3])]
+    return [Case(s, dtype, fusion) for s in shapes for fusion in ("probability", "logit")]
+
+
+def shape(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){2}", text):
+        raise argparse.ArgumentTypeError(f"must be B,M,C in positive numbers, got {text}")
+    return tuple(map(int, text.split(",")))
 
 
 def main(argv: list[str] | None = None) -> None:
+    gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="python -m eekd.kernels.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("op", nargs="?", default="ensemble_kd", choices=["ensemble_kd"])
-    parser.add_argument("--shape", action="append", metavar="B,M,C", help="repeatable; default: the protocol's six")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--seconds", type=float, default=1.0, help="per contender and shape")
+    parser.add_argument("--op", default="ensemble_kd", choices=["ensemble_kd"])
+    parser.add_argument("--shape", type=shape, action="append", metavar="B,M,C", help="repeatable; default: six")
+    parser.add_argument("--dtype", choices=list(ERROR_LIMIT), help="default: float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--device", default="cuda" if gpu else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--seconds", type=float, help="per contender and shape; default: 1 on a CPU, 0.5 on a GPU")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--quick", action="store_true", help="two small shapes, one mode of torch.compile: a smoke test"
-    )
-    parser.add_argument("--json", type=Path, help="save the figures here")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: small shapes, one mode of compile")
+    parser.add_argument("--full", action="store_true", help="all shapes, dtypes and layouts, which takes an hour")
+    parser.add_argument("--json", type=Path, help="save the figures here, row by row")
     args = parser.parse_args(argv)
-    try:
-        shapes = [tuple(int(n) for n in s.split(",")) for s in args.shape] if args.shape else SHAPES
-        if any(len(s) != 3 or min(s) < 1 for s in shapes):
-            raise ValueError
-    except ValueError:
-        parser.error(f"--shape must be B,M,C in positive numbers, got {' '.join(args.shape)}")
-    modes = ["default", "max-autotune-no-cudagraphs"]
-    if args.quick:
-        shapes, modes, args.seconds = [(32, 5, 10), (16, 3, 1000)], modes[:1], 0.05
+    device, cuda = torch.device(args.device), args.device == "cuda"
+    if cuda and not gpu:
+        parser.error("--device cuda: no CUDA device was found")
+    seconds = args.seconds or (0.05 if args.quick else 0.5 if cuda else 1.0)
     torch.set_num_threads(args.threads)
 
-    print("forward + backward, µs (median)")
-    names = f"{'eekd':>9} {'eager':>9} {'compile':>9}  {'/eager':>7} {'/compile':>7}"
-    print(f"{'(B, M, C)':>16} {'fusion':>11}  {names}  error")
-    rows = []
-    for shape in shapes:
-        for fusion in ("probability", "logit"):
-            rows.append(measure(shape, getattr(torch, args.dtype), fusion, modes, args.seconds, args.seed))
-            print_row(rows[-1])
-    summary = {
-        "geomean_vs_eager": geometric_mean([row["vs_eager"] for row in rows]),
-        "geomean_vs_compile": geometric_mean([row["vs_compile"] for row in rows]),
-        "least_vs_compile": min(row["vs_compile"] for row in rows),
-    }
-    print("  ".join(f"{name} {value:.2f}" for name, value in summary.items()))
-    if args.json:
-        record = {"op": args.op, "command": ["python", "-m", "eekd.kernels.bench", *(argv or sys.argv[1:])]}
-        record |= {"seed": args.seed, "threads": args.threads, "environment": environment(), "summary": summary}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
+    functions, missing = contenders(cuda, ["default", "max-autotune-no-cudagraphs"][: 1 if args.quick else 2])
+    command = ["python", "-m", "eekd.kernels.bench", *(sys.argv[1:] if argv is None else argv)]
+    record = {"op": args.op, "command": command, "seed": args.seed, "threads": args.threads, "device": args.device}
+    record |= {"environment": environment(), "load": os.getloadavg(), "missing": missing, "rows": []}
+    if cuda:
+        record["device"] = torch.cuda.get_device_name()
+        record["driver"] = subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
+    print(*(f"{name}: {why}" for name, why in missing.items()), "forward + backward, µs (median)", sep="\n")
+    names = [*BACKENDS, *BASELINES, "copy", "/eager", "/compile", "/liger", "% copy", "fastest"]
+    print(f"{'(B, M, C)':>18}    dtype mem      fusion{''.join(f' {name:>8}' for name in names)} error")
+    for case in cases(args, cuda):
+        try:
+            record["rows"].append(measure(case, device, functions, events if cuda else wall, seconds, args.seed))
+        except torch.OutOfMemoryError as failure:  # of the inputs
+            record["missing"][str(case)] = str(failure)
+            print(f"{case} does not fit: {failure}")
+            continue
+        record["summary"] = summary_of(record["rows"])
+        print(line_of(record["rows"][-1]), flush=True)
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(record, indent=1) + "\n")
+    for name, figures in record.get("summary", {}).items():
+        print(name, "  ".join(f"{figure} {value:.3g}" for figure, value in figures.items()))
+    failed = sum("failed" in row["contenders"].get(name, {}) for row in record["rows"] for name in BACKENDS)
+    if failed:
+        raise SystemExit(f"eekd failed {failed} times")
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ def spread(values: list[float], scale: float = 1.0, sign: str = "") -> str:
 
 def provenance(record: dict) -> str:
     env = record["environment"]
-    return (
-        f"`{' '.join(record['command'])}` on {env['cpu']}, {env['threads']} threads, torch {env['torch']}, "
-        f"commit {env['commit'][:9]}."
-    )
+    if "driver" in record:
+        device = f"{record['device']}, driver {record['driver']}, triton {env['triton']}"
+    else:
+        device = f"{env['cpu']}, {env['threads']} threads"
+    return f"`{' '.join(record['command'])}` on {device}, torch {env['torch']}, commit {env['commit'][:9]}."
 
 
 def seeds(record: dict) -> str:
@@ -54,25 +55,80 @@ def seeds(record: dict) -> str:
 
 
 def bench(record: dict) -> str:
-    """Times and ratios of the kernel bench."""
-    lines = [
-        "| (B, M, C) | fusion | eekd, µs | eager | torch.compile | × eager | × compile |",
-        "|---|---|--:|--:|--:|--:|--:|",
-    ]
-    for row in record["rows"]:
-        times = {name: t["us"] for name, t in row["times"].items()}
-        compiled = min(t for name, t in times.items() if name.startswith("compile"))
-        shape = ", ".join(map(str, row["shape"]))
-        lines.append(
-            f"| ({shape}) | {row['fusion']} | {times['eekd']:,.0f} | {times['eager']:,.0f} | {compiled:,.0f} "
-            f"| {row['vs_eager']:.1f} | {row['vs_compile']:.1f} |"
-        )
-    s = record["summary"]
-    lines.append(
-        f"| geometric mean | | | | | **{s['geomean_vs_eager']:.1f}** | **{s['geomean_vs_compile']:.1f}** |\n\n"
-        f"Forward + backward, fp32, median: {provenance(record)}"
+    """Times of the kernel bench; ratios and share of the copy bandwidth are the faster backend's."""
+    rows, summary = record["rows"], record["summary"]
+    ran = {name for row in rows for name in row["contenders"] if "us" in row["contenders"][name]}
+    backends = [name for name in ("native", "triton") if name in ran]
+    baselines = [b for b in ("eager", "compile", "liger") if any(row["best_us"].get(b) for row in rows)]
+    copied = "copy" in ran
+    several = [key for key in ("dtype", "layout") if len({row[key] for row in rows}) > 1]
+    head = ["(B, M, C)", *several, "fusion"]
+    columns = ["eekd, µs"] if len(backends) == 1 else [f"{name}, µs" for name in backends]
+    columns += ["torch.compile" if b == "compile" else b for b in baselines]
+    ratios = [f"vs_{b}" for b in baselines]
+    tail = [f"× {b}" for b in baselines] + ["% of copy"] * copied + ["faster"] * (len(backends) > 1)
+    lines = [f"| {' | '.join([*head, *columns, *tail])} |"]
+    lines += [f"|{'---|' * len(head)}{'--:|' * (len(columns) + len(tail))}"]
+
+    def line(*cells):
+        lines.append("|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|")
+
+    def number(x, spec):
+        return "" if x is None else format(x, spec)
+
+    for row in rows:
+        best = row["contenders"].get(row["fastest"], {})
+        us = [row["contenders"].get(name, {}).get("us") for name in backends]
+        us += [row["best_us"].get(b) for b in baselines]
+        cells = [number(x, ",.0f") for x in us] + [number(best.get(ratio), ".1f") for ratio in ratios]
+        cells += [number(best.get("percent_of_copy"), ".0f")] * copied
+        cells += [row["fastest"] or ""] * (len(backends) > 1)
+        line(f"({', '.join(map(str, row['shape']))})", *(row[key] for key in several), row["fusion"], *cells)
+    for name in backends:
+        means = [number(summary[name].get(f"geomean_{ratio}"), ".1f") for ratio in ratios]
+        of = f" of {name}" if len(backends) > 1 else ""
+        faster = [f"{summary[name]['fastest']} of {len(rows)}"] * (len(backends) > 1)
+        blank = [""] * (len(head) - 1 + len(columns))
+        line(f"geometric mean{of}", *blank, *(f"**{x}**" for x in means), *[""] * copied, *faster)
+    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    dtypes = ", ".join(dict.fromkeys(short[row["dtype"]] for row in rows))
+    return "\n".join(lines) + f"\n\nForward + backward, {dtypes}, median: {provenance(record)}"
+
+
+def bandwidth(record: dict, path: Path) -> str | None:
+    """Draws the share of the copy bandwidth against C, a line for each backend and M; or says why it cannot."""
+    figures = {}  # by fusion, backend and M: {C: %}, of the most rows
+    for row in sorted(record["rows"], key=lambda row: row["shape"][0]):
+        if (row["dtype"], row["layout"]) == tuple(record["rows"][0][key] for key in ("dtype", "layout")):
+            for name, r in row["contenders"].items():
+                if name != "copy" and "percent_of_copy" in r:
+                    line = figures.setdefault(row["fusion"], {}).setdefault((name, row["shape"][1]), {})
+                    line[row["shape"][2]] = r["percent_of_copy"]
+    if not figures:
+        return "the copy bandwidth was not measured"
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "eekd", "svg.fonttype": "none", "font.size": 9}
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(
+        1, len(figures), figsize=(4 * len(figures), 3), sharey=True, squeeze=False, layout="constrained"
     )
-    return "\n".join(lines)
+    for axes, (fusion, lines) in zip(panels[0], figures.items(), strict=True):
+        for (name, snapshots), points in sorted(lines.items()):
+            colour, marker = {"native": ("#4477aa", "o"), "triton": ("#cc3311", "s")}[name]
+            style = ["-", "--", "-.", ":"][sorted({m for _, m in lines}).index(snapshots) % 4]
+            axes.plot(*zip(*sorted(points.items()), strict=True), marker + style, color=colour, ms=4,
+                      label=f"{name}, M = {snapshots}")  # fmt: skip
+        axes.set(title=f"{fusion} fusion", xlabel="classes C", xscale="log", ylim=(0, None))
+        axes.axhline(100, color="#888888", lw=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3)
+        axes.legend(frameon=False)
+    panels[0][0].set_ylabel("% of the copy bandwidth, on own traffic")
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
 
 
 def plot(record: dict, path: Path) -> None:
@@ -126,10 +182,12 @@ def main(argv: list[str]) -> int:
     if "--check" in argv:
         print("\n".join(f"{page} is not what results/ says" for page in stale))
         return bool(stale)
-    for path in HERE.glob("*.json"):
+    for path in HERE.rglob("*.json"):
         record = json.loads(path.read_text())
         if "runs" in record:
             plot(record, path.with_suffix(".svg"))
+        elif record.get("rows") and (why := bandwidth(record, path.with_suffix(".svg"))):
+            print(f"{path.relative_to(HERE)} has no plot: {why}")
     return 0
 
 

@@ -84,7 +84,11 @@ def test_one_op_is_one_row(op, capsys):
 
 @pytest.mark.parametrize(
     "folder, beside",
-    [("csrc/cpu", {"dispatch"}), ("csrc/cuda", {"scale"}), ("kernels", {"__init__", "common", "bench", "tune"})],
+    [
+        ("csrc/cpu", {"dispatch"}),
+        ("csrc/cuda", {"scale"}),
+        ("kernels", {"__init__", "common", "bench", "timing", "tune"}),
+    ],
 )
 def test_every_kernel_belongs_to_an_op(folder, beside):
     kernels = {path.stem for path in (ROOT / folder).glob("*") if path.suffix in (".cpp", ".cu", ".py")}
