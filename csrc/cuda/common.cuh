@@ -1,14 +1,11 @@
-// What the CUDA kernels share: elements, wide accesses, asynchronous copies, and sums over the threads of a row.
+// What the CUDA kernels share: elements, wide accesses, sums over the threads of a row, and launches.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <cstdint>
+#include <type_traits>
 
 #include "../eekd.h"
 #include "../row.h"
+#include "ptx.cuh"
 
 namespace eekd {
 
@@ -63,27 +60,6 @@ struct alignas(16) Vector {
   E x[16 / sizeof(E)];
 };
 
-// 2^x and log2(x) by the special function unit, to 2 ulp of a float; exact to double for doubles.
-__device__ inline float fast_exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ inline double fast_exp2(double x) { return exp2(x); }
-__device__ inline float fast_log2(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ inline double fast_log2(double x) { return log2(x); }
-
-// 16 bytes from global to shared memory, past the registers; visible after arrived() and a barrier.
-__device__ inline void copy_async(void* shared, const void* global) {
-  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
-}
-__device__ inline void arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 // The threads that share a row: one warp, or a whole block.
 struct Group {
   int thread, threads;
@@ -111,6 +87,17 @@ __device__ inline SoftmaxSum<T> warp_sum(SoftmaxSum<T> x, T k) {
     merge(x, other, k);
   }
   return x;
+}
+
+template <class... P, class... A>
+cudaError_t launch_kernel(void (*kernel)(P...), int64_t blocks, int threads, int shared, cudaStream_t stream,
+                          const A&... args) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
 }  // namespace eekd

@@ -58,42 +58,39 @@ __host__ __device__ Layout layout(int snapshots, int warps, int64_t line_bytes) 
   return at;
 }
 
+// The sum over the block, the same in every thread; `parts` is a number per warp.
+template <class T>
+__device__ T block_sum(T x, T* parts) {
+  x = warp_sum(x);
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+  __syncthreads();
+  T sum = parts[0];
+  for (unsigned i = 1; i < blockDim.x / 32; ++i) sum += parts[i];
+  __syncthreads();
+  return sum;
+}
+
 // The labels that count, 1 at least. Every thread of the block calls it.
-__device__ int counted(const int64_t* labels, int64_t rows, int64_t ignore_index) {
-  __shared__ int per_warp[32], total;
+__device__ int counted(const int64_t* labels, int64_t rows, int64_t ignore_index, char* shared) {
   int count = 0;
   for (int64_t b = threadIdx.x; b < rows; b += blockDim.x) count += labels[b] != ignore_index;
-  count = warp_sum(count);
-  if (threadIdx.x % 32 == 0) per_warp[threadIdx.x / 32] = count;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    total = 0;
-    for (int i = 0; i < blockDim.x / 32; ++i) total += per_warp[i];
-  }
-  __syncthreads();
-  return max(total, 1);
+  count = block_sum(count, reinterpret_cast<int*>(shared));
+  return count > 1 ? count : 1;
 }
 
 __global__ void count_kernel(const int64_t* labels, int64_t rows, int64_t ignore_index, int* out) {
-  const int count = counted(labels, rows, ignore_index);
+  const int count = counted(labels, rows, ignore_index, shared_memory());
   if (threadIdx.x == 0) *out = count;
 }
 
 // The sum of each of two rows of n numbers, by one block in a fixed order.
 template <class T>
 __global__ void sum_kernel(const T* parts, int64_t n, T* first, T* second) {
-  __shared__ T per_warp[32];
   for (int which = 0; which < 2; ++which) {
     T sum = 0;
     for (int64_t i = threadIdx.x; i < n; i += blockDim.x) sum += parts[which * n + i];
-    sum = warp_sum(sum);
-    if (threadIdx.x % 32 == 0) per_warp[threadIdx.x / 32] = sum;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      for (int i = 1; i < blockDim.x / 32; ++i) sum += per_warp[i];
-      *(which ? second : first) = sum;
-    }
-    __syncthreads();
+    sum = block_sum(sum, reinterpret_cast<T*>(shared_memory()));
+    if (threadIdx.x == 0) *(which ? second : first) = sum;
   }
 }
 
@@ -191,7 +188,7 @@ struct Kernel {
       const int before = static_cast<int>(reinterpret_cast<uintptr_t>(from) & 15);
       const int bytes = before + static_cast<int>(a.classes) * bytes_of(matrix(j).dtype);
       for (int i = 16 * group.thread; i < bytes; i += 16 * group.threads)
-        copy_async(shared + at.lines + j * at.pitch + i, from - before + i);
+        copy_async(shared + at.lines + j * at.pitch + i, from - before + i, min(16, bytes - i));
     }
     arrived();
     group.sync();
@@ -444,9 +441,9 @@ struct Kernel {
 template <class T, class E, bool aligned, bool on_chip>
 __global__ void __launch_bounds__(kMaxThreads, 1)
 rows_kernel(const __grid_constant__ EnsembleKD a, int threads, int64_t line_bytes, bool mean, const int* count) {
-  extern __shared__ __align__(16) char shared[];
+  char* const shared = shared_memory();
   T row_scale = static_cast<T>(a.row_scale);
-  if (mean && a.labels) row_scale = T(1) / (count ? *count : counted(a.labels, a.rows, a.ignore_index));
+  if (mean && a.labels) row_scale = T(1) / (count ? *count : counted(a.labels, a.rows, a.ignore_index, shared));
   const int row_in_block = threadIdx.x / threads;
   const int64_t b = static_cast<int64_t>(blockIdx.x) * (blockDim.x / threads) + row_in_block;
   if (b >= a.rows) return;
@@ -511,9 +508,8 @@ cudaError_t run(const EnsembleKD& a, bool mean, const int* count, cudaStream_t s
     if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared))
       return error;
   const int64_t blocks = (a.rows + l.rows_per_block - 1) / l.rows_per_block;
-  kernel<<<static_cast<unsigned>(blocks), l.threads * l.rows_per_block, l.shared, stream>>>(
-      a, l.threads, l.line_bytes, mean, count);
-  return cudaGetLastError();
+  return launch_kernel(kernel, blocks, l.threads * l.rows_per_block, l.shared, stream, a, l.threads, l.line_bytes, mean,
+                       count);
 }
 
 }  // namespace
@@ -525,7 +521,11 @@ const char* ensemble_kd_fwd_cuda(const EnsembleKD& args, bool mean, void* loss, 
   cudaError_t error = cudaSuccess;
   if (args.rows) {
     const bool counts = mean && args.labels && args.rows > kCountInBlock;
-    if (counts) count_kernel<<<1, 1024, 0, stream>>>(args.labels, args.rows, args.ignore_index, count);
+    if (counts) {
+      error = launch_kernel(count_kernel, 1, 1024, 32 * sizeof(int), stream, args.labels, args.rows, args.ignore_index,
+                            count);
+      if (error != cudaSuccess) return cudaGetErrorString(error);
+    }
     bool same = true;
     for (int64_t m = 0; m < args.snapshots; ++m) same &= args.snapshot[m].dtype == args.student.dtype;
     const int* counted = counts ? count : nullptr;
@@ -541,11 +541,9 @@ const char* ensemble_kd_fwd_cuda(const EnsembleKD& args, bool mean, void* loss, 
       error = run<T, Any>(args, mean, counted, stream);
     }
   }
-  if (loss && error == cudaSuccess) {
-    sum_kernel<T><<<1, 1024, 0, stream>>>(static_cast<const T*>(args.loss), args.rows, static_cast<T*>(loss),
-                                          static_cast<T*>(attention_loss));
-    error = cudaGetLastError();
-  }
+  if (loss && error == cudaSuccess)
+    error = launch_kernel(sum_kernel<T>, 1, 1024, 32 * sizeof(T), stream, static_cast<const T*>(args.loss), args.rows,
+                          static_cast<T*>(loss), static_cast<T*>(attention_loss));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
