@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -69,10 +68,13 @@ class Emulator:
             ],
             check=True,
         )  # fmt: skip
-        self.library = ctypes.CDLL(str(path))
-        self.library.launches.restype = ctypes.c_long
+        self.library = ctypes.PyDLL(str(path))  # which holds the lock of the interpreter: one launch at a time
         self.library.ensemble_kd_fwd.restype = ctypes.c_char_p
         assert self.library.size_of_arguments() == ctypes.sizeof(Arguments)
+
+    def choose(self, name: str):
+        facts = (list(DEVICES).index(name), *DEVICES[name])
+        self.library.emulate(ctypes.byref((ctypes.c_int * len(facts))(*facts)))
 
     def ensemble_kd_fwd(
         self, student, snapshots, labels, scores, query, keys, temperature, alpha, logit_fusion, kl_objective, mean,
@@ -99,7 +101,7 @@ class Emulator:
         scalars = (loss.data_ptr(), attention_loss.data_ptr()) if loss.dim() == 0 else (None, None)
         error = self.library.ensemble_kd_fwd(
             ctypes.byref(args), loss.dtype == torch.float64, mean, *map(ctypes.c_void_p, scalars),
-            ctypes.byref(ctypes.c_int(-1)), 
+            ctypes.byref(ctypes.c_int(-1)),
         )  # fmt: skip
         if error:
             raise RuntimeError(error.decode())
@@ -112,16 +114,14 @@ def emulator(tmp_path_factory):
     return Emulator(tmp_path_factory.mktemp("cuda_on_cpu"))
 
 
-class Device(NamedTuple):
-    shared_per_block: int
-    shared_per_multiprocessor: int
-    multiprocessors: int
-    major: int
-    clusters: int
-
-
 KIB = 1024
-H100 = Device(227 * KIB, 228 * KIB, 132, 9, 132)
+# By what of a row fits on chip: shared memory of a block and of a multiprocessor, multiprocessors, capability, the
+# largest cluster. With the least shared memory, the rows of a hundred classes and more are split or read twice.
+DEVICES = {
+    "H100": (227 * KIB, 228 * KIB, 132, 9, 8),
+    "clusters": (24 * KIB, 50 * KIB, 132, 9, 8),
+    "streaming": (24 * KIB, 50 * KIB, 108, 8, 1),
+}
 
 
 @pytest.fixture
@@ -129,8 +129,13 @@ def device():
     return "cpu"
 
 
-@pytest.fixture
-def backend(emulator, monkeypatch):
-    emulator.library.emulate(*H100)
+@pytest.fixture(params=DEVICES)
+def backend(request, emulator, monkeypatch):
+    emulator.choose(request.param)
     monkeypatch.setattr(sys.modules["eekd.ops.ensemble_kd"], "namespace", lambda device: emulator)
     return "native"
+
+
+@pytest.fixture
+def kernels(backend):
+    return backend

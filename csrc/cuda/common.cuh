@@ -60,15 +60,23 @@ struct alignas(16) Vector {
   E x[16 / sizeof(E)];
 };
 
-// The threads that share a row: one warp, or a whole block.
+// The threads that share a row: a warp, a block, or a cluster of blocks, each with a slice of the columns.
 struct Group {
-  int thread, threads;
+  int thread, threads;  // of those in this block
+  int rank, ranks;      // of this block in its cluster
   __device__ int lane() const { return thread & 31; }
   __device__ int warp() const { return thread >> 5; }
   __device__ int warps() const { return threads >> 5; }
-  __device__ void sync() const {
+  __device__ void sync() const {  // in this block
     if (threads == 32) __syncwarp();
     else __syncthreads();
+  }
+  __device__ void sync_blocks() const {
+    if (ranks > 1) cluster_sync();
+  }
+  template <class T>
+  __device__ const T& of(int other, const T& shared) const {
+    return ranks > 1 ? *of_rank(&shared, other) : shared;
   }
 };
 
@@ -89,15 +97,38 @@ __device__ inline SoftmaxSum<T> warp_sum(SoftmaxSum<T> x, T k) {
   return x;
 }
 
-template <class... P, class... A>
-cudaError_t launch_kernel(void (*kernel)(P...), int64_t blocks, int threads, int shared, cudaStream_t stream,
-                          const A&... args) {
+// A grid whose neighbouring blocks are in clusters of `ranks`.
+struct Grid {
+  cudaLaunchAttribute cluster = {};
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, args...);
+  Grid(int64_t blocks, int ranks, int threads, int shared, cudaStream_t stream = nullptr) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = ranks;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = ranks > 1;
+  }
+  Grid(const Grid&) = delete;
+};
+
+template <class... P>
+bool room_for_clusters(void (*kernel)(P...), int ranks, int threads, int shared) {
+  const Grid grid(ranks, ranks, threads, shared);
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &grid.config) == cudaSuccess) return clusters > 0;
+  cudaGetLastError();
+  return false;
+}
+
+template <class... P, class... A>
+cudaError_t launch_kernel(void (*kernel)(P...), int64_t blocks, int ranks, int threads, int shared, cudaStream_t stream,
+                          const A&... args) {
+  const Grid grid(blocks, ranks, threads, shared, stream);
+  return cudaLaunchKernelEx(&grid.config, kernel, args...);
 }
 
 }  // namespace eekd

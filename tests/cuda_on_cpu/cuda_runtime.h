@@ -40,11 +40,11 @@ inline dim3 gridDim, blockDim;
 
 namespace emulator {
 
-// The device that is emulated; tests choose another.
+// The device that is emulated. Another has another id, for what is known of a device may be remembered.
 struct Device {
-  int shared_per_block, shared_per_multiprocessor, multiprocessors, major, clusters;
-} inline device{232448, 233472, 132, 9, 16};
-inline long launches;
+  int id, shared_per_block, shared_per_multiprocessor, multiprocessors, major, largest_cluster;
+} inline device;
+inline std::vector<unsigned> launches;  // the blocks per cluster of each
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "CUDA on CPU: %s\n", what);
@@ -170,7 +170,7 @@ T exchange(unsigned mask, T x, int lane_mask) {
 
 inline void run(unsigned blocks, unsigned threads, size_t shared, unsigned ranks, std::function<void()> f) {
   if (blocks % ranks) fail("a grid of no whole number of clusters");
-  ++launches;
+  launches.push_back(ranks);
   body = std::move(f);
   gridDim = dim3(blocks);
   blockDim = dim3(threads);
@@ -261,7 +261,7 @@ struct cudaLaunchConfig_t {
 inline const char* cudaGetErrorString(cudaError_t) { return "an error of the emulated device"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = emulator::device.id;
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -284,7 +284,7 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int va
 }
 template <class... P>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(P...), const cudaLaunchConfig_t* config) {
-  *clusters = emulator::device.clusters / config->attrs->val.clusterDim.x;
+  *clusters = config->attrs->val.clusterDim.x <= static_cast<unsigned>(emulator::device.largest_cluster);
   return cudaSuccess;
 }
 template <class... P, class... A>
@@ -293,7 +293,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const size_t limit = found == emulator::shared_limits.end() ? 48 << 10 : found->second;
   const unsigned ranks = config->numAttrs ? config->attrs->val.clusterDim.x : 1;
   if (config->dynamicSmemBytes > limit || config->blockDim.x > 1024 || !config->gridDim.x) return cudaErrorInvalidValue;
-  if (ranks > 8 || (ranks > 1 && emulator::device.major < 9)) return cudaErrorInvalidValue;
+  if (ranks > static_cast<unsigned>(emulator::device.largest_cluster)) return cudaErrorInvalidValue;
   emulator::run(config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, ranks, [&] { kernel(args...); });
   return cudaSuccess;
 }

@@ -3,11 +3,15 @@
 
 extern "C" {
 
-void emulate(int shared_per_block, int shared_per_multiprocessor, int multiprocessors, int major, int clusters) {
-  emulator::device = {shared_per_block, shared_per_multiprocessor, multiprocessors, major, clusters};
-}
+void emulate(const emulator::Device* device) { emulator::device = *device; }
 
-long launches() { return emulator::launches; }
+// The launches since the last call; the first rows' of them, a cluster's blocks each.
+int launches(unsigned* ranks, int most) {
+  const int n = emulator::launches.size();
+  std::copy_n(emulator::launches.begin(), std::min(n, most), ranks);
+  emulator::launches.clear();
+  return n;
+}
 
 int size_of_arguments() { return sizeof(eekd::EnsembleKD); }
 
