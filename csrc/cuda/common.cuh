@@ -54,10 +54,10 @@ __device__ inline void store(void* x, DType dtype, int64_t i, T value) {
   }
 }
 
-// 16 bytes of elements, moved by one instruction.
-template <class E>
+// n elements, moved 16 bytes at a time.
+template <class E, int n>
 struct alignas(16) Vector {
-  E x[16 / sizeof(E)];
+  E x[n];
 };
 
 // The threads that share a row: a warp, a block, or a cluster of blocks, each with a slice of the columns.

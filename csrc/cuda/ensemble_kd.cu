@@ -22,7 +22,8 @@ namespace {
 
 constexpr int kWarpsPerBlock = 4;        // of blocks whose warps have a row each
 constexpr int kWarpColumns = 1024;       // classes up to which a warp suffices for a row
-constexpr int kMaxThreads = 512;
+constexpr int kMaxThreads = 256;         // two such blocks find registers on a multiprocessor
+constexpr int kWidth = 8;                // columns that a thread takes at once, of 32 bits as of 16: their bits agree
 constexpr int kMaxRanks = 8;             // blocks in a cluster that every GPU with clusters can have
 constexpr int kSplitColumns = 4096;      // that a block keeps where a row is split because rows are few
 constexpr int64_t kCountInBlock = 2048;  // labels that every block counts for itself, which costs less than a launch
@@ -55,8 +56,8 @@ struct Row {
   T w[kMaxSnapshots];      // of j
   T scale[kMaxSnapshots];  // probability: w_j / Σ exp;  logit: [0] 1 / Σ exp
   T label[kMaxSnapshots];  // z_j at the label
-  T mean[kMaxSnapshots];   // logit: Σ_c p z_j
-  T moved[kMaxSnapshots];  // probability: Σ_c p_j r;  logit: Σ_c p r z_j
+  T mean[kMaxSnapshots];   // logit: Σ_c p z_j, less the mixture's largest, so that less cancels
+  T moved[kMaxSnapshots];  // probability: Σ_c p_j r;  logit: Σ_c p r z_j, likewise
   SoftmaxSum<T> target[kMaxSnapshots];
   SoftmaxSum<T> soft, hard;  // the student at τ and at 1
   T kl;                      // Σ_c p r,  r = log p - log q
@@ -86,7 +87,7 @@ __host__ __device__ Layout layout(const Launch& l, int snapshots) {
   at.mixture = at.lines + (l.keep == Keep::lines ? snapshots + 1 : l.keep == Keep::mixture ? 1 : 0) * at.pitch;
   at.size = at.mixture;
   if (l.keep == Keep::mixture) {  // of whole vectors for every thread
-    const int stretch = l.threads * (16 / (l.line_bytes / l.columns));
+    const int stretch = l.threads * kWidth;
     at.size += (l.columns + stretch - 1) / stretch * stretch * static_cast<int>(sizeof(T));
   }
   return at;
@@ -131,7 +132,7 @@ __global__ void sum_kernel(const T* parts, int64_t n, T* first, T* second) {
 // One row, or a block's slice of it. E is the type of all logits, or Any. Columns are counted from the slice's first.
 template <class T, class E, Order order, Keep keep>
 struct Kernel {
-  static constexpr int width = std::is_same_v<E, Any> ? 4 : 16 / sizeof(std::conditional_t<std::is_same_v<E, Any>, T, E>);
+  static constexpr int width = std::is_same_v<E, Any> ? 4 : kWidth;
   static constexpr int together = sizeof(T) == 8 ? 2 : 4;  // lines that a thread reads at once
 
   const EnsembleKD& a;
@@ -246,7 +247,7 @@ struct Kernel {
   __device__ void read(Line line, int c, T (&x)[width]) const {
     if constexpr (order == Order::vectors) {
       if (c < columns) {
-        const auto v = *reinterpret_cast<const Vector<E>*>(static_cast<const E*>(line.data) + c);
+        const auto v = *reinterpret_cast<const Vector<E, width>*>(static_cast<const E*>(line.data) + c);
 #pragma unroll
         for (int u = 0; u < width; ++u) x[u] = widen(v.x[u]);
       } else {
@@ -266,10 +267,10 @@ struct Kernel {
     const int64_t at = b * a.classes + begin + c;
     if constexpr (order == Order::vectors) {
       if (c >= columns) return;
-      Vector<E> v;
+      Vector<E, width> v;
 #pragma unroll
       for (int u = 0; u < width; ++u) v.x[u] = narrow<E>(x[u]);
-      *reinterpret_cast<Vector<E>*>(static_cast<E*>(a.d_student) + at) = v;
+      *reinterpret_cast<Vector<E, width>*>(static_cast<E*>(a.d_student) + at) = v;
     } else {
 #pragma unroll
       for (int u = 0; u < width; ++u)
@@ -422,7 +423,8 @@ struct Kernel {
 #pragma unroll
       for (int u = 0; u < width; ++u) {
         const T log_q = (s[u] - student_max) * inverse - log_soft;
-        const T log_p = probability ? T(kLn2) * fast_log2(p[u]) : (x[u] - target_max) * inverse - log_target;
+        const T log_p = probability ? T(kLn2) * fast_log2(max(p[u], std::numeric_limits<T>::min()))
+                                    : (x[u] - target_max) * inverse - log_target;
         r[u] = p[u] > 0 ? log_p - log_q : T(0);
         kl += p[u] * r[u];
         T d = d_kl * (soft_scale * fast_exp2((s[u] - student_max) * k) - p[u]);
@@ -439,8 +441,8 @@ struct Kernel {
           if (probability) {
             share_moved += fast_exp2((x[u] - max) * k) * r[u];
           } else if (p[u] > 0) {  // a masked z meets p = 0
-            share += p[u] * x[u];
-            share_moved += p[u] * r[u] * x[u];
+            share += p[u] * (x[u] - target_max);
+            share_moved += p[u] * r[u] * (x[u] - target_max);
           }
         }
         share = warp_sum(share);
@@ -494,9 +496,13 @@ struct Kernel {
           attention_loss = mixture_nll(row.w, row.target, z, row.used);
           for (int j = 0; j < row.used; ++j) de[j] = row_scale * (row.w[j] - z[j]);
         } else {
-          T mixed = 0;
-          for (int j = 0; j < row.used; ++j) mixed += row.w[j] * z[j], z[j] = (row.mean[j] - z[j]) / tau;
-          attention_loss = log(row.target[0].sum) - (mixed - row.target[0].max) / tau;
+          T mixed = 0;  // above the largest
+          for (int j = 0; j < row.used; ++j) {
+            z[j] -= row.target[0].max;
+            mixed += row.w[j] * z[j];
+            z[j] = (row.mean[j] - z[j]) / tau;
+          }
+          attention_loss = log(row.target[0].sum) - mixed / tau;
           for (int j = 0; mixed == -std::numeric_limits<T>::infinity() && j < row.used; ++j) z[j] = 0;  // p_y = 0
           softmax_grad(row.w, z, row_scale, de, row.used);
         }
@@ -537,7 +543,7 @@ struct Kernel {
 };
 
 template <class T, class E, Order order, Keep keep>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kMaxThreads, 2)
 rows_kernel(const __grid_constant__ EnsembleKD a, Launch l, bool mean, const int* count) {
   static_assert(sizeof(EnsembleKD) + sizeof(Launch) <= 4096 - 64, "what a kernel's parameters may take");
   char* const shared = shared_memory();
@@ -572,7 +578,7 @@ Launch launch(const EnsembleKD& a, int itemsize, const Device& device) {
     l.keep = keep;
     l.ranks = ranks;
     l.columns = ranks == 1 ? classes : ((classes + ranks - 1) / ranks + 63) / 64 * 64;
-    l.threads = ranks == 1 && classes <= kWarpColumns ? 32 : l.columns <= 4096 ? 128 : l.columns <= 16384 ? 256 : kMaxThreads;
+    l.threads = ranks == 1 && classes <= kWarpColumns ? 32 : l.columns <= 4096 ? 128 : kMaxThreads;
     l.line_bytes = keep == Keep::nothing ? 0 : l.columns * itemsize;
     for (l.rows_per_block = l.threads == 32 ? kWarpsPerBlock : 1;; l.rows_per_block /= 2) {
       l.shared = l.rows_per_block * layout<T>(l, snapshots).size;
@@ -598,7 +604,7 @@ Launch launch(const EnsembleKD& a, int itemsize, const Device& device) {
 }
 
 Order order(const EnsembleKD& a, int itemsize) {
-  if (a.classes * itemsize % 16) return Order::apart;
+  if (a.classes % kWidth) return Order::apart;
   uintptr_t bits = reinterpret_cast<uintptr_t>(a.d_student);
   const auto add = [&](const Matrix& x) { bits |= reinterpret_cast<uintptr_t>(x.data) | x.stride * itemsize; };
   add(a.student);
@@ -642,9 +648,15 @@ struct Kernels {
                                            {&major, cudaDevAttrComputeCapabilityMajor}})
       if (cudaError_t error = cudaDeviceGetAttribute(value, attribute, id)) return error;
     for (Order order : {Order::apart, Order::neighbours, Order::vectors})
-      for (Keep keep : {Keep::nothing, Keep::lines, Keep::mixture})
-        if (cudaError_t error = cudaFuncSetAttribute(get(order, keep), cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared))
+      for (Keep keep : {Keep::nothing, Keep::lines, Keep::mixture}) {
+        const auto set = [&](cudaFuncAttribute attribute, int value) {
+          return cudaFuncSetAttribute(get(order, keep), attribute, value);
+        };
+        if (cudaError_t error = set(cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared)) return error;
+        if (keep == Keep::nothing || any) continue;  // these want a cache instead
+        if (cudaError_t error = set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared))
           return error;
+      }
     // A GPU that is shared out in parts may have room for smaller clusters only, or for none.
     for (int ranks = kMaxRanks; major >= 9 && ranks > 1 && d.ranks == 1; ranks /= 2)
       if (room_for_clusters(get(Order::apart, Keep::lines), ranks, kMaxThreads, d.shared)) d.ranks = ranks;

@@ -240,7 +240,8 @@ enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrComputeCapabilityMajor,
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
+constexpr int cudaSharedmemCarveoutMaxShared = 100;
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -274,12 +275,13 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 
 namespace emulator {
-inline std::map<const void*, int> shared_limits;  // by kernel
+inline std::map<std::pair<int, const void*>, int> shared_limits;  // by device and kernel
 }
 template <class... P>
-cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int value) {
+cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   if (value > emulator::device.shared_per_block) return cudaErrorInvalidValue;
-  emulator::shared_limits[reinterpret_cast<const void*>(kernel)] = value;
+  emulator::shared_limits[{emulator::device.id, reinterpret_cast<const void*>(kernel)}] = value;
   return cudaSuccess;
 }
 template <class... P>
@@ -289,7 +291,7 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(P...), const 
 }
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), const A&... args) {
-  const auto found = emulator::shared_limits.find(reinterpret_cast<const void*>(kernel));
+  const auto found = emulator::shared_limits.find({emulator::device.id, reinterpret_cast<const void*>(kernel)});
   const size_t limit = found == emulator::shared_limits.end() ? 48 << 10 : found->second;
   const unsigned ranks = config->numAttrs ? config->attrs->val.clusterDim.x : 1;
   if (config->dynamicSmemBytes > limit || config->blockDim.x > 1024 || !config->gridDim.x) return cudaErrorInvalidValue;
