@@ -4,17 +4,45 @@ Not seen here: races that the order of the fibers hides, the PTX of csrc/cuda/pt
 """
 
 import ctypes
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from test_ensemble_kd import *  # noqa: F403  those named in SUITE run here once more
+from cases import SHAPES, tensors
+from numerics import assert_same_bits, evaluate
+from test_ensemble_kd import (  # noqa: F401  these run here once more
+    READINGS,
+    check,
+    readings,
+    test_a_label_of_no_probability_in_fp32,
+    test_a_label_on_a_masked_column,
+    test_a_nan_in_the_attention_is_never_a_finite_loss,
+    test_a_nan_that_is_read_is_never_a_finite_loss,
+    test_a_row_of_nothing_but_masked_has_no_softmax,
+    test_any_call_is_accurate,
+    test_any_layout_gives_the_same_bits,
+    test_columns_masked_in_some_snapshots,
+    test_equals_the_formulas_of_the_method,
+    test_every_embedding_width,
+    test_half_precision_is_fp32_arithmetic_rounded_once,
+    test_ignored_rows_count_for_nothing_and_are_not_read,
+    test_logits_of_ten_thousand,
+    test_offsets_beyond_32_bits,
+    test_padded_vocabulary,
+    test_rows_that_rise_or_fall_far_from_their_start,
+    test_scores_far_apart,
+    test_snapshots_of_no_weight_are_not_read,
+    test_student_and_snapshots_of_different_dtypes,
+    test_temperature_and_alpha,
+    test_upstream_gradients_scale,
+)
 
+from eekd import ensemble_kd
 from eekd.ops.ensemble_kd import DTYPES, MAX_SNAPSHOTS
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
@@ -71,6 +99,11 @@ class Emulator:
         self.library = ctypes.PyDLL(str(path))  # which holds the lock of the interpreter: one launch at a time
         self.library.ensemble_kd_fwd.restype = ctypes.c_char_p
         assert self.library.size_of_arguments() == ctypes.sizeof(Arguments)
+
+    def launches(self) -> list[int]:
+        """The launches since the last call, by the blocks in each cluster."""
+        ranks = (ctypes.c_uint * 8)()
+        return list(ranks[: self.library.launches(ranks, len(ranks))])
 
     def choose(self, name: str):
         facts = (list(DEVICES).index(name), *DEVICES[name])
@@ -133,9 +166,66 @@ def device():
 def backend(request, emulator, monkeypatch):
     emulator.choose(request.param)
     monkeypatch.setattr(sys.modules["eekd.ops.ensemble_kd"], "namespace", lambda device: emulator)
-    return "native"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the reference's tensors are small: more threads cost more than they give
+    yield "native"
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
 def kernels(backend):
     return backend
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.rows}x{s.snapshots}x{s.classes}")
+def test_every_shape(backend, shape):
+    rows = min(shape.rows, 5) if shape.classes > 10 else shape.rows
+    for attention, (fusion, objective) in itertools.product(("uniform", "scores"), READINGS):
+        x = tensors(rows, *shape[1:3], attention=attention)
+        check(x, fusion=fusion, attention_objective=objective)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [1000, 1001, 3000, 20000])
+@readings
+def test_every_dtype_on_and_off_chip(backend, dtype, classes, fusion, objective):
+    for attention in ("uniform", "query"):
+        x = tensors(2, 3, classes, dtype=dtype, attention=attention)
+        check(x, fusion=fusion, attention_objective=objective)
+
+
+@readings
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_do_not_depend_on_alignment(backend, dtype, fusion, objective):
+    for classes, attention in itertools.product((16, 1000, 3000), ("uniform", "scores")):
+        x = tensors(3, 3, classes, dtype=dtype, attention=attention)
+        options = {"fusion": fusion, "attention_objective": objective}
+        expected = evaluate(ensemble_kd, x, **options)
+        wide = torch.full((3, 3, classes + 16), torch.nan, dtype=dtype)
+        for name in ("student_logits", "snapshot_logits"):
+            z = wide[..., 5 : 5 + classes][: len(x[name])] if name == "snapshot_logits" else wide[0, :, 3 : 3 + classes]
+            moved = x | {name: z.copy_(x[name])}
+            assert_same_bits(evaluate(ensemble_kd, moved, **options), expected)
+
+
+def ranks_of_rows(emulator, x, **options):
+    emulator.launches()
+    ensemble_kd(**x, reduction="none", **options)
+    (ranks,) = emulator.launches()
+    return ranks
+
+
+def test_a_row_too_long_for_a_block_is_split_over_a_cluster(emulator, backend, request):
+    device = request.node.callspec.params["backend"]
+    expected = {"H100": (1, 1, 1, 4, 8), "clusters": (1, 1, 4, 2, 8), "streaming": (1,) * 5}[device]
+    sizes = ((9, 100), (9, 1000), (200, 3000), (9, 15000), (1, 40000))
+    found = [ranks_of_rows(emulator, tensors(rows, 3, classes)) for rows, classes in sizes]
+    assert tuple(found) == expected
+
+
+def test_launches(emulator, backend):
+    for rows, reduction, expected in ((9, "none", 1), (9, "mean", 2), (2100, "sum", 2), (2100, "mean", 3)):
+        x = tensors(rows, 2, 4)
+        emulator.launches()
+        check(x, reduction=reduction)
+        assert len(emulator.launches()) == expected

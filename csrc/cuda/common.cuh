@@ -88,6 +88,15 @@ __device__ inline T warp_sum(T x) {
   for (int i = 16; i; i >>= 1) x += __shfl_xor_sync(kAllLanes, x, i);
   return x;
 }
+// Of two at once: a's sum in lane 0, b's in lane 16.
+template <class T>
+__device__ inline T warp_sums(T a, T b) {
+  const bool upper = threadIdx.x & 16;
+  T x = upper ? b : a;
+  x += __shfl_xor_sync(kAllLanes, upper ? a : b, 16);
+  for (int i = 8; i; i >>= 1) x += __shfl_xor_sync(kAllLanes, x, i);
+  return x;
+}
 template <class T>
 __device__ inline SoftmaxSum<T> warp_sum(SoftmaxSum<T> x, T k) {
   for (int i = 16; i; i >>= 1) {

@@ -392,8 +392,8 @@ struct Kernel {
     const bool attends = keep != Keep::mixture && (by_kl || (by_label && !probability));
     T* const mean = sums + group.warp();
     T* const moved = mean + snapshots * group.warps();
-    if (group.lane() == 0)
-      for (int j = 0; j < row.used; ++j) mean[j * group.warps()] = moved[j * group.warps()] = 0;
+    for (int j = group.lane() & 15; j < row.used; j += 16) (group.lane() < 16 ? mean : moved)[j * group.warps()] = 0;
+    __syncwarp();
     T kl = 0;
     for (int done = 0; done < columns; done += stretch()) {  // the same for all threads of a warp
       const int c = first() + done;
@@ -445,9 +445,9 @@ struct Kernel {
             share_moved += p[u] * r[u] * (x[u] - target_max);
           }
         }
-        share = warp_sum(share);
-        share_moved = warp_sum(share_moved);
-        if (group.lane() == 0) mean[j * group.warps()] += share, moved[j * group.warps()] += share_moved;
+        const T sum = warp_sums(share, share_moved);
+        if (group.lane() == 0) mean[j * group.warps()] += sum;
+        if (group.lane() == 16) moved[j * group.warps()] += sum;
       }
     }
     kl = warp_sum(kl);
@@ -493,7 +493,7 @@ struct Kernel {
         }
         if (a.fusion == Fusion::probability) {
           for (int j = 0; j < row.used; ++j) z[j] = (z[j] - row.target[j].max) * k;
-          attention_loss = mixture_nll(row.w, row.target, z, row.used);
+          attention_loss = mixture_nll(row.w, row.target, z, row.mean, row.used);
           for (int j = 0; j < row.used; ++j) de[j] = row_scale * (row.w[j] - z[j]);
         } else {
           T mixed = 0;  // above the largest
@@ -706,6 +706,8 @@ const char* ensemble_kd_fwd_cuda(const EnsembleKD& args, bool mean, void* loss, 
       error = Kernels<T, Any>::run(args, mean, counted, stream);
     }
   }
+  // A launch of its own: the last block of rows_kernel could add up instead, were there a counter that is 0 when it
+  // begins. Streams and replays of graphs that overlap each need one, which a launch would have to clear.
   if (loss && error == cudaSuccess)
     error = launch_kernel(sum_kernel<T>, 1, 1, 1024, 32 * sizeof(T), stream, static_cast<const T*>(args.loss), args.rows,
                           static_cast<T*>(loss), static_cast<T*>(attention_loss));

@@ -29,7 +29,15 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 
-using std::max, std::min;
+template <class T>
+T max(T a, T b) {
+  if constexpr (std::is_floating_point_v<T>) return std::fmax(a, b);
+  return a > b ? a : b;
+}
+template <class T>
+T min(T a, T b) {
+  return a < b ? a : b;
+}
 
 struct dim3 {
   unsigned x, y, z;
@@ -305,12 +313,15 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 namespace eekd {
 
-inline float fast_exp2(float x) {
-  const float y = std::exp2(x);
-  return y < 0x1p-126f ? 0 : y;  // ftz
-}
+// As far from exact as the PTX manual allows, up or down as the bits of x have it; 0 for what is subnormal.
+inline float error_of(float x) { return std::bit_cast<uint32_t>(x) * 0x9e3779b1u >> 31 ? 0x1p-22f : -0x1p-22f; }
+inline float normal(float x) { return std::fabs(x) < 0x1p-126f ? 0 : x; }
+inline float fast_exp2(float x) { return x ? normal(std::exp2(x) * (1 + error_of(x))) : 1; }
 inline double fast_exp2(double x) { return std::exp2(x); }
-inline float fast_log2(float x) { return std::log2(x < 0x1p-126f && x > 0 ? 0 : x); }
+inline float fast_log2(float x) {
+  const float y = std::log2(normal(x));
+  return x == 1 ? 0 : x > 0.5f && x < 2 ? y + error_of(x) : y * (1 + error_of(x));
+}
 inline double fast_log2(double x) { return std::log2(x); }
 
 inline char* shared_memory() { return emulator::current->block->shared.data; }
