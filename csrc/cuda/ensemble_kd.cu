@@ -133,7 +133,8 @@ __global__ void sum_kernel(const T* parts, int64_t n, T* first, T* second) {
 template <class T, class E, Order order, Keep keep>
 struct Kernel {
   static constexpr int width = std::is_same_v<E, Any> ? 4 : kWidth;
-  static constexpr int together = sizeof(T) == 8 ? 2 : 4;  // lines that a thread reads at once
+  // Lines that a thread reads at once: loads to wait for together, as many as there are registers for.
+  static constexpr int together = sizeof(T) == 8 ? 1 : order == Order::vectors ? 4 : 2;
 
   const EnsembleKD& a;
   const Group group;
@@ -301,7 +302,7 @@ struct Kernel {
   __device__ void mix(int c, T (&x)[width]) const {
 #pragma unroll
     for (int u = 0; u < width; ++u) x[u] = 0;
-#pragma unroll 4
+#pragma unroll together
     for (int j = 0; j < row.used; ++j) {
       T z[width];
       read(line(j), c, z);
@@ -402,7 +403,7 @@ struct Kernel {
       if (probability) {
 #pragma unroll
         for (int u = 0; u < width; ++u) p[u] = 0;
-#pragma unroll 4
+#pragma unroll together
         for (int j = 0; j < row.used; ++j) {
           read(line(j), c, x);
           const T max = finite(row.target[j].max), scale = row.scale[j];

@@ -3,7 +3,8 @@
 // A thread is a fiber. Fibers run one after the other, each until it waits, so a missing barrier shows: its thread reads
 // what no other has written yet. Shared memory begins as NaN, ends at a page that may not be touched and is NaN again
 // once its block has ended. An asynchronous copy takes place only when its thread waits for it. A barrier that some
-// thread never reaches ends the process with a message. Blocks run in order, those of a cluster together.
+// thread never reaches ends the process with a message. Blocks run in order, those of a cluster
+// together: each until it waits for another.
 #pragma once
 
 #include <setjmp.h>
@@ -117,14 +118,20 @@ inline std::vector<Fiber> fibers;
 inline Fiber* current;
 inline Barrier cluster_barrier;
 inline std::function<void()> body;
-inline unsigned alive, idle;
+inline unsigned alive, idle, stalled;  // turns since a thread of any block, of this block went on
 inline ucontext_t launcher;
 
 void begin();
 
-// Goes on with the next thread that has not ended, in a circle.
+// Goes on with the next thread that has not ended: of this block in a circle, of the next where this one is stuck.
 inline void next() {
-  do current = current == &fibers.back() ? fibers.data() : current + 1;
+  if (++stalled > blockDim.x || !current->block->running) {
+    stalled = 0;
+    do current = &fibers[(current - fibers.data() + blockDim.x) % fibers.size()];
+    while (!current->block->running);
+  }
+  const unsigned first = (current - fibers.data()) / blockDim.x * blockDim.x;
+  do current = &fibers[first + (current - &fibers[first] + 1) % blockDim.x];
   while (current->ended);
   if (current->started) _longjmp(current->at, 1);
   current->started = true;
@@ -141,7 +148,7 @@ inline void begin() {
   body();
   if (!current->copies.empty()) fail("a thread ended before its copies arrived");
   current->ended = true;
-  idle = 0;
+  idle = stalled = 0;
   if (!--current->block->running) current->block->poison();
   if (!--alive) setcontext(&launcher);
   next();
@@ -152,11 +159,11 @@ __attribute__((noinline)) inline void wait(Barrier& barrier, unsigned threads) {
   if (++barrier.arrived == threads) {
     barrier.arrived = 0;
     ++barrier.generation;
-    idle = 0;
+    idle = stalled = 0;
     return;
   }
   while (barrier.generation == generation) {
-    if (++idle > 2 * fibers.size()) fail("a barrier that some threads never reach");
+    if (++idle > 4 * fibers.size()) fail("a barrier that some threads never reach");
     if (!_setjmp(current->at)) next();
   }
 }
@@ -198,7 +205,8 @@ inline void run(unsigned blocks, unsigned threads, size_t shared, unsigned ranks
     }
     alive = fibers.size();
     idle = 0;
-    current = &fibers.back();
+    stalled = 0;
+    current = &fibers.back();  // the last block goes first, so that it is ahead of the others
     volatile bool done = false;
     getcontext(&launcher);
     if (!done) {
