@@ -1,10 +1,10 @@
 // ensemble_kd on CUDA: attention, fusion, KL, CE and all gradients of a row, in one launch for all rows.
 //
-// A warp takes a row of few classes, a block one of many, a cluster of blocks one of more (from sm_90), where each block
-// has a slice of the columns. The M + 1 lines of logits of a row are copied to shared memory once, past the registers,
-// in 16-byte pieces whatever their alignment: traffic M + 2 accesses of B·C elements. Where the weights of a logit
-// fusion do not learn, the mixed line and the student's are enough. Rows too long for either are read twice, 2 M + 3
-// accesses; the second read meets the L2 cache where it can.
+// A warp takes a row of few classes, a block one of many, a cluster of blocks one of more (from sm_90), where each
+// block has a slice of the columns. The M + 1 lines of logits of a row are copied to shared memory once, past the
+// registers, in 16-byte pieces whatever their alignment: traffic M + 2 accesses of B·C elements. Where the weights of a
+// logit fusion do not learn, the mixed line and the student's are enough. Rows too long for either are read twice,
+// 2 M + 3 accesses; the second read meets the L2 cache where it can.
 //
 // The first visit of a row's columns gives softmax statistics, the second the loss and the gradients. A thread owns the
 // same columns in both, wherever they lie in memory, and everything is added in a fixed order: the same inputs give the
@@ -510,7 +510,8 @@ struct Kernel {
       }
       if (by_kl) {
         for (int j = 0; j < row.used; ++j)
-          g[j] = a.fusion == Fusion::probability ? tau * tau * row.moved[j] : tau * (row.moved[j] - row.kl * row.mean[j]);
+          g[j] = a.fusion == Fusion::probability ? tau * tau * row.moved[j]
+                                                 : tau * (row.moved[j] - row.kl * row.mean[j]);
         if (beta == 0)
           for (int j = 0; j < row.used; ++j) g[j] = 0;
         softmax_grad(row.w, g, row_scale * beta, de, row.used);
@@ -557,7 +558,8 @@ rows_kernel(const __grid_constant__ EnsembleKD a, Launch l, bool mean, const int
     const int64_t y = a.labels[b];
     if (y != a.ignore_index && (y < 0 || y >= a.classes)) row_scale = std::numeric_limits<T>::quiet_NaN();
   }
-  const Group group{static_cast<int>(threadIdx.x) % l.threads, l.threads, static_cast<int>(blockIdx.x % l.ranks), l.ranks};
+  const int rank = static_cast<int>(blockIdx.x % l.ranks);
+  const Group group{static_cast<int>(threadIdx.x) % l.threads, l.threads, rank, l.ranks};
   char* const own = shared + row_in_block * (l.shared / l.rows_per_block);
   Kernel<T, E, order, keep> kernel(a, group, b, l, own, row_scale);
   if (a.labels && a.labels[b] == a.ignore_index) kernel.write_zeros();
@@ -599,7 +601,8 @@ Launch launch(const EnsembleKD& a, int itemsize, const Device& device) {
     return with(Keep::nothing, 1, device.shared);
   };
   Launch l = choose();
-  while (2 * l.ranks <= device.ranks && l.columns >= 2 * kSplitColumns && a.rows * 2 * l.ranks <= device.multiprocessors)
+  while (2 * l.ranks <= device.ranks && l.columns >= 2 * kSplitColumns &&
+         a.rows * 2 * l.ranks <= device.multiprocessors)
     l = with(l.keep, 2 * l.ranks, device.shared);
   return l;
 }
@@ -673,7 +676,8 @@ struct Kernels {
     Launch l = launch<T>(a, itemsize, device);
     if (o == Order::neighbours) l.keep = Keep::nothing, l.line_bytes = 0;
     const int64_t blocks = (a.rows + l.rows_per_block - 1) / l.rows_per_block * l.ranks;
-    return launch_kernel(get(o, l.keep), blocks, l.ranks, l.threads * l.rows_per_block, l.shared, stream, a, l, mean, count);
+    return launch_kernel(get(o, l.keep), blocks, l.ranks, l.threads * l.rows_per_block, l.shared, stream, a, l, mean,
+                         count);
   }
 };
 
@@ -688,8 +692,8 @@ const char* ensemble_kd_fwd_cuda(const EnsembleKD& args, bool mean, void* loss, 
   if (args.rows) {
     const bool counts = mean && args.labels && args.rows > kCountInBlock;
     if (counts) {
-      error = launch_kernel(count_kernel, 1, 1, 1024, 32 * sizeof(int), stream, args.labels, args.rows, args.ignore_index,
-                            count);
+      error = launch_kernel(count_kernel, 1, 1, 1024, 32 * sizeof(int), stream, args.labels, args.rows,
+                            args.ignore_index, count);
       if (error != cudaSuccess) return cudaGetErrorString(error);
     }
     bool same = true;
@@ -710,8 +714,8 @@ const char* ensemble_kd_fwd_cuda(const EnsembleKD& args, bool mean, void* loss, 
   // A launch of its own: the last block of rows_kernel could add up instead, were there a counter that is 0 when it
   // begins. Streams and replays of graphs that overlap each need one, which a launch would have to clear.
   if (loss && error == cudaSuccess)
-    error = launch_kernel(sum_kernel<T>, 1, 1, 1024, 32 * sizeof(T), stream, static_cast<const T*>(args.loss), args.rows,
-                          static_cast<T*>(loss), static_cast<T*>(attention_loss));
+    error = launch_kernel(sum_kernel<T>, 1, 1, 1024, 32 * sizeof(T), stream, static_cast<const T*>(args.loss),
+                          args.rows, static_cast<T*>(loss), static_cast<T*>(attention_loss));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

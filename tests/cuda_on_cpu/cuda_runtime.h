@@ -1,10 +1,10 @@
 // CUDA's kernels as plain C++, so that their sources run where there is no GPU: put before them by `g++ -include`.
 //
-// A thread is a fiber. Fibers run one after the other, each until it waits, so a missing barrier shows: its thread reads
-// what no other has written yet. Shared memory begins as NaN, ends at a page that may not be touched and is NaN again
-// once its block has ended. An asynchronous copy takes place only when its thread waits for it. A barrier that some
-// thread never reaches ends the process with a message. Blocks run in order, those of a cluster
-// together: each until it waits for another.
+// A thread is a fiber. Fibers run one after the other, each until it waits, so a missing barrier shows: its thread
+// reads what no other has written yet. Shared memory begins as NaN, ends at a page that may not be touched and is NaN
+// again once its block has ended. An asynchronous copy takes place only when its thread waits for it. A barrier that
+// some thread never reaches ends the process with a message. Blocks run in order, those of a cluster together: each
+// until it waits for another.
 #pragma once
 
 #include <setjmp.h>
