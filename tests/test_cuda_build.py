@@ -18,7 +18,7 @@ SOURCE = Path(__file__).parent.parent / "csrc" / "cuda" / "ensemble_kd.cu"
 # where two blocks of 256 threads are to share a multiprocessor, and bytes of stack: only fp64 spills.
 ON_CHIP, STREAMED = ("0_1", "2_1", "0_2", "2_2"), ("0_0", "1_0", "2_0")
 LIMITS = {
-    "rows_kernel d Any 0_0": (128, 80),
+    "rows_kernel d Any 0_0": (128, 64),
     "rows_kernel f Any 0_0": (104, 0),
     **{
         f"rows_kernel f {elements} {variant}": (128, 0)
@@ -33,7 +33,7 @@ LIMITS = {
 
 def kernel(symbol: str) -> str:
     """The name in LIMITS of a mangled name."""
-    row = re.search(r"rows_kernelI([df])(?:NS_3(Any)|(f)|\d+(__\w+?))LNS\w*?OrderE(\d)ELNS\w*?KeepE(\d)E", symbol)
+    row = re.search(r"rows_kernelI([df])(?:NS_3(Any)E|(f)|\d+(__\w+?))LNS\w*?OrderE(\d)ELNS\w*?KeepE(\d)E", symbol)
     if row:
         numbers, *elements, order, keep = row.groups()
         return f"rows_kernel {numbers} {'float' if elements[1] else elements[0] or elements[2]} {order}_{keep}"
