@@ -45,10 +45,10 @@ static EEKD_HD inline void softmax_grad(const T* w, const T* g, T scale, T* de, 
 }
 
 // The label's share of a mixture, p_y = Σ_m w_m p_m with p_m = 2^(l_m) / sum_m: returns -log p_y and turns l into
-// the posterior w_m p_m / p_y. In log space where p_y is too small for a number.
+// the posterior w_m p_m / p_y. In log space where p_y is too small for a number. p is scratch.
 template <class T>
-static EEKD_HD inline T mixture_nll(const T* w, const SoftmaxSum<T>* sums, T* l, int snapshots) {
-  T p[kMaxSnapshots], total = 0, max = -std::numeric_limits<T>::infinity();
+static EEKD_HD inline T mixture_nll(const T* w, const SoftmaxSum<T>* sums, T* l, T* p, int snapshots) {
+  T total = 0, max = -std::numeric_limits<T>::infinity();
   for (int m = 0; m < snapshots; ++m) total += p[m] = w[m] / sums[m].sum * std::exp2(l[m]);
   if (!(total < std::numeric_limits<T>::min())) {  // or NaN
     for (int m = 0; m < snapshots; ++m) l[m] = p[m] / total;
@@ -66,6 +66,11 @@ static EEKD_HD inline T mixture_nll(const T* w, const SoftmaxSum<T>* sums, T* l,
   for (int m = 0; m < snapshots; ++m) total += l[m] = std::exp2(l[m] - max);
   for (int m = 0; m < snapshots; ++m) l[m] /= total;
   return static_cast<T>(-kLn2) * (max + std::log2(total));
+}
+template <class T>
+static inline T mixture_nll(const T* w, const SoftmaxSum<T>* sums, T* l, int snapshots) {
+  T p[kMaxSnapshots];
+  return mixture_nll(w, sums, l, p, snapshots);
 }
 
 }  // namespace eekd

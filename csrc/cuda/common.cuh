@@ -1,14 +1,11 @@
-// What the CUDA kernels share: elements, wide accesses, asynchronous copies, and sums over the threads of a row.
+// What the CUDA kernels share: elements, wide accesses, sums over the threads of a row, and launches.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <cstdint>
+#include <type_traits>
 
 #include "../eekd.h"
 #include "../row.h"
+#include "ptx.cuh"
 
 namespace eekd {
 
@@ -57,42 +54,29 @@ __device__ inline void store(void* x, DType dtype, int64_t i, T value) {
   }
 }
 
-// 16 bytes of elements, moved by one instruction.
-template <class E>
+// n elements, moved 16 bytes at a time.
+template <class E, int n>
 struct alignas(16) Vector {
-  E x[16 / sizeof(E)];
+  E x[n];
 };
 
-// 2^x and log2(x) by the special function unit, to 2 ulp of a float; exact to double for doubles.
-__device__ inline float fast_exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ inline double fast_exp2(double x) { return exp2(x); }
-__device__ inline float fast_log2(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ inline double fast_log2(double x) { return log2(x); }
-
-// 16 bytes from global to shared memory, past the registers; visible after arrived() and a barrier.
-__device__ inline void copy_async(void* shared, const void* global) {
-  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
-}
-__device__ inline void arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-// The threads that share a row: one warp, or a whole block.
+// The threads that share a row: a warp, a block, or a cluster of blocks, each with a slice of the columns.
 struct Group {
-  int thread, threads;
+  int thread, threads;  // of those in this block
+  int rank, ranks;      // of this block in its cluster
   __device__ int lane() const { return thread & 31; }
   __device__ int warp() const { return thread >> 5; }
   __device__ int warps() const { return threads >> 5; }
-  __device__ void sync() const {
+  __device__ void sync() const {  // in this block
     if (threads == 32) __syncwarp();
     else __syncthreads();
+  }
+  __device__ void sync_blocks() const {
+    if (ranks > 1) cluster_sync();
+  }
+  template <class T>
+  __device__ const T& of(int other, const T& shared) const {
+    return ranks > 1 ? *of_rank(&shared, other) : shared;
   }
 };
 
@@ -104,6 +88,15 @@ __device__ inline T warp_sum(T x) {
   for (int i = 16; i; i >>= 1) x += __shfl_xor_sync(kAllLanes, x, i);
   return x;
 }
+// Of two at once: a's sum in lane 0, b's in lane 16.
+template <class T>
+__device__ inline T warp_sums(T a, T b) {
+  const bool upper = threadIdx.x & 16;
+  T x = upper ? b : a;
+  x += __shfl_xor_sync(kAllLanes, upper ? a : b, 16);
+  for (int i = 8; i; i >>= 1) x += __shfl_xor_sync(kAllLanes, x, i);
+  return x;
+}
 template <class T>
 __device__ inline SoftmaxSum<T> warp_sum(SoftmaxSum<T> x, T k) {
   for (int i = 16; i; i >>= 1) {
@@ -111,6 +104,40 @@ __device__ inline SoftmaxSum<T> warp_sum(SoftmaxSum<T> x, T k) {
     merge(x, other, k);
   }
   return x;
+}
+
+// A grid whose neighbouring blocks are in clusters of `ranks`.
+struct Grid {
+  cudaLaunchAttribute cluster = {};
+  cudaLaunchConfig_t config = {};
+  Grid(int64_t blocks, int ranks, int threads, int shared, cudaStream_t stream = nullptr) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = ranks;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = ranks > 1;
+  }
+  Grid(const Grid&) = delete;
+};
+
+template <class... P>
+bool room_for_clusters(void (*kernel)(P...), int ranks, int threads, int shared) {
+  const Grid grid(ranks, ranks, threads, shared);
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &grid.config) == cudaSuccess) return clusters > 0;
+  cudaGetLastError();
+  return false;
+}
+
+template <class... P, class... A>
+cudaError_t launch_kernel(void (*kernel)(P...), int64_t blocks, int ranks, int threads, int shared, cudaStream_t stream,
+                          const A&... args) {
+  const Grid grid(blocks, ranks, threads, shared, stream);
+  return cudaLaunchKernelEx(&grid.config, kernel, args...);
 }
 
 }  // namespace eekd

@@ -1,13 +1,18 @@
 // ensemble_kd on CUDA: attention, fusion, KL, CE and all gradients of a row, in one launch for all rows.
 //
-// A warp takes a row of few classes, a block one of many. Where the M + 1 lines of logits fit into shared memory they
-// are copied there once, past the registers, in 16-byte pieces whatever their alignment: traffic M + 2 accesses of
-// B·C elements. Longer rows are read twice, 2 M + 3 accesses; the second read meets the L2 cache where it can.
+// A warp takes a row of few classes, a block one of many, a cluster of blocks one of more (from sm_90), where each
+// block has a slice of the columns. The M + 1 lines of logits of a row are copied to shared memory once, past the
+// registers, in 16-byte pieces whatever their alignment: traffic M + 2 accesses of B·C elements. Where the weights of a
+// logit fusion do not learn, the mixed line and the student's are enough. Rows too long for either are read twice,
+// 2 M + 3 accesses; the second read meets the L2 cache where it can.
 //
 // The first visit of a row's columns gives softmax statistics, the second the loss and the gradients. A thread owns the
-// same columns in both, and everything is added in a fixed order, so the same inputs give the same bits.
+// same columns in both, wherever they lie in memory, and everything is added in a fixed order: the same inputs give the
+// same bits.
 
 #include <algorithm>
+#include <map>
+#include <mutex>
 #include <type_traits>
 
 #include "common.cuh"
@@ -16,9 +21,33 @@ namespace eekd {
 namespace {
 
 constexpr int kWarpsPerBlock = 4;        // of blocks whose warps have a row each
-constexpr int64_t kWarpColumns = 1024;   // classes up to which a warp suffices for a row
-constexpr int kMaxThreads = 512;
+constexpr int kWarpColumns = 1024;       // classes up to which a warp suffices for a row
+constexpr int kMaxThreads = 256;         // two such blocks find registers on a multiprocessor
+constexpr int kWidth = 8;                // columns that a thread takes at once, of 32 bits as of 16: their bits agree
+constexpr int kMaxRanks = 8;             // blocks in a cluster that every GPU with clusters can have
+constexpr int kSplitColumns = 4096;      // that a block keeps where a row is split because rows are few
 constexpr int64_t kCountInBlock = 2048;  // labels that every block counts for itself, which costs less than a launch
+constexpr int64_t kMaxClasses = 1 << 30;
+
+// What of a row stays on chip between the visits.
+enum class Keep {
+  nothing,
+  lines,    // all M + 1 lines of logits
+  mixture,  // logit fusion, weights that do not learn: the mixed line as T, and the student's logits
+};
+
+// Which columns a thread owns, and how it reads them.
+enum class Order {
+  apart,       // threads have neighbouring columns, those of a thread lie apart: no whole vectors in a row
+  neighbours,  // as many neighbouring columns as fill a vector, element by element
+  vectors,     // the same columns, all at once: every line is aligned
+};
+
+struct Launch {
+  Keep keep;
+  int ranks, columns;  // blocks per row; columns of each but the last
+  int threads, rows_per_block, shared, line_bytes;
+};
 
 // What the threads of a row share. Indices j count the snapshots of weight other than 0, which alone are read.
 template <class T>
@@ -27,8 +56,8 @@ struct Row {
   T w[kMaxSnapshots];      // of j
   T scale[kMaxSnapshots];  // probability: w_j / Σ exp;  logit: [0] 1 / Σ exp
   T label[kMaxSnapshots];  // z_j at the label
-  T mean[kMaxSnapshots];   // logit: Σ_c p z_j
-  T moved[kMaxSnapshots];  // probability: Σ_c p_j r;  logit: Σ_c p r z_j
+  T mean[kMaxSnapshots];   // logit: Σ_c p z_j, less the mixture's largest, so that less cancels
+  T moved[kMaxSnapshots];  // probability: Σ_c p_j r;  logit: Σ_c p r z_j, likewise
   SoftmaxSum<T> target[kMaxSnapshots];
   SoftmaxSum<T> soft, hard;  // the student at τ and at 1
   T kl;                      // Σ_c p r,  r = log p - log q
@@ -44,67 +73,73 @@ struct Line {
 
 // Where the parts of a row lie in shared memory, in bytes.
 struct Layout {
-  int statistics, sums, lines, pitch, size;  // pitch: from line to line
+  int statistics, sums, lines, pitch, mixture, size;  // pitch: from line to line
 };
 template <class T>
-__host__ __device__ Layout layout(int snapshots, int warps, int64_t line_bytes) {
-  const auto round = [](int64_t n) { return static_cast<int>((n + 15) / 16 * 16); };
+__host__ __device__ Layout layout(const Launch& l, int snapshots) {
+  const auto round = [](int n) { return (n + 15) / 16 * 16; };
+  const int warps = l.threads / 32;
   Layout at;
   at.statistics = round(sizeof(Row<T>));
   at.sums = at.statistics + round((snapshots + 2) * warps * sizeof(SoftmaxSum<T>));
   at.lines = at.sums + round((2 * snapshots + 1) * warps * sizeof(T));
-  at.pitch = line_bytes ? round(line_bytes + 15) : 0;
-  at.size = at.lines + (snapshots + 1) * at.pitch;
+  at.pitch = round(l.line_bytes + 15);
+  at.mixture = at.lines + (l.keep == Keep::lines ? snapshots + 1 : l.keep == Keep::mixture ? 1 : 0) * at.pitch;
+  at.size = at.mixture;
+  if (l.keep == Keep::mixture) {  // of whole vectors for every thread
+    const int stretch = l.threads * kWidth;
+    at.size += (l.columns + stretch - 1) / stretch * stretch * static_cast<int>(sizeof(T));
+  }
   return at;
 }
 
+// The sum over the block, the same in every thread; `parts` is a number per warp.
+template <class T>
+__device__ T block_sum(T x, T* parts) {
+  x = warp_sum(x);
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+  __syncthreads();
+  T sum = parts[0];
+  for (unsigned i = 1; i < blockDim.x / 32; ++i) sum += parts[i];
+  __syncthreads();
+  return sum;
+}
+
 // The labels that count, 1 at least. Every thread of the block calls it.
-__device__ int counted(const int64_t* labels, int64_t rows, int64_t ignore_index) {
-  __shared__ int per_warp[32], total;
+__device__ int counted(const int64_t* labels, int64_t rows, int64_t ignore_index, char* shared) {
   int count = 0;
   for (int64_t b = threadIdx.x; b < rows; b += blockDim.x) count += labels[b] != ignore_index;
-  count = warp_sum(count);
-  if (threadIdx.x % 32 == 0) per_warp[threadIdx.x / 32] = count;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    total = 0;
-    for (int i = 0; i < blockDim.x / 32; ++i) total += per_warp[i];
-  }
-  __syncthreads();
-  return max(total, 1);
+  count = block_sum(count, reinterpret_cast<int*>(shared));
+  return count > 1 ? count : 1;
 }
 
 __global__ void count_kernel(const int64_t* labels, int64_t rows, int64_t ignore_index, int* out) {
-  const int count = counted(labels, rows, ignore_index);
+  const int count = counted(labels, rows, ignore_index, shared_memory());
   if (threadIdx.x == 0) *out = count;
 }
 
 // The sum of each of two rows of n numbers, by one block in a fixed order.
 template <class T>
 __global__ void sum_kernel(const T* parts, int64_t n, T* first, T* second) {
-  __shared__ T per_warp[32];
   for (int which = 0; which < 2; ++which) {
     T sum = 0;
     for (int64_t i = threadIdx.x; i < n; i += blockDim.x) sum += parts[which * n + i];
-    sum = warp_sum(sum);
-    if (threadIdx.x % 32 == 0) per_warp[threadIdx.x / 32] = sum;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      for (int i = 1; i < blockDim.x / 32; ++i) sum += per_warp[i];
-      *(which ? second : first) = sum;
-    }
-    __syncthreads();
+    sum = block_sum(sum, reinterpret_cast<T*>(shared_memory()));
+    if (threadIdx.x == 0) *(which ? second : first) = sum;
   }
 }
 
-// One row. E is the type of all logits or Any; aligned: every line begins at 16 bytes and is whole vectors long.
-template <class T, class E, bool aligned, bool on_chip>
+// One row, or a block's slice of it. E is the type of all logits, or Any. Columns are counted from the slice's first.
+template <class T, class E, Order order, Keep keep>
 struct Kernel {
-  static constexpr int width = std::is_same_v<E, Any> ? 4 : 16 / sizeof(std::conditional_t<std::is_same_v<E, Any>, T, E>);
+  static constexpr int width = std::is_same_v<E, Any> ? 4 : kWidth;
+  // Lines that a thread reads at once: loads to wait for together, as many as there are registers for.
+  static constexpr int together = sizeof(T) == 8 ? 1 : order == Order::vectors ? 4 : 2;
 
   const EnsembleKD& a;
   const Group group;
-  const int64_t b;
+  const int64_t b, begin;
+  const int columns;
   const Layout at;
   char* const shared;
   const int snapshots;
@@ -115,8 +150,11 @@ struct Kernel {
   SoftmaxSum<T>* const statistics;  // [line][warp]
   T* const sums;                    // [2 j][warp], then kl [warp]
 
-  __device__ Kernel(const EnsembleKD& a, Group group, int64_t b, Layout at, char* shared, T row_scale)
-      : a(a), group(group), b(b), at(at), shared(shared),
+  __device__ Kernel(const EnsembleKD& a, Group group, int64_t b, const Launch& l, char* shared, T row_scale)
+      : a(a), group(group), b(b), begin(static_cast<int64_t>(group.rank) * l.columns),
+        columns(static_cast<int>(max(int64_t(0), min(a.classes - begin, int64_t(l.columns))))),
+        at(layout<T>(l, static_cast<int>(a.snapshots))),
+        shared(shared),
         snapshots(static_cast<int>(a.snapshots)),
         row_scale(row_scale),
         has_ce(a.labels && a.alpha > 0),
@@ -130,12 +168,13 @@ struct Kernel {
         sums(reinterpret_cast<T*>(shared + at.sums)) {}
 
   __device__ void write_zeros() {
-    if (group.thread == 0) static_cast<T*>(a.loss)[b] = static_cast<T*>(a.attention_loss)[b] = 0;
     const auto clear = [&](void* out, DType dtype, int64_t first, int64_t n) {
       for (int64_t i = group.thread; out && i < n; i += group.threads) store<Any>(out, dtype, first + i, T(0));
     };
+    clear(a.d_student, a.student.dtype, b * a.classes + begin, columns);
+    if (group.rank) return;
+    if (group.thread == 0) static_cast<T*>(a.loss)[b] = static_cast<T*>(a.attention_loss)[b] = 0;
     clear(a.weights, DType::f32, b * snapshots, snapshots);
-    clear(a.d_student, a.student.dtype, b * a.classes, a.classes);
     clear(a.d_scores, a.scores.dtype, b * snapshots, snapshots);
     clear(a.d_query, a.query.dtype, b * a.width, a.width);
     for (int m = 0; m < snapshots; ++m) clear(a.d_keys, a.keys[0].dtype, (m * a.rows + b) * a.width, a.width);
@@ -168,7 +207,7 @@ struct Kernel {
       }
     }
     group.sync();
-    for (int m = group.thread; m < snapshots; m += group.threads)
+    for (int m = group.thread; m < snapshots && group.rank == 0; m += group.threads)
       a.weights[b * snapshots + m] = static_cast<float>(row.e[m]);
   }
 
@@ -179,58 +218,70 @@ struct Kernel {
     return static_cast<const char*>(x.data) + b * x.stride * bytes_of(x.dtype);
   }
   __device__ Line line(int j) const {
-    const char* data = source(j);
-    if constexpr (on_chip) data = shared + at.lines + j * at.pitch + (reinterpret_cast<uintptr_t>(data) & 15);
-    return {data, matrix(j).dtype};
+    const char* const data = source(j) + begin * bytes_of(matrix(j).dtype);
+    if constexpr (keep == Keep::nothing) return {data, matrix(j).dtype};
+    if (keep == Keep::mixture && j < row.used) return {data, matrix(j).dtype};
+    const char* const first = shared + at.lines + (keep == Keep::lines ? j * at.pitch : 0);
+    return {first + (reinterpret_cast<uintptr_t>(data) & 15), matrix(j).dtype};
   }
 
   // The pieces begin at the multiple of 16 bytes before the line, and lie where the line's elements do: in its pages.
   __device__ void copy_lines() {
-    for (int j = 0; j <= row.used; ++j) {
-      const char* from = source(j);
+    for (int j = keep == Keep::lines ? 0 : row.used; j <= row.used; ++j) {
+      const char* from = source(j) + begin * static_cast<int>(sizeof(E));
+      char* const to = shared + at.lines + (keep == Keep::lines ? j * at.pitch : 0);
       const int before = static_cast<int>(reinterpret_cast<uintptr_t>(from) & 15);
-      const int bytes = before + static_cast<int>(a.classes) * bytes_of(matrix(j).dtype);
+      const int bytes = before + columns * static_cast<int>(sizeof(E));
       for (int i = 16 * group.thread; i < bytes; i += 16 * group.threads)
-        copy_async(shared + at.lines + j * at.pitch + i, from - before + i);
+        copy_async(to + i, from - before + i, min(16, bytes - i));
     }
     arrived();
     group.sync();
   }
 
-  // The thread's columns begin at first(c) for every stretch of threads · width columns from c, and lie step apart:
-  // neighbours where a vector holds them, otherwise so that neighbouring threads have neighbouring columns.
-  static constexpr bool vectors = aligned && !std::is_same_v<E, Any>;
-  __device__ int64_t first(int64_t c) const { return c + group.thread * (vectors ? width : 1); }
-  __device__ int64_t step() const { return vectors ? 1 : group.threads; }
+  // A thread's columns begin at first() + i stretch().
+  static constexpr bool apart = order == Order::apart;
+  __device__ int first() const { return group.thread * (apart ? 1 : width); }
+  __device__ int step() const { return apart ? group.threads : 1; }
+  __device__ int stretch() const { return group.threads * width; }
 
-  __device__ void read(Line line, int64_t c, T (&x)[width]) const {
-    if constexpr (vectors) {
-      if (c < a.classes) {
-        const auto v = *reinterpret_cast<const Vector<E>*>(static_cast<const E*>(line.data) + c);
+  __device__ void read(Line line, int c, T (&x)[width]) const {
+    if constexpr (order == Order::vectors) {
+      if (c < columns) {
+        const auto v = *reinterpret_cast<const Vector<E, width>*>(static_cast<const E*>(line.data) + c);
 #pragma unroll
         for (int u = 0; u < width; ++u) x[u] = widen(v.x[u]);
-        return;
-      }
-    }
+      } else {
 #pragma unroll
-    for (int u = 0; u < width; ++u) {
-      const int64_t i = c + u * step();
-      x[u] = i < a.classes ? load<T, E>(line.data, line.dtype, i) : -std::numeric_limits<T>::infinity();
+        for (int u = 0; u < width; ++u) x[u] = -std::numeric_limits<T>::infinity();
+      }
+    } else {
+#pragma unroll
+      for (int u = 0; u < width; ++u) {
+        const int i = c + u * step();
+        x[u] = i < columns ? load<T, E>(line.data, line.dtype, i) : -std::numeric_limits<T>::infinity();
+      }
     }
   }
 
-  __device__ void write(int64_t c, const T (&x)[width]) const {
-    if constexpr (vectors) {
-      if (c >= a.classes) return;
-      Vector<E> v;
+  __device__ void write(int c, const T (&x)[width]) const {
+    const int64_t at = b * a.classes + begin + c;
+    if constexpr (order == Order::vectors) {
+      if (c >= columns) return;
+      Vector<E, width> v;
 #pragma unroll
       for (int u = 0; u < width; ++u) v.x[u] = narrow<E>(x[u]);
-      *reinterpret_cast<Vector<E>*>(static_cast<E*>(a.d_student) + b * a.classes + c) = v;
+      *reinterpret_cast<Vector<E, width>*>(static_cast<E*>(a.d_student) + at) = v;
     } else {
 #pragma unroll
       for (int u = 0; u < width; ++u)
-        if (c + u * step() < a.classes) store<E>(a.d_student, a.student.dtype, b * a.classes + c + u * step(), x[u]);
+        if (c + u * step() < columns) store<E>(a.d_student, a.student.dtype, at + u * step(), x[u]);
     }
+  }
+
+  // The mixed line in shared memory, so that neighbouring threads meet neighbouring banks; only its thread reads it.
+  __device__ T* mixed(int c) const {
+    return reinterpret_cast<T*>(shared + at.mixture) + (c - first()) + group.thread;
   }
 
   static __device__ T finite(T max) { return max == -std::numeric_limits<T>::infinity() ? T(0) : max; }
@@ -248,9 +299,10 @@ struct Kernel {
   }
 
   // x = Σ_j w_j z_j
-  __device__ void mix(int64_t c, T (&x)[width]) const {
+  __device__ void mix(int c, T (&x)[width]) const {
 #pragma unroll
     for (int u = 0; u < width; ++u) x[u] = 0;
+#pragma unroll together
     for (int j = 0; j < row.used; ++j) {
       T z[width];
       read(line(j), c, z);
@@ -259,41 +311,70 @@ struct Kernel {
     }
   }
 
-  __device__ void keep(int slot, SoftmaxSum<T> s, T k) {
+  __device__ void add_up(int slot, SoftmaxSum<T> s, T k) {
     s = warp_sum(s, k);
     if (group.lane() == 0) statistics[slot * group.warps() + group.warp()] = s;
   }
 
   // The first visit.
   __device__ void find_statistics() {
-    const int64_t stretch = group.threads * width;
-    const int targets = a.fusion == Fusion::probability ? row.used : 1;
-    T x[width];
-    for (int j = 0; j < targets; ++j) {
-      SoftmaxSum<T> s = SoftmaxSum<T>::none();
-      for (int64_t c = first(0); c - first(0) < a.classes; c += stretch) {
-        if (a.fusion == Fusion::probability) read(line(j), c, x);
-        else mix(c, x);
-        absorb(s, x, k);
-      }
-      keep(j, s, k);
-    }
+    const bool probability = a.fusion == Fusion::probability;
+    const int targets = probability ? row.used : 1;
     SoftmaxSum<T> soft = SoftmaxSum<T>::none(), hard = soft;
-    for (int64_t c = first(0); c - first(0) < a.classes; c += stretch) {
-      read(line(row.used), c, x);
+    const auto absorb_student = [&](const T (&x)[width]) {
       absorb(soft, x, k);
       if (has_ce) absorb(hard, x, T(kLog2e));
+    };
+    if (probability) {
+      for (int j = 0; j < row.used; j += together) {
+        SoftmaxSum<T> s[together];
+#pragma unroll
+        for (int i = 0; i < together; ++i) s[i] = SoftmaxSum<T>::none();
+        for (int c = first(); c < columns; c += stretch()) {
+          T x[together][width], student[width];
+          if (j == 0) read(line(row.used), c, student);
+#pragma unroll
+          for (int i = 0; i < together; ++i)
+            if (j + i < row.used) read(line(j + i), c, x[i]);
+          if (j == 0) absorb_student(student);
+#pragma unroll
+          for (int i = 0; i < together; ++i)
+            if (j + i < row.used) absorb(s[i], x[i], k);
+        }
+#pragma unroll
+        for (int i = 0; i < together; ++i)
+          if (j + i < row.used) add_up(j + i, s[i], k);
+      }
+    } else {
+      SoftmaxSum<T> s = SoftmaxSum<T>::none();
+      for (int c = first(); c < columns; c += stretch()) {
+        T x[width], student[width];
+        read(line(row.used), c, student);
+        mix(c, x);
+        if constexpr (keep == Keep::mixture) {
+#pragma unroll
+          for (int u = 0; u < width; ++u) mixed(c)[u * group.threads] = x[u];
+        }
+        absorb_student(student);
+        absorb(s, x, k);
+      }
+      add_up(0, s, k);
     }
-    keep(targets, soft, k);
-    keep(targets + 1, hard, T(kLog2e));
+    add_up(targets, soft, k);
+    add_up(targets + 1, hard, T(kLog2e));
     group.sync();
+    const auto scale = [&](int j) { return j == targets + 1 ? T(kLog2e) : k; };
     for (int j = group.thread; j < targets + 2; j += group.threads) {
-      SoftmaxSum<T> s = statistics[j * group.warps()];
-      for (int i = 1; i < group.warps(); ++i)
-        merge(s, statistics[j * group.warps() + i], j == targets + 1 ? T(kLog2e) : k);
+      SoftmaxSum<T>* const s = statistics + j * group.warps();
+      for (int i = 1; i < group.warps(); ++i) merge(s[0], s[i], scale(j));
+    }
+    group.sync_blocks();
+    for (int j = group.thread; j < targets + 2; j += group.threads) {
+      SoftmaxSum<T> s = group.of(0, statistics[j * group.warps()]);
+      for (int i = 1; i < group.ranks; ++i) merge(s, group.of(i, statistics[j * group.warps()]), scale(j));
       if (j < targets) {
         row.target[j] = s;
-        row.scale[j] = (a.fusion == Fusion::probability ? row.w[j] : T(1)) / s.sum;
+        row.scale[j] = (probability ? row.w[j] : T(1)) / s.sum;
       } else {
         (j == targets ? row.soft : row.hard) = s;
       }
@@ -308,19 +389,21 @@ struct Kernel {
     const T target_max = finite(row.target[0].max), log_target = log(row.target[0].sum);  // logit
     const T soft_scale = 1 / row.soft.sum, d_kl = row_scale * beta * tau;
     const T ce = row_scale * static_cast<T>(a.alpha), hard_scale = has_ce ? ce / row.hard.sum : T(0);
-    const int64_t y = has_ce ? a.labels[b] : -1;
-    const bool attends = by_kl || (by_label && !probability);
+    const int y = has_ce ? static_cast<int>(a.labels[b] - begin) : -1;  // the row is NaN if it is no class
+    const bool attends = keep != Keep::mixture && (by_kl || (by_label && !probability));
     T* const mean = sums + group.warp();
     T* const moved = mean + snapshots * group.warps();
-    if (group.lane() == 0)
-      for (int j = 0; j < row.used; ++j) mean[j * group.warps()] = moved[j * group.warps()] = 0;
+    for (int j = group.lane() & 15; j < row.used; j += 16) (group.lane() < 16 ? mean : moved)[j * group.warps()] = 0;
+    __syncwarp();
     T kl = 0;
-    for (int64_t c = first(0); c - first(0) < a.classes; c += group.threads * width) {
+    for (int done = 0; done < columns; done += stretch()) {  // the same for all threads of a warp
+      const int c = first() + done;
       T s[width], p[width], x[width], r[width];
       read(line(row.used), c, s);
       if (probability) {
 #pragma unroll
         for (int u = 0; u < width; ++u) p[u] = 0;
+#pragma unroll together
         for (int j = 0; j < row.used; ++j) {
           read(line(j), c, x);
           const T max = finite(row.target[j].max), scale = row.scale[j];
@@ -328,14 +411,21 @@ struct Kernel {
           for (int u = 0; u < width; ++u) p[u] += scale * fast_exp2((x[u] - max) * k);
         }
       } else {
-        mix(c, x);
+        if constexpr (keep == Keep::mixture) {
+#pragma unroll
+          for (int u = 0; u < width; ++u)
+            x[u] = c < columns ? mixed(c)[u * group.threads] : -std::numeric_limits<T>::infinity();
+        } else {
+          mix(c, x);
+        }
 #pragma unroll
         for (int u = 0; u < width; ++u) p[u] = row.scale[0] * fast_exp2((x[u] - target_max) * k);
       }
 #pragma unroll
       for (int u = 0; u < width; ++u) {
         const T log_q = (s[u] - student_max) * inverse - log_soft;
-        const T log_p = probability ? T(kLn2) * fast_log2(p[u]) : (x[u] - target_max) * inverse - log_target;
+        const T log_p = probability ? T(kLn2) * fast_log2(max(p[u], std::numeric_limits<T>::min()))
+                                    : (x[u] - target_max) * inverse - log_target;
         r[u] = p[u] > 0 ? log_p - log_q : T(0);
         kl += p[u] * r[u];
         T d = d_kl * (soft_scale * fast_exp2((s[u] - student_max) * k) - p[u]);
@@ -352,29 +442,38 @@ struct Kernel {
           if (probability) {
             share_moved += fast_exp2((x[u] - max) * k) * r[u];
           } else if (p[u] > 0) {  // a masked z meets p = 0
-            share += p[u] * x[u];
-            share_moved += p[u] * r[u] * x[u];
+            share += p[u] * (x[u] - target_max);
+            share_moved += p[u] * r[u] * (x[u] - target_max);
           }
         }
-        share = warp_sum(share);
-        share_moved = warp_sum(share_moved);
-        if (group.lane() == 0) mean[j * group.warps()] += share, moved[j * group.warps()] += share_moved;
+        const T sum = warp_sums(share, share_moved);
+        if (group.lane() == 0) mean[j * group.warps()] += sum;
+        if (group.lane() == 16) moved[j * group.warps()] += sum;
       }
     }
     kl = warp_sum(kl);
     if (group.lane() == 0) sums[2 * snapshots * group.warps() + group.warp()] = kl;
     group.sync();
+    for (int slot = group.thread; slot <= 2 * snapshots; slot += group.threads) {
+      T* const parts = sums + slot * group.warps();
+      for (int i = 1; i < group.warps(); ++i) parts[0] += parts[i];
+    }
+    group.sync();
+    group.sync_blocks();
     const auto total = [&](int slot) {
       T sum = 0;
-      for (int i = 0; i < group.warps(); ++i) sum += sums[slot * group.warps() + i];
+      for (int i = 0; i < group.ranks; ++i) sum += group.of(i, sums[slot * group.warps()]);
       return sum;
     };
-    for (int j = group.thread; j < row.used; j += group.threads) {
-      row.mean[j] = total(j);
-      row.moved[j] = total(snapshots + j) / (probability ? row.target[j].sum : T(1));
+    if (group.rank == 0) {
+      for (int j = group.thread; j < row.used; j += group.threads) {
+        row.mean[j] = total(j);
+        row.moved[j] = total(snapshots + j) / (probability ? row.target[j].sum : T(1));
+      }
+      if (group.thread == 0) row.kl = total(2 * snapshots);
     }
-    if (group.thread == 0) row.kl = total(2 * snapshots);
     group.sync();
+    group.sync_blocks();  // the shared memory of a block that has ended is gone
   }
 
   // Everything that is O(M) or O(D) per row; one thread does what is O(M).
@@ -395,19 +494,24 @@ struct Kernel {
         }
         if (a.fusion == Fusion::probability) {
           for (int j = 0; j < row.used; ++j) z[j] = (z[j] - row.target[j].max) * k;
-          attention_loss = mixture_nll(row.w, row.target, z, row.used);
+          attention_loss = mixture_nll(row.w, row.target, z, row.mean, row.used);
           for (int j = 0; j < row.used; ++j) de[j] = row_scale * (row.w[j] - z[j]);
         } else {
-          T mixed = 0;
-          for (int j = 0; j < row.used; ++j) mixed += row.w[j] * z[j], z[j] = (row.mean[j] - z[j]) / tau;
-          attention_loss = log(row.target[0].sum) - (mixed - row.target[0].max) / tau;
+          T mixed = 0;  // above the largest
+          for (int j = 0; j < row.used; ++j) {
+            z[j] -= row.target[0].max;
+            mixed += row.w[j] * z[j];
+            z[j] = (row.mean[j] - z[j]) / tau;
+          }
+          attention_loss = log(row.target[0].sum) - mixed / tau;
           for (int j = 0; mixed == -std::numeric_limits<T>::infinity() && j < row.used; ++j) z[j] = 0;  // p_y = 0
           softmax_grad(row.w, z, row_scale, de, row.used);
         }
       }
       if (by_kl) {
         for (int j = 0; j < row.used; ++j)
-          g[j] = a.fusion == Fusion::probability ? tau * tau * row.moved[j] : tau * (row.moved[j] - row.kl * row.mean[j]);
+          g[j] = a.fusion == Fusion::probability ? tau * tau * row.moved[j]
+                                                 : tau * (row.moved[j] - row.kl * row.mean[j]);
         if (beta == 0)
           for (int j = 0; j < row.used; ++j) g[j] = 0;
         softmax_grad(row.w, g, row_scale * beta, de, row.used);
@@ -433,88 +537,149 @@ struct Kernel {
 
   __device__ void run() {
     weigh();
-    if constexpr (on_chip) copy_lines();
+    if constexpr (keep != Keep::nothing) copy_lines();
     find_statistics();
     differentiate();
-    finish();
+    if (group.rank == 0) finish();
   }
 };
 
-// Threads per row and rows per block follow from the block, a warp per row or all of it; `line_bytes` is 0 off chip.
-template <class T, class E, bool aligned, bool on_chip>
-__global__ void __launch_bounds__(kMaxThreads, 1)
-rows_kernel(const __grid_constant__ EnsembleKD a, int threads, int64_t line_bytes, bool mean, const int* count) {
-  extern __shared__ __align__(16) char shared[];
+template <class T, class E, Order order, Keep keep>
+__global__ void __launch_bounds__(kMaxThreads, 2)
+rows_kernel(const __grid_constant__ EnsembleKD a, Launch l, bool mean, const int* count) {
+  static_assert(sizeof(EnsembleKD) + sizeof(Launch) <= 4096 - 64, "what a kernel's parameters may take");
+  char* const shared = shared_memory();
   T row_scale = static_cast<T>(a.row_scale);
-  if (mean && a.labels) row_scale = T(1) / (count ? *count : counted(a.labels, a.rows, a.ignore_index));
-  const int row_in_block = threadIdx.x / threads;
-  const int64_t b = static_cast<int64_t>(blockIdx.x) * (blockDim.x / threads) + row_in_block;
+  if (mean && a.labels) row_scale = T(1) / (count ? *count : counted(a.labels, a.rows, a.ignore_index, shared));
+  const int row_in_block = static_cast<int>(threadIdx.x) / l.threads;
+  const int64_t b = static_cast<int64_t>(blockIdx.x / l.ranks) * l.rows_per_block + row_in_block;
   if (b >= a.rows) return;
-  const Layout at = layout<T>(static_cast<int>(a.snapshots), threads / 32, line_bytes);
   if (a.labels) {
     const int64_t y = a.labels[b];
     if (y != a.ignore_index && (y < 0 || y >= a.classes)) row_scale = std::numeric_limits<T>::quiet_NaN();
   }
-  const Group group{static_cast<int>(threadIdx.x) % threads, threads};
-  Kernel<T, E, aligned, on_chip> kernel(a, group, b, at, shared + row_in_block * at.size, row_scale);
+  const int rank = static_cast<int>(blockIdx.x % l.ranks);
+  const Group group{static_cast<int>(threadIdx.x) % l.threads, l.threads, rank, l.ranks};
+  char* const own = shared + row_in_block * (l.shared / l.rows_per_block);
+  Kernel<T, E, order, keep> kernel(a, group, b, l, own, row_scale);
   if (a.labels && a.labels[b] == a.ignore_index) kernel.write_zeros();
   else kernel.run();
 }
 
-struct Launch {
-  int threads, rows_per_block, shared;
-  int64_t line_bytes;
+struct Device {
+  int shared, shared_of_all_blocks;  // bytes that a block may take, that a multiprocessor has
+  int multiprocessors, ranks;        // ranks: the largest cluster
 };
 
-// A warp or a block per row, its lines on chip where they fit.
+// A warp, a block or a cluster per row. Neither this nor the order of columns depends on where the tensors lie, so
+// neither do the bits.
 template <class T>
-Launch launch(const EnsembleKD& a, int itemsize, bool may_copy, int shared_limit) {
-  Launch l;
-  l.threads = a.classes <= kWarpColumns ? 32 : a.classes <= 4096 ? 128 : a.classes <= 16384 ? 256 : kMaxThreads;
-  l.rows_per_block = l.threads == 32 ? kWarpsPerBlock : 1;
-  const int snapshots = static_cast<int>(a.snapshots);
-  if (may_copy && a.classes * itemsize * (snapshots + 1) < shared_limit)
-    for (l.line_bytes = a.classes * itemsize; l.rows_per_block; l.rows_per_block /= 2) {
-      l.shared = l.rows_per_block * layout<T>(snapshots, l.threads / 32, l.line_bytes).size;
-      if (l.shared <= shared_limit) return l;
+Launch launch(const EnsembleKD& a, int itemsize, const Device& device) {
+  const int snapshots = static_cast<int>(a.snapshots), classes = static_cast<int>(a.classes);
+  const auto with = [&](Keep keep, int ranks, int budget) {
+    Launch l{};
+    l.keep = keep;
+    l.ranks = ranks;
+    l.columns = ranks == 1 ? classes : ((classes + ranks - 1) / ranks + 63) / 64 * 64;
+    l.threads = ranks == 1 && classes <= kWarpColumns ? 32 : l.columns <= 4096 ? 128 : kMaxThreads;
+    l.line_bytes = keep == Keep::nothing ? 0 : l.columns * itemsize;
+    for (l.rows_per_block = l.threads == 32 ? kWarpsPerBlock : 1;; l.rows_per_block /= 2) {
+      l.shared = l.rows_per_block * layout<T>(l, snapshots).size;
+      if (l.shared <= budget || l.rows_per_block == 1) return l;
     }
-  l.line_bytes = 0;
-  l.rows_per_block = l.threads == 32 ? kWarpsPerBlock : 1;
-  l.shared = l.rows_per_block * layout<T>(snapshots, l.threads / 32, 0).size;
+  };
+  // Half of a multiprocessor at most, so that one block computes while another's lines arrive; all of it if need be.
+  const int half = min(device.shared, device.shared_of_all_blocks / 2 - 1024);
+  const bool may_mix = a.fusion == Fusion::logit && !a.d_scores && !a.d_query;
+  const auto choose = [&] {
+    if (itemsize && a.classes * itemsize < device.shared * int64_t(device.ranks))
+      for (int budget : {half, device.shared})
+        for (int ranks = budget == half ? 1 : device.ranks; ranks <= device.ranks; ranks *= 2)
+          for (Keep keep : {Keep::lines, Keep::mixture})
+            if (keep == Keep::lines || may_mix)
+              if (const Launch l = with(keep, ranks, budget); l.shared <= budget) return l;
+    return with(Keep::nothing, 1, device.shared);
+  };
+  Launch l = choose();
+  while (2 * l.ranks <= device.ranks && l.columns >= 2 * kSplitColumns &&
+         a.rows * 2 * l.ranks <= device.multiprocessors)
+    l = with(l.keep, 2 * l.ranks, device.shared);
   return l;
 }
 
-// Every line begins at 16 bytes and is whole vectors long.
-bool aligned(const EnsembleKD& a, int itemsize) {
-  uintptr_t bits = a.classes * itemsize | reinterpret_cast<uintptr_t>(a.d_student);
+Order order(const EnsembleKD& a, int itemsize) {
+  if (a.classes % kWidth) return Order::apart;
+  uintptr_t bits = reinterpret_cast<uintptr_t>(a.d_student);
   const auto add = [&](const Matrix& x) { bits |= reinterpret_cast<uintptr_t>(x.data) | x.stride * itemsize; };
   add(a.student);
   for (int64_t m = 0; m < a.snapshots; ++m) add(a.snapshot[m]);
-  return bits % 16 == 0;
+  return bits % 16 ? Order::neighbours : Order::vectors;
 }
 
 template <class T, class E>
-cudaError_t run(const EnsembleKD& a, bool mean, const int* count, cudaStream_t stream) {
-  int device, shared_limit;
-  if (cudaError_t error = cudaGetDevice(&device)) return error;
-  if (cudaError_t error = cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device))
-    return error;
-  constexpr bool any = std::is_same_v<E, Any>;
-  const int itemsize = a.student.dtype == DType::f32 ? 4 : 2;
-  const Launch l = launch<T>(a, itemsize, !any, shared_limit - 1024);  // less what is not dynamic
-  auto kernel = rows_kernel<T, E, false, false>;
-  if constexpr (!any) {
-    if (aligned(a, itemsize)) kernel = l.line_bytes ? rows_kernel<T, E, true, true> : rows_kernel<T, E, true, false>;
-    else if (l.line_bytes) kernel = rows_kernel<T, E, false, true>;
+struct Kernels {
+  using Pointer = void (*)(EnsembleKD, Launch, bool, const int*);
+  static constexpr bool any = std::is_same_v<E, Any>;
+
+  static Pointer get(Order order, Keep keep) {
+    if constexpr (!any) {
+      if (keep == Keep::lines) return order == Order::apart ? rows_kernel<T, E, Order::apart, Keep::lines>
+                                                            : rows_kernel<T, E, Order::vectors, Keep::lines>;
+      if (keep == Keep::mixture) return order == Order::apart ? rows_kernel<T, E, Order::apart, Keep::mixture>
+                                                              : rows_kernel<T, E, Order::vectors, Keep::mixture>;
+      if (order == Order::vectors) return rows_kernel<T, E, Order::vectors, Keep::nothing>;
+      if (order == Order::neighbours) return rows_kernel<T, E, Order::neighbours, Keep::nothing>;
+    }
+    return rows_kernel<T, E, Order::apart, Keep::nothing>;
   }
-  if (l.shared > 48 << 10)
-    if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared))
-      return error;
-  const int64_t blocks = (a.rows + l.rows_per_block - 1) / l.rows_per_block;
-  kernel<<<static_cast<unsigned>(blocks), l.threads * l.rows_per_block, l.shared, stream>>>(
-      a, l.threads, l.line_bytes, mean, count);
-  return cudaGetLastError();
-}
+
+  // Asks the driver once for each device.
+  static cudaError_t prepare(Device& found) {
+    static std::mutex mutex;
+    static std::map<int, Device> known;
+    int id, major;
+    if (cudaError_t error = cudaGetDevice(&id)) return error;
+    const std::lock_guard lock(mutex);
+    if (const auto at = known.find(id); at != known.end()) {
+      found = at->second;
+      return cudaSuccess;
+    }
+    Device d{};
+    d.ranks = 1;
+    for (const auto& [value, attribute] : {std::pair(&d.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                                           {&d.shared_of_all_blocks, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
+                                           {&d.multiprocessors, cudaDevAttrMultiProcessorCount},
+                                           {&major, cudaDevAttrComputeCapabilityMajor}})
+      if (cudaError_t error = cudaDeviceGetAttribute(value, attribute, id)) return error;
+    for (Order order : {Order::apart, Order::neighbours, Order::vectors})
+      for (Keep keep : {Keep::nothing, Keep::lines, Keep::mixture}) {
+        const auto set = [&](cudaFuncAttribute attribute, int value) {
+          return cudaFuncSetAttribute(get(order, keep), attribute, value);
+        };
+        if (cudaError_t error = set(cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared)) return error;
+        if (keep == Keep::nothing || any) continue;  // these want a cache instead
+        if (cudaError_t error = set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared))
+          return error;
+      }
+    // A GPU that is shared out in parts may have room for smaller clusters only, or for none.
+    for (int ranks = kMaxRanks; major >= 9 && ranks > 1 && d.ranks == 1; ranks /= 2)
+      if (room_for_clusters(get(Order::apart, Keep::lines), ranks, kMaxThreads, d.shared)) d.ranks = ranks;
+    found = known[id] = d;
+    return cudaSuccess;
+  }
+
+  static cudaError_t run(const EnsembleKD& a, bool mean, const int* count, cudaStream_t stream) {
+    Device device;
+    if (cudaError_t error = prepare(device)) return error;
+    const int itemsize = any ? 0 : sizeof(E);
+    const Order o = any ? Order::apart : order(a, itemsize);
+    Launch l = launch<T>(a, itemsize, device);
+    if (o == Order::neighbours) l.keep = Keep::nothing, l.line_bytes = 0;
+    const int64_t blocks = (a.rows + l.rows_per_block - 1) / l.rows_per_block * l.ranks;
+    return launch_kernel(get(o, l.keep), blocks, l.ranks, l.threads * l.rows_per_block, l.shared, stream, a, l, mean,
+                         count);
+  }
+};
 
 }  // namespace
 
@@ -522,30 +687,35 @@ template <class T>
 const char* ensemble_kd_fwd_cuda(const EnsembleKD& args, bool mean, void* loss, void* attention_loss, int* count,
                                  void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
+  if (args.classes > kMaxClasses) return "more classes than 2^30";
   cudaError_t error = cudaSuccess;
   if (args.rows) {
     const bool counts = mean && args.labels && args.rows > kCountInBlock;
-    if (counts) count_kernel<<<1, 1024, 0, stream>>>(args.labels, args.rows, args.ignore_index, count);
+    if (counts) {
+      error = launch_kernel(count_kernel, 1, 1, 1024, 32 * sizeof(int), stream, args.labels, args.rows,
+                            args.ignore_index, count);
+      if (error != cudaSuccess) return cudaGetErrorString(error);
+    }
     bool same = true;
     for (int64_t m = 0; m < args.snapshots; ++m) same &= args.snapshot[m].dtype == args.student.dtype;
     const int* counted = counts ? count : nullptr;
     if constexpr (std::is_same_v<T, double>) {
-      error = run<T, Any>(args, mean, counted, stream);
+      error = Kernels<T, Any>::run(args, mean, counted, stream);
     } else if (same) {
       switch (args.student.dtype) {
-        case DType::f32: error = run<T, float>(args, mean, counted, stream); break;
-        case DType::bf16: error = run<T, __nv_bfloat16>(args, mean, counted, stream); break;
-        default: error = run<T, __half>(args, mean, counted, stream);
+        case DType::f32: error = Kernels<T, float>::run(args, mean, counted, stream); break;
+        case DType::bf16: error = Kernels<T, __nv_bfloat16>::run(args, mean, counted, stream); break;
+        default: error = Kernels<T, __half>::run(args, mean, counted, stream);
       }
     } else {
-      error = run<T, Any>(args, mean, counted, stream);
+      error = Kernels<T, Any>::run(args, mean, counted, stream);
     }
   }
-  if (loss && error == cudaSuccess) {
-    sum_kernel<T><<<1, 1024, 0, stream>>>(static_cast<const T*>(args.loss), args.rows, static_cast<T*>(loss),
-                                          static_cast<T*>(attention_loss));
-    error = cudaGetLastError();
-  }
+  // A launch of its own: the last block of rows_kernel could add up instead, were there a counter that is 0 when it
+  // begins. Streams and replays of graphs that overlap each need one, which a launch would have to clear.
+  if (loss && error == cudaSuccess)
+    error = launch_kernel(sum_kernel<T>, 1, 1, 1024, 32 * sizeof(T), stream, static_cast<const T*>(args.loss),
+                          args.rows, static_cast<T*>(loss), static_cast<T*>(attention_loss));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -1,0 +1,23 @@
+// The CUDA launcher, on the CPU, for ctypes.
+#include "../../csrc/cuda/ensemble_kd.cu"
+
+extern "C" {
+
+void emulate(const emulator::Device* device) { emulator::device = *device; }
+
+// How many launches there were since the last call, and the blocks in each one's clusters.
+int launches(unsigned* ranks, int most) {
+  const int n = emulator::launches.size();
+  std::copy_n(emulator::launches.begin(), std::min(n, most), ranks);
+  emulator::launches.clear();
+  return n;
+}
+
+int size_of_arguments() { return sizeof(eekd::EnsembleKD); }
+
+const char* ensemble_kd_fwd(const eekd::EnsembleKD* a, bool wide, bool mean, void* loss, void* attention_loss,
+                            int* count) {
+  const auto launch = wide ? eekd::ensemble_kd_fwd_cuda<double> : eekd::ensemble_kd_fwd_cuda<float>;
+  return launch(*a, mean, loss, attention_loss, count, nullptr);
+}
+}

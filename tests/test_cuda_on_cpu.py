@@ -1,0 +1,231 @@
+"""The CUDA kernels without a GPU: their sources as C++, threads as fibers (cuda_on_cpu/), under the op's own suite.
+
+Not seen here: races that the order of the fibers hides, the PTX of csrc/cuda/ptx.cuh, and speed.
+"""
+
+import ctypes
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import SHAPES, tensors
+from numerics import assert_same_bits, evaluate
+from test_ensemble_kd import (  # noqa: F401  these run here once more
+    READINGS,
+    check,
+    readings,
+    test_a_label_of_no_probability_in_fp32,
+    test_a_label_on_a_masked_column,
+    test_a_nan_in_the_attention_is_never_a_finite_loss,
+    test_a_nan_that_is_read_is_never_a_finite_loss,
+    test_a_row_of_nothing_but_masked_has_no_softmax,
+    test_any_call_is_accurate,
+    test_any_layout_gives_the_same_bits,
+    test_columns_masked_in_some_snapshots,
+    test_equals_the_formulas_of_the_method,
+    test_every_embedding_width,
+    test_half_precision_is_fp32_arithmetic_rounded_once,
+    test_ignored_rows_count_for_nothing_and_are_not_read,
+    test_logits_of_ten_thousand,
+    test_offsets_beyond_32_bits,
+    test_padded_vocabulary,
+    test_rows_that_rise_or_fall_far_from_their_start,
+    test_scores_far_apart,
+    test_snapshots_of_no_weight_are_not_read,
+    test_student_and_snapshots_of_different_dtypes,
+    test_temperature_and_alpha,
+    test_upstream_gradients_scale,
+)
+
+from eekd import ensemble_kd
+from eekd.ops.ensemble_kd import DTYPES, MAX_SNAPSHOTS
+
+HERE = Path(__file__).parent / "cuda_on_cpu"
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+
+if not COMPILER:
+    pytest.skip("no C++ compiler", allow_module_level=True)
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64), ("dtype", ctypes.c_int)]
+
+
+class Arguments(ctypes.Structure):
+    """csrc/eekd.h's EnsembleKD."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "snapshots", "classes", "width")),
+        ("student", Matrix),
+        ("snapshot", Matrix * MAX_SNAPSHOTS),
+        ("labels", ctypes.c_void_p),
+        ("scores", Matrix),
+        ("query", Matrix),
+        ("keys", Matrix * MAX_SNAPSHOTS),
+        ("temperature", ctypes.c_double),
+        ("alpha", ctypes.c_double),
+        ("fusion", ctypes.c_int),
+        ("objective", ctypes.c_int),
+        ("ignore_index", ctypes.c_int64),
+        ("row_scale", ctypes.c_double),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("loss", "attention_loss", "weights", "d_student", "d_scores", "d_query", "d_keys")
+        ),
+    ]
+
+
+def matrix(x: torch.Tensor | None) -> Matrix:
+    return Matrix() if x is None else Matrix(x.data_ptr(), x.stride(0), DTYPES.index(x.dtype))
+
+
+class Emulator:
+    """The library, with the op as csrc/bindings.cpp calls it."""
+
+    def __init__(self, folder: Path):
+        path = folder / "cuda_on_cpu.so"
+        subprocess.run(
+            [
+                COMPILER, "-std=c++20", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror",
+                "-Wno-unknown-pragmas", "-include", HERE / "cuda_runtime.h", HERE / "emulator.cpp", "-o", path,
+            ],
+            check=True,
+        )  # fmt: skip
+        self.library = ctypes.PyDLL(str(path))  # which holds the lock of the interpreter: one launch at a time
+        self.library.ensemble_kd_fwd.restype = ctypes.c_char_p
+        assert self.library.size_of_arguments() == ctypes.sizeof(Arguments)
+
+    def launches(self) -> list[int]:
+        """The launches since the last call, by the blocks in each cluster."""
+        ranks = (ctypes.c_uint * 8)()
+        return list(ranks[: self.library.launches(ranks, len(ranks))])
+
+    def choose(self, name: str):
+        facts = (list(DEVICES).index(name), *DEVICES[name])
+        self.library.emulate(ctypes.byref((ctypes.c_int * len(facts))(*facts)))
+
+    def ensemble_kd_fwd(
+        self, student, snapshots, labels, scores, query, keys, temperature, alpha, logit_fusion, kl_objective, mean,
+        ignore_index, loss, attention_loss, weights, d_student, d_scores, d_query, d_keys,
+    ):  # fmt: skip
+        snapshots = snapshots[0] if snapshots[0].dim() == 3 else snapshots
+        rows, classes = student.shape
+        pointers = {
+            "labels": labels, "weights": weights, "d_student": d_student, "d_scores": d_scores, "d_query": d_query,
+            "d_keys": d_keys,
+        }  # fmt: skip
+        per_row = loss.new_full((2, max(rows, 1)), torch.nan) if loss.dim() == 0 else torch.stack((loss, loss))
+        args = Arguments(
+            rows=rows, snapshots=len(snapshots), classes=classes, width=0 if query is None else query.shape[1],
+            student=matrix(student), scores=matrix(scores), query=matrix(query), temperature=temperature, alpha=alpha,
+            fusion=logit_fusion, objective=kl_objective, ignore_index=ignore_index,
+            row_scale=1 / max(rows, 1) if mean else 1, loss=per_row[0].data_ptr(), attention_loss=per_row[1].data_ptr(),
+            **{name: value.data_ptr() for name, value in pointers.items() if value is not None},
+        )  # fmt: skip
+        for m, z in enumerate(snapshots):
+            args.snapshot[m] = matrix(z)
+            if keys is not None:
+                args.keys[m] = matrix(keys[m])
+        scalars = (loss.data_ptr(), attention_loss.data_ptr()) if loss.dim() == 0 else (None, None)
+        error = self.library.ensemble_kd_fwd(
+            ctypes.byref(args), loss.dtype == torch.float64, mean, *map(ctypes.c_void_p, scalars),
+            ctypes.byref(ctypes.c_int(-1)),
+        )  # fmt: skip
+        if error:
+            raise RuntimeError(error.decode())
+        if loss.dim():
+            loss.copy_(per_row[0]), attention_loss.copy_(per_row[1])
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory):
+    return Emulator(tmp_path_factory.mktemp("cuda_on_cpu"))
+
+
+KIB = 1024
+# By what of a row fits on chip: shared memory of a block and of a multiprocessor, multiprocessors, capability, the
+# largest cluster. With the least shared memory, the rows of a hundred classes and more are split or read twice.
+DEVICES = {
+    "H100": (227 * KIB, 228 * KIB, 132, 9, 8),
+    "clusters": (24 * KIB, 50 * KIB, 132, 9, 8),
+    "streaming": (24 * KIB, 50 * KIB, 108, 8, 1),
+}
+
+
+@pytest.fixture
+def device():
+    return "cpu"
+
+
+@pytest.fixture(params=DEVICES)
+def backend(request, emulator, monkeypatch):
+    emulator.choose(request.param)
+    monkeypatch.setattr(sys.modules["eekd.ops.ensemble_kd"], "namespace", lambda device: emulator)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the reference's tensors are small: more threads cost more than they give
+    yield "native"
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def kernels(backend):
+    return backend
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.rows}x{s.snapshots}x{s.classes}")
+def test_every_shape(backend, shape):
+    rows = min(shape.rows, 5) if shape.classes > 10 else shape.rows
+    for attention, (fusion, objective) in itertools.product(("uniform", "scores"), READINGS):
+        x = tensors(rows, *shape[1:3], attention=attention)
+        check(x, fusion=fusion, attention_objective=objective)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [1000, 1001, 3000, 20000])
+@readings
+def test_every_dtype_on_and_off_chip(backend, dtype, classes, fusion, objective):
+    for attention in ("uniform", "query"):
+        x = tensors(2, 3, classes, dtype=dtype, attention=attention)
+        check(x, fusion=fusion, attention_objective=objective)
+
+
+@readings
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_do_not_depend_on_alignment(backend, dtype, fusion, objective):
+    for classes, attention in itertools.product((16, 1000, 3000), ("uniform", "scores")):
+        x = tensors(3, 3, classes, dtype=dtype, attention=attention)
+        options = {"fusion": fusion, "attention_objective": objective}
+        expected = evaluate(ensemble_kd, x, **options)
+        wide = torch.full((3, 3, classes + 16), torch.nan, dtype=dtype)
+        for name in ("student_logits", "snapshot_logits"):
+            z = wide[..., 5 : 5 + classes][: len(x[name])] if name == "snapshot_logits" else wide[0, :, 3 : 3 + classes]
+            moved = x | {name: z.copy_(x[name])}
+            assert_same_bits(evaluate(ensemble_kd, moved, **options), expected)
+
+
+def ranks_of_rows(emulator, x, **options):
+    emulator.launches()
+    ensemble_kd(**x, reduction="none", **options)
+    (ranks,) = emulator.launches()
+    return ranks
+
+
+def test_a_row_too_long_for_a_block_is_split_over_a_cluster(emulator, backend, request):
+    device = request.node.callspec.params["backend"]
+    expected = {"H100": (1, 1, 1, 4, 8), "clusters": (1, 1, 4, 2, 8), "streaming": (1,) * 5}[device]
+    sizes = ((9, 100), (9, 1000), (200, 3000), (9, 15000), (1, 40000))
+    found = [ranks_of_rows(emulator, tensors(rows, 3, classes)) for rows, classes in sizes]
+    assert tuple(found) == expected
+
+
+def test_launches(emulator, backend):
+    for rows, reduction, expected in ((9, "none", 1), (9, "mean", 2), (2100, "sum", 2), (2100, "mean", 3)):
+        x = tensors(rows, 2, 4)
+        emulator.launches()
+        check(x, reduction=reduction)
+        assert len(emulator.launches()) == expected
