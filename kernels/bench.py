@@ -252,9 +252,9 @@ def accesses(backend: str, case: Case, device: torch.device) -> int:
     _, m, classes = case.shape
     on_chip = True
     if backend == "triton":
-        from eekd.kernels.common import launch
+        from eekd.kernels.common import architecture, launch
 
-        on_chip = launch(classes, m, False).on_chip
+        on_chip = launch(classes, m, getattr(torch, case.dtype).itemsize, architecture(device)).on_chip
     elif backend == "native" and device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         blocks = 8 if properties.major >= 9 else 1

@@ -28,11 +28,12 @@ SANITIZED = [(5, 5, 10), (5, 3, 100), (3, 5, 1000), (3, 2, 1001), (2, 3, 5000), 
 
 
 class Part(NamedTuple):
-    """A command, and the seconds it may take; or why it is not run."""
+    """A command, the seconds it may take, why it is not run, what it finds in its environment."""
 
     command: list[str]
     seconds: float
     missing: str = ""
+    environment: dict[str, str] = {}
 
 
 def stages(gpu: bool, tiny: bool, results: Path, runs: Path) -> list[dict[str, Part]]:
@@ -47,14 +48,25 @@ def stages(gpu: bool, tiny: bool, results: Path, runs: Path) -> list[dict[str, P
     check = [*python, __file__, "--launch"]
     train = [*python, "-m", "eekd.train", "--out"]
     short = ["--teacher.snapshots", "1", "--teacher.epochs", "1", "--student.epochs", "1", "--train-limit", "2000"]
+    # The entries of the launch table that the bench's largest shapes use; as many as there is time for.
+    tune = [word for c in (1000, 32000, 4096, 128256, 100) for word in ("--shape", f"5,{c}")] + ["--dtype", "bfloat16"]
     if tiny:
         short = [*short[:-1], "100", "--students", "attention"]
     return [
-        {"build": Part([*python, "setup.py", "build_ext", "--inplace"], 150)},
+        {
+            "build": Part(
+                [*python, "setup.py", "build_ext", "--inplace"], 150,
+                environment={"CUDAARCHS": os.environ.get("CUDAARCHS", "native" if gpu else "90")},
+            )
+        },
         {"tests": Part([*pytest, "tests/test_ensemble_kd.py", *(["-k", "formulas"] if tiny else ["-m", "gpu"])], 110)},
         {"bench": Part([*bench, *(["--quick", "--shape", "32,5,10"] if tiny else [])], 150)},
         {
-            tool: Part([str(sanitizer), "--tool", tool, "--error-exitcode", "1", *check], 90, unsanitized)
+            # Without torch's cache each tensor is an allocation, whose ends the sanitizer knows.
+            tool: Part(
+                [str(sanitizer), "--tool", tool, "--error-exitcode", "1", *check], 90, unsanitized,
+                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            )
             for tool in ("memcheck", "racecheck", "initcheck")
         }
         | {
@@ -65,7 +77,12 @@ def stages(gpu: bool, tiny: bool, results: Path, runs: Path) -> list[dict[str, P
             ),
             "suite": Part([*pytest, *(["tests/test_ensemble_kd_errors.py"] if tiny else ["--ignore", __file__])], 120),
         },
-        {"tune": Part([*python, "-m", "eekd.kernels.tune", *(["--tiny"] if tiny else [])], 90)},
+        {
+            "tune": Part(
+                [*python, "-m", "eekd.kernels.tune", *(["--tiny"] if tiny else tune)], BUDGET,
+                environment={} if gpu else {"TRITON_INTERPRET": "1"},
+            )
+        },
     ]  # fmt: skip
 
 
@@ -104,7 +121,7 @@ def launch_kernels(device: str) -> None:
             print(f"{backend}: {launches} launches")
 
 
-def run(stage: dict[str, Part], end: float, gpu: bool) -> dict[str, dict]:
+def run(stage: dict[str, Part], end: float) -> dict[str, dict]:
     """Runs the commands of a stage at once; one that takes too long is killed with all that it started."""
     rows, running = {}, {}
     for name, part in stage.items():
@@ -112,14 +129,11 @@ def run(stage: dict[str, Part], end: float, gpu: bool) -> dict[str, dict]:
         if missing:
             rows[name] = {"status": f"not run: {missing}", "seconds": 0.0, "output": []}
             continue
-        # Without torch's cache each tensor is an allocation, whose ends the sanitizer knows.
-        extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if "--tool" in part.command else {}
-        extra |= {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // len(stage)))}
-        extra |= {} if "CUDAARCHS" in os.environ else {"CUDAARCHS": "native" if gpu else "90"}
+        threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // len(stage)))}
         output = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115, and no pipe, for it could fill
         process = subprocess.Popen(
-            part.command, cwd=ROOT, env=os.environ | extra, stdin=subprocess.DEVNULL, stdout=output,
-            stderr=subprocess.STDOUT, start_new_session=True,
+            part.command, cwd=ROOT, env=os.environ | threads | part.environment, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
         running[name] = process, output, time.monotonic()
 
@@ -186,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{part} ...", flush=True)
                 (results / f"{part}.json").unlink(missing_ok=True)
             started = time.time()
-            rows |= run(stage, end, gpu)
+            rows |= run(stage, end)
             for part in stage:
                 command = [w.replace(sys.executable, "python").replace(f"{ROOT}/", "") for w in stage[part].command]
                 record = {"part": part, "gpu": name, "command": command, "environment": facts(), **rows[part]}

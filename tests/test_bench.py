@@ -244,7 +244,7 @@ def test_sets_outgrow_the_cache_three_times(monkeypatch):
 
 
 def test_own_traffic(monkeypatch):
-    properties = SimpleNamespace(shared_memory_per_block_optin=227 << 10, major=9)
+    properties = SimpleNamespace(shared_memory_per_block_optin=227 << 10, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     cuda = torch.device("cuda")
 

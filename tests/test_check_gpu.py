@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import time
 from importlib.util import find_spec
@@ -92,6 +93,13 @@ def test_parts_of_a_gpu(tmp_path, monkeypatch):
     assert parts["racecheck"].command[:3] == [str(tmp_path / "compute-sanitizer"), "--tool", "racecheck"]
     assert parts["racecheck"].command[-1] == "--launch" and not parts["racecheck"].missing
     assert "--quick" not in parts["bench"].command and "--tiny" not in parts["tune"].command
+
+
+@pytest.mark.skipif(not find_spec("eekd.kernels.tune"), reason="there is no tune")
+def test_tune_knows_the_words_of_its_command(tmp_path):
+    command = check_gpu.stages(True, False, tmp_path, tmp_path)[-1]["tune"].command
+    known = subprocess.run([*command[:3], "--help"], capture_output=True, text=True, check=True).stdout
+    assert all(word in known for word in command if word.startswith("--"))
 
 
 def test_the_kernels_that_the_sanitizers_watch_are_launched(capsys):
