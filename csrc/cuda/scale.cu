@@ -33,10 +33,11 @@ __device__ void scale(const Scaled& x, T divisor) {
   if (f == 1) return;
   const int64_t whole = reinterpret_cast<uintptr_t>(data) % 16 ? 0 : x.numel / n;
   for (int64_t i = first; i < whole; i += step) {
-    auto v = reinterpret_cast<Vector<E>*>(data)[i];
+    Vector<E, n>& piece = reinterpret_cast<Vector<E, n>*>(data)[i];
+    Vector<E, n> v = piece;
 #pragma unroll
     for (E& e : v.x) e = times(e, f);
-    reinterpret_cast<Vector<E>*>(data)[i] = v;
+    piece = v;
   }
   for (int64_t i = whole * n + first; i < x.numel; i += step) data[i] = times(data[i], f);
 }
