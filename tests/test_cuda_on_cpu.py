@@ -80,6 +80,19 @@ class Arguments(ctypes.Structure):
     ]
 
 
+class Scaled(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p), ("dtype", ctypes.c_int), ("rows", ctypes.c_int64), ("columns", ctypes.c_int64),
+        ("numel", ctypes.c_int64), ("factor", ctypes.c_void_p), ("stride", ctypes.c_int64),
+    ]  # fmt: skip
+
+
+class Scale(ctypes.Structure):
+    _fields_ = [
+        ("grad", Scaled * 4), ("count", ctypes.c_int), ("wide", ctypes.c_bool), ("divisor", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
 def matrix(x: torch.Tensor | None) -> Matrix:
     return Matrix() if x is None else Matrix(x.data_ptr(), x.stride(0), DTYPES.index(x.dtype))
 
@@ -97,8 +110,9 @@ class Emulator:
             check=True,
         )  # fmt: skip
         self.library = ctypes.PyDLL(str(path))  # which holds the lock of the interpreter: one launch at a time
-        self.library.ensemble_kd_fwd.restype = ctypes.c_char_p
+        self.library.ensemble_kd_fwd.restype = self.library.ensemble_kd_bwd.restype = ctypes.c_char_p
         assert self.library.size_of_arguments() == ctypes.sizeof(Arguments)
+        assert self.library.size_of_scale() == ctypes.sizeof(Scale)
 
     def launches(self) -> list[int]:
         """The launches since the last call, by the blocks in each cluster."""
@@ -140,6 +154,17 @@ class Emulator:
             raise RuntimeError(error.decode())
         if loss.dim():
             loss.copy_(per_row[0]), attention_loss.copy_(per_row[1])
+
+    def ensemble_kd_bwd(self, grads: list[tuple[torch.Tensor, torch.Tensor]], divisor: int | None):
+        args = Scale(count=len(grads), wide=grads[0][1].dtype == torch.float64)
+        for i, (x, factor) in enumerate(grads):
+            stride = factor.stride(0) if factor.dim() else 0
+            args.grad[i] = Scaled(
+                x.data_ptr(), DTYPES.index(x.dtype), x.shape[-2], x.shape[-1], x.numel(), factor.data_ptr(), stride
+            )
+        count = None if divisor is None else ctypes.c_int64(divisor)
+        args.divisor = None if count is None else ctypes.addressof(count)
+        assert not self.library.ensemble_kd_bwd(ctypes.byref(args))
 
 
 @pytest.fixture(scope="session")
@@ -229,3 +254,27 @@ def test_launches(emulator, backend):
         emulator.launches()
         check(x, reduction=reduction)
         assert len(emulator.launches()) == expected
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("divisor", [None, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_backward_scales_in_place(emulator, backend, dtype, divisor, per_row):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for first in (0, 1):  # 16 bytes or an element from an aligned address
+        student = torch.randn(9 * 1001 + 1).to(dtype)[first : first + 9 * 1001].view(9, 1001)
+        keys = torch.randn(3, 9, 6).to(dtype)
+        factor = torch.rand(9 if per_row else (), dtype=wide)
+        expected = [
+            (x.to(wide) * (factor[:, None] if per_row else factor) / (divisor or 1)).to(dtype) for x in (student, keys)
+        ]
+        emulator.ensemble_kd_bwd([(student, factor), (keys, factor)], divisor)
+        for x, y in zip((student, keys), expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_the_backward_writes_nothing_where_the_factor_is_one(emulator, backend):
+    x = torch.full((9, 16), torch.nan).view(torch.int32).fill_(0x7F800001).view(torch.float32)  # would become quiet
+    for factor in (torch.ones(()), torch.ones(9)):
+        emulator.ensemble_kd_bwd([(x, factor)], None)
+        assert (x.view(torch.int32) == 0x7F800001).all()

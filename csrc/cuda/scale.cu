@@ -63,8 +63,7 @@ const char* ensemble_kd_bwd_cuda(const Scale& args, void* stream) {
   for (int i = 0; i < args.count; ++i) most = std::max(most, args.grad[i].numel);
   const int blocks = static_cast<int>(std::clamp<int64_t>(most / (8 * kThreads), 1, kBlocks));
   const auto kernel = args.wide ? scale_kernel<double> : scale_kernel<float>;
-  kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
-  const cudaError_t error = cudaGetLastError();
+  const cudaError_t error = launch_kernel(kernel, blocks, 1, kThreads, 0, static_cast<cudaStream_t>(stream), args);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -1,5 +1,6 @@
-// The CUDA launcher, on the CPU, for ctypes.
+// The CUDA launchers, on the CPU, for ctypes.
 #include "../../csrc/cuda/ensemble_kd.cu"
+#include "../../csrc/cuda/scale.cu"
 
 extern "C" {
 
@@ -14,10 +15,13 @@ int launches(unsigned* ranks, int most) {
 }
 
 int size_of_arguments() { return sizeof(eekd::EnsembleKD); }
+int size_of_scale() { return sizeof(eekd::Scale); }
 
 const char* ensemble_kd_fwd(const eekd::EnsembleKD* a, bool wide, bool mean, void* loss, void* attention_loss,
                             int* count) {
   const auto launch = wide ? eekd::ensemble_kd_fwd_cuda<double> : eekd::ensemble_kd_fwd_cuda<float>;
   return launch(*a, mean, loss, attention_loss, count, nullptr);
 }
+
+const char* ensemble_kd_bwd(const eekd::Scale* a) { return eekd::ensemble_kd_bwd_cuda(*a, nullptr); }
 }
