@@ -38,7 +38,7 @@ def kernel(symbol: str) -> str:
     if row:
         numbers, *elements, order, keep = row.groups()
         return f"rows_kernel {numbers} {'float' if elements[1] else elements[0] or elements[2]} {order}_{keep}"
-    other = re.search(r"(sum_kernel|count_kernel)(?:I([df])E)?", symbol)
+    other = re.search(r"(sum_kernel|count_kernel|scale_kernel)(?:I([df])E)?", symbol)
     return " ".join(part for part in other.groups() if part)
 
 
