@@ -392,11 +392,11 @@ SCHEMA = (
 
 
 class Plan(NamedTuple):
-    """A launch of `rows_kernel`: its grid, and what follows the tensors among its arguments."""
+    """A launch of `rows_kernel`: its grid, what follows the tensors among its arguments, and the compiler's options."""
 
     grid: tuple[int, int, int]
     numbers: tuple
-    num_warps: int
+    options: dict
 
 
 def plan(
@@ -442,7 +442,7 @@ def plan(
         ACC=tl.float64 if wide else tl.float32,
     )  # fmt: skip
     assert list(numbers) == rows_kernel.arg_names[-len(numbers) :]
-    return Plan((triton.cdiv(rows, cut.rows), 1, 1), tuple(numbers.values()), cut.num_warps)
+    return Plan((triton.cdiv(rows, cut.rows), 1, 1), tuple(numbers.values()), cut.options)
 
 
 _plans = {}  # of tensors that begin at multiples of 16 bytes
@@ -507,11 +507,11 @@ def ensemble_kd_fwd(
     with torch.cuda.device_of(student):
         if count is not None:
             counting = (labels, count, rows, ignore_index, 4096)
-            start(common.count_kernel, (1, 1, 1), counting, 8, ("count", device, *counting[2:]), aligned)
-        start(rows_kernel, grid, (*tensors, *planned.numbers), planned.num_warps, key, aligned)
+            start(common.count_kernel, (1, 1, 1), counting, {"num_warps": 8}, ("count", device, *counting[2:]), aligned)
+        start(rows_kernel, grid, (*tensors, *planned.numbers), planned.options, key, aligned)
         if reduces:
             sums = (parts, loss, attention_loss, grid[0], parts.stride(0), 1024)
-            start(common.sum_kernel, (1, 1, 1), sums, 4, ("sum", device, loss.dtype, grid[0]), aligned)
+            start(common.sum_kernel, (1, 1, 1), sums, {"num_warps": 4}, ("sum", device, loss.dtype, grid[0]), aligned)
 
 
 BWD_SCHEMA = (
@@ -561,7 +561,7 @@ def ensemble_kd_bwd(d_loss, d_attention_loss, count, d_student, d_scores, d_quer
     like = d_loss if d_loss is not None else d_attention_loss
     key = ("bwd", like.device, numbers, *dtypes)
     with torch.cuda.device_of(like):
-        start(scale_kernel, grid, (*tensors, *numbers), 4, key, pointers % 16 == 0)
+        start(scale_kernel, grid, (*tensors, *numbers), {"num_warps": 4}, key, pointers % 16 == 0)
 
 
 for _name, _schema, _op in (

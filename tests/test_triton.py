@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -79,19 +80,19 @@ def test_the_tuner_writes_the_table_that_launches_come_from(tmp_path, monkeypatc
     run = subprocess.run([*command, "--tiny", "--out", tmp_path], env=INTERPRETED, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     written = json.loads((tmp_path / "cpu.json").read_text())["launches"]
-    assert len(written) == run.stdout.count("bytes") == 4
+    assert len(written) == run.stdout.count("bytes") == 2
     # As if another launch had been the fastest, by far.
-    bucket = common.bucket(1000, 3, 4)
-    other = common.by_rule(1000, 3, 4)._replace(block=512, on_chip=False, num_stages=2)
+    bucket = common.bucket(1000, 3, 2)
+    other = common.by_rule(1000, 3, 2)._replace(block=512, on_chip=False, num_stages=2, maxnreg=255)
     written[bucket]["launch"] = other._asdict()
     (tmp_path / "cpu.json").write_text(json.dumps({"launches": written}))
     monkeypatch.setattr(common, "TABLES", tmp_path)
     for cached in (common.tuned, launch):
         cached.cache_clear()
     try:
-        assert launch(1000, 3, 4, "cpu") == launch(513, 4, 4, "cpu") == other
-        assert launch(1000, 3, 4, "sm_90") == common.by_rule(1000, 3, 4)
-        assert launch(1025, 3, 4, "cpu") == common.by_rule(1025, 3, 4)
+        assert launch(1000, 3, 2, "cpu") == launch(513, 4, 2, "cpu") == other
+        assert launch(1000, 3, 2, "sm_90") == common.by_rule(1000, 3, 2)
+        assert launch(1025, 3, 2, "cpu") == common.by_rule(1025, 3, 2)
     finally:
         for cached in (common.tuned, launch):
             cached.cache_clear()
@@ -171,3 +172,23 @@ def test_what_is_launched_again_is_what_was_launched_first():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", LAUNCHES], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+UNTOUCHED = """
+import mmap
+import sys
+import torch
+import eekd.kernels.ensemble_kd
+
+memory = mmap.mmap(-1, 4 * 30000, prot=0)  # neither to be read nor written
+student = torch.frombuffer(memory, dtype=torch.float32).view(300, 100)
+upstream = torch.full((300,) if sys.argv[1] == "rows" else (), float(sys.argv[2]))
+torch.ops.eekd_triton.ensemble_kd_bwd(upstream, None, None, student, None, None, None)
+"""
+
+
+@pytest.mark.parametrize("of", ["all", "rows"])
+def test_the_backward_of_1_neither_reads_nor_writes_a_gradient(of):
+    for upstream, status in (("1", 0), ("2", -signal.SIGSEGV)):
+        run = subprocess.run([sys.executable, "-c", UNTOUCHED, of, upstream], env=INTERPRETED, capture_output=True)
+        assert run.returncode == status, run.stderr
