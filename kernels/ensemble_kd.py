@@ -338,12 +338,11 @@ def _write_embeddings(
 
 
 @triton.jit
-def _scale(
-    x, rows, columns, factor, stride, count, B, PER_ROW: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
-    """x (rows, columns) times factor / count, in place: one factor, or one per row, the same again after B rows."""
-    rows = rows.to(tl.int64)
-    columns = columns.to(tl.int64)
+def _scale(x, times, columns, factor, stride, count, B, PER_ROW: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr):
+    """x (times, B, columns) times factor / count, in place: one factor, or one for each of the B."""
+    one = tl.full([], 1, tl.int64)
+    rows = one * times * B
+    columns = one * columns
     n: tl.constexpr = N if PER_ROW else TILE
     r: tl.constexpr = TILE // n
     divisor = tl.full([], 1.0, factor.dtype.element_ty)
@@ -351,7 +350,7 @@ def _scale(
         divisor = tl.load(count).to(divisor.dtype)
     if not PER_ROW:
         columns = rows * columns
-        rows = tl.full([], 1, tl.int64)
+        rows = one
     across = tl.cdiv(columns, n)
     tiles = tl.cdiv(rows, r) * across
     if not PER_ROW:
@@ -374,13 +373,13 @@ def scale_kernel(
 ):  # fmt: skip
     """Scales the gradients that the forward wrote for an upstream gradient of 1; where it is 1, touches nothing."""
     if d_student is not None:
-        _scale(d_student, B, C, d_loss, loss_stride, count, B, PER_ROW, CP, TILE)
+        _scale(d_student, 1, C, d_loss, loss_stride, count, B, PER_ROW, CP, TILE)
     if d_scores is not None:
-        _scale(d_scores, B, M, d_attention_loss, attention_stride, count, B, ATTENTION_PER_ROW, MP, TILE)
+        _scale(d_scores, 1, M, d_attention_loss, attention_stride, count, B, ATTENTION_PER_ROW, MP, TILE)
     if d_query is not None:
-        _scale(d_query, B, D, d_attention_loss, attention_stride, count, B, ATTENTION_PER_ROW, DP, TILE)
+        _scale(d_query, 1, D, d_attention_loss, attention_stride, count, B, ATTENTION_PER_ROW, DP, TILE)
     if d_keys is not None:
-        _scale(d_keys, M * B, D, d_attention_loss, attention_stride, count, B, ATTENTION_PER_ROW, DP, TILE)
+        _scale(d_keys, M, D, d_attention_loss, attention_stride, count, B, ATTENTION_PER_ROW, DP, TILE)
 
 
 SCHEMA = (

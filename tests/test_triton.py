@@ -131,15 +131,15 @@ driver.set_active(Recorder())
 from eekd.kernels import ensemble_kd as kernels
 
 
-def step(student, snapshots, labels, upstream):
-    scores = torch.empty(len(student), 3)
-    outputs = [torch.empty(()), torch.empty(()), torch.empty_like(scores), torch.empty_like(student)]
+def step(student, snapshots, labels, upstream, *attention):
+    rows, count = len(student), len(snapshots) if len(snapshots) > 1 else len(snapshots[0])
+    outputs = [torch.empty_like(upstream), torch.empty_like(upstream), torch.empty(rows, count)]
+    grads = [torch.empty_like(x) if x is not None else None for x in (student, *attention)]
     launched.clear()
     kernels.ensemble_kd_fwd(
-        student, snapshots, labels, scores, None, None, 5.0, 0.5, False, False, True, -100,
-        *outputs, torch.empty_like(scores), None, None,
+        student, snapshots, labels, *attention, 5.0, 0.5, False, False, True, -100, *outputs, *grads
     )
-    kernels.ensemble_kd_bwd(upstream, upstream, None, outputs[3], scores, None, None)
+    kernels.ensemble_kd_bwd(upstream, upstream, None, *grads)
     # Tensors are new in every step, and so is what the profiler would be told; all else must be the same.
     return [
         [type(x) if isinstance(x, torch.Tensor) or type(x).__name__ == "LazyDict" else
@@ -148,21 +148,35 @@ def step(student, snapshots, labels, upstream):
     ]
 
 
-def made(rows, classes, whole=True, offset=0):
-    student, labels = torch.empty(rows, classes), torch.empty(rows, dtype=torch.long)
-    memory = torch.empty(3 * rows * classes + offset)[offset:].view(3, rows, classes)
-    return student, [memory] if whole else list(memory), labels, torch.ones(())
+def made(rows, classes, snapshots=3, whole=True, width=None, reduces=True, offset=0):
+    memory = torch.empty(snapshots * rows * classes + offset)[offset:].view(snapshots, rows, classes)
+    attention = torch.empty(rows, snapshots), None, None
+    if width:
+        attention = None, torch.empty(rows, width), torch.empty(snapshots, rows, width)
+    return (
+        torch.empty(rows, classes), [memory] if whole else list(memory), torch.empty(rows, dtype=torch.long),
+        torch.ones(() if reduces else rows), *attention,
+    )
 
 
-for rows, classes, whole in ((128, 100, True), (64, 1001, False), (4096, 8, True)):
-    first, second = (step(*made(rows, classes, whole)) for _ in range(2))
+expected = 0
+for shape in (
+    dict(rows=128, classes=100),
+    dict(rows=64, classes=1001, whole=False),
+    dict(rows=4096, classes=8),
+    dict(rows=1, classes=1, snapshots=1, width=1),  # where Triton takes an argument of 1 for a constant
+    dict(rows=1, classes=10, snapshots=1, reduces=False),
+    dict(rows=9, classes=1, snapshots=1, width=1, reduces=False),
+):
+    first, second = (step(*made(**shape)) for _ in range(2))
     names = [call[0] for call in first]
-    assert names == ["count_kernel"] * (rows > 2048) + ["rows_kernel", "sum_kernel", "scale_kernel"], names
+    counts, reduces = shape["rows"] > 2048, shape.get("reduces", True)
+    assert names == ["count_kernel"] * counts + ["rows_kernel"] + ["sum_kernel"] * reduces + ["scale_kernel"], names
     assert first == second and all(call[4] == 7 for call in first)
-kept = len(kernels.common._compiled)
-assert kept == 10, kept
+    expected += len(names)
+    assert len(kernels.common._compiled) == expected
 step(*made(128, 100, offset=1))  # where 16-byte accesses are wrong, what was compiled for them is not used
-assert launched[0][0] == "rows_kernel" and len(kernels.common._compiled) == kept
+assert launched[0][0] == "rows_kernel" and len(kernels.common._compiled) == expected
 vector = kernels.rows_kernel.arg_names.index("VECTOR") - len(kernels.rows_kernel.arg_names)
 assert launched[0][vector] == 1, launched[0][vector]
 """
