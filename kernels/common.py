@@ -14,20 +14,20 @@ from triton import next_power_of_2
 # A tile of R rows is held in registers as fp32: M snapshots, rounded up to a power of two, and three lines of the
 # student, all by a block of columns. These limits keep every variant free of spills on sm_80 to sm_120, which
 # tests/test_triton_aot.py asserts.
-PER_THREAD = 112  # numbers of a tile that is kept, of 255 registers
-PER_THREAD_STREAMED = 64  # beside the addresses of what is on its way
+PER_THREAD = 112  # numbers of a tile, of 255 registers
 ON_CHIP = 32768  # numbers of a tile that is read once and kept
-STREAMED = 16384  # numbers of a tile that is read, used and dropped
-WIDEST = 4096  # columns of it
-READ_AHEAD = 88 * 1024  # bytes of shared memory for tiles on their way; sm_120 has 99 KB
+STREAMED = 11264  # numbers of a tile that is read, used and dropped, by STREAMING_WARPS
+STREAMING_WARPS = 4
 PACKED = 512  # numbers below which a program takes several rows
+READ_AHEAD = 88 * 1024  # bytes of shared memory for tiles on their way; sm_120 has 99 KB
 TABLES = Path(__file__).with_name("launch")
 
 
 class Launch(NamedTuple):
     """How the rows of one shape are cut: `rows` per program, tiles of `block` columns, read once if `on_chip`.
 
-    Tiles that are not are read ahead of their use by `num_stages` - 1.
+    Tiles that are not are read ahead of their use by `num_stages` - 1. Up to `maxnreg` registers are used per thread,
+    whatever that costs in occupancy; None leaves it to the compiler, which would rather spill a few.
     """
 
     rows: int
@@ -35,6 +35,12 @@ class Launch(NamedTuple):
     on_chip: bool
     num_warps: int
     num_stages: int
+    maxnreg: int | None
+
+    @property
+    def options(self) -> dict[str, int]:
+        limits = {"maxnreg": self.maxnreg} if self.maxnreg and torch.version.hip is None else {}
+        return {"num_warps": self.num_warps} | limits
 
 
 def bucket(classes: int, snapshots: int, itemsize: int) -> str:
@@ -66,16 +72,16 @@ def launch(classes: int, snapshots: int, itemsize: int, architecture: str) -> La
 
 
 def by_rule(classes: int, snapshots: int, itemsize: int) -> Launch:
-    lines = (next_power_of_2(snapshots) + 3) * (2 if itemsize == 8 else 1)
-    block = next_power_of_2(classes)
-    on_chip = lines * block <= ON_CHIP
-    while not on_chip and (block > WIDEST or lines * block > STREAMED):
+    padded, block = next_power_of_2(snapshots), next_power_of_2(classes)
+    lines = (padded + 3) * (2 if itemsize == 8 else 1)
+    if lines * block <= ON_CHIP:
+        rows = next_power_of_2(max(1, PACKED // (lines * block)))
+        warps = next_power_of_2(-(-rows * lines * block // (32 * PER_THREAD)))
+        return Launch(rows, block, True, warps, 1, None)
+    while lines * block > STREAMED:
         block //= 2
-    rows = next_power_of_2(max(1, PACKED // (lines * block)))
-    per_warp = 32 * (PER_THREAD if on_chip else PER_THREAD_STREAMED)
-    warps = next_power_of_2(-(-rows * lines * block // per_warp))
-    tile = (next_power_of_2(snapshots) + 1) * block * itemsize
-    return Launch(rows, block, on_chip, warps, 1 if on_chip else min(3, 1 + READ_AHEAD // tile))
+    ahead = READ_AHEAD // ((padded + 1) * block * itemsize)
+    return Launch(1, block, False, STREAMING_WARPS, min(3, 1 + ahead), 255)
 
 
 class Alignment(NamedTuple):
@@ -104,8 +110,8 @@ KEPT = 1024  # compiled kernels by key
 _compiled = {}
 
 
-def start(kernel, grid: tuple[int, int, int], arguments: tuple, num_warps: int, key: tuple, aligned: bool) -> None:
-    """kernel[grid](*arguments), past Triton's examination of every argument where the key was met before.
+def start(kernel, grid: tuple[int, int, int], arguments: tuple, options: dict, key: tuple, aligned: bool) -> None:
+    """kernel[grid](*arguments, **options), past Triton's examination of every argument where the key was met before.
 
     The key determines all that Triton compiles for, but for the pointers: these are multiples of 16 bytes if `aligned`.
     """
@@ -113,7 +119,7 @@ def start(kernel, grid: tuple[int, int, int], arguments: tuple, num_warps: int, 
     if compiled is not None:
         compiled[grid](*arguments)
         return
-    compiled = kernel[grid](*arguments, num_warps=num_warps)  # None in the interpreter
+    compiled = kernel[grid](*arguments, **options)  # None in the interpreter
     if aligned and compiled is not None:
         if len(_compiled) >= KEPT:
             _compiled.clear()

@@ -338,12 +338,11 @@ def _write_embeddings(
 
 
 @triton.jit
-def _scale(
-    x, rows, columns, factor, stride, count, B, PER_ROW: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
-    """x (rows, columns) times factor / count, in place: one factor, or one per row, the same again after B rows."""
-    rows = rows.to(tl.int64)
-    columns = columns.to(tl.int64)
+def _scale(x, times, columns, factor, stride, count, B, PER_ROW: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr):
+    """x (times, B, columns) times factor / count, in place: one factor, or one for each of the B."""
+    one = tl.full([], 1, tl.int64)
+    rows = one * times * B
+    columns = one * columns
     n: tl.constexpr = N if PER_ROW else TILE
     r: tl.constexpr = TILE // n
     divisor = tl.full([], 1.0, factor.dtype.element_ty)
@@ -351,7 +350,7 @@ def _scale(
         divisor = tl.load(count).to(divisor.dtype)
     if not PER_ROW:
         columns = rows * columns
-        rows = tl.full([], 1, tl.int64)
+        rows = one
     across = tl.cdiv(columns, n)
     tiles = tl.cdiv(rows, r) * across
     if not PER_ROW:
@@ -374,13 +373,13 @@ def scale_kernel(
 ):  # fmt: skip
     """Scales the gradients that the forward wrote for an upstream gradient of 1; where it is 1, touches nothing."""
     if d_student is not None:
-        _scale(d_student, B, C, d_loss, loss_stride, count, B, PER_ROW, CP, TILE)
+        _scale(d_student, 1, C, d_loss, loss_stride, count, B, PER_ROW, CP, TILE)
     if d_scores is not None:
-        _scale(d_scores, B, M, d_attention_loss, attention_stride, count, B, ATTENTION_PER_ROW, MP, TILE)
+        _scale(d_scores, 1, M, d_attention_loss, attention_stride, count, B, ATTENTION_PER_ROW, MP, TILE)
     if d_query is not None:
-        _scale(d_query, B, D, d_attention_loss, attention_stride, count, B, ATTENTION_PER_ROW, DP, TILE)
+        _scale(d_query, 1, D, d_attention_loss, attention_stride, count, B, ATTENTION_PER_ROW, DP, TILE)
     if d_keys is not None:
-        _scale(d_keys, M * B, D, d_attention_loss, attention_stride, count, B, ATTENTION_PER_ROW, DP, TILE)
+        _scale(d_keys, M, D, d_attention_loss, attention_stride, count, B, ATTENTION_PER_ROW, DP, TILE)
 
 
 SCHEMA = (
@@ -392,11 +391,11 @@ SCHEMA = (
 
 
 class Plan(NamedTuple):
-    """A launch of `rows_kernel`: its grid, and what follows the tensors among its arguments."""
+    """A launch of `rows_kernel`: its grid, what follows the tensors among its arguments, and the compiler's options."""
 
     grid: tuple[int, int, int]
     numbers: tuple
-    num_warps: int
+    options: dict
 
 
 def plan(
@@ -442,7 +441,7 @@ def plan(
         ACC=tl.float64 if wide else tl.float32,
     )  # fmt: skip
     assert list(numbers) == rows_kernel.arg_names[-len(numbers) :]
-    return Plan((triton.cdiv(rows, cut.rows), 1, 1), tuple(numbers.values()), cut.num_warps)
+    return Plan((triton.cdiv(rows, cut.rows), 1, 1), tuple(numbers.values()), cut.options)
 
 
 _plans = {}  # of tensors that begin at multiples of 16 bytes
@@ -507,11 +506,11 @@ def ensemble_kd_fwd(
     with torch.cuda.device_of(student):
         if count is not None:
             counting = (labels, count, rows, ignore_index, 4096)
-            start(common.count_kernel, (1, 1, 1), counting, 8, ("count", device, *counting[2:]), aligned)
-        start(rows_kernel, grid, (*tensors, *planned.numbers), planned.num_warps, key, aligned)
+            start(common.count_kernel, (1, 1, 1), counting, {"num_warps": 8}, ("count", device, *counting[2:]), aligned)
+        start(rows_kernel, grid, (*tensors, *planned.numbers), planned.options, key, aligned)
         if reduces:
             sums = (parts, loss, attention_loss, grid[0], parts.stride(0), 1024)
-            start(common.sum_kernel, (1, 1, 1), sums, 4, ("sum", device, loss.dtype, grid[0]), aligned)
+            start(common.sum_kernel, (1, 1, 1), sums, {"num_warps": 4}, ("sum", device, loss.dtype, grid[0]), aligned)
 
 
 BWD_SCHEMA = (
@@ -561,7 +560,7 @@ def ensemble_kd_bwd(d_loss, d_attention_loss, count, d_student, d_scores, d_quer
     like = d_loss if d_loss is not None else d_attention_loss
     key = ("bwd", like.device, numbers, *dtypes)
     with torch.cuda.device_of(like):
-        start(scale_kernel, grid, (*tensors, *numbers), 4, key, pointers % 16 == 0)
+        start(scale_kernel, grid, (*tensors, *numbers), {"num_warps": 4}, key, pointers % 16 == 0)
 
 
 for _name, _schema, _op in (

@@ -36,11 +36,12 @@ def candidates(classes: int, snapshots: int, itemsize: int) -> list[Launch]:
     for warps in (1, 2, 4, 8, 16):
         for rows in (1, 2, 4, 8, 16):
             if 16 <= rows * lines * whole / (32 * warps) <= 160 and (rows == 1 or whole <= 256):
-                found.append(Launch(rows, whole, True, warps, 1))
+                found.append(Launch(rows, whole, True, warps, 1, None))
         for block, stages in itertools.product((512, 1024, 2048, 4096, 8192), (1, 2, 3, 4)):
             fits = (lines - 2) * block * itemsize * (stages - 1) <= common.READ_AHEAD
             if block < whole and fits and 16 <= lines * block / (32 * warps) <= 160:
-                found.append(Launch(1, block, False, warps, stages))
+                limits = (None, 255 if warps < 16 else 128)
+                found += [Launch(1, block, False, warps, stages, maxnreg) for maxnreg in limits]
     return list(dict.fromkeys(found))
 
 
@@ -80,22 +81,22 @@ def microseconds(cut: Launch, tensors: tuple, truth: dict) -> float | None:
         arguments = (student, logits, labels, scores, None, None, None, *outputs, None, None, *planned.numbers)
 
         def run(planned=planned, arguments=arguments):
-            return ensemble_kd.rows_kernel[planned.grid](*arguments, num_warps=planned.num_warps)
+            return ensemble_kd.rows_kernel[planned.grid](*arguments, **planned.options)
 
         for output in outputs:
             output.fill_(float("nan"))
+        start = time.perf_counter()
         try:
             compiled = run()
         except triton.runtime.errors.OutOfResources:
             return None
+        elapsed = time.perf_counter() - start
         for got, wanted in zip(outputs, truth[fusion], strict=True):
             error = (got[ends].double() - wanted).abs().max() / wanted.abs().max()
             if not error < (1e-4 if got.dtype == torch.float32 else 3e-2):
                 raise SystemExit(f"{cut} is wrong for {fusion} fusion of {tuple(logits.shape)}: error {error:.1e}")
         if compiled is None:  # in the interpreter
-            start = time.perf_counter()
-            run()
-            total += 1e6 * (time.perf_counter() - start)
+            total += 1e6 * elapsed
         elif compiled.n_spills:
             return None
         else:
@@ -108,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shape", action="append", metavar="M,C", help="only the bucket of this; repeatable")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="only this; repeatable")
     parser.add_argument("--out", type=Path, help="folder of the table; default: the package's, none with --tiny")
-    parser.add_argument("--tiny", action="store_true", help="small; on cpu where TRITON_INTERPRET=1")
+    parser.add_argument("--tiny", action="store_true", help="two small shapes; on cpu where TRITON_INTERPRET=1")
     args = parser.parse_args(argv)
     gpu = torch.cuda.is_available() and not ensemble_kd.INTERPRETED
     if not gpu and not (args.tiny and ensemble_kd.INTERPRETED):
@@ -127,7 +128,8 @@ def main(argv: list[str] | None = None) -> None:
     path = folder and folder / f"{architecture}.json"
     launches = json.loads(path.read_text())["launches"] if path and path.is_file() else {}
     print(f"{'bucket':>45} {'rule, µs':>9} {'best':>9}  launch")
-    for (snapshots, classes), name in itertools.product(shapes, args.dtype or DTYPES):
+    dtypes = args.dtype or (DTYPES[:1] if args.tiny else DTYPES)
+    for (snapshots, classes), name in itertools.product(shapes, dtypes):
         dtype = getattr(torch, name)
         bucket = common.bucket(classes, snapshots, dtype.itemsize)
         classes = next_power_of_2(classes)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -79,19 +80,19 @@ def test_the_tuner_writes_the_table_that_launches_come_from(tmp_path, monkeypatc
     run = subprocess.run([*command, "--tiny", "--out", tmp_path], env=INTERPRETED, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     written = json.loads((tmp_path / "cpu.json").read_text())["launches"]
-    assert len(written) == run.stdout.count("bytes") == 4
+    assert len(written) == run.stdout.count("bytes") == 2
     # As if another launch had been the fastest, by far.
-    bucket = common.bucket(1000, 3, 4)
-    other = common.by_rule(1000, 3, 4)._replace(block=512, on_chip=False, num_stages=2)
+    bucket = common.bucket(1000, 3, 2)
+    other = common.by_rule(1000, 3, 2)._replace(block=512, on_chip=False, num_stages=2, maxnreg=255)
     written[bucket]["launch"] = other._asdict()
     (tmp_path / "cpu.json").write_text(json.dumps({"launches": written}))
     monkeypatch.setattr(common, "TABLES", tmp_path)
     for cached in (common.tuned, launch):
         cached.cache_clear()
     try:
-        assert launch(1000, 3, 4, "cpu") == launch(513, 4, 4, "cpu") == other
-        assert launch(1000, 3, 4, "sm_90") == common.by_rule(1000, 3, 4)
-        assert launch(1025, 3, 4, "cpu") == common.by_rule(1025, 3, 4)
+        assert launch(1000, 3, 2, "cpu") == launch(513, 4, 2, "cpu") == other
+        assert launch(1000, 3, 2, "sm_90") == common.by_rule(1000, 3, 2)
+        assert launch(1025, 3, 2, "cpu") == common.by_rule(1025, 3, 2)
     finally:
         for cached in (common.tuned, launch):
             cached.cache_clear()
@@ -130,15 +131,15 @@ driver.set_active(Recorder())
 from eekd.kernels import ensemble_kd as kernels
 
 
-def step(student, snapshots, labels, upstream):
-    scores = torch.empty(len(student), 3)
-    outputs = [torch.empty(()), torch.empty(()), torch.empty_like(scores), torch.empty_like(student)]
+def step(student, snapshots, labels, upstream, *attention):
+    rows, count = len(student), len(snapshots) if len(snapshots) > 1 else len(snapshots[0])
+    outputs = [torch.empty_like(upstream), torch.empty_like(upstream), torch.empty(rows, count)]
+    grads = [torch.empty_like(x) if x is not None else None for x in (student, *attention)]
     launched.clear()
     kernels.ensemble_kd_fwd(
-        student, snapshots, labels, scores, None, None, 5.0, 0.5, False, False, True, -100,
-        *outputs, torch.empty_like(scores), None, None,
+        student, snapshots, labels, *attention, 5.0, 0.5, False, False, True, -100, *outputs, *grads
     )
-    kernels.ensemble_kd_bwd(upstream, upstream, None, outputs[3], scores, None, None)
+    kernels.ensemble_kd_bwd(upstream, upstream, None, *grads)
     # Tensors are new in every step, and so is what the profiler would be told; all else must be the same.
     return [
         [type(x) if isinstance(x, torch.Tensor) or type(x).__name__ == "LazyDict" else
@@ -147,21 +148,35 @@ def step(student, snapshots, labels, upstream):
     ]
 
 
-def made(rows, classes, whole=True, offset=0):
-    student, labels = torch.empty(rows, classes), torch.empty(rows, dtype=torch.long)
-    memory = torch.empty(3 * rows * classes + offset)[offset:].view(3, rows, classes)
-    return student, [memory] if whole else list(memory), labels, torch.ones(())
+def made(rows, classes, snapshots=3, whole=True, width=None, reduces=True, offset=0):
+    memory = torch.empty(snapshots * rows * classes + offset)[offset:].view(snapshots, rows, classes)
+    attention = torch.empty(rows, snapshots), None, None
+    if width:
+        attention = None, torch.empty(rows, width), torch.empty(snapshots, rows, width)
+    return (
+        torch.empty(rows, classes), [memory] if whole else list(memory), torch.empty(rows, dtype=torch.long),
+        torch.ones(() if reduces else rows), *attention,
+    )
 
 
-for rows, classes, whole in ((128, 100, True), (64, 1001, False), (4096, 8, True)):
-    first, second = (step(*made(rows, classes, whole)) for _ in range(2))
+expected = 0
+for shape in (
+    dict(rows=128, classes=100),
+    dict(rows=64, classes=1001, whole=False),
+    dict(rows=4096, classes=8),
+    dict(rows=1, classes=1, snapshots=1, width=1),  # where Triton takes an argument of 1 for a constant
+    dict(rows=1, classes=10, snapshots=1, reduces=False),
+    dict(rows=9, classes=1, snapshots=1, width=1, reduces=False),
+):
+    first, second = (step(*made(**shape)) for _ in range(2))
     names = [call[0] for call in first]
-    assert names == ["count_kernel"] * (rows > 2048) + ["rows_kernel", "sum_kernel", "scale_kernel"], names
+    counts, reduces = shape["rows"] > 2048, shape.get("reduces", True)
+    assert names == ["count_kernel"] * counts + ["rows_kernel"] + ["sum_kernel"] * reduces + ["scale_kernel"], names
     assert first == second and all(call[4] == 7 for call in first)
-kept = len(kernels.common._compiled)
-assert kept == 10, kept
+    expected += len(names)
+    assert len(kernels.common._compiled) == expected
 step(*made(128, 100, offset=1))  # where 16-byte accesses are wrong, what was compiled for them is not used
-assert launched[0][0] == "rows_kernel" and len(kernels.common._compiled) == kept
+assert launched[0][0] == "rows_kernel" and len(kernels.common._compiled) == expected
 vector = kernels.rows_kernel.arg_names.index("VECTOR") - len(kernels.rows_kernel.arg_names)
 assert launched[0][vector] == 1, launched[0][vector]
 """
@@ -171,3 +186,23 @@ def test_what_is_launched_again_is_what_was_launched_first():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", LAUNCHES], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+UNTOUCHED = """
+import mmap
+import sys
+import torch
+import eekd.kernels.ensemble_kd
+
+memory = mmap.mmap(-1, 4 * 30000, prot=0)  # neither to be read nor written
+student = torch.frombuffer(memory, dtype=torch.float32).view(300, 100)
+upstream = torch.full((300,) if sys.argv[1] == "rows" else (), float(sys.argv[2]))
+torch.ops.eekd_triton.ensemble_kd_bwd(upstream, None, None, student, None, None, None)
+"""
+
+
+@pytest.mark.parametrize("of", ["all", "rows"])
+def test_the_backward_of_1_neither_reads_nor_writes_a_gradient(of):
+    for upstream, status in (("1", 0), ("2", -signal.SIGSEGV)):
+        run = subprocess.run([sys.executable, "-c", UNTOUCHED, of, upstream], env=INTERPRETED, capture_output=True)
+        assert run.returncode == status, run.stderr

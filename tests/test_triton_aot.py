@@ -64,7 +64,7 @@ def arguments(count, classes, dtype, fusion, objective, attention="scores", whol
         empty(rows, count), student, *inputs,
     )  # fmt: skip
     named = zip(kernels.rows_kernel.arg_names, (*tensors, *planned.numbers), strict=True)
-    return dict(named) | {"num_warps": planned.num_warps}
+    return dict(named) | {"options": planned.options}
 
 
 def compiled(capability, arguments, of=None):
@@ -82,7 +82,7 @@ def compiled(capability, arguments, of=None):
             return POINTERS[value.dtype]
         return "fp64" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
 
-    options = {"num_warps": arguments.pop("num_warps")}
+    options = arguments.pop("options")
     for i, parameter in enumerate(of.params):
         value = arguments[parameter.name]
         if parameter.is_constexpr or value is None:
@@ -116,7 +116,7 @@ def check(folder, capability, snapshots, classes, dtype, fusion, objective, **ki
     assert sum(name.startswith(("LDL", "STL")) for name in names) <= SPILLED / 2
     assert kernel.metadata.shared <= SHARED_LIMIT[capability] * 1024
     # Every element of the tile in 16 bytes at a time, as often as the kernel visits it.
-    threads, visits = 32 * launched["num_warps"], 1 if launched["ON_CHIP"] else 2
+    threads, visits = 32 * launched["options"]["num_warps"], 1 if launched["ON_CHIP"] else 2
     elements = launched["R"] * (launched["MP"] + 1) * launched["BLOCK"]
     if not launched["ON_CHIP"]:  # and read ahead
         assert sum(name.startswith("LDGSTS") for name in names) >= visits
@@ -146,7 +146,7 @@ def test_the_backward_compiles_well(tmp_path, capability):
     }  # fmt: skip
     for per_row in (False, True):
         each = {"PER_ROW": per_row, "ATTENTION_PER_ROW": per_row, "loss_stride": per_row, "attention_stride": per_row}
-        launched = tensors | numbers | each | {"num_warps": 4}
+        launched = tensors | numbers | each | {"options": {"num_warps": 4}}
         stack, names = facts(compiled(capability, launched, kernels.scale_kernel), tmp_path)
         assert stack == 0 and not [name for name in names if name.startswith(("LDL", "STL"))]
         assert sum(name.startswith("LDG") and ".128" in name for name in names) >= 3
