@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
+from eekd.config import TITLES
+
 HERE = Path(__file__).parent
-TITLES = {"ce": "student, CE only", "last": "student, KD from the last snapshot", "attention": "student, EEKD"}
 
 
 def spread(values: list[float], scale: float = 1.0, sign: str = "") -> str:
@@ -38,7 +39,7 @@ def seeds(record: dict) -> str:
     ]
     for rows in zip(*(run["rows"] for run in runs), strict=True):
         first = rows[0]
-        name = TITLES.get(first["name"], first["name"])
+        name = f"student, {TITLES[first['name']]}" if first["kind"] == "student" else first["name"]
         name += f", epoch {first['epochs']}" if first["kind"] == "snapshot" else ""
         gain = (
             spread([r["gain"] for r in rows], 100, "+") if first["gain"] is not None and first["name"] != "ce" else ""
@@ -152,10 +153,7 @@ def plot(record: dict, path: Path) -> None:
         values = [100 * run["rows"][i]["test_accuracy"] for run in runs]
         right.plot([place] * len(values), values, "o", color="#4477aa", alpha=0.7, ms=4)
         right.plot([place - 0.2, place + 0.2], [mean(values)] * 2, color="#cc3311")
-    names = [
-        {"ce": "CE only", "last": "KD, last", "attention": "EEKD"}.get(rows[i]["name"], rows[i]["name"])
-        for i in students
-    ]
+    names = [TITLES[rows[i]["name"]] for i in students]
     right.set_xticks(range(len(names)), names)
     right.set(title="Students: each seed, and the mean", xlim=(-0.5, len(names) - 0.5), ylabel="test accuracy, %")
     for axes in (left, right):
