@@ -149,7 +149,7 @@ class Kernel {
       if (find != Find::lines) stats.target[0].max = largest<T>(load(target));
       exponentiate(target, target + kTile, n, k, find, stats.target[0]);
     }
-    read_line(a.student, b, tile * kTile, n, student);
+    read_line(a.student, b, tile * kTile, n, student, ahead(a.student));
     if (find != Find::lines) stats.soft.max = stats.hard.max = largest<T>(load(student));
     exponentiate(student, soft, n, k, find, stats.soft);
     if (has_ce) exponentiate(student, hard, n, T(kLog2e), find, stats.hard);
@@ -194,6 +194,7 @@ class Kernel {
       if (has_ce && a.labels[b] >= first && a.labels[b] < first + n)
         hard[a.labels[b] - first] -= row_scale * static_cast<T>(a.alpha);
       write_line(a.d_student, b * a.classes + first, a.student.dtype, n, hard);
+      if (ahead(a.student)) prefetch_to_write(a.d_student, b * a.classes + first + n, a.student.dtype, n);
     }
     for (int j = 0; j < w.used; ++j) {
       out.mean[j] = out.moved[j] = 0;
@@ -263,8 +264,8 @@ class Kernel {
   }
 
  private:
-  // From an element to the one in its place in the next row or tile, to be prefetched; 0 where all is in cache. One
-  // snapshot after the other gives stretches too short for the processor to fetch ahead by itself.
+  // From an element to the one in its place in the next row or tile, to be prefetched; 0 where all is in cache. The
+  // stretches of a row or tile are too short for the processor to fetch ahead by itself.
   int64_t ahead(const Matrix& x) const {
     if (a.rows * a.classes * (snapshots + 1) < kInCache) return 0;
     return a.classes <= kTile ? x.stride : kTile;
@@ -340,11 +341,17 @@ class Kernel {
     const int n = size(tile);
     with_elements_of(a.snapshot[0], b, tile, [&](auto first) {
       decltype(first) z[kMaxSnapshots];
-      for (int j = 0; j < w.used; ++j)
+      int64_t next[kMaxSnapshots];
+      for (int j = 0; j < w.used; ++j) {
+        next[j] = ahead(a.snapshot[w.id[j]]);
         with_elements_of(a.snapshot[w.id[j]], b, tile, [&](auto p) { z[j] = reinterpret_cast<decltype(first)>(p); });
+      }
       for (int i = 0; i < n; i += Simd<T>::width) {
         Vec<T> mixed = {};
-        for (int j = 0; j < w.used; ++j) mixed += load_from<T>(z[j] + i, n - i) * w.w[j];
+        for (int j = 0; j < w.used; ++j) {
+          if (next[0]) prefetch(z[j], i + next[j]);
+          mixed += load_from<T>(z[j] + i, n - i) * w.w[j];
+        }
         store(line + i, mixed);
       }
     });

@@ -234,9 +234,12 @@ inline T read(const Matrix& a, int64_t row, int64_t column) {
 
 // line[0, n) = elements [column, column + n) of a row, converted, and padded with -inf to a whole vector.
 template <class T>
-inline void read_line(const Matrix& a, int64_t row, int64_t column, int n, T* line) {
+inline void read_line(const Matrix& a, int64_t row, int64_t column, int n, T* line, int64_t ahead = 0) {
   with_elements(a.data, a.dtype, row * a.stride + column, [=](auto p) {
-    for (int i = 0; i < n; i += Simd<T>::width) store(line + i, load_from<T>(p + i, n - i));
+    for (int i = 0; i < n; i += Simd<T>::width) {
+      if (ahead) prefetch(p, i + ahead);
+      store(line + i, load_from<T>(p + i, n - i));
+    }
   });
 }
 
@@ -286,6 +289,14 @@ inline void write_line(void* p, int64_t offset, DType dtype, int n, const T* __r
       break;
     }
   }
+}
+
+// Asks the cache for the n elements at p[offset], which need not exist, to write to them.
+inline void prefetch_to_write(const void* p, int64_t offset, DType dtype, int n) {
+  with_elements(p, dtype, offset, [=](auto to) {
+    const auto begin = reinterpret_cast<uintptr_t>(to);
+    for (uintptr_t i = 0; i < n * sizeof(*to); i += 64) __builtin_prefetch(reinterpret_cast<const void*>(begin + i), 1, 2);
+  });
 }
 
 }  // namespace eekd::EEKD_ISA
