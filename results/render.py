@@ -107,6 +107,8 @@ def bandwidth(record: dict, path: Path) -> str | None:
                     line[row["shape"][2]] = r["percent_of_copy"]
     if not figures:
         return "the copy bandwidth was not measured"
+    if len({row["shape"][2] for row in record["rows"]}) < 2:
+        return "one number of classes makes no curve"
     import matplotlib
 
     matplotlib.use("svg")
