@@ -14,7 +14,7 @@ manifest.json:
     run                              the teacher's run folder, relative to the bank
     views, samples, snapshots, classes, features    V, N, M, C, D (0: none are stored)
     dtype, shard_rows                float16 or bfloat16; samples in a shard, the last one perhaps fewer
-    projection                       null, or of the features, which then are u R: from (their own width), seed
+    projection                       null, or of the features, which then are u R: width (their own), seed
     teacher                          spec (of eekd.models.build), sha256 of the M snapshot files
     images                           what the snapshots saw: data, image_size, train_limit, val_fraction,
                                      split_seed, fingerprint; augment, seed; examples: SHA-256 of 16 images of view 0
@@ -91,6 +91,9 @@ class LogitBank:
         In the stored dtype, on the device of `index`, as transposed views of (B, M, …) memory. ValueError for a
         view or sample that is not in the bank, and for a damaged shard, which it names.
         """
+        if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim != 1:
+            got = f"{index.dtype} of shape {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
+            raise TypeError(f"index must be int64 of shape (B,), got {got}")
         logits, *features = self._gather(view, index.cpu(), len(self._widths), pinned=False)
         logits, *features = (x.to(index.device).transpose(0, 1) for x in (logits, *features))
         return logits, features[0] if features else None
@@ -150,8 +153,8 @@ class LogitBank:
         """The (B, M, C) and, for two kinds, (B, M, D) memory of samples on the CPU."""
         if view not in range(self.views):
             raise ValueError(f"view must be from 0 to {self.views - 1}, got {view}")
-        if len(index) and not 0 <= (least := index.min().item()) <= (most := index.max().item()) < len(self):
-            raise ValueError(f"index must be from 0 to {len(self) - 1}, got {least} to {most}")
+        if len(index) and (index.min() < 0 or index.max() >= len(self)):
+            raise ValueError(f"index must be from 0 to {len(self) - 1}, got {index.min()} to {index.max()}")
         dtype = DTYPES[self.manifest["dtype"]]
         out = [torch.empty(len(index), self.snapshots, width, dtype=dtype, pin_memory=pinned)
                for width in self._widths[:kinds]]  # fmt: skip
@@ -194,15 +197,14 @@ def images_of(data, loader, **split) -> dict:
     }  # fmt: skip
 
 
-def projection(**sizes: int) -> Tensor:
-    """R (from, to): entries ±1/sqrt(to) from SHAKE-256 of the seed, so products of features are kept on average.
+def projection(width: int, to: int, seed: int) -> Tensor:
+    """R (width, to): entries ±1/sqrt(to) from SHAKE-256 of the seed, so that products of features stay on average.
 
     Source: Achlioptas, "Database-friendly random projections" (2003).
     """
-    start, end, seed = (sizes[name] for name in ("from", "to", "seed"))
-    data = hashlib.shake_256(f"eekd {seed}".encode()).digest(-(-start * end // 8))
-    bits = torch.from_numpy(np.unpackbits(np.frombuffer(data, np.uint8))[: start * end].reshape(start, end))
-    return (bits.float() * 2 - 1) / end**0.5
+    data = hashlib.shake_256(f"eekd {seed}".encode()).digest(-(-width * to // 8))
+    bits = torch.from_numpy(np.unpackbits(np.frombuffer(data, np.uint8))[: width * to].reshape(width, to))
+    return (bits.float() * 2 - 1) / to**0.5
 
 
 def _check(path: Path, manifest) -> None:
@@ -223,7 +225,7 @@ def _check(path: Path, manifest) -> None:
         "features": lambda value: counts(value, least=0),
         "run": lambda value: isinstance(value, str),
         "dtype": lambda value: value in list(DTYPES),
-        "projection": lambda value: value is None or value.keys() == {"from", "seed"} and counts(value["from"])
+        "projection": lambda value: value is None or value.keys() == {"width", "seed"} and counts(value["width"])
         and counts(value["seed"], least=0),
         "teacher": lambda value: len(value["sha256"]) == manifest["snapshots"] and hashes(value["sha256"]),
         "images": lambda value: {"fingerprint", "augment", "examples"} <= value.keys()

@@ -143,7 +143,7 @@ def _settings(flags: Flags, session: Session, ensemble: SnapshotEnsemble, loader
     return {
         "format": FORMAT, "eekd": eekd.__version__, "precision": session.config.precision,
         "samples": samples, "snapshots": snapshots, "classes": classes, "features": width, "dtype": flags.dtype,
-        "projection": {"from": own, "seed": 0} if 0 < width < own else None,
+        "projection": {"width": own, "seed": 0} if 0 < width < own else None,
         "shard_rows": max(1, min(SHARD_ROWS, SHARD_BYTES // (2 * snapshots * (classes + width)))),
         "teacher": {"spec": spec, "sha256": list(ensemble.hashes)},
         "images": images_of(session.data, loader, **split),
