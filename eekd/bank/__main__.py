@@ -102,14 +102,15 @@ def write(flags: Flags, console: Console) -> None:
         row = sum(stored[0].nbytes for stored in ask(images).values())
         seconds = missing * (time.perf_counter() - start) / len(images)
         out.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out).free
-        if free < missing * row * world:
-            size = filesize.decimal(missing * row * world)
-            raise OSError(f"the disk of {out} has {filesize.decimal(free)} left, and the bank needs {size} more")
+        total, free = flags.views * samples, shutil.disk_usage(out).free
+        left = min(missing * world, total)
+        if free < left * row:
+            free, needed = filesize.decimal(free), filesize.decimal(left * row)
+            raise OSError(f"the disk of {out} has {free} left, and the bank needs {needed} more")
         console.print(
             f"{flags.views} views x {samples:,} images x {settings['snapshots']} snapshots in {len(shards)} shards, "
-            f"{filesize.decimal(flags.views * samples * row)}: {missing * world:,} of {flags.views * samples:,} rows "
-            f"to write, in about {seconds:.0f} s", highlight=False, soft_wrap=True,
+            f"{filesize.decimal(total * row)}: {left:,} of {total:,} rows to write, in about {seconds:.0f} s",
+            highlight=False, soft_wrap=True,
         )  # fmt: skip
     batches = loader.replay([(view, part) for _, view, index in todo for part in index.split(batch)])
     with _bar(console) as bar:
