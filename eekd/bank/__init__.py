@@ -17,7 +17,7 @@ manifest.json:
     projection                       null, or of the features, which then are u R: width (their own), seed
     teacher                          spec (of eekd.models.build), sha256 of the M snapshot files
     images                           what the snapshots saw: data, image_size, train_limit, val_fraction,
-                                     split_seed, fingerprint; augment, seed; examples: SHA-256 of 16 images of view 0
+                                     split_seed, fingerprint; augment, seed; augmented_sha256 of 16 images of view 0
     shards                           SHA-256 of every shard by the name of its file
 """
 
@@ -137,7 +137,7 @@ class LogitBank:
         name the one that differs.
         """
         made, now = self.manifest["images"], images_of(data, loader, **split)
-        names = ["augment", "seed", "examples"]
+        names = ["augment", "seed", "augmented_sha256"]
         if made["fingerprint"] != now["fingerprint"]:
             names = [name for name in now if name not in names]
         for name in names:
@@ -189,11 +189,11 @@ def shard_names(views: int, samples: int, shard_rows: int) -> list[str]:
 def images_of(data, loader, **split) -> dict:
     """What a manifest says of the images that a Loader over `data` shows."""
     index = torch.linspace(0, len(loader.split) - 1, EXAMPLES).long()
-    examples = next(loader.replay([(0, index)])).images.cpu().contiguous()
+    augmented = next(loader.replay([(0, index)])).images.cpu().contiguous()
     return {
         "data": data.name, "image_size": data.image_size, **split, "fingerprint": data.fingerprint,
         "augment": loader.augment, "seed": loader.view_seed,
-        "examples": hashlib.sha256(examples.numpy()).hexdigest(),
+        "augmented_sha256": hashlib.sha256(augmented.numpy()).hexdigest(),
     }  # fmt: skip
 
 
@@ -228,7 +228,7 @@ def _check(path: Path, manifest) -> None:
         "projection": lambda value: value is None or value.keys() == {"width", "seed"} and counts(value["width"])
         and counts(value["seed"], least=0),
         "teacher": lambda value: len(value["sha256"]) == manifest["snapshots"] and hashes(value["sha256"]),
-        "images": lambda value: {"fingerprint", "augment", "examples"} <= value.keys()
+        "images": lambda value: {"fingerprint", "augment", "augmented_sha256"} <= value.keys()
         and counts(value["seed"], least=0),
         "shards": lambda value: counts(*sizes) and len(value) == sizes[0] * -(-sizes[1] // sizes[2])
         and list(value) == shard_names(*sizes) and hashes(value.values()),

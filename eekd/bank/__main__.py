@@ -130,6 +130,8 @@ def write(flags: Flags, console: Console) -> None:
         distributed.destroy_process_group()
     if rank == 0:
         known = {name: hashes.get(name) or _whole(out / name, settings) for name, _ in shards}
+        if lost := [name for name in known if not known[name]]:
+            raise OSError(f"{out / lost[0]} is missing or damaged: start again to write it")
         place = {"run": os.path.relpath(run, out), "views": flags.views}
         write_json_atomic(out / MANIFEST, {**settings, "commit": commit(), **place, "shards": known})
         console.print(f"{out} is whole", highlight=False, soft_wrap=True)
