@@ -226,9 +226,12 @@ def test_what_is_missing_or_damaged_is_written_again(run, copy, capsys):
     (folder / "view-0-shard-1.safetensors").unlink()
     flip_a_bit(folder / "view-1-shard-0.safetensors")
     os.truncate(folder / "view-2-shard-2.safetensors", 100)
+    shutil.copy(folder / "view-0-shard-2.safetensors", folder / "view-1-shard-2.safetensors")
+    renamed = (folder / "view-2-shard-0.safetensors").read_bytes().replace(b'"logits"', b'"mogits"')
+    (folder / "view-2-shard-0.safetensors").write_bytes(renamed)
     kept = (folder / "view-0-shard-0.safetensors").stat().st_mtime_ns
     make(copy, "--views", 3)
-    assert "9 shards" in (told := capsys.readouterr().out) and "150 of 450 rows to write" in told
+    assert "9 shards" in (told := capsys.readouterr().out) and "236 of 450 rows to write" in told
     assert content(folder) == before and (folder / "view-0-shard-0.safetensors").stat().st_mtime_ns == kept
     make(copy, "--views", 3)
     assert "rows to write" not in capsys.readouterr().out and content(folder) == before

@@ -122,7 +122,7 @@ def write(flags: Flags, console: Console) -> None:
                 bar.advance(task, len(part))
             tensors = {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
             # One entry: safetensors writes several in any order, and a shard's bytes must not depend on it.
-            known = {"bank": json.dumps({**settings, "sha256": _digest(tensors)})}
+            known = {"bank": json.dumps({**settings, "file": name, "sha256": _digest(tensors)})}
             hashes[name] = save_tensors(out / name, tensors, known)
     if world > 1:
         distributed.init_process_group("gloo")
@@ -181,7 +181,7 @@ def _whole(path: Path, settings: dict) -> str | None:
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         made = json.loads(header["bank"])
-        if made["sha256"] != _digest(tensors):
+        if (made["file"], made["sha256"]) != (path.name, _digest(tensors)):
             return None
     except Exception:  # damaged bytes make the readers raise whatever they stumble over
         return None
@@ -195,6 +195,7 @@ def _whole(path: Path, settings: dict) -> str | None:
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].contiguous().view(torch.int16).numpy())
     return digest.hexdigest()
 
