@@ -14,6 +14,7 @@ arXiv 2202.12488 (2022).
 __version__ = "0.1.0"
 
 from eekd.attention import SnapshotAttention
+from eekd.bank import LogitBank
 from eekd.features import LastFeatures
 from eekd.losses import EEKDLoss
 from eekd.ops import EnsembleKD, ensemble_kd, use_backend
@@ -23,6 +24,7 @@ __all__ = [
     "EEKDLoss",
     "EnsembleKD",
     "LastFeatures",
+    "LogitBank",
     "SnapshotAttention",
     "SnapshotEnsemble",
     "SnapshotRecorder",

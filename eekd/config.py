@@ -165,6 +165,7 @@ class Config(_Checked):
     workers: int = 0  # processes that decode images; 0: none
     teacher: Teacher = Teacher()
     teacher_run: str | None = None  # an earlier run whose teacher to use (--teacher RUN)
+    bank: str | None = None  # a logit bank of that teacher to read instead of running it (--bank PATH)
     student: Student = Student()
     students: tuple[Weighting, ...] = ("ce", "last", "attention")  # one student is trained for each
     seed: int = 0  # of weights, order and augmentation

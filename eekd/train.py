@@ -9,6 +9,7 @@ from typing import Annotated, Literal, get_args, get_origin
 
 import torch
 
+from eekd.bank import LogitBank
 from eekd.config import TITLES, Config, nearest, preset
 from eekd.trainers import Session, prepare, train
 from eekd.trainers.plan import plan
@@ -28,7 +29,7 @@ class Flags:
     """Trains a teacher, keeps its snapshots and distils students.
 
     The first word "teacher" trains the teacher only; "student --teacher RUN" students only, from the teacher
-    of an earlier run.
+    of an earlier run; "student --bank PATH" the same without running it.
     """
 
     preset: str | None = None  # start from these settings (None: digits)
@@ -45,6 +46,7 @@ class Start:
     preset: str | None = None
     config: str | None = None
     teacher_run: str | None = None
+    bank: str | None = None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,12 +91,12 @@ def parse(argv: list[str]) -> Flags:
     start = tyro.cli(Start, args=flags, return_unknown_args=True, add_help=False)[0]
     settings = _start(start)
     if command == "teacher":
-        settings = replace(settings, students=(), teacher_run=None)
+        settings = replace(settings, students=(), teacher_run=None, bank=None)
     with _literals():
         parsed = tyro.cli(Flags, prog="python -m eekd.train", args=flags, default=Flags(settings=settings))
     chosen = parsed.settings
     if command == "student" and not chosen.teacher_run:
-        raise ValueError("student needs --teacher RUN, the run folder whose teacher to use")
+        raise ValueError("student needs --teacher RUN, the run folder whose teacher to use, or --bank PATH")
     if chosen.teacher_run and chosen.teacher != settings.teacher:
         raise ValueError(f"the teacher's settings are those of {chosen.teacher_run} and cannot be changed")
     return parsed
@@ -105,12 +107,13 @@ def _start(start: Start) -> Config:
     if start.preset and start.config:
         raise ValueError("give --preset or --config, not both")
     settings = Config.load(start.config) if start.config else preset(start.preset or "digits")
-    if not start.teacher_run:
+    folder = start.teacher_run or (str(LogitBank.open(start.bank).run) if start.bank else None)
+    if not folder:
         return settings
-    run = Config.load(Path(start.teacher_run, "config.json"))
+    run = Config.load(Path(folder, "config.json"))
     if not start.preset and not start.config:
-        settings = replace(run, students=run.students or settings.students)
-    return replace(settings, teacher=run.teacher, teacher_run=start.teacher_run)
+        settings = replace(run, students=run.students or settings.students, bank=None)
+    return replace(settings, teacher=run.teacher, teacher_run=folder)
 
 
 def _literals() -> ConstructorRegistry:

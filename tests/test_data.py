@@ -930,6 +930,28 @@ def test_a_view_can_be_replayed_in_another_order(kind):
     assert torch.equal(first.images[first.index.argsort()], second.images[second.index.argsort()])
 
 
+def test_views_take_turns_under_a_seed_of_their_own():
+    loader = Loader(split_of(), batch_size=100, augment="crop", seed=1, views=3, view_seed=2)
+    (other,) = Loader(split_of(), batch_size=100, augment="crop", seed=2).replay([(1, torch.arange(100))])
+    loader.set_epoch(4)
+    (batch,) = loader
+    order = Loader(split_of(), batch_size=100, seed=1)
+    order.set_epoch(4)
+    assert torch.equal(batch.index, order.indices()[0])
+    assert torch.equal(batch.images, other.images[batch.index])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_of_several_views_are_replayed_in_the_order_asked_for(encoded, workers):
+    work = [(2, torch.tensor([5, 1])), (0, torch.tensor([1])), (2, torch.tensor([1, 5, 0]))]
+    for split in encoded:
+        loader = Loader(split, batch_size=8, augment="imagenet", workers=workers)
+        first, second, third = loader.replay(work)
+        assert [batch.index.tolist() for batch in (first, second, third)] == [index.tolist() for _, index in work]
+        assert torch.equal(first.images, third.images[[1, 0]]) and torch.equal(first.labels, split.labels[[5, 1]])
+        assert not torch.equal(second.images[0], first.images[1])
+
+
 def test_iterating_draws_no_global_random_numbers(encoded):
     state = torch.get_rng_state()
     for split in encoded:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from eekd import train
+from eekd.bank import __main__ as bank
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,9 +35,23 @@ def a_users_names() -> dict:
     }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder runs/teacher with a small bank in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("docs"))
+        teacher = "--teacher.model resnet8_w4 --teacher.epochs 2 --teacher.snapshots 2 --device cpu"
+        assert train.main(["teacher", *teacher.split(), "--out", "runs/teacher"]) == 0
+        assert bank.main(["--teacher", "runs/teacher", "--views", "2"]) == 0
+        torch.use_deterministic_algorithms(False)
+        return Path("runs").resolve()
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
-def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
+def test_the_examples_of_a_page_run(page, request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if "LogitBank" in page.read_text():
+        Path("runs").symlink_to(request.getfixturevalue("runs"))
     names = a_users_names()
     if "init_process_group" in page.read_text():
         with socket.socket() as free:
@@ -53,12 +68,16 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
 
 def commands() -> list[str]:
     lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
-    return [line for line in lines if line.startswith("python -m eekd.train")]
+    return [line for line in lines if line.startswith(("python -m eekd.train", "python -m eekd.bank"))]
 
 
 @pytest.mark.parametrize("command", commands())
-def test_the_command_lines_parse(command, tmp_path, monkeypatch):
+def test_the_command_lines_parse(command, request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if "bank" in command:
+        Path("runs").symlink_to(request.getfixturevalue("runs"))
+        (bank if " eekd.bank " in command else train).parse(shlex.split(command)[3:])
+        return
     for run in re.findall(r"runs/\w+", command):
         Path(run).mkdir(parents=True, exist_ok=True)
         Path(run, "config.json").write_text(train.Config().to_json())

@@ -1,6 +1,6 @@
 """Batches of normalised images on the device; order and augmentation depend on (seed, epoch, sample) only."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,9 +23,10 @@ class Batch(NamedTuple):
 class Loader:
     """Batches of a split on `device`, once through per iteration.
 
-    train=True shuffles by a hash of (seed, epoch, sample) and augments by one of (seed, view, sample);
-    train=False does neither. A split in memory moves to the device whole; an encoded one is decoded by
-    `workers` processes (0: by this one).
+    train=True shuffles by a hash of (seed, epoch, sample) and augments by one of (view_seed, view, sample);
+    train=False does neither. The view is the epoch, modulo `views` where given, and view_seed is `seed` where
+    not given: a logit bank names both. A split in memory moves to the device whole; an encoded one is decoded
+    by `workers` processes (0: by this one).
 
     Rank r of `world_size` takes every world_size-th sample from the r-th on, so that the k-th batches of all
     ranks together are the k-th batch of one loader world_size times as large. In training every rank gets
@@ -37,7 +38,7 @@ class Loader:
     def __init__(
         self, split: Split, *, batch_size: int, augment: str = "none", seed: int = 0,
         device: str | torch.device = "cpu", train: bool = True, drop_last: bool = False, workers: int = 0,
-        rank: int = 0, world_size: int = 1,
+        rank: int = 0, world_size: int = 1, views: int | None = None, view_seed: int | None = None,
     ):  # fmt: skip
         if not isinstance(split, Split):
             raise TypeError(f"split is a {type(split).__name__}, wanted a Split such as load(...).train")
@@ -46,6 +47,8 @@ class Loader:
         self.split, self.train, self.drop_last = split, train, drop_last
         self.augment = augment if train else "none"
         self.seed = check_int("seed", seed)
+        self.views = None if views is None else check_int("views", views, 1)
+        self.view_seed = seed if view_seed is None else check_int("view_seed", view_seed)
         self.batch_size = check_int("batch_size", batch_size, 1)
         self.world_size = check_int("world_size", world_size, 1)
         self.rank = check_int("rank", rank, 0)
@@ -64,7 +67,7 @@ class Loader:
         if self._encoded:
             self._work = []  # of the epoch: (view, samples of a batch), each batch for one process
             self._decoder = DataLoader(
-                _Decoder(split.images, seed, crop=self.augment == "imagenet"), batch_size=None,
+                _Decoder(split.images, self.view_seed, crop=self.augment == "imagenet"), batch_size=None,
                 sampler=self._work, num_workers=workers,
                 persistent_workers=workers > 0, pin_memory=self.device.type == "cuda",
                 generator=torch.Generator(),  # else every epoch would draw from the global one
@@ -73,9 +76,11 @@ class Loader:
             self._images = split.images.to(self.device)
 
     def set_epoch(self, epoch: int, view: int | None = None):
-        """Makes the next iteration that of `epoch`, augmented as `view`, which by default is the epoch."""
+        """Makes the next iteration that of `epoch`, augmented as `view`: by default the epoch, modulo `views`."""
         self.epoch = check_int("epoch", epoch, 0)
-        self.view = epoch if view is None else check_int("view", view, 0)
+        if view is None:
+            view = epoch % self.views if self.views else epoch
+        self.view = check_int("view", view, 0)
 
     def _num_samples(self) -> int:
         each, rest = divmod(len(self.split), self.world_size)
@@ -85,25 +90,31 @@ class Loader:
         full, rest = divmod(self._num_samples(), self.batch_size)
         return full + (rest > 0 and not self.drop_last)
 
-    def _indices(self, device) -> tuple[Tensor, ...]:
-        """The samples of each of the epoch's batches on this rank."""
+    def indices(self, device: str | torch.device = "cpu") -> tuple[Tensor, ...]:
+        """The samples of each of the epoch's batches on this rank, as `Batch.index` will name them."""
         order = torch.arange(len(self.split), device=device)
         if self.train:
             order = random_bits(self.seed, self.epoch, ORDER, order).argsort(stable=True)
         return order[self.rank :: self.world_size][: self._num_samples()].split(self.batch_size)[: len(self)]
 
     def __iter__(self) -> Iterator[Batch]:
-        seed, view = self.seed, self.view
+        indices = self.indices("cpu" if self._encoded else self.device)
+        return self.replay([(self.view, index) for index in indices])
+
+    def replay(self, work: Sequence[tuple[int, Tensor]]) -> Iterator[Batch]:
+        """A batch for each (view, index) of `work`: the samples `index` (B,) int64 augmented as that view."""
+        seed, work = self.view_seed, list(work)
         if self._encoded:
-            self._work[:] = [(view, index) for index in self._indices("cpu")]
-            for index, images in self._decoder:
+            self._work[:] = work
+            for (view, _), (index, images) in zip(work, self._decoder, strict=True):
                 index, images = (x.to(self.device, non_blocking=True) for x in (index, images))
                 if self.augment == "imagenet":  # the crop was cut where the image was decoded
                     yield self._batch(random_flip(images, index, seed=seed, view=view), index)
                 else:
                     yield self._batch(augment(images, index, kind=self.augment, seed=seed, view=view), index)
         else:
-            for index in self._indices(self.device):
+            for view, index in work:
+                index = index.to(self.device)
                 images = augment(self._images[index], index, kind=self.augment, seed=seed, view=view)
                 yield self._batch(images, index)
 

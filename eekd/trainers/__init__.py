@@ -7,13 +7,14 @@ import time
 from pathlib import Path
 
 from eekd import models
+from eekd.bank import LogitBank
 from eekd.checkpoint import read_json, write_json_atomic
 from eekd.config import Config
 from eekd.features import LastFeatures
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.trainers.folder import FORMAT, new_folder, summary_writer, write_settings
 from eekd.trainers.loop import Progress, Session, quiet
-from eekd.trainers.student import train_student
+from eekd.trainers.student import check_bank, train_student
 from eekd.trainers.teacher import train_teacher
 
 __all__ = ["Session", "prepare", "train", "train_student", "train_teacher"]
@@ -24,9 +25,9 @@ def train(
 ) -> Path:
     """Trains the teacher and then every student; returns the run folder, described in eekd.trainers.folder.
 
-    With config.teacher_run no teacher is trained, without config.students no student. What is wrong with the
-    settings is raised by `prepare`, before anything is written; FileExistsError where `out` holds anything.
-    `session` is what `prepare` returned for this config, to save doing it again.
+    With config.teacher_run or config.bank no teacher is trained, without config.students no student. What is
+    wrong with the settings is raised by `prepare`, before anything is written; FileExistsError where `out` holds
+    anything. `session` is what `prepare` returned for this config, to save doing it again.
     """
     start, session = time.perf_counter(), session or prepare(config)
     config = session.config
@@ -48,10 +49,12 @@ def train(
 def prepare(config: Config) -> Session:
     """Loads the data and finds what would stop the run later: an unknown name, a teacher that does not fit.
 
-    The teacher's settings become those of config.teacher_run, where there is one.
+    The teacher's settings become those of config.teacher_run, where there is one; a bank knows its teacher_run.
     """
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise ValueError(f"WORLD_SIZE is {processes}, and training runs in one process: start it without torchrun")
+    if config.bank and not config.teacher_run:
+        config = dataclasses.replace(config, teacher_run=str(LogitBank.open(config.bank).run))
     earlier = Path(config.teacher_run) if config.teacher_run else None
     if earlier:
         config = dataclasses.replace(config, teacher=Config.load(earlier / "config.json").teacher)
@@ -61,10 +64,18 @@ def prepare(config: Config) -> Session:
     for phase in (config.teacher, config.student):
         LastFeatures(models.build(**session.spec(phase)))
     if earlier:
-        if read_json(earlier / "environment.json")["data"]["fingerprint"] != session.data.fingerprint:
-            raise ValueError(f"teacher_run {earlier} was trained on other images than {config.data}")
+        if session.bank:
+            loader = session.loader("train", config.student, train=True)
+            check_bank(session, loader, earlier / "teacher", config.students)
+        check_data(session, earlier)
         SnapshotEnsemble.load(earlier / "teacher")
     return session
+
+
+def check_data(session: Session, run: Path) -> None:
+    """ValueError unless the session has the images that the teacher of `run` was trained on."""
+    if read_json(run / "environment.json")["data"]["fingerprint"] != session.data.fingerprint:
+        raise ValueError(f"teacher_run {run} was trained on other images than {session.config.data}")
 
 
 def table(teacher: Path, students: list[Path]) -> list[dict]:

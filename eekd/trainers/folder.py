@@ -24,7 +24,7 @@ metrics.jsonl has one object per epoch; metrics.csv the same, a list spread over
     train_accuracy          of the network in training mode, on augmented images
     val_loss, val_accuracy  cross-entropy and accuracy on the validation images
     seconds                 of training in the epoch, validation left out
-    seconds_teacher         forward of the snapshots (0 where there are none)
+    seconds_teacher         forward of the snapshots (0 where there are none), or the wait for their logit bank
     seconds_forward         forward of the network being trained
     seconds_backward        loss, backward and optimiser step; what remains of `seconds` is the wait for data
 
@@ -44,8 +44,9 @@ different classes.
 
 student.json: format, weighting, spec (of eekd.models.build), file, sha256, attention_sha256 (or null), loss
 (its settings), weights (at the end, or null), seed, commit, val and test (loss, accuracy), seconds_per_epoch,
-and teacher: null for ce, else run (relative to this folder), spec, and snapshots: file, sha256 and step of
-each that taught.
+and teacher: null for ce, else run (relative to this folder), spec, snapshots: file, sha256 and step of each
+that taught, and bank: null, or path (relative to this folder) and sha256 of the manifest of the bank it was
+taught from.
 
 A row of summary.json: kind (teacher | snapshot | ensemble | student), name (a student's is its weighting),
 model, parameters, epochs, val_accuracy, test_accuracy, gain (of a student over the ce student in test

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eekd import models
+from eekd.bank import LogitBank
 from eekd.config import Config, Phase, Teacher
 from eekd.data import ImageData, Loader, load
 from eekd.trainers.folder import Log
 
+SPLIT = ("train_limit", "val_fraction", "split_seed")  # settings that decide which images there are
 CHECK = 50  # look at the loss every so many steps: each look makes the GPU wait
 
 Progress = Callable[[str, int, int, dict], object]  # phase, steps done, steps in all, what is known so far
@@ -27,7 +29,7 @@ def quiet(phase: str, done: int, total: int, known: dict) -> None:
 
 
 class Session:
-    """What the phases of a run share: settings, data, device and precision.
+    """What the phases of a run share: settings, data, logit bank (or None), device and precision.
 
     Sets torch's process-wide switches of determinism.
     """
@@ -43,6 +45,7 @@ class Session:
             config.data, config.root, val_fraction=config.val_fraction, seed=config.split_seed,
             train_limit=config.train_limit, image_size=config.image_size,
         )  # fmt: skip
+        self.bank = LogitBank.open(config.bank) if config.bank else None
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
 
@@ -58,13 +61,17 @@ class Session:
         return models.build(**self.spec(phase)).to(self.device, memory_format=self.layout)
 
     def loader(self, split: str, phase: Phase, train: bool = False) -> Loader:
-        """Batches of a split; to train on: shuffled, augmented and never a last batch of one (batch norm)."""
+        """Batches of a split; to train on: shuffled, augmented and never a last batch of one (batch norm).
+
+        With a bank, epoch after epoch shows one of its views.
+        """
         images = getattr(self.data, split)
+        views = dict(views=self.bank.views, view_seed=self.bank.seed) if train and self.bank else {}
         augment = self.data.augment if self.config.augment == "auto" else self.config.augment
         return Loader(
             images, batch_size=phase.batch_size, augment=augment if train else "none",
             seed=self.config.seed, device=self.device, train=train, workers=self.config.workers,
-            drop_last=train and len(images) % phase.batch_size == 1,
+            drop_last=train and len(images) % phase.batch_size == 1, **views,
         )  # fmt: skip
 
     def run(self, network: Callable, images: Tensor):
@@ -77,15 +84,15 @@ class Session:
 
 
 def fit(name: str, session: Session, phase: Phase, trained: nn.Module, objective: Callable,
-        validate: Callable, folder: Path, progress: Progress,
+        validate: Callable, loader: Loader, folder: Path, progress: Progress,
         after_epoch: Callable[[dict], object] = dict) -> list[dict]:  # fmt: skip
-    """Trains for phase.epochs epochs and returns the rows of metrics.jsonl.
+    """Trains for phase.epochs epochs on the batches of `loader` and returns the rows of metrics.jsonl.
 
     objective(batch, clock) gives what to minimise and detached measurements, validate() the val_ entries of a
     row; after_epoch(row) is called when an epoch is complete. FloatingPointError if the loss is not finite.
     """
     config, device = session.config, session.device
-    loader, log = session.loader("train", phase, train=True), Log(folder, config.tensorboard)
+    log = Log(folder, config.tensorboard)
     optimizer = _optimizer(phase, trained)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     step, total, running = 0, phase.epochs * len(loader), math.nan

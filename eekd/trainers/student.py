@@ -1,22 +1,24 @@
 """A student: trained on labels alone, or taught by a teacher's snapshots under one of the weightings."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from eekd.bank import LogitBank
 from eekd.checkpoint import save_tensors, write_json_atomic
 from eekd.config import Config, Student, Weighting
-from eekd.data import Loader
+from eekd.data import Batch, Loader
 from eekd.features import LastFeatures
 from eekd.info import commit
 from eekd.losses import EEKDLoss
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.trainers.folder import FORMAT, finite
-from eekd.trainers.loop import Means, Progress, Session, accuracy, classify, evaluate, fit, quiet
+from eekd.trainers.loop import SPLIT, Means, Progress, Session, accuracy, classify, evaluate, fit, quiet
 
 
 def train_student(config: Config, teacher: str | Path | None, weighting: Weighting, folder: str | Path, *,
@@ -24,12 +26,16 @@ def train_student(config: Config, teacher: str | Path | None, weighting: Weighti
     """Trains config.student by `weighting` from the snapshots in the folder `teacher`; leaves it in `folder`.
 
     "ce" trains on labels alone and needs no teacher; "last" is plain knowledge distillation and runs the last
-    snapshot only. Returns the content of student.json, see eekd.trainers.folder. FloatingPointError if the
-    loss is not finite, FileExistsError if the folder holds a network, and what SnapshotEnsemble.load raises.
+    snapshot only. With config.bank the snapshots run on validation images only. Returns the content of
+    student.json, see eekd.trainers.folder. FloatingPointError if the loss is not finite, FileExistsError if the
+    folder holds a network, and what SnapshotEnsemble.load and LogitBank.check raise.
     """
     folder, session, phase = Path(folder), session or Session(config), config.student
     student = session.network(phase, 2 * config.seed + 1)  # not the teacher's first weights
-    val, loss, taught_by = session.loader("val", phase), None, None
+    loader, val = session.loader("train", phase, train=True), session.loader("val", phase)
+    bank, loss, taught_by = session.bank, None, None
+    if bank:
+        check_bank(session, loader, teacher, [weighting])
     if weighting == "ce":
         trained, (objective, validate) = student, classify(session, student, val)
     else:
@@ -37,18 +43,30 @@ def train_student(config: Config, teacher: str | Path | None, weighting: Weighti
         ensemble = SnapshotEnsemble.load(teacher, device=session.device, which=which)
         ensemble.to(memory_format=session.layout)
         capture = LastFeatures(session.compiled(student))
-        options = _options(phase, weighting, capture.dim, ensemble.feature_dim)
+        options = _options(phase, weighting, capture.dim, bank.feature_dim if bank else ensemble.feature_dim)
         loss = EEKDLoss(weighting, **options).to(session.device)
         trained = nn.ModuleList([student, loss])
-        objective, validate = distil(session, capture, ensemble, loss, val)
         manifest = read_manifest(teacher)
         entries = manifest["snapshots"][-len(ensemble) :]
         taught_by = {
             "run": os.path.relpath(teacher, folder),
             "spec": manifest["spec"],
             "snapshots": [{key: entry[key] for key in ("file", "sha256", "step")} for entry in entries],
+            "bank": {"path": os.path.relpath(bank.path, folder), "sha256": bank.sha256} if bank else None,
         }
-    rows = fit(weighting, session, phase, trained, objective, validate, folder, progress)
+        # Validation images never change, so the snapshots see them once.
+        known = [[t.clone() for t in session.run(ensemble, batch.images)] for batch in val]
+        if bank:
+            known = [(logits, bank.project(features)) for logits, features in known]
+            loader = Replay(loader, bank, len(ensemble), features=weighting == "attention")
+            teach, ensemble = loader.teach, None  # frees the snapshots
+        else:
+
+            def teach(batch):
+                return session.run(ensemble, batch.images)
+
+        objective, validate = distil(session, capture, teach, loss, val, known)
+    rows = fit(weighting, session, phase, trained, objective, validate, loader, folder, progress)
     learned = loss.state_dict() if loss else {}
     known = {
         "format": FORMAT,
@@ -82,19 +100,51 @@ def _options(phase: Student, weighting: Weighting, student_dim: int, snapshot_di
     return options
 
 
-def distil(session: Session, capture: LastFeatures, ensemble: SnapshotEnsemble, loss: EEKDLoss,
-           val: Loader) -> tuple[Callable, Callable]:  # fmt: skip
-    """Objective and validation with a teacher, who sees the same augmented images as the student.
+def check_bank(session: Session, loader: Loader, teacher: str | Path | None, weightings: Iterable[Weighting]):
+    """ValueError, one sentence, unless the session's bank has its images and teacher, and what these students need."""
+    config, bank = session.config, session.bank
+    split = {name: getattr(config, name) for name in SPLIT}
+    hashes = [entry["sha256"] for entry in read_manifest(teacher)["snapshots"]] if teacher else None
+    bank.check(session.data, loader, hashes, **split)
+    if "attention" in weightings and not bank.feature_dim:
+        raise ValueError(f"weighting attention needs features, and {bank.path} was written with --features none")
 
-    Validation also asks whether uniform weights would have made a better target. Its images never change, so
-    the snapshots see them once, here.
+
+class Replay:
+    """A training loader beside which a bank is read: `teach(batch)` gives the last `snapshots`' rows of its batch."""
+
+    def __init__(self, loader: Loader, bank: LogitBank, snapshots: int, features: bool):
+        self.loader, self.bank, self.snapshots, self.features = loader, bank, snapshots, features
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.loader.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        loader = self.loader
+        rows = self.bank.prefetch(loader.view, loader.indices(), loader.device, self.features)
+        with closing(rows) as self.rows:
+            yield from loader
+
+    def teach(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        logits, features = next(self.rows)
+        return logits[-self.snapshots :], features
+
+
+def distil(session: Session, capture: LastFeatures, teach: Callable, loss: EEKDLoss, val: Loader,
+           known: list) -> tuple[Callable, Callable]:  # fmt: skip
+    """Objective and validation with a teacher: teach(batch) gives the snapshots' logits and features.
+
+    Validation, where they are `known` batch by batch, also asks whether uniform weights would have made a better
+    target.
     """
     uniform = EEKDLoss("uniform", **{name: loss.options[name] for name in ("temperature", "alpha", "fusion")})
-    known = [[t.clone() for t in session.run(ensemble, batch.images)] for batch in val]
 
     def objective(batch, clock):
         with clock("teacher"):
-            snapshot_logits, snapshot_features = session.run(ensemble, batch.images)
+            snapshot_logits, snapshot_features = teach(batch)
         with clock("forward"):
             logits, features = session.run(capture, batch.images)
         with clock("backward"):

@@ -32,7 +32,8 @@ def train_teacher(
     def record(row: dict) -> None:
         recorder.step(model, {name: row[name] for name in ("train_loss", "val_loss", "val_accuracy")})
 
-    fit("teacher", session, phase, model, *classify(session, model, val), folder, progress, record)
+    loader = session.loader("train", phase, train=True)
+    fit("teacher", session, phase, model, *classify(session, model, val), loader, folder, progress, record)
     ensemble = SnapshotEnsemble.load(folder, device=session.device).to(memory_format=session.layout)
     known = {split: diagnose(session, ensemble, session.loader(split, phase)) for split in ("val", "test")}
     known = {"format": FORMAT} | known

@@ -1,0 +1,245 @@
+"""The logit bank: what M snapshots say about V augmented views of every training image, computed once.
+
+`python -m eekd.bank` writes it, `LogitBank` reads it. Raw logits are stored, so temperature, fusion and
+weighting are chosen later.
+
+    BANK/
+      view-0-shard-0.safetensors …   logits (rows, M, C) and, unless left out, features (rows, M, D): shard s holds
+                                     the samples from s · shard_rows on; a sample is one contiguous read
+      manifest.json                  written last, so it marks a finished bank (below)
+
+manifest.json:
+
+    format, eekd, commit, precision  of the file; of the code; of the snapshots' forward
+    run                              the teacher's run folder, relative to the bank
+    views, samples, snapshots, classes, features    V, N, M, C, D (0: none are stored)
+    dtype, shard_rows                float16 or bfloat16; samples in a shard, the last one perhaps fewer
+    projection                       null, or of the features, which then are u R: width (their own), seed
+    teacher                          spec (of eekd.models.build), sha256 of the M snapshot files
+    images                           what the snapshots saw: data, image_size, train_limit, val_fraction,
+                                     split_seed, fingerprint; augment, seed; augmented_sha256 of 16 images of view 0
+    shards                           SHA-256 of every shard by the name of its file
+"""
+
+import hashlib
+import os
+import re
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from reprlib import repr  # a damaged manifest must not become a page of error
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from eekd.checkpoint import read_checked, read_json, sha256_of
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+BLOCK = 4 << 20  # bytes gathered at once, ahead of training: tiny batches then share one wake-up of the thread
+EXAMPLES = 16
+
+
+class LogitBank:
+    """The stored logits and features of M snapshots: what an ensemble's forward would give, without running it.
+
+        bank = LogitBank.open("runs/teacher/bank")
+        logits, features = bank.rows(view, index)  # (M, B, C), (M, B, D)
+
+    Attributes: `views` V; `snapshots` M; `classes` C; `feature_dim` D, None where no features are stored; `run`,
+    the folder of the teacher's run; `augment` and `seed` of the views; `len(bank)` samples; `sha256` of the
+    manifest, which is `manifest`.
+    """
+
+    def __init__(self, path: Path, manifest: dict):
+        self.path, self.manifest = path, manifest
+        self.views, self.snapshots, self.classes = (manifest[name] for name in ("views", "snapshots", "classes"))
+        self.feature_dim: int | None = manifest["features"] or None
+        self.run = Path(os.path.normpath(path / manifest["run"]))
+        self.augment, self.seed = manifest["images"]["augment"], manifest["images"]["seed"]
+        self.sha256 = sha256_of(path / MANIFEST)
+        self._shards: dict[str, list[np.ndarray]] = {}
+        self._widths = [self.classes, *([self.feature_dim] if self.feature_dim else [])]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "LogitBank":
+        """The finished bank in the folder `path`; FileNotFoundError or ValueError names what is missing or wrong.
+
+        That every shard is there is checked here; its hash when it is first read, by the thread of `prefetch`.
+        """
+        path = Path(path)
+        if not (path / MANIFEST).is_file():
+            raise FileNotFoundError(f"{path / MANIFEST} is missing: no bank, or one that eekd.bank has not finished")
+        manifest = read_json(path / MANIFEST)
+        _check(path / MANIFEST, manifest)
+        for name in manifest["shards"]:
+            if not (path / name).is_file():
+                raise FileNotFoundError(f"{path / name} is missing: write the bank again to replace it")
+        return cls(path, manifest)
+
+    def __len__(self) -> int:
+        return self.manifest["samples"]
+
+    def rows(self, view: int, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits (M, B, C) and features (M, B, D), or None, of the samples `index` (B,) int64 in view `view`.
+
+        In the stored dtype, on the device of `index`, as transposed views of (B, M, …) memory. ValueError for a
+        view or sample that is not in the bank, and for a damaged shard, which it names.
+        """
+        if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim != 1:
+            got = f"{index.dtype} of shape {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
+            raise TypeError(f"index must be int64 of shape (B,), got {got}")
+        logits, *features = self._gather(view, index.cpu(), len(self._widths), pinned=False)
+        logits, *features = (x.to(index.device).transpose(0, 1) for x in (logits, *features))
+        return logits, features[0] if features else None
+
+    def prefetch(self, view: int, indices: Sequence[Tensor], device: str | torch.device = "cpu",
+                 features: bool = True) -> Iterator[tuple[Tensor, Tensor | None]]:  # fmt: skip
+        """`rows(view, index)` on `device` for each of `indices`, gathered ahead by a thread, through pinned memory.
+
+        `features=False` leaves the features unread.
+        """
+        kinds = len(self._widths) if features else 1
+        pinned = torch.device(device).type == "cuda"
+        size = self.snapshots * sum(self._widths[:kinds]) * 2 * max(map(len, indices), default=1)
+        each = max(1, BLOCK // size)
+
+        def gather(batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+            memories = self._gather(view, torch.cat(tuple(batches)).cpu(), kinds, pinned)
+            return zip(*(memory.split([*map(len, batches)]) for memory in memories), strict=True)
+
+        with ThreadPoolExecutor(1, "eekd.bank") as thread:
+            blocks = (thread.submit(gather, indices[i : i + each]) for i in range(0, len(indices), each))
+            ahead = deque(islice(blocks, 2))
+            while ahead:
+                batches = ahead.popleft().result()
+                ahead.extend(islice(blocks, 1))
+                for batch in batches:
+                    logits, *more = (x.to(device, non_blocking=True).transpose(0, 1) for x in batch)
+                    yield logits, more[0] if more else None
+
+    def project(self, features: Tensor) -> Tensor:
+        """Features (…, D) of the snapshots as the bank stores them: unchanged, or u R in float32."""
+        if not self.manifest["projection"]:
+            return features
+        return features.float() @ projection(**self.manifest["projection"], to=self.feature_dim).to(features.device)
+
+    def check(self, data, loader, snapshots: Sequence[str] | None = None, **split) -> None:
+        """ValueError, one sentence that says what differs, unless the bank belongs to these images and snapshots.
+
+        `data` is the eekd.data.ImageData and `loader` the Loader whose batches the rows will stand beside;
+        `snapshots` are the hashes of the snapshot files. `split` are settings that `data` was loaded with, to
+        name the one that differs.
+        """
+        made, now = self.manifest["images"], images_of(data, loader, **split)
+        names = ["augment", "seed", "augmented_sha256"]
+        if made["fingerprint"] != now["fingerprint"]:
+            names = [name for name in now if name not in names]
+        for name in names:
+            if made.get(name) != now[name]:
+                raise ValueError(f"{self.path} was made with {name} {made.get(name)!r}, got {now[name]!r}")
+        for m, (was, got) in enumerate(zip(self.manifest["teacher"]["sha256"], snapshots or (), strict=False), 1):
+            if was != got:
+                raise ValueError(f"{self.path} was made with a snapshot {m} of SHA-256 {was}, got {got}")
+        if snapshots is not None and len(snapshots) != self.snapshots:
+            raise ValueError(f"{self.path} was made with {self.snapshots} snapshots, got {len(snapshots)}")
+
+    def _gather(self, view: int, index: Tensor, kinds: int, pinned: bool) -> list[Tensor]:
+        """The (B, M, C) and, for two kinds, (B, M, D) memory of samples on the CPU."""
+        if view not in range(self.views):
+            raise ValueError(f"view must be from 0 to {self.views - 1}, got {view}")
+        if len(index) and (index.min() < 0 or index.max() >= len(self)):
+            raise ValueError(f"index must be from 0 to {len(self) - 1}, got {index.min()} to {index.max()}")
+        dtype = DTYPES[self.manifest["dtype"]]
+        out = [torch.empty(len(index), self.snapshots, width, dtype=dtype, pin_memory=pinned)
+               for width in self._widths[:kinds]]  # fmt: skip
+        # By NumPy, in the thread that asks: torch would share such small work out to the cores that train.
+        shard, row = np.divmod(index.numpy(), self.manifest["shard_rows"])
+        for number in np.unique(shard).tolist():
+            where = np.flatnonzero(shard == number)
+            for memory, stored in zip(out, self._shard(shard_name(view, number)), strict=False):
+                memory.view(torch.int16).numpy()[where] = stored.take(row[where], 0)
+        return out
+
+    def _shard(self, name: str) -> list[np.ndarray]:
+        """The memory-mapped content of a shard, as int16; its hash is checked once."""
+        if name not in self._shards:
+            read_checked(self.path / name, self.manifest["shards"][name])
+            with safe_open(self.path / name, "pt") as file:
+                tensors = [file.get_tensor(kind) for kind in ("logits", "features")[: len(self._widths)]]
+            self._shards[name] = [tensor.view(torch.int16).numpy() for tensor in tensors]
+        return self._shards[name]
+
+
+def shard_name(view: int, shard: int) -> str:
+    """The name of a shard's file."""
+    return f"view-{view}-shard-{shard}.safetensors"
+
+
+def shard_names(views: int, samples: int, shard_rows: int) -> list[str]:
+    """The names of all shards of a bank."""
+    return [shard_name(view, shard) for view in range(views) for shard in range(-(-samples // shard_rows))]
+
+
+def images_of(data, loader, **split) -> dict:
+    """What a manifest says of the images that a Loader over `data` shows."""
+    index = torch.linspace(0, len(loader.split) - 1, EXAMPLES).long()
+    augmented = next(loader.replay([(0, index)])).images.cpu().contiguous()
+    return {
+        "data": data.name, "image_size": data.image_size, **split, "fingerprint": data.fingerprint,
+        "augment": loader.augment, "seed": loader.view_seed,
+        "augmented_sha256": hashlib.sha256(augmented.numpy()).hexdigest(),
+    }  # fmt: skip
+
+
+def projection(width: int, to: int, seed: int) -> Tensor:
+    """R (width, to): entries ±1/sqrt(to) from SHAKE-256 of the seed, so that products of features stay on average.
+
+    Source: Achlioptas, "Database-friendly random projections" (2003).
+    """
+    data = hashlib.shake_256(f"eekd {seed}".encode()).digest(-(-width * to // 8))
+    bits = torch.from_numpy(np.unpackbits(np.frombuffer(data, np.uint8))[: width * to].reshape(width, to))
+    return (bits.float() * 2 - 1) / to**0.5
+
+
+def _check(path: Path, manifest) -> None:
+    """ValueError unless this is the content of a manifest."""
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else manifest
+        raise ValueError(f"{path} must have format {FORMAT}, got {repr(found)}")
+
+    def counts(*values, least=1):
+        return all(type(value) is int and value >= least for value in values)
+
+    def hashes(values):
+        return all(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in values)
+
+    sizes = [manifest.get(name) for name in ("views", "samples", "shard_rows")]
+    right = {
+        **{name: counts for name in ("views", "samples", "snapshots", "classes", "shard_rows")},
+        "features": lambda value: counts(value, least=0),
+        "run": lambda value: isinstance(value, str),
+        "dtype": lambda value: value in list(DTYPES),
+        "projection": lambda value: value is None or value.keys() == {"width", "seed"} and counts(value["width"])
+        and counts(value["seed"], least=0),
+        "teacher": lambda value: len(value["sha256"]) == manifest["snapshots"] and hashes(value["sha256"]),
+        "images": lambda value: {"fingerprint", "augment", "augmented_sha256"} <= value.keys()
+        and counts(value["seed"], least=0),
+        "shards": lambda value: counts(*sizes) and len(value) == sizes[0] * -(-sizes[1] // sizes[2])
+        and list(value) == shard_names(*sizes) and hashes(value.values()),
+    }  # fmt: skip
+    for name, holds in right.items():
+        try:
+            good = holds(manifest[name])
+        except (AttributeError, KeyError, TypeError):
+            good = False
+        if not good:
+            raise ValueError(f"{path} is damaged: its {name} cannot be {repr(manifest.get(name))}")
+
+
+__all__ = ["LogitBank"]

@@ -1,0 +1,210 @@
+"""Writes a logit bank: python -m eekd.bank --teacher RUN [--views 8] [--flag value ...], also under torchrun."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+import torch
+from torch import Tensor, distributed
+
+import eekd
+from eekd.bank import DTYPES, FORMAT, MANIFEST, images_of, projection, shard_names
+from eekd.checkpoint import read_checked, save_tensors, write_json_atomic
+from eekd.config import Config
+from eekd.info import commit
+from eekd.snapshots import SnapshotEnsemble, read_manifest
+from eekd.trainers import Session, check_data
+from eekd.trainers.loop import SPLIT
+
+try:
+    import tyro
+    from rich import filesize, progress
+    from rich.console import Console
+except ImportError as error:
+    raise SystemExit(f"python -m eekd.bank needs {error.name}: pip install 'eekd[train]'") from None
+
+SHARD_ROWS, SHARD_BYTES = 4096, 64 << 20  # a shard is whichever is less: what a kill can cost, and what memory holds
+AHEAD = 4  # times the batch the teacher was trained with: without gradients that much fits
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Runs a teacher's snapshots over augmented views of its training images and stores what they say.
+
+    Run it again after a kill: finished shards are kept.
+    """
+
+    teacher: str  # the run folder whose teacher to use
+    views: int = 8  # augmented views of every image; students replay view e mod views in epoch e
+    out: str | None = None  # the bank's folder (None: RUN/bank)
+    dtype: Literal["float16", "bfloat16"] = "float16"  # bfloat16: for logits beyond 65504
+    features: str = "128"  # for weighting attention: none, all, or a width to project wider features to
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command line and returns its exit code: 0, 130 when interrupted, 2 for any mistake."""
+    try:
+        write(parse(sys.argv[1:] if argv is None else argv), Console())
+        return 0
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (AttributeError, ImportError, OSError, TypeError, ValueError, torch.OutOfMemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def parse(argv: list[str]) -> Flags:
+    """The flags of a command line; ValueError or tyro's SystemExit says what is wrong."""
+    flags = tyro.cli(Flags, prog="python -m eekd.bank", args=argv)
+    if flags.views < 1:
+        raise ValueError(f"views must be at least 1, got {flags.views}")
+    if flags.features not in ("none", "all") and not (flags.features.isdecimal() and int(flags.features)):
+        raise ValueError(f"features must be none, all or a width of at least 1, got {flags.features!r}")
+    return flags
+
+
+def write(flags: Flags, console: Console) -> None:
+    """Writes the shards that are not there yet, then the manifest; of several processes each its share."""
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if world > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    console.quiet = rank > 0
+    run, out = Path(flags.teacher), Path(flags.out or Path(flags.teacher, "bank"))
+    # Deterministic: a shard that is made again has the same bytes.
+    config = dataclasses.replace(Config.load(run / "config.json"), bank=None, deterministic=True)
+    session = Session(config)
+    check_data(session, run)
+    ensemble = SnapshotEnsemble.load(run / "teacher", device=session.device).to(memory_format=session.layout)
+    loader = session.loader("train", config.teacher, train=True)
+    settings = _settings(flags, session, ensemble, loader, read_manifest(run / "teacher")["spec"])
+    samples, rows, batch = settings["samples"], settings["shard_rows"], AHEAD * config.teacher.batch_size
+    ask = _asker(session, ensemble, settings)
+
+    views = [(view, index) for view in range(flags.views) for index in torch.arange(samples).split(rows)]
+    shards = list(zip(shard_names(flags.views, samples, rows), views, strict=True))
+    hashes = {name: _whole(out / name, settings) for name, _ in shards[rank::world]}
+    todo = [(name, view, index) for name, (view, index) in shards[rank::world] if not hashes[name]]
+    missing = sum(len(index) for *_, index in todo)
+    if todo:
+        images = next(loader.replay([(0, torch.arange(min(batch, samples)))])).images
+        ask(images)  # the first call also sets things up
+        start = time.perf_counter()
+        row = sum(stored[0].nbytes for stored in ask(images).values())
+        seconds = missing * (time.perf_counter() - start) / len(images)
+        out.mkdir(parents=True, exist_ok=True)
+        total, free = flags.views * samples, shutil.disk_usage(out).free
+        left = min(missing * world, total)
+        if free < left * row:
+            free, needed = filesize.decimal(free), filesize.decimal(left * row)
+            raise OSError(f"the disk of {out} has {free} left, and the bank needs {needed} more")
+        console.print(
+            f"{flags.views} views x {samples:,} images x {settings['snapshots']} snapshots in {len(shards)} shards, "
+            f"{filesize.decimal(total * row)}: {left:,} of {total:,} rows to write, in about {seconds:.0f} s",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    batches = loader.replay([(view, part) for _, view, index in todo for part in index.split(batch)])
+    with _bar(console) as bar:
+        task = bar.add_task("rows", total=missing)
+        for name, _, index in todo:
+            parts = []
+            for part in index.split(batch):
+                parts.append(ask(next(batches).images))
+                bar.advance(task, len(part))
+            tensors = {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
+            # One entry: safetensors writes several in any order, and a shard's bytes must not depend on it.
+            known = {"bank": json.dumps({**settings, "file": name, "sha256": _digest(tensors)})}
+            hashes[name] = save_tensors(out / name, tensors, known)
+    if world > 1:
+        distributed.init_process_group("gloo")
+        distributed.barrier()  # until every shard is written
+        distributed.destroy_process_group()
+    if rank == 0:
+        known = {name: hashes.get(name) or _whole(out / name, settings) for name, _ in shards}
+        if lost := [name for name in known if not known[name]]:
+            raise OSError(f"{out / lost[0]} is missing or damaged: start again to write it")
+        place = {"run": os.path.relpath(run, out), "views": flags.views}
+        write_json_atomic(out / MANIFEST, {**settings, "commit": commit(), **place, "shards": known})
+        console.print(f"{out} is whole", highlight=False, soft_wrap=True)
+
+
+def _settings(flags: Flags, session: Session, ensemble: SnapshotEnsemble, loader, spec: dict) -> dict:
+    """What decides a shard's bytes, and so must not change between a kill and going on."""
+    samples, snapshots, classes = len(loader.split), len(ensemble), len(session.data.classes)
+    own = ensemble.feature_dim
+    width = 0 if flags.features == "none" else own if flags.features == "all" else min(int(flags.features), own)
+    split = {name: getattr(session.config, name) for name in SPLIT}
+    return {
+        "format": FORMAT, "eekd": eekd.__version__, "precision": session.config.precision,
+        "samples": samples, "snapshots": snapshots, "classes": classes, "features": width, "dtype": flags.dtype,
+        "projection": {"width": own, "seed": 0} if 0 < width < own else None,
+        "shard_rows": max(1, min(SHARD_ROWS, SHARD_BYTES // (2 * snapshots * (classes + width)))),
+        "teacher": {"spec": spec, "sha256": list(ensemble.hashes)},
+        "images": images_of(session.data, loader, **split),
+    }  # fmt: skip
+
+
+def _asker(session: Session, ensemble: SnapshotEnsemble, settings: dict) -> Callable[[Tensor], dict[str, Tensor]]:
+    """A function from images to what is stored of them: logits (B, M, C) and features (B, M, D) on the CPU."""
+    dtype, matrix = DTYPES[settings["dtype"]], None
+    if settings["projection"]:
+        matrix = projection(**settings["projection"], to=settings["features"]).to(session.device)
+
+    def ask(images: Tensor) -> dict[str, Tensor]:
+        logits, features = session.run(ensemble, images)
+        found = {"logits": logits}
+        if settings["features"]:
+            found["features"] = features if matrix is None else features.float() @ matrix
+        stored = {}
+        for name, x in found.items():
+            stored[name] = x.to(dtype).transpose(0, 1).cpu()
+            if (stored[name].isinf().sum() > x.isinf().sum()).item():
+                raise ValueError(f"{name} of the snapshots are too large for {dtype}: use --dtype bfloat16")
+        return stored
+
+    return ask
+
+
+def _whole(path: Path, settings: dict) -> str | None:
+    """SHA-256 of a shard's file; None where it is missing or damaged, ValueError where it has other settings."""
+    try:
+        data = read_checked(path)
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        made = json.loads(header["bank"])
+        if (made["file"], made["sha256"]) != (path.name, _digest(tensors)):
+            return None
+    except Exception:  # damaged bytes make the readers raise whatever they stumble over
+        return None
+    for name, value in settings.items():
+        if made.get(name) != value:
+            raise ValueError(f"{path} belongs to a bank with {name} {made.get(name)!r}, not {value!r}: choose "
+                             "another --out")  # fmt: skip
+    return hashlib.sha256(data).hexdigest()
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].contiguous().view(torch.int16).numpy())
+    return digest.hexdigest()
+
+
+def _bar(console: Console) -> progress.Progress:
+    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(),
+               progress.TimeElapsedColumn(), progress.TimeRemainingColumn())  # fmt: skip
+    return progress.Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
