@@ -2,7 +2,8 @@
 
 Truth is the reference in fp64 on the same numbers. The error of an op may be twice the error of the reference in the
 dtypes given, plus ATOL: of the largest true value, or of the terms that cancel in it. These are of order τ² in the loss
-and in gradients through the target, of the order of the logits in the attention's, and never rounded to 16 bits.
+and in gradients through the target, of the order of the logits and of weights in the attention's, τ times a probability in
+the student's, 1 in the logarithm of a probability, and never rounded to 16 bits.
 For 16 bits ATOL is one unit in the last place, since a gradient is rounded when it is written and when it is scaled.
 """
 
@@ -48,13 +49,23 @@ def assert_accurate(got: dict[str, Tensor], x: dict, **options) -> None:
     truth = evaluate(reference.ensemble_kd, double(x), **options)
     torchs = evaluate(reference.ensemble_kd, x, **options)
     assert got.keys() == truth.keys()
-    squared = options.get("temperature", 5.0) ** 2
+    temperature, student = options.get("temperature", 5.0), x["student_logits"].double()
+    squared = temperature**2
+    probability = max([(row / temperature).softmax(0).nan_to_num(0).max().item() for row in student], default=0)
+    rows = 1
+    if options.get("reduction", "mean") == "mean":
+        labels = x.get("labels")
+        rows = max(1, len(student) if labels is None else int((labels != options.get("ignore_index", -100)).sum()))
     logits = max([z.nan_to_num(0, 0, 0).abs().max().item() for z in x["snapshot_logits"] if z.numel()], default=0)
     for name, value in got.items():
         assert value.shape == truth[name].shape and value.dtype == torchs[name].dtype, name
         attention = name in ("d_scores", "d_query", "d_keys")
         through_target = name == "loss" or (attention and options.get("attention_objective") == "kl")
-        terms = max(0.01, through_target * squared, attention * logits / 100)
+        terms = max(0.01, through_target * squared, attention * logits / 100, attention / rows)
+        if name == "attention_loss":
+            terms = 1
+        if name == "d_student_logits":
+            terms = max(terms, temperature * probability / rows)
         floor = terms * ATOL[got["loss"].dtype]
         assert_close(name, value.double(), torchs[name].double(), truth[name].double(), ATOL[value.dtype], floor)
 

@@ -28,7 +28,8 @@ LIMITS = {
     "sum_kernel d": (48, 0),
     "sum_kernel f": (48, 0),
     "count_kernel": (40, 0),
-    "scale_kernel": (48, 0),
+    "scale_kernel d": (48, 0),
+    "scale_kernel f": (48, 0),
 }
 
 
