@@ -2,8 +2,8 @@
 
 Truth is the reference in fp64 on the same numbers. The error of an op may be twice the error of the reference in the
 dtypes given, plus ATOL: of the largest true value, or of the terms that cancel in it. These are of order τ² in the loss
-and in gradients through the target, of the order of the logits and of weights in the attention's, τ times a probability in
-the student's, 1 in the logarithm of a probability, and never rounded to 16 bits.
+and in gradients through the target, of the order of the logits and of weights in the attention's, τ times a
+probability in the student's, 1 in the logarithm of a probability, and never rounded to 16 bits.
 For 16 bits ATOL is one unit in the last place, since a gradient is rounded when it is written and when it is scaled.
 """
 
