@@ -183,6 +183,27 @@ def test_scores_far_apart(backend, device, fusion, objective):
     check(x, fusion=fusion, attention_objective=objective, reduction="none")
 
 
+@pytest.mark.parametrize("classes", [7, 100])
+@readings
+def test_scores_far_below_zero(backend, device, classes, fusion, objective):
+    x = tensors(9, 5, classes, device=device)
+    x["scores"] -= 300
+    check(x, fusion=fusion, attention_objective=objective)
+
+
+@pytest.mark.parametrize("classes", [7, 100])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_no_weight_next_to_no_probability(backend, device, classes, fusion):
+    x = tensors(9, 1, classes, device=device, attention="uniform")
+    x["snapshot_logits"][0, torch.arange(9), x["labels"]] = -2000  # p_y is 0 in fp32, and its logarithm is not
+    expected = ensemble_kd(**x, fusion=fusion)
+    unread = torch.full_like(x["snapshot_logits"], torch.nan)
+    x["snapshot_logits"] = torch.cat([x["snapshot_logits"], unread])
+    got = ensemble_kd(**x, scores=torch.tensor([[0.0, -200.0]], device=device).repeat(9, 1), fusion=fusion)
+    torch.testing.assert_close(got.attention_loss, expected.attention_loss)
+    torch.testing.assert_close(got.loss, expected.loss)
+
+
 @readings
 def test_a_label_of_no_probability_in_fp32(backend, device, fusion, objective):
     x = tensors(9, 4, 10, device=device)

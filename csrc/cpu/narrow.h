@@ -38,7 +38,7 @@ class NarrowKernel : Kernel<T> {
       z_max[m] = read(a.snapshot[m], b, used, target + m * kTile);
       if (!probability) continue;
       z_sum[m] = exponentials(target + m * kTile, target + m * kTile, z_max[m], k);
-      scale[m] = w[m] != 0 ? w[m] / z_sum[m] : V{};
+      scale[m] = w[m] / z_sum[m];
     }
     if (!probability) {
       z_max[0] = mix();
@@ -112,7 +112,7 @@ class NarrowKernel : Kernel<T> {
     }
     if (by_kl) {
       for (int m = 0; m < snapshots; ++m) {
-        g[m] = probability ? tau * tau * (w[m] != 0 ? moved[m] / z_sum[m] : V{}) : tau * (moved[m] - kl * mean[m]);
+        g[m] = probability ? tau * tau * moved[m] / z_sum[m] : tau * (moved[m] - kl * mean[m]);
         if (beta == 0) g[m] = V{};
       }
       softmax_grad(g, row_scale * beta, de);
