@@ -199,7 +199,8 @@ class Kernel {
     for (int j = 0; j < w.used; ++j) {
       out.mean[j] = out.moved[j] = 0;
       if (a.fusion == Fusion::probability && by_kl)
-        out.moved[j] = total<T>(n, [&](int i, int) { return load(target + j * kTile + i) * load(soft + i); }) / stats.target[j].sum;
+        out.moved[j] = total<T>(n, [&](int i, int) { return load(target + j * kTile + i) * load(soft + i); }) /
+                       stats.target[j].sum;
       else if (a.fusion == Fusion::logit && (by_kl || by_label))
         with_elements_of(a.snapshot[w.id[j]], b, tile, [&](auto z) { weigh_logits(z, n, out.mean[j], out.moved[j]); });
     }

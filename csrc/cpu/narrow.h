@@ -33,9 +33,8 @@ class NarrowKernel : Kernel<T> {
     V log_ratio = log_of(soft_sum);
     V z_max[kMaxSnapshots], z_sum[kMaxSnapshots], scale[kMaxSnapshots];  // logit: [0] of the mixture
     for (int m = 0; m < snapshots; ++m) {
-      bool used[lanes];
-      for (int r = 0; r < lanes; ++r) used[r] = alive[r] && w[m][r] != 0;
-      z_max[m] = read(a.snapshot[m], b, used, target + m * kTile);
+      for (int r = 0; r < lanes; ++r) used[m][r] = alive[r] && w[m][r] != 0;
+      z_max[m] = read(a.snapshot[m], b, used[m], target + m * kTile);
       if (!probability) continue;
       z_sum[m] = exponentials(target + m * kTile, target + m * kTile, z_max[m], k);
       scale[m] = w[m] / z_sum[m];
@@ -86,11 +85,7 @@ class NarrowKernel : Kernel<T> {
     V g[kMaxSnapshots], de[kMaxSnapshots];
     if (a.labels) {
       if (has_ce) loss -= T(a.alpha) * (at_label(a.student, b, alive) - s_max - log_of(hard_sum));
-      for (int m = 0; m < snapshots; ++m) {
-        bool used[lanes];
-        for (int r = 0; r < lanes; ++r) used[r] = alive[r] && w[m][r] != 0;
-        g[m] = at_label(a.snapshot[m], b, used);  // z_m at the label
-      }
+      for (int m = 0; m < snapshots; ++m) g[m] = at_label(a.snapshot[m], b, used[m]);  // z_m at the label
       if (probability) {
         V most = splat(-kInfinity), total = {};
         for (int m = 0; m < snapshots; ++m) {  // log2 of the snapshot's share of p_y
@@ -214,7 +209,8 @@ class NarrowKernel : Kernel<T> {
     for (int m = 0; m < snapshots; ++m) de[m] = scale * w[m] * (g[m] - mean);
   }
 
-  bool alive[lanes];  // has a row that is not ignored
+  bool alive[lanes];                // has a row that is not ignored
+  bool used[kMaxSnapshots][lanes];  // of which this snapshot is read
   int label[lanes];
   V w[kMaxSnapshots], log2_w[kMaxSnapshots];
   alignas(kVectorBytes) T mixed[kNarrow * lanes];

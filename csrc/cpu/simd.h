@@ -295,7 +295,8 @@ inline void write_line(void* p, int64_t offset, DType dtype, int n, const T* __r
 inline void prefetch_to_write(const void* p, int64_t offset, DType dtype, int n) {
   with_elements(p, dtype, offset, [=](auto to) {
     const auto begin = reinterpret_cast<uintptr_t>(to);
-    for (uintptr_t i = 0; i < n * sizeof(*to); i += 64) __builtin_prefetch(reinterpret_cast<const void*>(begin + i), 1, 2);
+    for (uintptr_t i = 0; i < n * sizeof(*to); i += 64)
+      __builtin_prefetch(reinterpret_cast<const void*>(begin + i), 1, 2);
   });
 }
 
