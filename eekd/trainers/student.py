@@ -1,7 +1,7 @@
 """A student: trained on labels alone, or taught by a teacher's snapshots under one of the weightings."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -22,12 +22,13 @@ from eekd.trainers.loop import SPLIT, Means, Progress, Session, accuracy, classi
 
 
 def train_student(config: Config, teacher: str | Path | None, weighting: Weighting, folder: str | Path, *,
-                  session: Session | None = None, progress: Progress = quiet) -> dict:  # fmt: skip
+                  which: Sequence[int] | None = None, session: Session | None = None,
+                  progress: Progress = quiet) -> dict:  # fmt: skip
     """Trains config.student by `weighting` from the snapshots in the folder `teacher`; leaves it in `folder`.
 
     "ce" trains on labels alone and needs no teacher; "last" is plain knowledge distillation and runs the last
-    snapshot only. With config.bank the snapshots run on validation images only. Returns the content of
-    student.json, see eekd.trainers.folder. FloatingPointError if the loss is not finite, FileExistsError if the
+    snapshot only. `which` picks the snapshots by index. With config.bank they run on validation images only.
+    Returns the content of student.json, see eekd.trainers.folder. FloatingPointError if the loss is not finite, FileExistsError if the
     folder holds a network, and what SnapshotEnsemble.load and LogitBank.check raise.
     """
     folder, session, phase = Path(folder), session or Session(config), config.student
@@ -39,7 +40,7 @@ def train_student(config: Config, teacher: str | Path | None, weighting: Weighti
     if weighting == "ce":
         trained, (objective, validate) = student, classify(session, student, val)
     else:
-        which = [-1] if weighting == "last" else None
+        which = [-1] if which is None and weighting == "last" else which
         ensemble = SnapshotEnsemble.load(teacher, device=session.device, which=which)
         ensemble.to(memory_format=session.layout)
         capture = LastFeatures(session.compiled(student))
@@ -47,7 +48,7 @@ def train_student(config: Config, teacher: str | Path | None, weighting: Weighti
         loss = EEKDLoss(weighting, **options).to(session.device)
         trained = nn.ModuleList([student, loss])
         manifest = read_manifest(teacher)
-        entries = manifest["snapshots"][-len(ensemble) :]
+        entries = manifest["snapshots"] if which is None else [manifest["snapshots"][i] for i in which]
         taught_by = {
             "run": os.path.relpath(teacher, folder),
             "spec": manifest["spec"],
@@ -58,7 +59,7 @@ def train_student(config: Config, teacher: str | Path | None, weighting: Weighti
         known = [[t.clone() for t in session.run(ensemble, batch.images)] for batch in val]
         if bank:
             known = [(logits, bank.project(features)) for logits, features in known]
-            loader = Replay(loader, bank, len(ensemble), features=weighting == "attention")
+            loader = Replay(loader, bank, which, features=weighting == "attention")
             teach, ensemble = loader.teach, None  # frees the snapshots
         else:
 
@@ -111,10 +112,10 @@ def check_bank(session: Session, loader: Loader, teacher: str | Path | None, wei
 
 
 class Replay:
-    """A training loader beside which a bank is read: `teach(batch)` gives the last `snapshots`' rows of its batch."""
+    """A training loader beside which a bank is read: `teach(batch)` gives its batch's rows, of `which` snapshots."""
 
-    def __init__(self, loader: Loader, bank: LogitBank, snapshots: int, features: bool):
-        self.loader, self.bank, self.snapshots, self.features = loader, bank, snapshots, features
+    def __init__(self, loader: Loader, bank: LogitBank, which: Sequence[int] | None, features: bool):
+        self.loader, self.bank, self.which, self.features = loader, bank, which, features
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -130,7 +131,9 @@ class Replay:
 
     def teach(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         logits, features = next(self.rows)
-        return logits[-self.snapshots :], features
+        if self.which is None:
+            return logits, features
+        return logits[[*self.which]], None if features is None else features[[*self.which]]
 
 
 def distil(session: Session, capture: LastFeatures, teach: Callable, loss: EEKDLoss, val: Loader,

@@ -1,6 +1,7 @@
 """The teacher: one ordinary training run that keeps M snapshots, and what those snapshots know."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,17 +18,19 @@ BINS = 15
 
 
 def train_teacher(
-    config: Config, folder: str | Path, *, session: Session | None = None, progress: Progress = quiet
+    config: Config, folder: str | Path, *, schedule: str | Sequence[int] = "uniform", session: Session | None = None,
+    progress: Progress = quiet,
 ) -> dict:
     """Trains config.teacher and leaves the snapshots, the metrics and snapshots.json in `folder`.
 
+    `schedule` may name the epochs after which to keep a snapshot, in place of the ends of teacher.snapshots stages.
     Returns the content of snapshots.json, see eekd.trainers.folder. FileExistsError if the folder holds
     snapshots, FloatingPointError if the loss is not finite.
     """
     folder, session, phase = Path(folder), session or Session(config), config.teacher
     model = session.network(phase, 2 * config.seed)
     spec, val = session.spec(phase), session.loader("val", phase)
-    recorder = SnapshotRecorder(folder, epochs=phase.epochs, snapshots=phase.snapshots, spec=spec)
+    recorder = SnapshotRecorder(folder, epochs=phase.epochs, snapshots=phase.snapshots, schedule=schedule, spec=spec)
 
     def record(row: dict) -> None:
         recorder.step(model, {name: row[name] for name in ("train_loss", "val_loss", "val_accuracy")})

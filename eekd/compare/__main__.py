@@ -1,0 +1,122 @@
+"""The command line of the comparison: python -m eekd.compare [--methods NAME ...] [--seeds N] [--flag value ...]."""
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from eekd.compare import METHODS, method
+from eekd.compare.cells import Seed, keep_settings
+from eekd.compare.study import gather
+from eekd.config import Config, preset
+from eekd.trainers import prepare
+
+try:
+    import tyro
+    from rich.console import Console
+except ImportError as error:
+    raise SystemExit(f"python -m eekd.compare needs {error.name}: pip install 'eekd[train]'") from None
+
+DECIDED = ("seed", "students", "teacher_run", "bank")  # settings that a comparison decides by itself
+VARIED = ("fusion", "attention_objective")  # and those of the student
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Compares ways to teach the same student, over seeds; run it again after a kill, or to add methods or seeds.
+
+    Finished cells are kept. Processes with other seeds may work on the same --out at the same time.
+    """
+
+    methods: tuple[str, ...] = ()  # names of eekd.compare.METHODS, NAME-online without a bank (None: all)
+    seeds: int = 3  # how many
+    first_seed: int = 0  # they are first_seed, first_seed + 1, ...
+    views: int | None = None  # augmented views in a bank (None: 8, and 1 where nothing is augmented)
+    out: str | None = None  # the folder of the comparison (None: runs/compare-DATA)
+    preset: str | None = None  # start from these settings (None: digits)
+    config: str | None = None  # start from a file's settings
+    settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+@dataclass(frozen=True)
+class Start:
+    """The flags that say which settings the others override."""
+
+    preset: str | None = None
+    config: str | None = None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command line and returns its exit code: 0, 130 when interrupted, 2 for any mistake."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        run(parse(argv), ["python", "-m", "eekd.compare", *argv])
+        return 0
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (AttributeError, FloatingPointError, ImportError, OSError, TypeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def parse(argv: list[str]) -> Flags:
+    """The flags of a command line; ValueError or tyro's SystemExit says what is wrong and what is near it."""
+    start = tyro.cli(Start, args=argv, return_unknown_args=True, add_help=False)[0]
+    if start.preset and start.config:
+        raise ValueError("give --preset or --config, not both")
+    settings = Config.load(start.config) if start.config else preset(start.preset or "digits")
+    defaults = {name: getattr(Config(), name) for name in DECIDED}
+    settings = dataclasses.replace(settings, **defaults)
+    flags = tyro.cli(Flags, prog="python -m eekd.compare", args=argv, default=Flags(settings=settings))
+    chosen = flags.settings
+    for name in DECIDED:
+        if getattr(chosen, name) != defaults[name]:
+            by = {"seed": "--first-seed", "students": "--methods"}.get(name, "the comparison")
+            raise ValueError(f"{name} must be left to {by}, got {getattr(chosen, name)!r}")
+    for name in VARIED:
+        if getattr(chosen.student, name) != (kept := getattr(Config().student, name)):
+            raise ValueError(f"student.{name} must be {kept!r}, since methods vary it, got "
+                             f"{getattr(chosen.student, name)!r}")  # fmt: skip
+    for name in ("seeds", "views"):
+        if getattr(flags, name) is not None and getattr(flags, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(flags, name)}")
+    if flags.first_seed < 0:
+        raise ValueError(f"first_seed must be at least 0, got {flags.first_seed}")
+    names = tuple(dict.fromkeys(flags.methods or METHODS))
+    for name in names:
+        how, teacher = method(name), chosen.teacher
+        if type(how.snapshots) is int and how.snapshots > teacher.epochs:
+            raise ValueError(f"method {name} needs {how.snapshots} snapshots, and teacher.epochs is {teacher.epochs}")
+        if how.teacher == "cyclic":
+            dataclasses.replace(teacher, schedule="cyclic")  # a ValueError where its cycles are not equal
+        elif teacher.schedule == "cyclic":
+            raise ValueError("teacher.schedule must not be cyclic, which is what the cyclic- methods are for")
+    return dataclasses.replace(flags, methods=names)
+
+
+def run(flags: Flags, command: list[str]) -> Path:
+    """Makes the cells that are missing and writes study.json; returns its path."""
+    console, session = Console(), prepare(flags.settings)
+    views = flags.views or (1 if session.loader("train", flags.settings.student, train=True).augment == "none" else 8)
+    out = Path(flags.out or f"runs/compare-{Path(flags.settings.data).name}")
+    keep_settings(out, flags.settings, views, session.data.fingerprint)
+    with console.status("") as status:
+
+        def progress(phase, done, total, known):
+            status.update(f"{phase}: epoch {known['epoch']} of {known['epochs']}, loss {known['train_loss']:.3f}")
+
+        def say(line):
+            console.print(line, highlight=False, soft_wrap=True)
+
+        for seed in range(flags.first_seed, flags.first_seed + flags.seeds):
+            config = dataclasses.replace(flags.settings, seed=seed)
+            Seed(out, config, flags.methods, views, session.data, say, progress).run()
+    path = gather(out, command)
+    console.print(f"everything is in {path.parent}", highlight=False, soft_wrap=True)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,296 @@
+"""study.json: every finished cell, the statistics over seeds, and what they say about the paper's claims.
+
+    format, command, environment      environment is that of the process that wrote the file
+    config, views, images, seeds      the settings; training images of an epoch; the seeds found
+    commits, threads                  of the cells
+    cells                 seed, method, what student.json and the last line of metrics.jsonl say, seconds
+    teachers              seed, kind, epochs of its snapshots, seconds, bank_seconds, val and test: each snapshot and
+                          their uniform ensemble
+    methods               of each: settings, n, val and test (mean, std), over_ce and over_uniform (paired),
+                          weights and weight_entropy at the end (mean over seeds), seconds, cost
+    claims                of each: principle, claim, parts (text, points, verdict), verdict
+
+Accuracies are fractions of 1. A paired difference is taken seed by seed: n, mean, low and high, the ends of
+Student's interval mean ± t(0.975, n - 1) std / sqrt(n), null for n = 1. The intervals are not corrected for how
+many there are.
+
+cost counts forwards of one image, with a training step as three of them and validation left out:
+
+    teacher_training = 3 N E_t K    teaching = N E_s M, online    teaching_bank = N V M    student_training = 3 N E_s
+
+for N images, E epochs, K teachers, M snapshots and V views; gflops_online and gflops_bank weigh them by what one
+forward of teacher and student costs (torch.utils.flop_counter).
+"""
+
+import json
+from math import sqrt
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from scipy.special import stdtrit
+from torch.utils.flop_counter import FlopCounterMode
+
+from eekd import models
+from eekd.checkpoint import read_json, write_json_atomic
+from eekd.compare import FORMAT, METHODS, SWEEP, Method
+from eekd.compare.cells import alone
+from eekd.config import Config
+from eekd.info import environment
+from eekd.trainers.folder import finite
+
+HOLDS, CONTRADICTED, UNDECIDED, MISSING = "holds", "contradicted", "undecided", "not measured"
+
+
+def gather(out: Path, command: list[str]) -> Path:
+    """Writes study.json from all that is finished in `out`, and the page and plots beside it."""
+    with alone(out, wait=True):
+        write_json_atomic(out / "study.json", finite(study(out, command)))
+    return out / "study.json"
+
+
+def study(out: Path, command: list[str]) -> dict:
+    """The content of study.json."""
+    settings = read_json(out / "settings.json")
+    config = Config.from_json(json.dumps(settings["config"]))
+    folders = sorted(out.glob("seed-*"), key=lambda path: int(path.name[5:]))
+    cells = [_cell(path.parent) for folder in folders for path in _by_table(folder.glob("students/*/cell.json"))]
+    teachers = [_teacher(path.parent) for folder in folders for path in sorted(folder.glob("*/teacher.json"))]
+    images = next(iter(out.glob("seed-*/*/environment.json")), None)
+    images = read_json(images)["data"]["train"] if images else None
+    record = {
+        "format": FORMAT, "command": command, "environment": environment(), "config": settings["config"],
+        "views": settings["views"], "images": images, "seeds": sorted({cell["seed"] for cell in cells}),
+        "commits": sorted({cell["commit"] or "" for cell in cells}),
+        "threads": sorted({cell["threads"] for cell in cells}), "cells": cells, "teachers": teachers,
+    }  # fmt: skip
+    return record | summarise(record, config, forward_flops(config, cells))
+
+
+def _by_table(paths) -> list[Path]:
+    order = {name: place for place, name in enumerate(METHODS)}
+
+    def place(path):
+        name = path.parent.name
+        return order.get(name.removesuffix("-online"), len(order)), name
+
+    return sorted(paths, key=place)
+
+
+def _cell(folder: Path) -> dict:
+    cell, known = read_json(folder / "cell.json"), read_json(folder / "student.json")
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    kept = "weights", "weight_entropy", "val_target_nll", "val_target_nll_uniform"
+    return {
+        "seed": known["seed"], "name": folder.name, "method": cell["method"], "epochs": cell["epochs"],
+        "val": known["val"], "test": known["test"], **{name: last.get(name) for name in kept},
+        "seconds": cell["seconds"], "seconds_per_epoch": known["seconds_per_epoch"], "threads": cell["threads"],
+        "commit": known["commit"], "spec": known["spec"], "sha256": known["sha256"],
+    }  # fmt: skip
+
+
+def _teacher(run: Path) -> dict:
+    bank = read_json(run / "bank.json")["seconds"] if (run / "bank.json").exists() else None
+    seed, stored = int(run.parent.name[5:]), None
+    if (run / "bank" / "manifest.json").exists():
+        stored = read_json(run / "bank" / "manifest.json")["snapshots"]
+    return {"seed": seed, "kind": run.name, "bank_seconds": bank, "bank_snapshots": stored,
+            **{name: value for name, value in read_json(run / "teacher.json").items() if name != "format"}}  # fmt: skip
+
+
+def forward_flops(config: Config, cells: list[dict]) -> dict[str, int]:
+    """Floating-point operations of one image's forward, of teacher and student."""
+    found = {}
+    for kind, phase in (("teacher", config.teacher), ("student", config.student)):
+        if not cells:
+            continue
+        spec = cells[0]["spec"] | {"name": phase.model}
+        network = models.build(**spec).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(torch.zeros(1, spec["in_channels"], spec["image_size"], spec["image_size"]))
+        found[kind] = counter.get_total_flops()
+    return found
+
+
+def summarise(record: dict, config: Config, flops: dict[str, int]) -> dict:
+    """`methods`, `ensembles` and `claims`, from the cells and teachers of a record."""
+    by_name = {}
+    for cell in record["cells"]:
+        by_name.setdefault(cell["name"], {})[cell["seed"]] = cell
+    test = {name: {seed: cell["test"]["accuracy"] for seed, cell in cells.items()} for name, cells in by_name.items()}
+    ensemble = {
+        kind: {teacher["seed"]: teacher["test"]["members"][-1]["accuracy"]
+               for teacher in record["teachers"] if teacher["kind"] == kind}
+        for kind in ("ordinary", "cyclic", "sed")
+    }  # fmt: skip
+    methods = []
+    for name, cells in by_name.items():
+        several = list(cells.values())
+        first = several[0]
+        how = Method(**first["method"])
+        methods.append({
+            "name": name, **first["method"], "epochs": first["epochs"], "n": len(several),
+            "val": mean_std([cell["val"]["accuracy"] for cell in several]), "test": mean_std(list(test[name].values())),
+            "over_ce": paired(test[name], test.get("ce", {})) if name != "ce" else None,
+            "over_uniform": paired(test[name], test.get("uniform", {})) if name != "uniform" else None,
+            "weights": [mean(column) for column in zip(*(cell["weights"] for cell in several), strict=True)]
+            if first["weights"] else None,
+            "weight_entropy": mean(cell["weight_entropy"] for cell in several) if first["weights"] else None,
+            "seconds": _seconds(how, first["epochs"], several, record),
+            "cost": cost(how, len(first["epochs"]), config, record["images"], record["views"], flops),
+        })  # fmt: skip
+    ensembles = [
+        {"kind": kind, "n": len(found), "test": mean_std(list(found.values())),
+         "over_ordinary": paired(found, ensemble["ordinary"]) if kind != "ordinary" else None}
+        for kind, found in ensemble.items() if found
+    ]  # fmt: skip
+    return {"flops": flops, "methods": methods, "ensembles": ensembles,
+            "claims": claims(test, ensemble, config, {row["name"]: row["cost"] for row in methods})}  # fmt: skip
+
+
+def mean_std(values: list[float]) -> dict:
+    """The mean, and the standard deviation of a sample (null for one)."""
+    return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None}
+
+
+def paired(these: dict[int, float], those: dict[int, float]) -> dict | None:
+    """The mean difference these - those over the seeds they share, with Student's 95 % interval; None without any."""
+    return interval([these[seed] - those[seed] for seed in these if seed in those])
+
+
+def interval(values: list[float], level: float = 0.95) -> dict | None:
+    """The mean and its interval: mean ± t((1 + level) / 2, n - 1) std / sqrt(n)."""
+    if not values:
+        return None
+    n, centre = len(values), mean(values)
+    if n < 2:
+        return {"n": n, "mean": centre, "low": None, "high": None}
+    half = float(stdtrit(n - 1, (1 + level) / 2)) * stdev(values) / sqrt(n)
+    return {"n": n, "mean": centre, "low": centre - half, "high": centre + half}
+
+
+def verdict(difference: dict | None, above: bool) -> str:
+    """Whether a difference is above 0 (or, not above, below it), as claimed: decided by its interval alone."""
+    if difference is None:
+        return MISSING
+    low, high = difference["low"], difference["high"]
+    if low is None or low == high or low <= 0 <= high:  # equal differences of two or three seeds are chance
+        return UNDECIDED
+    return HOLDS if (low > 0) == above else CONTRADICTED
+
+
+def together(verdicts: list[str]) -> str:
+    """The verdict on a claim of several parts: contradicted by one, upheld only by all."""
+    for found in (CONTRADICTED, MISSING, UNDECIDED):
+        if found in verdicts:
+            return found
+    return HOLDS
+
+
+def cost(how: Method, snapshots: int, config: Config, images: int | None, views: int, flops: dict) -> dict | None:
+    """Forwards of one image in what a method needs by itself; see the module."""
+    if not images:
+        return None
+    trainings = 0 if how.weighting == "ce" else config.teacher.snapshots if how.teacher == "sed" else 1
+    training = 3 * images * config.teacher.epochs * trainings
+    student = 3 * images * config.student.epochs
+    online, bank = images * config.student.epochs * snapshots, images * views * snapshots
+    found = {"teachers": trainings, "teacher_training": training, "teaching": online,
+             "teaching_bank": None if how.online else bank, "student_training": student}  # fmt: skip
+    of_student = student * flops["student"]
+    found["gflops_online"] = ((training + online) * flops["teacher"] + of_student) / 1e9
+    found["gflops_bank"] = None if how.online else ((training + bank) * flops["teacher"] + of_student) / 1e9
+    return found
+
+
+def _seconds(how: Method, epochs: list[int], cells: list[dict], record: dict) -> dict:
+    """Mean seconds of a cell, of all its teachers' training, and of its snapshots' share of the bank."""
+    found = {"student": mean(cell["seconds"] for cell in cells), "teachers": 0.0, "bank": 0.0}
+    if how.weighting == "ce":
+        return found
+    seeds = {cell["seed"] for cell in cells}
+    kinds = ("ordinary", *(f"sed-{i}" for i in range(1, len(epochs)))) if how.teacher == "sed" else (how.teacher,)
+    teachers = [t for t in record["teachers"] if t["seed"] in seeds]
+    found["teachers"] = sum(t["seconds"] for t in teachers if t["kind"] in kinds) / len(seeds)
+    banks = [t["bank_seconds"] * len(epochs) / t["bank_snapshots"] for t in teachers
+             if t["kind"] == how.teacher and t["bank_seconds"] is not None and t["bank_snapshots"]]  # fmt: skip
+    found["bank"] = None if how.online or not banks else mean(banks)
+    return found
+
+
+def claims(test: dict, ensemble: dict, config: Config, costs: dict) -> list[dict]:
+    """What the paper claims, each part a paired difference in test accuracy with its verdict."""
+
+    def part(text: str, difference: dict | None, above: bool = True) -> dict:
+        return {"text": text, "above": above, "difference": difference, "verdict": verdict(difference, above)}
+
+    def students(a: str, b: str, above: bool = True) -> dict:
+        text = f"student {a} {'above' if above else 'not above'} {b}"
+        return part(text, paired(test.get(a, {}), test.get(b, {})), above)
+
+    def ensembles(a: str, b: str) -> dict:
+        return part(f"ensemble {a} above {b}", paired(ensemble[a], ensemble[b]))
+
+    m = config.teacher.snapshots
+    rivals = "uniform", "linear_increase", "linear_decrease", "last", "entropy", "confidence"
+    found = [
+        ("quality", "A cyclic-schedule ensemble is more accurate than the ordinary one, yet teaches worse.",
+         [ensembles("cyclic", "ordinary"), students("cyclic-uniform", "uniform", False),
+          students("cyclic-attention", "attention", False)]),
+        ("quality", "Strong ensembles do not make strong students: independent teachers are better together, "
+         "and their student is not.",
+         [ensembles("sed", "ordinary"), students("sed", "uniform", False), students("sed", "attention", False)]),
+        ("weights", "Attention is better than uniform, linearly increasing and linearly decreasing weights.",
+         [students("attention", rival) for rival in rivals[:3]]),
+        ("weights", "Linearly increasing weights are no better than uniform ones.",
+         [students("linear_increase", "uniform", False)]),
+    ]  # fmt: skip
+    for name in ("attention", "uniform"):
+        series = sweep(name, m, test)
+        text = f"accuracy of {name} per doubling of M"
+        found.append(("number", f"Accuracy rises with M ({name}).", [part(text, slope(series))]))
+        middle, most = series.get(m, {}), series.get(max(SWEEP), {}) if m < max(SWEEP) else {}
+        gained = {
+            s: 2 * middle[s] - series[1][s] - most[s] for s in middle if s in most and s in series.get(1, {})
+        }
+        found.append(("number", f"M = {m} is the compromise ({name}).",
+                      [part(f"gain from M = 1 to {m} above that from {m} to {max(SWEEP)}",
+                            interval(list(gained.values())))]))  # fmt: skip
+    rows = [{"principle": principle, "claim": claim, "parts": parts, "verdict": together([p["verdict"] for p in parts])}
+            for principle, claim, parts in found]  # fmt: skip
+    return [*rows, cheaper(costs)]
+
+
+def sweep(name: str, snapshots: int, test: dict) -> dict[int, dict[int, float]]:
+    """Test accuracies by M and seed: `last` is M = 1, the bare name is teacher.snapshots."""
+    names = {1: "last", **{m: f"{name}-m{m}" for m in SWEEP}, snapshots: name}
+    return {m: test[names[m]] for m in sorted(names) if names[m] in test}
+
+
+def slope(series: dict[int, dict[int, float]]) -> dict | None:
+    """The least-squares slope of accuracy on log2 M, seed by seed."""
+    if len(series) < 2:
+        return None
+    seeds = set.intersection(*(set(found) for found in series.values()))
+    x = [torch.tensor(float(m)).log2().item() for m in series]
+    middle = mean(x)
+    spread = sum((a - middle) ** 2 for a in x)
+    return interval([sum((a - middle) * found[seed] for a, found in zip(x, series.values(), strict=True)) / spread
+                     for seed in sorted(seeds)])  # fmt: skip
+
+
+def cheaper(costs: dict) -> dict:
+    """The claim on cost, which is arithmetic: forwards of the teacher's network that EEKD and SED spend."""
+    row = {"principle": "cost", "claim": "EEKD costs about 40 % of distillation from M independent teachers.",
+           "parts": [], "verdict": MISSING, "ratio": None, "ratio_bank": None}  # fmt: skip
+    ours, theirs = costs.get("attention"), costs.get("sed")
+    if ours and theirs:
+        row["ratio"], row["ratio_bank"] = (
+            (ours["teacher_training"] + ours[key]) / (theirs["teacher_training"] + theirs[key])
+            for key in ("teaching", "teaching_bank")
+        )
+        row["ratio_gflops"], row["ratio_gflops_bank"] = (
+            ours[key] / theirs[key] for key in ("gflops_online", "gflops_bank")
+        )
+        row["verdict"] = HOLDS if row["ratio"] <= 0.45 else CONTRADICTED
+    return row
