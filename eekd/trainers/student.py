@@ -28,8 +28,8 @@ def train_student(config: Config, teacher: str | Path | None, weighting: Weighti
 
     "ce" trains on labels alone and needs no teacher; "last" is plain knowledge distillation and runs the last
     snapshot only. `which` picks the snapshots by index. With config.bank they run on validation images only.
-    Returns the content of student.json, see eekd.trainers.folder. FloatingPointError if the loss is not finite, FileExistsError if the
-    folder holds a network, and what SnapshotEnsemble.load and LogitBank.check raise.
+    Returns the content of student.json, see eekd.trainers.folder. FloatingPointError if the loss is not finite,
+    FileExistsError if the folder holds a network, and what SnapshotEnsemble.load and LogitBank.check raise.
     """
     folder, session, phase = Path(folder), session or Session(config), config.student
     student = session.network(phase, 2 * config.seed + 1)  # not the teacher's first weights
