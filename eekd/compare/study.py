@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eekd import models
 from eekd.checkpoint import read_json, write_json_atomic
-from eekd.compare import FORMAT, METHODS, SWEEP, Method
+from eekd.compare import FORMAT, METHODS, SWEEP, Method, page
 from eekd.compare.cells import alone
 from eekd.config import Config
 from eekd.info import environment
@@ -45,7 +45,9 @@ HOLDS, CONTRADICTED, UNDECIDED, MISSING = "holds", "contradicted", "undecided", 
 def gather(out: Path, command: list[str]) -> Path:
     """Writes study.json from all that is finished in `out`, and the page and plots beside it."""
     with alone(out, wait=True):
-        write_json_atomic(out / "study.json", finite(study(out, command)))
+        record = finite(study(out, command))
+        write_json_atomic(out / "study.json", record)
+        page.write(record, out)
     return out / "study.json"
 
 
