@@ -1,6 +1,6 @@
 """Writes the tables of README.md and docs/, and the plots, from the JSON files beside this script.
 
-python results/render.py          # rewrites what stands between <!-- table:NAME --> and <!-- end -->
+python results/render.py          # rewrites what stands between <!-- table:NAME --> and <!-- end -->, and docs/study.md
 python results/render.py --check  # changes nothing; exits 1 where a table is not what the JSON says
 """
 
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
+from eekd.compare import page as comparison
 from eekd.config import TITLES
 
 HERE = Path(__file__).parent
@@ -166,7 +167,15 @@ def plot(record: dict, path: Path) -> None:
 
 def main(argv: list[str]) -> int:
     pages = [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
-    stale = []
+    stale, record, study = [], HERE / "study.json", HERE.parent / "docs" / "study.md"
+    if record.exists():
+        more = "What the attention learns, and why: [attention.md](attention.md)."
+        more = more if study.with_name("attention.md").exists() else ""
+        fresh = comparison.page(json.loads(record.read_text()), "../results/study-", more)
+        if not study.exists() or study.read_text() != fresh:
+            stale.append(study)
+            if "--check" not in argv:
+                study.write_text(fresh)
     for page in pages:
         text = page.read_text()
 
@@ -184,7 +193,9 @@ def main(argv: list[str]) -> int:
         return bool(stale)
     for path in HERE.rglob("*.json"):
         record = json.loads(path.read_text())
-        if "runs" in record:
+        if "claims" in record:
+            comparison.plots(record, HERE, path.stem)
+        elif "runs" in record:
             plot(record, path.with_suffix(".svg"))
         elif record.get("rows") and (why := bandwidth(record, path.with_suffix(".svg"))):
             print(f"{path.relative_to(HERE)} has no plot: {why}")

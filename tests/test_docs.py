@@ -13,6 +13,7 @@ from torch import nn
 
 from eekd import train
 from eekd.bank import __main__ as bank
+from eekd.compare import __main__ as compare
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -68,12 +69,15 @@ def test_the_examples_of_a_page_run(page, request, tmp_path, monkeypatch):
 
 def commands() -> list[str]:
     lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
-    return [line for line in lines if line.startswith(("python -m eekd.train", "python -m eekd.bank"))]
+    return [line for line in lines if re.match(r"python -m eekd\.(train|bank|compare)", line)]
 
 
 @pytest.mark.parametrize("command", commands())
 def test_the_command_lines_parse(command, request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if " eekd.compare " in f"{command} ":
+        compare.parse(shlex.split(command)[3:])
+        return
     if "bank" in command:
         Path("runs").symlink_to(request.getfixturevalue("runs"))
         (bank if " eekd.bank " in command else train).parse(shlex.split(command)[3:])

@@ -49,6 +49,7 @@ def page(record: dict, figures: str | None = None, more: str = "") -> str:
             lines += _parts(row)
         lines += {"quality": _ensembles, "weights": _weights, "number": _number, "cost": _cost}[principle](record)
         lines += figure(principle)
+    lines += _online(record)
     lines += ["## How this was made", "", *_made(record), more]
     return "\n".join(lines).rstrip("\n") + "\n"
 
@@ -135,8 +136,8 @@ def _cost(record: dict) -> list[str]:
         forwards = [cost[key] for key in ("teacher_training", "teaching", "teaching_bank", "student_training")]
         flops = [cost[key] for key in ("gflops_online", "gflops_bank")]
         spent = [seconds[key] for key in ("teachers", "bank", "student")]
-        cells = [row["title"], str(cost["teachers"]), *(number(x, 1e-6, ".2f") for x in forwards),
-                 *(number(x, 1, ",.0f") for x in flops), *(number(x, 1, ",.0f") for x in spent)]  # fmt: skip
+        cells = [row["title"], str(cost["teachers"]), *(number(x, 1e-6, ".3g") for x in forwards),
+                 *(number(x, 1, ",.4g") for x in flops), *(number(x, 1, ",.0f") for x in spent)]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     flops = record["flops"]
     if base and flops:
@@ -144,6 +145,16 @@ def _cost(record: dict) -> list[str]:
                   f"{flops['student'] / 1e6:,.2f} of the student. Seconds are wall-clock, of one process with "
                   f"{_one(record['threads'])} thread(s), and hold the passes over validation and test images "
                   "too."]  # fmt: skip
+    return [*lines, ""]
+
+
+def _online(record: dict) -> list[str]:
+    rows = [row for row in record["methods"] if row["over_online"]]
+    if not rows:
+        return []
+    lines = [f"## A bank of {record['views']} views against snapshots that run", "",
+             "| method | from the bank, test % | over online, points |", "|---|--:|--:|"]  # fmt: skip
+    lines += [f"| {row['title']} | {percent(row['test'])} | {points(row['over_online'])} |" for row in rows]
     return [*lines, ""]
 
 

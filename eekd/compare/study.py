@@ -6,8 +6,10 @@
     cells                 seed, method, what student.json and the last line of metrics.jsonl say, seconds
     teachers              seed, kind, epochs of its snapshots, seconds, bank_seconds, val and test: each snapshot and
                           their uniform ensemble
-    methods               of each: settings, n, val and test (mean, std), over_ce and over_uniform (paired),
-                          weights and weight_entropy at the end (mean over seeds), seconds, cost
+    methods               of each: settings, n, val and test (mean, std), over_ce, over_uniform and over_online
+                          (paired; the latter over the same method without a bank), weights and weight_entropy at the
+                          end (mean over seeds), seconds, cost
+    ensembles             of each kind of teacher: n, test (mean, std), over_ordinary (paired)
     claims                of each: principle, claim, parts (text, points, verdict), verdict
 
 Accuracies are fractions of 1. A paired difference is taken seed by seed: n, mean, low and high, the ends of
@@ -135,6 +137,7 @@ def summarise(record: dict, config: Config, flops: dict[str, int]) -> dict:
             "val": mean_std([cell["val"]["accuracy"] for cell in several]), "test": mean_std(list(test[name].values())),
             "over_ce": paired(test[name], test.get("ce", {})) if name != "ce" else None,
             "over_uniform": paired(test[name], test.get("uniform", {})) if name != "uniform" else None,
+            "over_online": paired(test[name], test.get(f"{name}-online", {})),
             "weights": [mean(column) for column in zip(*(cell["weights"] for cell in several), strict=True)]
             if first["weights"] else None,
             "weight_entropy": mean(cell["weight_entropy"] for cell in several) if first["weights"] else None,
@@ -242,6 +245,8 @@ def claims(test: dict, ensemble: dict, config: Config, costs: dict) -> list[dict
         ("quality", "Strong ensembles do not make strong students: independent teachers are better together, "
          "and their student is not.",
          [ensembles("sed", "ordinary"), students("sed", "uniform", False), students("sed", "attention", False)]),
+        ("quality", "A half-way snapshot teaches better than the finished teacher (the authors' follow-up).",
+         [students("half", "last")]),
         ("weights", "Attention is better than uniform, linearly increasing and linearly decreasing weights.",
          [students("attention", rival) for rival in rivals[:3]]),
         ("weights", "Linearly increasing weights are no better than uniform ones.",
