@@ -92,9 +92,11 @@ def _methods(record: dict) -> list[str]:
 def _ensembles(record: dict) -> list[str]:
     if not record["ensembles"]:
         return []
-    lines = ["| ensemble (mean of probabilities) | test, % | over the ordinary one, points |", "|---|--:|--:|"]
+    lines = ["| teacher | its snapshots, test % | ensemble (mean of probabilities), test % | over the ordinary one, "
+             "points |", "|---|---|--:|--:|"]  # fmt: skip
     for row in record["ensembles"]:
-        lines.append(f"| {KINDS[row['kind']]} | {percent(row['test'])} | {points(row['over_ordinary'])} |")
+        each = " ".join(f"{100 * accuracy:.1f}" for accuracy in row["members"])
+        lines.append(f"| {KINDS[row['kind']]} | {each} | {percent(row['test'])} | {points(row['over_ordinary'])} |")
     return [*lines, ""]
 
 
@@ -271,16 +273,18 @@ def _draw_quality(record: dict, figure) -> None:
     axes = figure.subplots()
     methods = {row["name"]: row for row in record["methods"]}
     names = {"ordinary": ("uniform", "attention"), "cyclic": ("cyclic-uniform", "cyclic-attention"), "sed": ("sed",)}
+    markers = {"uniform": "o", "attention": "s"}
     colours = {"ordinary": GREY, "cyclic": BLUE, "sed": RED}
     for row in record["ensembles"]:
-        for marker, name in zip("os", names[row["kind"]], strict=False):
+        for name in names[row["kind"]]:
             if name in methods:
+                weighting = methods[name]["weighting"]
                 axes.errorbar(100 * row["test"]["mean"], 100 * methods[name]["test"]["mean"],
                               xerr=100 * (row["test"]["std"] or 0), yerr=100 * (methods[name]["test"]["std"] or 0),
-                              fmt=marker, color=colours[row["kind"]],
-                              label=f"{KINDS[row['kind']]}: {name.split('-')[-1]}")  # fmt: skip
-    axes.set(xlabel="test accuracy of the ensemble, %", ylabel="test accuracy of its student, %",
-             title="Stronger ensembles are further right; better students further up (± std)")
+                              fmt=markers[weighting], color=colours[row["kind"]], capsize=2,
+                              label=f"{KINDS[row['kind']]}: {weighting}")  # fmt: skip
+    axes.set(xlabel="test accuracy of the ensemble, %, ± std", ylabel="test accuracy of its student, %, ± std",
+             title="Does a stronger ensemble teach better?")  # fmt: skip
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
@@ -303,6 +307,8 @@ def _draw_number(record: dict, figure) -> None:
         right.plot([m for m, _ in costs], [cost[key] / record["images"] for _, cost in costs], f"o{style}", ms=4,
                    color=GREY, label=label)  # fmt: skip
     right.legend(frameon=False)
+    for axes in (left, right):
+        axes.set_xticks([m for m, _ in costs])
     left.set(xlabel="snapshots M", ylabel="test accuracy, %", title="Student (mean ± std, and each seed)")
     left.legend(frameon=False)
     right.set(xlabel="snapshots M", ylabel="teacher forwards per training image", ylim=(0, None))
@@ -318,5 +324,7 @@ def _draw_cost(record: dict, figure) -> None:
         axes.plot(x, y, "o", color=RED if row["name"] == "attention" else BLUE, ms=5)
         if row["name"] in label:
             axes.annotate(label[row["name"]], (x, y), xytext=(5, 3), textcoords="offset points")
-    axes.set(xscale="log", xlabel="floating-point operations, online, teachers included; 1 is CE only",
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="floating-point operations, online, teachers included; 1 is CE only",
              ylabel="test accuracy, %", title="Accuracy and cost, all methods")  # fmt: skip

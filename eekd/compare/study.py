@@ -9,7 +9,8 @@
     methods               of each: settings, n, val and test (mean, std), over_ce, over_uniform and over_online
                           (paired; the latter over the same method without a bank), weights and weight_entropy at the
                           end (mean over seeds), seconds, cost
-    ensembles             of each kind of teacher: n, test (mean, std), over_ordinary (paired)
+    ensembles             of each kind of teacher: n, test (mean, std), members (mean test accuracy of each snapshot),
+                          over_ordinary (paired)
     claims                of each: principle, claim, parts (text, points, verdict), verdict
 
 Accuracies are fractions of 1. A paired difference is taken seed by seed: n, mean, low and high, the ends of
@@ -35,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eekd import models
 from eekd.checkpoint import read_json, write_json_atomic
-from eekd.compare import FORMAT, METHODS, SWEEP, Method, page
+from eekd.compare import FORMAT, KINDS, METHODS, SWEEP, Method, page
 from eekd.compare.cells import alone
 from eekd.config import Config
 from eekd.info import environment
@@ -122,11 +123,12 @@ def summarise(record: dict, config: Config, flops: dict[str, int]) -> dict:
     for cell in record["cells"]:
         by_name.setdefault(cell["name"], {})[cell["seed"]] = cell
     test = {name: {seed: cell["test"]["accuracy"] for seed, cell in cells.items()} for name, cells in by_name.items()}
-    ensemble = {
-        kind: {teacher["seed"]: teacher["test"]["members"][-1]["accuracy"]
+    scores = {
+        kind: {teacher["seed"]: [member["accuracy"] for member in teacher["test"]["members"]]
                for teacher in record["teachers"] if teacher["kind"] == kind}
-        for kind in ("ordinary", "cyclic", "sed")
+        for kind in KINDS
     }  # fmt: skip
+    ensemble = {kind: {seed: members[-1] for seed, members in found.items()} for kind, found in scores.items()}
     methods = []
     for name, cells in by_name.items():
         several = list(cells.values())
@@ -146,6 +148,7 @@ def summarise(record: dict, config: Config, flops: dict[str, int]) -> dict:
         })  # fmt: skip
     ensembles = [
         {"kind": kind, "n": len(found), "test": mean_std(list(found.values())),
+         "members": [mean(column) for column in zip(*scores[kind].values(), strict=True)][:-1],
          "over_ordinary": paired(found, ensemble["ordinary"]) if kind != "ordinary" else None}
         for kind, found in ensemble.items() if found
     ]  # fmt: skip
