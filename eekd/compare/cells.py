@@ -220,8 +220,9 @@ def merge(runs: list[Path], folder: Path) -> None:
         file = f"snapshot-{number}.safetensors"
         shutil.copyfile(run / "teacher" / last["file"], folder / file)
         entries.append({**last, "file": file, "step": step})
-    schedule = [entry["step"] for entry in entries]
-    write_json_atomic(folder / SNAPSHOTS, {**manifests[0], "schedule": schedule, "snapshots": entries})
+    schedule, first = [entry["step"] for entry in entries], manifests[0]
+    write_json_atomic(folder / SNAPSHOTS, {"format": first["format"], "spec": first["spec"], "schedule": schedule,
+                                           "snapshots": entries})  # fmt: skip
 
 
 @contextmanager
