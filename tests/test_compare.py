@@ -135,6 +135,12 @@ def test_snapshots_picked_from_a_union_teach_like_a_teacher_that_kept_no_others(
         assert one == other
 
 
+def test_labels_alone_are_learnt_from_the_images_in_the_bank(tmp_path):
+    assert compare(tmp_path, names="ce ce-online", seeds=1, flags=SMALL.replace("--views 2", "--views 1")) == 0
+    one, other = (sha256_of(tmp_path / f"seed-0/students/{name}/student.safetensors") for name in ("ce", "ce-online"))
+    assert one != other  # whose second epoch shows another view
+
+
 def test_a_method_is_a_row_of_one_table():
     config = Config()
     assert [name for name in METHODS if METHODS[name].teacher == "sed"] == ["sed"]

@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "train": {"bank", "config", "trainers"},
     "bank.__main__": {"bank", "checkpoint", "config", "info", "snapshots", "trainers"},
     "report": {"charts", "checkpoint", "config", "snapshots", "trainers"},
-    "compare": {"bank", "checkpoint", "config", "info", "models", "snapshots", "trainers"},
+    "compare": {"bank", "checkpoint", "config", "data", "info", "models", "snapshots", "trainers"},
 }
 COMMANDS = {"train", "report", "compare"}  # nobody imports them
 LEAVES = ("eekd.kernels.bench", "eekd.kernels.tune")  # of the kernels, what knows eekd

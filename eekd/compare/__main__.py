@@ -99,7 +99,8 @@ def parse(argv: list[str]) -> Flags:
 def run(flags: Flags, command: list[str]) -> Path:
     """Makes the cells that are missing and writes study.json; returns its path."""
     console, session = Console(), prepare(flags.settings)
-    views = flags.views or (1 if session.loader("train", flags.settings.student, train=True).augment == "none" else 8)
+    augmented = session.loader("train", flags.settings.student, train=True).augment != "none"
+    views = flags.views or (8 if augmented else 1)
     out = Path(flags.out or f"runs/compare-{Path(flags.settings.data).name}")
     keep_settings(out, flags.settings, views, session.data.fingerprint)
     with console.status("") as status:
@@ -112,8 +113,8 @@ def run(flags: Flags, command: list[str]) -> Path:
 
         for seed in range(flags.first_seed, flags.first_seed + flags.seeds):
             config = dataclasses.replace(flags.settings, seed=seed)
-            Seed(out, config, flags.methods, views, session.data, say, progress).run()
-    path = gather(out, command)
+            Seed(out, config, flags.methods, views, augmented, session.data, say, progress).run()
+    path = gather(out, command, augmented)
     console.print(f"everything is in {path.parent}", highlight=False, soft_wrap=True)
     return path
 

@@ -19,6 +19,7 @@ from eekd.bank import __main__ as bank
 from eekd.checkpoint import read_json, write_json_atomic
 from eekd.compare import FORMAT, Method, method, stage_ends
 from eekd.config import Config
+from eekd.data import ImageData
 from eekd.snapshots import MANIFEST as SNAPSHOTS
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.trainers import Session, train_student, train_teacher
@@ -71,7 +72,8 @@ class Seed:
     config: Config  # with this seed
     names: Sequence[str]
     views: int
-    data: object
+    augmented: bool
+    data: ImageData
     say: Callable[[str], object] = print
     progress: Progress = quiet
 
@@ -94,8 +96,8 @@ class Seed:
         student = dataclasses.replace(self.config.student, fusion=how.fusion, attention_objective=how.objective)
         config = dataclasses.replace(self.config, student=student)
         run, which = None, None
-        # Without augmentation a bank's images are those of the data, and labels alone need no teacher.
-        if how.weighting != "ce" or self.views > 1 and not how.online:
+        # The bank says which augmentation there is to see, with labels alone too.
+        if how.weighting != "ce" or self.augmented and not how.online:
             run = self.teacher(how.teacher)
             config = config if how.online else dataclasses.replace(config, bank=str(self.bank(run)))
             which = picked(run, how, config)

@@ -57,7 +57,7 @@ def page(record: dict, figures: str | None = None, more: str = "") -> str:
 def _setting(record: dict) -> list[str]:
     config, seeds = record["config"], len(record["seeds"])
     teacher, student = config["teacher"], config["student"]
-    views = f"{record['views']} augmented views" if record["views"] > 1 else "no augmentation"
+    views = f"{record['views']} augmented views in a bank" if record["augmented"] else "no augmentation"
     return [
         f"{Path(config['data']).name}, {record['images']:,} training images, {views}; teacher {teacher['model']} "
         f"({teacher['epochs']} epochs), student {student['model']} ({student['epochs']} epochs), "

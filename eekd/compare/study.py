@@ -1,7 +1,8 @@
 """study.json: every finished cell, the statistics over seeds, and what they say about the paper's claims.
 
     format, command, environment      environment is that of the process that wrote the file
-    config, views, images, seeds      the settings; training images of an epoch; the seeds found
+    config, views, augmented          the settings; whether images are augmented
+    images, seeds                     training images of an epoch; the seeds found
     commits, threads                  of the cells
     cells                 seed, method, what student.json and the last line of metrics.jsonl say, seconds
     teachers              seed, kind, epochs of its snapshots, seconds, bank_seconds, val and test: each snapshot and
@@ -45,16 +46,16 @@ from eekd.trainers.folder import finite
 HOLDS, CONTRADICTED, UNDECIDED, MISSING = "holds", "contradicted", "undecided", "not measured"
 
 
-def gather(out: Path, command: list[str]) -> Path:
+def gather(out: Path, command: list[str], augmented: bool) -> Path:
     """Writes study.json from all that is finished in `out`, and the page and plots beside it."""
     with alone(out, wait=True):
-        record = finite(study(out, command))
+        record = finite(study(out, command, augmented))
         write_json_atomic(out / "study.json", record)
         page.write(record, out)
     return out / "study.json"
 
 
-def study(out: Path, command: list[str]) -> dict:
+def study(out: Path, command: list[str], augmented: bool) -> dict:
     """The content of study.json."""
     settings = read_json(out / "settings.json")
     config = Config.from_json(json.dumps(settings["config"]))
@@ -65,7 +66,8 @@ def study(out: Path, command: list[str]) -> dict:
     images = read_json(images)["data"]["train"] if images else None
     record = {
         "format": FORMAT, "command": command, "environment": environment(), "config": settings["config"],
-        "views": settings["views"], "images": images, "seeds": sorted({cell["seed"] for cell in cells}),
+        "views": settings["views"], "augmented": augmented, "images": images,
+        "seeds": sorted({cell["seed"] for cell in cells}),
         "commits": sorted({cell["commit"] or "" for cell in cells}),
         "threads": sorted({cell["threads"] for cell in cells}), "cells": cells, "teachers": teachers,
     }  # fmt: skip
