@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import torch
+
 from eekd.compare import METHODS, method
 from eekd.compare.cells import Seed, keep_settings
 from eekd.compare.study import gather
@@ -56,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
+    except torch.OutOfMemoryError as error:
+        print(f"error: the device is out of memory, a smaller batch_size may fit: {error}", file=sys.stderr)
+        return 2
     except (AttributeError, FloatingPointError, ImportError, OSError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
