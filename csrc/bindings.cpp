@@ -56,6 +56,12 @@ constexpr const char* kEnsembleKDFwd =
     "int ignore_index, Tensor(a!) loss, Tensor(b!) attention_loss, Tensor(c!) weights, Tensor(d!)? d_student, "
     "Tensor(e!)? d_scores, Tensor(f!)? d_query, Tensor(g!)? d_keys) -> ()";
 
+constexpr const char* kSparseEnsembleKDFwd =
+    "sparse_ensemble_kd_fwd(Tensor student, Tensor[] snapshots, Tensor tail, Tensor indices, Tensor? labels, "
+    "Tensor? scores, Tensor? query, Tensor? keys, float temperature, float alpha, bool logit_fusion, "
+    "bool kl_objective, bool mean, int ignore_index, Tensor(a!) loss, Tensor(b!) attention_loss, Tensor(c!) weights, "
+    "Tensor(d!)? d_student, Tensor(e!)? d_scores, Tensor(f!)? d_query, Tensor(g!)? d_keys) -> ()";
+
 constexpr const char* kEnsembleKDBwd =
     "ensemble_kd_bwd(Tensor? d_loss, Tensor? d_attention_loss, Tensor? count, Tensor(a!)? d_student, "
     "Tensor(b!)? d_scores, Tensor(c!)? d_query, Tensor(d!)? d_keys) -> ()";
@@ -233,6 +239,7 @@ void ensemble_kd_bwd_cuda(std::optional<Tensor> d_loss, std::optional<Tensor> d_
 
 STABLE_TORCH_LIBRARY(eekd, m) {
   m.def(kEnsembleKDFwd);
+  m.def(kSparseEnsembleKDFwd);
   m.def(kEnsembleKDBwd);  // CUDA only: on CPU torch scales
 }
 

@@ -46,6 +46,17 @@ struct EnsembleKD {
   void* d_keys = nullptr;           // (M, B, D)
 };
 
+// Arguments of sparse_ensemble_kd_fwd: kd, whose snapshots are (B, K), their logits at the classes `indices`, and the
+// rest of their classes. T as above.
+struct SparseEnsembleKD {
+  EnsembleKD kd;
+  int64_t k;
+  const void* tail;                  // (M, B) T: log Σ exp(z_mc / τ) over the classes c that are not in indices
+  int64_t tail_stride[2];            // elements from one snapshot, and from one row, to the next
+  const int64_t* indices;            // (B, K), unit stride inside a row, distinct
+  int64_t indices_stride;
+};
+
 // Runs body(context, begin, end) over disjoint ranges that cover [0, n), each at least `grain` long but the last.
 struct Parallel {
   int threads;
