@@ -166,8 +166,7 @@ def inputs(case: Case, device: torch.device, seed: int) -> list[tuple[Tensor, Te
         scores = normal(rows, snapshots, scale=1, dtype=torch.float32).requires_grad_()
         if k:
             indices = torch.rand(rows, classes, generator=generator, device=device).topk(*k, dim=1).indices
-            rest = math.log(classes - k[0]) if k[0] < classes else -math.inf
-            tail = normal(snapshots, rows, scale=0.1, dtype=torch.float32) + rest
+            tail = normal(snapshots, rows, scale=0.1, dtype=torch.float32) + math.log(classes - k[0])
             return student, Sparse(normal(snapshots, rows, *k, scale=3), tail, indices), indices[:, 0].clone(), scores
         if case.layout == "MBC":
             z = normal(snapshots, rows, classes, scale=3)
@@ -393,8 +392,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="save the figures here, row by row")
     args = parser.parse_args(argv)
     device, cuda, letters = torch.device(args.device), args.device == "cuda", LETTERS[args.op]
-    for wrong in [",".join(map(str, s)) for s in args.shape or () if len(s) != len(letters.split(","))]:
-        parser.error(f"argument --shape: must be {letters} in positive numbers, got {wrong}")
+    for wrong in args.shape or ():
+        if len(wrong) != len(letters.split(",")) or wrong[3:] >= wrong[2:3]:
+            below = ", K below C" * letters.endswith("K")
+            got = ",".join(map(str, wrong))
+            parser.error(f"argument --shape: must be {letters} in positive numbers{below}, got {got}")
     if cuda and not gpu:
         parser.error("--device cuda: no CUDA device was found")
     seconds = args.seconds or (0.05 if args.quick else 0.5 if cuda else 1.0)
