@@ -31,10 +31,10 @@ from .common import (
     write_columns,
 )
 
-WORD = tl.constexpr(32)  # columns whose membership one integer holds
 CHOSEN = 32  # numbers per thread where columns meet indices
 TOP = 64  # numbers per thread of the tile of K columns
-UNROLLED = 8  # blocks of indices that do not keep the student's row from being read ahead
+UNROLLED = 2  # blocks of indices that do not keep the student's row from being read ahead
+FOR_THREE = 168  # registers with which an SM holds three programs of four warps
 
 
 @triton.jit
@@ -50,64 +50,76 @@ def _student(p_student, i, bound, shift, keep, C, SHIFTED: tl.constexpr, ACC: tl
 
 
 @triton.jit
-def _mark(words, p_indices, begin, offset, keep, K, N: tl.constexpr, W: tl.constexpr):
-    """Sets the bits of N indices in words (R, W), of which word 0 begins at column -offset (R)."""
+def _bits(p_indices, begin, offset, keep, K, N: tl.constexpr):
+    """The word, of 32 columns each, and the bit in it, of N indices whose column 0 is at `offset` (R); both (N, R)."""
     j = begin + tl.arange(0, N)
     c = tl.load(p_indices[None, :] + j[:, None], mask=keep[None, :] & (j < K)[:, None], other=0).to(tl.int32)
-    c = tl.where((j < K)[:, None], c + offset[None, :], -1)  # (N, R)
-    bit = tl.full(c.shape, 1, tl.int32) << (c & (WORD - 1))
-    here = (c >> 5)[:, :, None] == tl.arange(0, W)[None, None, :]
+    c = tl.where((j < K)[:, None], c + offset[None, :], -1)
+    return c >> 5, tl.full(c.shape, 1, tl.int32) << (c & 31)
+
+
+@triton.jit
+def _mark(words, word, bit, begin, W: tl.constexpr):
+    """Sets bits in words (R, W), which are those from `begin`."""
+    here = word[:, :, None] == (begin + tl.arange(0, W))[None, None, :]
     return words + tl.sum(tl.where(here, bit[:, :, None], 0), 0)  # of distinct bits, and so their union
 
 
 @triton.jit
 def _rest(
-    s, p_indices, offset, keep, K,
-    R: tl.constexpr, BLOCK: tl.constexpr, MARKED: tl.constexpr, KP: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
-    """The columns s (R, BLOCK), those of the row's indices replaced by -inf.
+    s, word, bit, p_indices, first, shift, keep, K, MARKED: tl.constexpr, KP: tl.constexpr, UNROLLED: tl.constexpr
+):
+    """The columns s (R, N) of the row's memory from `first`, those of its indices replaced by -inf.
 
-    Each index sets one bit of BLOCK / 32 words, which costs K / 32 comparisons a column instead of K.
+    Each index sets one bit of N / 32 words, which costs K / 32 comparisons a column instead of K. The bits of the first
+    MARKED indices are given. A loop over more of them would keep s from being read ahead, unless it is unrolled.
     """
-    W: tl.constexpr = BLOCK // WORD
-    words = tl.zeros([R, W], tl.int32)
-    if UNROLL:
-        for begin in tl.static_range(0, KP, MARKED):
-            words = _mark(words, p_indices, begin, offset, keep, K, MARKED, W)
+    R: tl.constexpr = s.shape[0]
+    W: tl.constexpr = s.shape[1] // 32
+    words = _mark(tl.zeros([R, W], tl.int32), word, bit, first // 32, W)
+    if KP <= UNROLLED:
+        for begin in tl.static_range(MARKED, KP, MARKED):
+            word, bit = _bits(p_indices, begin, shift - first, keep, K, MARKED)
+            words = _mark(words, word, bit, 0, W)
     else:
-        for begin in range(0, K, MARKED):
-            words = _mark(words, p_indices, begin, offset, keep, K, MARKED, W)
-    chosen = (words[:, :, None] >> tl.arange(0, WORD)[None, None, :]) & 1
-    return tl.where(tl.reshape(chosen, [R, BLOCK]) != 0, float("-inf"), s)
+        for begin in range(MARKED, K, MARKED):
+            word, bit = _bits(p_indices, begin, shift - first, keep, K, MARKED)
+            words = _mark(words, word, bit, 0, W)
+    chosen = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    return tl.where(tl.reshape(chosen, s.shape) != 0, float("-inf"), s)
 
 
 @triton.jit
 def _top(p_student, p_snapshot, p_indices, j, y, keep, used, C, K, VECTOR: tl.constexpr, ACC: tl.constexpr):
-    """The columns j < K: s (R, N), z (R, M, N), their classes (R, N), which of these exist, and which do not."""
+    """The columns j < K: s (R, N), z (R, M, N), their classes, which of these exist (R, N).
+
+    And of each row the label's column, or -1, and whether a class does not exist.
+    """
     asked = keep[:, None] & (j < K)[None, :]
     c = tl.load(p_indices[:, None] + j[None, :], mask=asked, other=0)
     exists = asked & (c >= 0) & (c < C)
     s = tl.load(p_student[:, None] + c, mask=exists, other=float("-inf")).to(ACC)
     mask = used[:, :, None] & (j < K // VECTOR * VECTOR)[None, None, :]
     z = tl.load(p_snapshot[:, :, None] + j[None, None, :], mask=mask, other=float("-inf")).to(ACC)
-    return s, z, c, exists, asked & (exists == 0)
+    place = tl.max(tl.where(exists & (c == y[:, None]), j[None, :], -1), 1)
+    wrong = tl.max((asked & (exists == 0)).to(tl.int32), 1)
+    return s, z, c, exists, place, wrong
 
 
 @triton.jit
-def _place(c, exists, j, y):
-    """The label's column among these, or -1 (R)."""
-    return tl.max(tl.where(exists & (c == y[:, None]), j[None, :], -1), 1)
-
-
-@triton.jit
-def _write_top(
-    o_d_student, s, p, c, exists, row, y, k, kd, ce, s_max, soft_sum, hard_max, hard_sum, keep, C, CE: tl.constexpr
-):
-    """d_student at the classes c (R, N)."""
-    d = kd * (softmax(s, s_max, soft_sum, k) - p)
-    if CE:
-        d += ce * (softmax(s, hard_max, hard_sum, LOG2E) - (c == y[:, None]).to(s.dtype))
-    tl.store((o_d_student + row * C)[:, None] + c, d.to(o_d_student.dtype.element_ty), mask=exists)
+def _visit_top(
+    o_d_student, s, z, c, exists, row, y, w, used, k, inverse_tau, kd, ce, s_max, soft_sum, hard_max, hard_sum,
+    z_max, z_sum, C, LOGIT: tl.constexpr, CE: tl.constexpr, MEANS: tl.constexpr, MOVED: tl.constexpr,
+):  # fmt: skip
+    """The sums of kernels.common.visit over these of the K columns; writes their part of d_student."""
+    log_q = log_softmax(s, s_max, soft_sum, inverse_tau)
+    kl, means, moved, p = visit(log_q, z, w, used, k, inverse_tau, z_max, z_sum, LOGIT, MEANS, MOVED)
+    if o_d_student is not None:
+        d = kd * (softmax(s, s_max, soft_sum, k) - p)
+        if CE:
+            d += ce * (softmax(s, hard_max, hard_sum, LOG2E) - (c == y[:, None]).to(s.dtype))
+        tl.store((o_d_student + row * C)[:, None] + c, d.to(o_d_student.dtype.element_ty), mask=exists)
+    return kl, means, moved
 
 
 @triton.jit(do_not_specialize=["snapshot_strides"])
@@ -121,7 +133,7 @@ def sparse_rows_kernel(
     CE: tl.constexpr, SUM: tl.constexpr, COUNT_BLOCK: tl.constexpr, ON_CHIP: tl.constexpr, STAGES: tl.constexpr,
     R: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr, DBLOCK: tl.constexpr, VECTOR: tl.constexpr,
     SHIFTED: tl.constexpr, KVECTOR: tl.constexpr, KP: tl.constexpr, KBLOCK: tl.constexpr, MARKED: tl.constexpr,
-    UNROLL: tl.constexpr, ACC: tl.constexpr,
+    UNROLLED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program takes R rows: the student's C columns, then the K columns and the bucket of the rest.
 
@@ -158,6 +170,15 @@ def sparse_rows_kernel(
     at_tail = (m.to(tl.int64) * tail_stride)[None, :] + (row * tail_row_stride)[:, None]
     z_rest = tau * tl.load(tail + at_tail, mask=used, other=float("-inf")).to(ACC)
 
+    j = tl.arange(0, KBLOCK)
+    WHOLE: tl.constexpr = ON_CHIP and KP <= KBLOCK
+    if WHOLE:  # before the student's columns, whose layout is then the one that the compiler spreads
+        top, z, c, exists, place, wrong = _top(
+            p_student, p_snapshot, p_indices, j, y, keep, used, C, K, KVECTOR, ACC
+        )  # fmt: skip
+    if CE:
+        s_y = tl.load(p_student + y, mask=valid, other=0.0).to(ACC)
+
     # statistics of the student: of all its columns at 1, and at τ of those in the bucket
     hard_max = tl.full([R], float("-inf"), ACC)
     hard_sum = tl.zeros([R], ACC)
@@ -167,18 +188,19 @@ def sparse_rows_kernel(
     end = C
     if SHIFTED:
         end = C + VECTOR - 1
+    word, bit = _bits(p_indices, 0, shift, keep, K, MARKED)
     if ON_CHIP:
         s, classes = _student(p_vectors, i, bound, shift, keep, C, SHIFTED, ACC)
         if CE:
             hard_max, hard_sum = absorb(hard_max, hard_sum, s, LOG2E, 1)
-        rest = _rest(s, p_indices, shift, keep, K, R, BLOCK, MARKED, KP, UNROLL)
+        rest = _rest(s, word, bit, p_indices, 0, shift, keep, K, MARKED, KP, UNROLLED)
         rest_max, rest_sum = absorb(rest_max, rest_sum, rest, k, 1)
     else:
         for first in tl.range(0, end, BLOCK, num_stages=STAGES):
             s, classes = _student(p_vectors, first + i, bound, shift, keep, C, SHIFTED, ACC)
             if CE:
                 hard_max, hard_sum = absorb(hard_max, hard_sum, s, LOG2E, 1)
-            rest = _rest(s, p_indices, shift - first, keep, K, R, BLOCK, MARKED, KP, UNROLL)
+            rest = _rest(s, word, bit, p_indices, first, shift, keep, K, MARKED, KP, UNROLLED)
             rest_max, rest_sum = absorb(rest_max, rest_sum, rest, k, 1)
 
     # statistics of the K columns, to which the bucket's are added: its logarithm is nowhere rounded as a logit
@@ -191,26 +213,21 @@ def sparse_rows_kernel(
         z_max = tl.full([R, MP], float("-inf"), ACC)
         z_sum = tl.zeros([R, MP], ACC)
     z_max, z_sum = absorb_targets(z_max, z_sum, z_rest[:, :, None], w, used, k, LOGIT)
-    j = tl.arange(0, KBLOCK)
-    WHOLE: tl.constexpr = KP <= KBLOCK
     if WHOLE:
-        top, z, c, exists, wrong = _top(p_student, p_snapshot, p_indices, j, y, keep, used, C, K, KVECTOR, ACC)
         s_max, soft_sum = absorb(s_max, soft_sum, top, k, 1)
         z_max, z_sum = absorb_targets(z_max, z_sum, z, w, used, k, LOGIT)
-        place = _place(c, exists, j, y)
-        any_wrong = tl.max(wrong.to(tl.int32), 1)
     else:
         place = tl.full([R], -1, tl.int32)
-        any_wrong = tl.zeros([R], tl.int32)
+        wrong = tl.zeros([R], tl.int32)
         for first in range(0, K, KBLOCK):
-            top, z, c, exists, wrong = _top(
+            top, z, c, exists, more_place, more_wrong = _top(
                 p_student, p_snapshot, p_indices, first + j, y, keep, used, C, K, KVECTOR, ACC
             )  # fmt: skip
             s_max, soft_sum = absorb(s_max, soft_sum, top, k, 1)
             z_max, z_sum = absorb_targets(z_max, z_sum, z, w, used, k, LOGIT)
-            place = tl.maximum(place, _place(c, exists, first + j, y))
-            any_wrong = tl.maximum(any_wrong, tl.max(wrong.to(tl.int32), 1))
-    scale = tl.where(any_wrong > 0, float("nan"), scale)
+            place = tl.maximum(place, more_place)
+            wrong = tl.maximum(wrong, more_wrong)
+    scale = tl.where(wrong > 0, float("nan"), scale)
 
     # the bucket as a column
     inverse_tau = 1.0 / tau
@@ -223,54 +240,49 @@ def sparse_rows_kernel(
     )  # fmt: skip
 
     if o_d_student is not None:
-        # The columns of the bucket, in wide stores that pass over the K columns too: those are written after a barrier.
-        share = tl.where(rest_sum[:, None] == 0, 0.0, d_kl * (q - p) / rest_sum[:, None])
+        # The columns of the bucket, in wide stores that pass over others: the K columns and the label's are written
+        # after a barrier.
+        soft = tl.where(rest_sum[:, None] == 0, 0.0, d_kl * (q - p) / rest_sum[:, None])
+        hard = d_ce / hard_sum[:, None]
         if ON_CHIP:
-            d = share * powers(rest, rest_max, k, 1)
+            d = soft * powers(rest, rest_max, k, 1)
             if CE:
-                is_label = (i[None, :] - shift[:, None]) == y[:, None]
-                d += d_ce * (softmax(s, hard_max, hard_sum, LOG2E) - is_label.to(ACC))
+                d += hard * powers(s, hard_max, LOG2E, 1)
             write_columns(o_d_student, d, row, i, shift, classes, inside, keep, C, VECTOR, SHIFTED)
         else:
             for first in tl.range(0, end, BLOCK, num_stages=STAGES):
                 s, classes = _student(p_vectors, first + i, bound, shift, keep, C, SHIFTED, ACC)
-                d = share * powers(s, rest_max, k, 1)
+                d = soft * powers(s, rest_max, k, 1)
                 if CE:
-                    is_label = (first + i[None, :] - shift[:, None]) == y[:, None]
-                    d += d_ce * (softmax(s, hard_max, hard_sum, LOG2E) - is_label.to(ACC))
+                    d += hard * powers(s, hard_max, LOG2E, 1)
                 write_columns(o_d_student, d, row, first + i, shift, classes, inside, keep, C, VECTOR, SHIFTED)
         tl.debug_barrier()
+        if CE:
+            d = soft * powers(s_y[:, None], rest_max, k, 1) + hard * powers(s_y[:, None], hard_max, LOG2E, 1) - d_ce
+            at = (o_d_student + row * C + y)[:, None]
+            tl.store(at, d.to(o_d_student.dtype.element_ty), mask=(valid & (place < 0))[:, None])
 
     # the K columns
     if WHOLE:
-        log_q = log_softmax(top, s_max, soft_sum, inverse_tau)
-        more_kl, more_means, more_moved, p = visit(
-            log_q, z, w, used, k, inverse_tau, z_max, z_sum, LOGIT, BY_KL or BY_LABEL, BY_KL
+        more_kl, more_means, more_moved = _visit_top(
+            o_d_student, top, z, c, exists, row, y, w, used, k, inverse_tau, d_kl, d_ce, s_max, soft_sum, hard_max,
+            hard_sum, z_max, z_sum, C, LOGIT, CE, BY_KL or BY_LABEL, BY_KL,
         )  # fmt: skip
         kl += more_kl
         means += more_means
         moved += more_moved
-        if o_d_student is not None:
-            _write_top(
-                o_d_student, top, p, c, exists, row, y, k, d_kl, d_ce, s_max, soft_sum, hard_max, hard_sum, keep, C, CE
-            )  # fmt: skip
     else:
         for first in range(0, K, KBLOCK):
-            top, z, c, exists, wrong = _top(
+            top, z, c, exists, _, _ = _top(
                 p_student, p_snapshot, p_indices, first + j, y, keep, used, C, K, KVECTOR, ACC
             )  # fmt: skip
-            log_q = log_softmax(top, s_max, soft_sum, inverse_tau)
-            more_kl, more_means, more_moved, p = visit(
-                log_q, z, w, used, k, inverse_tau, z_max, z_sum, LOGIT, BY_KL or BY_LABEL, BY_KL
+            more_kl, more_means, more_moved = _visit_top(
+                o_d_student, top, z, c, exists, row, y, w, used, k, inverse_tau, d_kl, d_ce, s_max, soft_sum, hard_max,
+                hard_sum, z_max, z_sum, C, LOGIT, CE, BY_KL or BY_LABEL, BY_KL,
             )  # fmt: skip
             kl += more_kl
             means += more_means
             moved += more_moved
-            if o_d_student is not None:
-                _write_top(
-                    o_d_student, top, p, c, exists, row, y, k, d_kl, d_ce, s_max, soft_sum, hard_max, hard_sum, keep,
-                    C, CE,
-                )  # fmt: skip
 
     z_y = tl.zeros([R, MP], ACC)
     ce_loss = tl.zeros([R], ACC)
@@ -279,7 +291,6 @@ def sparse_rows_kernel(
         z_y = tl.load(p_snapshot + place[:, None], mask=used & chosen, other=0.0).to(ACC)
         z_y = tl.where(used & (chosen == 0), z_rest, z_y)
         if CE:
-            s_y = tl.load(p_student + y, mask=valid, other=0.0).to(ACC)
             ce_loss = tl.log(hard_sum) - (s_y - finite(hard_max))
     finish(
         query, keys, o_loss, o_attention_loss, o_d_scores, o_d_query, o_d_keys,
@@ -296,10 +307,12 @@ SCHEMA = (
 )
 
 
-def by_rule(classes: int, itemsize: int) -> common.Launch:
+def by_rule(classes: int, kept: int, itemsize: int) -> common.Launch:
     """How the student's rows are cut: as the dense op's of one snapshot, for as many numbers are kept of a column."""
     cut = common.by_rule(classes, 1, itemsize)
-    return cut._replace(rows=min(cut.rows, max(1, 512 // cut.block)), block=max(cut.block, 32))
+    if cut.on_chip:
+        return cut._replace(rows=min(cut.rows, max(1, 512 // cut.block)), block=max(cut.block, 32))
+    return cut._replace(maxnreg=FOR_THREE if kept <= 64 and itemsize < 8 else cut.maxnreg)
 
 
 def plan(
@@ -321,7 +334,7 @@ def plan(
     size_kept = snapshots[0].element_size()
     pointers = [z.data_ptr() // size_kept for z in snapshots]
     kvector = alignment(kept, size_kept, pointers, [], strides).vector
-    cut = cut or by_rule(classes + (vector - 1 if shifted else 0), 8 if wide else size)
+    cut = cut or by_rule(classes + (vector - 1 if shifted else 0), kept, 8 if wide else size)
     threads, whole, padded = 32 * cut.num_warps, next_power_of_2(kept), next_power_of_2(m)
 
     def at_most(numbers):
@@ -333,7 +346,7 @@ def plan(
         kl_objective, mean, ignore_index, loss, d_scores, d_query, K=kept, tail_stride=tail.stride(0),
         tail_row_stride=tail.stride(1), indices_stride=indices.stride(0), VECTOR=vector, SHIFTED=shifted,
         KVECTOR=kvector, KP=whole, KBLOCK=at_most(TOP * threads // ((padded + 3) * (2 if wide else 1))), MARKED=marked,
-        UNROLL=whole <= UNROLLED * marked,
+        UNROLLED=UNROLLED * marked,
     )  # fmt: skip
 
 
