@@ -51,9 +51,9 @@ struct EnsembleKD {
 struct SparseEnsembleKD {
   EnsembleKD kd;
   int64_t k;
-  const void* tail;                  // (M, B) T: log Σ exp(z_mc / τ) over the classes c that are not in indices
-  int64_t tail_stride[2];            // elements from one snapshot, and from one row, to the next
-  const int64_t* indices;            // (B, K), unit stride inside a row, distinct
+  const void* tail;        // (M, B) T: log Σ exp(z_mc / τ) over the classes c that are not in indices
+  int64_t tail_stride[2];  // elements from one snapshot, and from one row, to the next
+  const int64_t* indices;  // (B, K), unit stride inside a row, distinct
   int64_t indices_stride;
 };
 
@@ -68,7 +68,11 @@ enum class Isa : int { baseline, avx2, avx512 };
 Isa isa();               // the one in use: at first the best that this processor runs
 bool set_isa(Isa wanted);  // false where the build or the processor lacks it
 
-#define EEKD_CPU_KERNELS template <class T> void ensemble_kd_fwd(const EnsembleKD&, const Parallel&);
+#define EEKD_CPU_KERNELS                                                    \
+  template <class T>                                                        \
+  void ensemble_kd_fwd(const EnsembleKD&, const Parallel&);                 \
+  template <class T>                                                        \
+  int64_t sparse_ensemble_kd_fwd(const SparseEnsembleKD&, const Parallel&);
 namespace baseline { EEKD_CPU_KERNELS }
 namespace avx2 { EEKD_CPU_KERNELS }
 namespace avx512 { EEKD_CPU_KERNELS }
@@ -76,6 +80,10 @@ namespace avx512 { EEKD_CPU_KERNELS }
 
 template <class T>
 void ensemble_kd_fwd_cpu(const EnsembleKD&, const Parallel&);
+
+// Returns the place in (B, K) of an index that is not a class, by which the outputs are undefined, or -1.
+template <class T>
+int64_t sparse_ensemble_kd_fwd_cpu(const SparseEnsembleKD&, const Parallel&);
 
 // CUDA: all pointers are of the current device, all work is put on the stream, nothing waits. `mean` divides by the
 // labels that count, into `count` where there are many. Rows go to args.loss and args.attention_loss; unless `loss` is
