@@ -56,13 +56,19 @@ constexpr const char* kEnsembleKDFwd =
     "int ignore_index, Tensor(a!) loss, Tensor(b!) attention_loss, Tensor(c!) weights, Tensor(d!)? d_student, "
     "Tensor(e!)? d_scores, Tensor(f!)? d_query, Tensor(g!)? d_keys) -> ()";
 
+constexpr const char* kSparseEnsembleKDFwd =
+    "sparse_ensemble_kd_fwd(Tensor student, Tensor[] snapshots, Tensor tail, Tensor indices, Tensor? labels, "
+    "Tensor? scores, Tensor? query, Tensor? keys, float temperature, float alpha, bool logit_fusion, "
+    "bool kl_objective, bool mean, int ignore_index, Tensor(a!) loss, Tensor(b!) attention_loss, Tensor(c!) weights, "
+    "Tensor(d!)? d_student, Tensor(e!)? d_scores, Tensor(f!)? d_query, Tensor(g!)? d_keys) -> ()";
+
 constexpr const char* kEnsembleKDBwd =
     "ensemble_kd_bwd(Tensor? d_loss, Tensor? d_attention_loss, Tensor? count, Tensor(a!)? d_student, "
     "Tensor(b!)? d_scores, Tensor(c!)? d_query, Tensor(d!)? d_keys) -> ()";
 
-// `snapshots` is M tensors (B, C), or one (M, B, C). A scalar `loss` is summed over rows, a (B) one is not.
+// `snapshots` is M tensors (B, columns), or one (M, B, columns). A scalar `loss` is summed over rows, a (B) one is not.
 eekd::EnsembleKD ensemble_kd_args(
-    const Tensor& student, const std::vector<Tensor>& snapshots, const std::optional<Tensor>& labels,
+    const Tensor& student, const std::vector<Tensor>& snapshots, int64_t columns, const std::optional<Tensor>& labels,
     const std::optional<Tensor>& scores, const std::optional<Tensor>& query, const std::optional<Tensor>& keys,
     double temperature, double alpha, bool logit_fusion, bool kl_objective, int64_t ignore_index,
     const Tensor& weights, const std::optional<Tensor>& d_student, const std::optional<Tensor>& d_scores,
@@ -77,7 +83,7 @@ eekd::EnsembleKD ensemble_kd_args(
   STD_TORCH_CHECK(count >= 1 && count <= eekd::kMaxSnapshots && (!stacked || snapshots.size() == 1),
                   "snapshots must be one (M, B, C) or M of (B, C), M from 1 to 64");
   for (int64_t m = 0; m < count; ++m)
-    a.snapshot[m] = matrix(snapshots[stacked ? 0 : m], rows, classes, "snapshots", stacked ? m : -1);
+    a.snapshot[m] = matrix(snapshots[stacked ? 0 : m], rows, columns, "snapshots", stacked ? m : -1);
   if (labels) {
     STD_TORCH_CHECK(labels->dim() == 1 && labels->size(0) == rows && labels->is_contiguous() &&
                         labels->scalar_type() == ScalarType::Long,
@@ -110,27 +116,46 @@ eekd::EnsembleKD ensemble_kd_args(
   return a;
 }
 
+eekd::SparseEnsembleKD sparse_ensemble_kd_args(const eekd::EnsembleKD& kd, const Tensor& tail, const Tensor& indices,
+                                               bool wide) {
+  eekd::SparseEnsembleKD a;
+  a.kd = kd;
+  a.k = indices.size(1);
+  STD_TORCH_CHECK(indices.size(0) == kd.rows && a.k >= 1 && a.k <= kd.classes && (a.k < 2 || indices.stride(1) == 1) &&
+                      indices.scalar_type() == ScalarType::Long,
+                  "indices must be int64 (B, K), K from 1 to C, of unit stride in its last dimension");
+  STD_TORCH_CHECK(tail.dim() == 2 && tail.size(0) == kd.snapshots && tail.size(1) == kd.rows &&
+                      tail.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
+                  "tail must be (M, B), float64 for float64 logits, else float32");
+  a.tail = tail.const_data_ptr();
+  a.tail_stride[0] = tail.stride(0), a.tail_stride[1] = tail.stride(1);
+  a.indices = static_cast<const int64_t*>(indices.const_data_ptr());
+  a.indices_stride = indices.stride(0);
+  return a;
+}
+
 void run_parallel(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
   torch::stable::parallel_for(0, n, grain, [=](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
+// Where a kernel puts the losses of its rows, until `add_up` makes one number of them, in order.
 template <class T>
-void reduce_rows(eekd::EnsembleKD& a, const Tensor& loss, const Tensor& attention_loss) {
-  const eekd::Parallel parallel{static_cast<int>(torch::stable::get_num_threads()), run_parallel};
-  if (loss.dim() == 1) {
-    a.loss = loss.mutable_data_ptr();
-    a.attention_loss = attention_loss.mutable_data_ptr();
-    return eekd::ensemble_kd_fwd_cpu<T>(a, parallel);
+struct Rows {
+  Rows(eekd::EnsembleKD& a, const Tensor& loss, const Tensor& attention_loss) : loss(loss), attention_loss(attention_loss) {
+    if (loss.dim() == 0) scratch = std::make_unique_for_overwrite<T[]>(2 * a.rows);
+    a.loss = scratch ? scratch.get() : loss.mutable_data_ptr();
+    a.attention_loss = scratch ? scratch.get() + a.rows : attention_loss.mutable_data_ptr();
   }
-  const auto rows = std::make_unique_for_overwrite<T[]>(2 * a.rows);
-  a.loss = rows.get();
-  a.attention_loss = rows.get() + a.rows;
-  eekd::ensemble_kd_fwd_cpu<T>(a, parallel);
-  double total = 0, attention_total = 0;
-  for (int64_t b = 0; b < a.rows; ++b) total += rows[b], attention_total += rows[a.rows + b];
-  *static_cast<T*>(loss.mutable_data_ptr()) = static_cast<T>(total);
-  *static_cast<T*>(attention_loss.mutable_data_ptr()) = static_cast<T>(attention_total);
-}
+  void add_up(int64_t rows) const {
+    if (!scratch) return;
+    double total = 0, attention_total = 0;
+    for (int64_t b = 0; b < rows; ++b) total += scratch[b], attention_total += scratch[rows + b];
+    *static_cast<T*>(loss.mutable_data_ptr()) = static_cast<T>(total);
+    *static_cast<T*>(attention_loss.mutable_data_ptr()) = static_cast<T>(attention_total);
+  }
+  const Tensor &loss, &attention_loss;
+  std::unique_ptr<T[]> scratch;
+};
 
 // Whether results are fp64, as they are where a logit is; checks that `loss` and `attention_loss` can hold them.
 bool is_wide(const eekd::EnsembleKD& a, const Tensor& loss, const Tensor& attention_loss) {
@@ -144,6 +169,42 @@ bool is_wide(const eekd::EnsembleKD& a, const Tensor& loss, const Tensor& attent
   return wide;
 }
 
+// Counts the labels of a mean; a label that is no class is an error, here where it can be one.
+void set_row_scale(eekd::EnsembleKD& a, bool mean) {
+  int64_t counted = a.rows;
+  for (int64_t b = 0; a.labels && b < a.rows; ++b) {
+    const int64_t y = a.labels[b];
+    counted -= y == a.ignore_index;
+    if (y != a.ignore_index && (y < 0 || y >= a.classes))  // a user's mistake: no place in this file is told
+      throw std::runtime_error("labels[" + std::to_string(b) + "] is " + std::to_string(y) +
+                               ", which is neither a class below " + std::to_string(a.classes) +
+                               " nor ignore_index (" + std::to_string(a.ignore_index) + ")");
+  }
+  a.row_scale = mean ? 1.0 / std::max<int64_t>(counted, 1) : 1.0;
+}
+
+eekd::Parallel parallel() { return {static_cast<int>(torch::stable::get_num_threads()), run_parallel}; }
+
+template <class T>
+void run_rows(eekd::EnsembleKD& a, const Tensor& loss, const Tensor& attention_loss) {
+  const Rows<T> rows(a, loss, attention_loss);
+  eekd::ensemble_kd_fwd_cpu<T>(a, parallel());
+  rows.add_up(a.rows);
+}
+
+template <class T>
+void run_rows(eekd::SparseEnsembleKD& a, const Tensor& loss, const Tensor& attention_loss) {
+  const Rows<T> rows(a.kd, loss, attention_loss);
+  const int64_t wrong = eekd::sparse_ensemble_kd_fwd_cpu<T>(a, parallel());
+  if (wrong >= 0) {
+    const int64_t b = wrong / a.k, j = wrong % a.k;
+    throw std::runtime_error("indices[" + std::to_string(b) + ", " + std::to_string(j) + "] is " +
+                             std::to_string(a.indices[b * a.indices_stride + j]) + ", which is not a class below " +
+                             std::to_string(a.kd.classes));
+  }
+  rows.add_up(a.kd.rows);
+}
+
 void ensemble_kd_fwd_cpu(
     Tensor student, std::vector<Tensor> snapshots, std::optional<Tensor> labels, std::optional<Tensor> scores,
     std::optional<Tensor> query, std::optional<Tensor> keys, double temperature, double alpha, bool logit_fusion,
@@ -151,27 +212,61 @@ void ensemble_kd_fwd_cpu(
     std::optional<Tensor> d_student, std::optional<Tensor> d_scores, std::optional<Tensor> d_query,
     std::optional<Tensor> d_keys) {
   eekd::EnsembleKD a =
-      ensemble_kd_args(student, snapshots, labels, scores, query, keys, temperature, alpha, logit_fusion,
-                       kl_objective, ignore_index, weights, d_student, d_scores, d_query, d_keys);
-  int64_t counted = a.rows;
-  for (int64_t b = 0; a.labels && b < a.rows; ++b) {
-    const int64_t y = a.labels[b];
-    counted -= y == ignore_index;
-    if (y != ignore_index && (y < 0 || y >= a.classes))  // a user's mistake: no place in this file is told
-      throw std::runtime_error("labels[" + std::to_string(b) + "] is " + std::to_string(y) +
-                               ", which is neither a class below " + std::to_string(a.classes) +
-                               " nor ignore_index (" + std::to_string(ignore_index) + ")");
-  }
-  a.row_scale = mean ? 1.0 / std::max<int64_t>(counted, 1) : 1.0;
+      ensemble_kd_args(student, snapshots, student.size(1), labels, scores, query, keys, temperature, alpha,
+                       logit_fusion, kl_objective, ignore_index, weights, d_student, d_scores, d_query, d_keys);
+  set_row_scale(a, mean);
+  is_wide(a, loss, attention_loss) ? run_rows<double>(a, loss, attention_loss)
+                                   : run_rows<float>(a, loss, attention_loss);
+}
 
-  is_wide(a, loss, attention_loss) ? reduce_rows<double>(a, loss, attention_loss)
-                                   : reduce_rows<float>(a, loss, attention_loss);
+void sparse_ensemble_kd_fwd_cpu(
+    Tensor student, std::vector<Tensor> snapshots, Tensor tail, Tensor indices, std::optional<Tensor> labels,
+    std::optional<Tensor> scores, std::optional<Tensor> query, std::optional<Tensor> keys, double temperature,
+    double alpha, bool logit_fusion, bool kl_objective, bool mean, int64_t ignore_index, Tensor loss,
+    Tensor attention_loss, Tensor weights, std::optional<Tensor> d_student, std::optional<Tensor> d_scores,
+    std::optional<Tensor> d_query, std::optional<Tensor> d_keys) {
+  STD_TORCH_CHECK(indices.dim() == 2, "indices must be (B, K)");
+  eekd::EnsembleKD kd =
+      ensemble_kd_args(student, snapshots, indices.size(1), labels, scores, query, keys, temperature, alpha,
+                       logit_fusion, kl_objective, ignore_index, weights, d_student, d_scores, d_query, d_keys);
+  set_row_scale(kd, mean);
+  const bool wide = is_wide(kd, loss, attention_loss);
+  eekd::SparseEnsembleKD a = sparse_ensemble_kd_args(kd, tail, indices, wide);
+  wide ? run_rows<double>(a, loss, attention_loss) : run_rows<float>(a, loss, attention_loss);
 }
 
 #ifdef EEKD_CUDA
 
 // In libtorch_cuda, which the torch that loads this library may lack.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+void* stream_of(int32_t device) {
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream && !aoti_torch_get_current_cuda_stream(device, &stream),
+                  "this torch has no CUDA streams");
+  return stream;
+}
+
+// Gives the rows a place for their losses, and calls launch(mean, loss, attention_loss, count, stream) on the device.
+template <class F>
+void launch_rows(eekd::EnsembleKD& a, const Tensor& student, bool mean, const Tensor& loss,
+                 const Tensor& attention_loss, F launch) {
+  a.row_scale = mean ? 1.0 / std::max<int64_t>(a.rows, 1) : 1.0;
+  const bool reduces = loss.dim() == 0;
+  const int32_t device = student.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = stream_of(device);
+  std::optional<Tensor> per_row;
+  if (reduces) per_row = torch::stable::new_empty(loss, {2, std::max<int64_t>(a.rows, 1)});
+  const Tensor count = torch::stable::new_empty(loss, {1}, ScalarType::Int);
+  char* rows = static_cast<char*>(reduces ? per_row->mutable_data_ptr() : loss.mutable_data_ptr());
+  a.loss = rows;
+  a.attention_loss = reduces ? rows + a.rows * (loss.scalar_type() == ScalarType::Double ? 8 : 4)
+                             : attention_loss.mutable_data_ptr();
+  const char* error = launch(mean, reduces ? loss.mutable_data_ptr() : nullptr, attention_loss.mutable_data_ptr(),
+                             static_cast<int*>(count.mutable_data_ptr()), stream);
+  STD_TORCH_CHECK(!error, "eekd on CUDA: ", error);
+}
 
 void ensemble_kd_fwd_cuda(
     Tensor student, std::vector<Tensor> snapshots, std::optional<Tensor> labels, std::optional<Tensor> scores,
@@ -180,25 +275,27 @@ void ensemble_kd_fwd_cuda(
     std::optional<Tensor> d_student, std::optional<Tensor> d_scores, std::optional<Tensor> d_query,
     std::optional<Tensor> d_keys) {
   eekd::EnsembleKD a =
-      ensemble_kd_args(student, snapshots, labels, scores, query, keys, temperature, alpha, logit_fusion,
-                       kl_objective, ignore_index, weights, d_student, d_scores, d_query, d_keys);
-  a.row_scale = mean ? 1.0 / std::max<int64_t>(a.rows, 1) : 1.0;
-  const bool wide = is_wide(a, loss, attention_loss), reduces = loss.dim() == 0;
-  const int32_t device = student.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream && !aoti_torch_get_current_cuda_stream(device, &stream),
-                  "this torch has no CUDA streams");
-  std::optional<Tensor> per_row;
-  if (reduces) per_row = torch::stable::new_empty(loss, {2, std::max<int64_t>(a.rows, 1)});
-  const Tensor count = torch::stable::new_empty(loss, {1}, ScalarType::Int);
-  char* rows = static_cast<char*>(reduces ? per_row->mutable_data_ptr() : loss.mutable_data_ptr());
-  a.loss = rows;
-  a.attention_loss = reduces ? rows + a.rows * (wide ? 8 : 4) : attention_loss.mutable_data_ptr();
-  const auto launch = wide ? eekd::ensemble_kd_fwd_cuda<double> : eekd::ensemble_kd_fwd_cuda<float>;
-  const char* error = launch(a, mean, reduces ? loss.mutable_data_ptr() : nullptr, attention_loss.mutable_data_ptr(),
-                             static_cast<int*>(count.mutable_data_ptr()), stream);
-  STD_TORCH_CHECK(!error, "ensemble_kd on CUDA: ", error);
+      ensemble_kd_args(student, snapshots, student.size(1), labels, scores, query, keys, temperature, alpha,
+                       logit_fusion, kl_objective, ignore_index, weights, d_student, d_scores, d_query, d_keys);
+  const auto launcher =
+      is_wide(a, loss, attention_loss) ? eekd::ensemble_kd_fwd_cuda<double> : eekd::ensemble_kd_fwd_cuda<float>;
+  launch_rows(a, student, mean, loss, attention_loss, [&](auto... rest) { return launcher(a, rest...); });
+}
+
+void sparse_ensemble_kd_fwd_cuda(
+    Tensor student, std::vector<Tensor> snapshots, Tensor tail, Tensor indices, std::optional<Tensor> labels,
+    std::optional<Tensor> scores, std::optional<Tensor> query, std::optional<Tensor> keys, double temperature,
+    double alpha, bool logit_fusion, bool kl_objective, bool mean, int64_t ignore_index, Tensor loss,
+    Tensor attention_loss, Tensor weights, std::optional<Tensor> d_student, std::optional<Tensor> d_scores,
+    std::optional<Tensor> d_query, std::optional<Tensor> d_keys) {
+  STD_TORCH_CHECK(indices.dim() == 2, "indices must be (B, K)");
+  const eekd::EnsembleKD kd =
+      ensemble_kd_args(student, snapshots, indices.size(1), labels, scores, query, keys, temperature, alpha,
+                       logit_fusion, kl_objective, ignore_index, weights, d_student, d_scores, d_query, d_keys);
+  const bool wide = is_wide(kd, loss, attention_loss);
+  eekd::SparseEnsembleKD a = sparse_ensemble_kd_args(kd, tail, indices, wide);
+  const auto launcher = wide ? eekd::sparse_ensemble_kd_fwd_cuda<double> : eekd::sparse_ensemble_kd_fwd_cuda<float>;
+  launch_rows(a.kd, student, mean, loss, attention_loss, [&](auto... rest) { return launcher(a, rest...); });
 }
 
 void ensemble_kd_bwd_cuda(std::optional<Tensor> d_loss, std::optional<Tensor> d_attention_loss,
@@ -220,11 +317,8 @@ void ensemble_kd_bwd_cuda(std::optional<Tensor> d_loss, std::optional<Tensor> d_
   if (count) args.divisor = static_cast<const int64_t*>(count->const_data_ptr());
   const int32_t device = (d_loss ? d_loss : d_attention_loss)->get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream && !aoti_torch_get_current_cuda_stream(device, &stream),
-                  "this torch has no CUDA streams");
-  const char* error = eekd::ensemble_kd_bwd_cuda(args, stream);
-  STD_TORCH_CHECK(!error, "ensemble_kd on CUDA: ", error);
+  const char* error = eekd::ensemble_kd_bwd_cuda(args, stream_of(device));
+  STD_TORCH_CHECK(!error, "eekd on CUDA: ", error);
 }
 
 #endif
@@ -233,14 +327,19 @@ void ensemble_kd_bwd_cuda(std::optional<Tensor> d_loss, std::optional<Tensor> d_
 
 STABLE_TORCH_LIBRARY(eekd, m) {
   m.def(kEnsembleKDFwd);
+  m.def(kSparseEnsembleKDFwd);
   m.def(kEnsembleKDBwd);  // CUDA only: on CPU torch scales
 }
 
-STABLE_TORCH_LIBRARY_IMPL(eekd, CPU, m) { m.impl("ensemble_kd_fwd", TORCH_BOX(&ensemble_kd_fwd_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(eekd, CPU, m) {
+  m.impl("ensemble_kd_fwd", TORCH_BOX(&ensemble_kd_fwd_cpu));
+  m.impl("sparse_ensemble_kd_fwd", TORCH_BOX(&sparse_ensemble_kd_fwd_cpu));
+}
 
 #ifdef EEKD_CUDA
 STABLE_TORCH_LIBRARY_IMPL(eekd, CUDA, m) {
   m.impl("ensemble_kd_fwd", TORCH_BOX(&ensemble_kd_fwd_cuda));
+  m.impl("sparse_ensemble_kd_fwd", TORCH_BOX(&sparse_ensemble_kd_fwd_cuda));
   m.impl("ensemble_kd_bwd", TORCH_BOX(&ensemble_kd_bwd_cuda));
 }
 #endif

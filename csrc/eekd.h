@@ -46,6 +46,17 @@ struct EnsembleKD {
   void* d_keys = nullptr;           // (M, B, D)
 };
 
+// Arguments of sparse_ensemble_kd_fwd: kd, whose snapshots are (B, K), their logits at the classes `indices`, and the
+// rest of their classes. T as above.
+struct SparseEnsembleKD {
+  EnsembleKD kd;
+  int64_t k;
+  const void* tail;        // (M, B) T: log Σ exp(z_mc / τ) over the classes c that are not in indices
+  int64_t tail_stride[2];  // elements from one snapshot, and from one row, to the next
+  const int64_t* indices;  // (B, K), unit stride inside a row, distinct
+  int64_t indices_stride;
+};
+
 // Runs body(context, begin, end) over disjoint ranges that cover [0, n), each at least `grain` long but the last.
 struct Parallel {
   int threads;
@@ -57,7 +68,11 @@ enum class Isa : int { baseline, avx2, avx512 };
 Isa isa();               // the one in use: at first the best that this processor runs
 bool set_isa(Isa wanted);  // false where the build or the processor lacks it
 
-#define EEKD_CPU_KERNELS template <class T> void ensemble_kd_fwd(const EnsembleKD&, const Parallel&);
+#define EEKD_CPU_KERNELS                                                    \
+  template <class T>                                                        \
+  void ensemble_kd_fwd(const EnsembleKD&, const Parallel&);                 \
+  template <class T>                                                        \
+  int64_t sparse_ensemble_kd_fwd(const SparseEnsembleKD&, const Parallel&);
 namespace baseline { EEKD_CPU_KERNELS }
 namespace avx2 { EEKD_CPU_KERNELS }
 namespace avx512 { EEKD_CPU_KERNELS }
@@ -66,6 +81,10 @@ namespace avx512 { EEKD_CPU_KERNELS }
 template <class T>
 void ensemble_kd_fwd_cpu(const EnsembleKD&, const Parallel&);
 
+// Returns the place in (B, K) of an index that is not a class, by which the outputs are undefined, or -1.
+template <class T>
+int64_t sparse_ensemble_kd_fwd_cpu(const SparseEnsembleKD&, const Parallel&);
+
 // CUDA: all pointers are of the current device, all work is put on the stream, nothing waits. `mean` divides by the
 // labels that count, into `count` where there are many. Rows go to args.loss and args.attention_loss; unless `loss` is
 // null these lie one behind the other, and their sums go to `loss` and `attention_loss`. A label that is neither a
@@ -73,6 +92,10 @@ void ensemble_kd_fwd_cpu(const EnsembleKD&, const Parallel&);
 template <class T>
 const char* ensemble_kd_fwd_cuda(const EnsembleKD& args, bool mean, void* loss, void* attention_loss, int* count,
                                  void* stream);
+// Likewise; an index that is not a class makes its row NaN too.
+template <class T>
+const char* sparse_ensemble_kd_fwd_cuda(const SparseEnsembleKD& args, bool mean, void* loss, void* attention_loss,
+                                        int* count, void* stream);
 
 // The gradients of ensemble_kd_fwd, contiguous (..., B, n), times their upstream gradients over `divisor`, in place.
 struct Scaled {

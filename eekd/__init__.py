@@ -17,7 +17,7 @@ from eekd.attention import SnapshotAttention
 from eekd.bank import LogitBank
 from eekd.features import LastFeatures
 from eekd.losses import EEKDLoss
-from eekd.ops import EnsembleKD, ensemble_kd, use_backend
+from eekd.ops import EnsembleKD, ensemble_kd, sparse_ensemble_kd, use_backend
 from eekd.snapshots import SnapshotEnsemble, SnapshotRecorder
 
 __all__ = [
@@ -29,5 +29,6 @@ __all__ = [
     "SnapshotEnsemble",
     "SnapshotRecorder",
     "ensemble_kd",
+    "sparse_ensemble_kd",
     "use_backend",
 ]

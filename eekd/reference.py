@@ -21,22 +21,69 @@ def ensemble_kd(
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`eekd.ensemble_kd` by autograd; any dtype, computed in fp32, or in fp64 where an input is fp64."""
-    s, z = student_logits, snapshot_logits
+    return _ensemble_kd(
+        lambda s, z, y, counted: (s, z, y), student_logits, snapshot_logits, labels, scores, query, keys,
+        temperature, alpha, fusion, attention_objective, reduction, ignore_index,
+    )  # fmt: skip
+
+
+def sparse_ensemble_kd(
+    student_logits: Tensor,
+    snapshot_logits: Tensor | list[Tensor],
+    snapshot_tail: Tensor,
+    indices: Tensor,
+    labels: Tensor | None = None,
+    *,
+    scores: Tensor | None = None,
+    query: Tensor | None = None,
+    keys: Tensor | None = None,
+    temperature: float = 5.0,
+    alpha: float = 0.5,
+    fusion: str = "probability",
+    attention_objective: str = "label",
+    reduction: str = "mean",
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`eekd.sparse_ensemble_kd` by autograd: `ensemble_kd` with the classes outside `indices` as one more column."""
+
+    def columns(s, z, y, counted):
+        chosen = counted(indices, torch.long)
+        tail = counted(snapshot_tail[:, :, None])
+        rest = s.scatter(1, chosen, -torch.inf) / temperature
+        empty = (rest == -torch.inf).all(1, keepdim=True)
+        rest = torch.where(empty, -torch.inf, torch.where(empty, 0, rest).logsumexp(1, keepdim=True))
+        s = torch.cat((s.gather(1, chosen), temperature * rest), 1)
+        z = torch.cat((z, temperature * tail), 2)
+        found = chosen == y[:, None]
+        return s, z, torch.where(found.any(1), found.byte().argmax(1), chosen.shape[1])
+
+    return _ensemble_kd(
+        columns, student_logits, snapshot_logits, labels, scores, query, keys,
+        temperature, alpha, fusion, attention_objective, reduction, ignore_index,
+    )  # fmt: skip
+
+
+def _ensemble_kd(
+    columns, student, z, labels, scores, query, keys,
+    temperature, alpha, fusion, attention_objective, reduction, ignore_index,
+):  # fmt: skip
+    """Distils through columns(student, z, labels, counted) of the classes, their labels; CE is of the classes."""
     if not isinstance(z, Tensor):
         z = torch.stack(tuple(z))
-    dtype = torch.float64 if torch.float64 in (s.dtype, z.dtype) else torch.float32
-    rows, snapshots = s.shape[0], z.shape[0]
+    dtype = torch.float64 if torch.float64 in (student.dtype, z.dtype) else torch.float32
+    rows, snapshots, device = student.shape[0], z.shape[0], student.device
     if labels is None:
-        y = torch.zeros(rows, dtype=torch.long, device=s.device)
-        keep = torch.ones(rows, dtype=torch.bool, device=s.device)
+        y = torch.zeros(rows, dtype=torch.long, device=device)
+        keep = torch.ones(rows, dtype=torch.bool, device=device)
     else:
         keep = labels != ignore_index
         y = torch.where(keep, labels, 0).long()
 
-    def counted(x):  # (…, B, n) in the computing dtype; ignored rows are neither read nor given a gradient
+    def counted(x, dtype=dtype):  # (…, B, n) in the computing dtype; ignored rows are neither read nor given a gradient
         return torch.where(keep[:, None], x, 0).to(dtype)
 
-    s, z = counted(s), counted(z)
+    student = counted(student)
+    s, z, column = columns(student, counted(z), y, counted)
     if query is not None:
         e = (counted(query) * counted(keys)).sum(2).t()  # not as a matrix product, which autocast would round
     else:
@@ -56,7 +103,7 @@ def ensemble_kd(
         log_p = torch.where(used & (terms != -torch.inf), terms, floor).logsumexp(0)
     log_p = log_p.clamp(min=floor)  # (B, C)
 
-    log_p_y = log_p.gather(1, y[:, None]).squeeze(1)
+    log_p_y = log_p.gather(1, column[:, None]).squeeze(1)
     attention_loss = torch.where(log_p_y <= floor, torch.inf, -log_p_y)
     if attention_objective == "label":
         log_p = log_p.detach()
@@ -68,7 +115,7 @@ def ensemble_kd(
     if labels is None:
         attention_loss = torch.zeros_like(loss)
     else:
-        ce = F.cross_entropy(s, y, reduction="none")
+        ce = F.cross_entropy(student, y, reduction="none")
         loss = ce if alpha == 1 else loss if alpha == 0 else alpha * ce + (1 - alpha) * loss
 
     def reduce(x):

@@ -1,4 +1,4 @@
-"""What the kernels share: the launch table and the rule behind it, and helpers of a row of a tile."""
+"""What the kernels share: the launch table and its rule, the way to a launch, and the parts that their rows have."""
 
 import functools
 import json
@@ -21,6 +21,9 @@ STREAMING_WARPS = 4
 PACKED = 512  # numbers below which a program takes several rows
 READ_AHEAD = 88 * 1024  # bytes of shared memory for tiles on their way; sm_120 has 99 KB
 TABLES = Path(__file__).with_name("launch")
+COUNT_IN_PROGRAM = 2048  # labels that every program counts for itself, which costs less than a launch
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 class Launch(NamedTuple):
@@ -126,6 +129,114 @@ def start(kernel, grid: tuple[int, int, int], arguments: tuple, options: dict, k
         _compiled[key] = compiled
 
 
+class Plan(NamedTuple):
+    """A launch over rows: its grid, what follows the tensors among its arguments, and the compiler's options."""
+
+    grid: tuple[int, int, int]
+    numbers: tuple
+    options: dict
+
+
+def planned(
+    kernel, cut, student, snapshots, labels, scores, query, keys, temperature, alpha, logit_fusion, kl_objective, mean,
+    ignore_index, loss, d_scores, d_query, **more,
+) -> Plan:  # fmt: skip
+    """The launch of `kernel` cut like this, whose arguments are `more` and those that depend on the tensors here."""
+    rows, classes = student.shape
+    stacked = snapshots[0].dim() == 3
+    m = snapshots[0].shape[0] if stacked else len(snapshots)
+    row_strides = [z.stride(-2) for z in snapshots]
+    attends = d_scores is not None or d_query is not None
+    counts = mean and labels is not None
+    padded = next_power_of_2(m)
+    width = 0 if query is None else query.shape[1]
+    numbers = more | dict(
+        B=rows, C=classes, D=width, student_stride=student.stride(0),
+        snapshot_stride=snapshots[0].stride(0) if stacked else 0,
+        snapshot_strides=row_strides[0] if stacked else tuple(row_strides),
+        scores_stride=0 if scores is None else scores.stride(0),
+        query_stride=0 if query is None else query.stride(0),
+        key_stride=0 if keys is None else keys.stride(0),
+        key_row_stride=0 if keys is None else keys.stride(1),
+        temperature=temperature, alpha=alpha, row_scale=1.0 / rows if mean and not counts else 1.0,
+        ignore_index=ignore_index,
+        M=m, STACKED=stacked, LOGIT=logit_fusion, BY_KL=attends and kl_objective, BY_LABEL=attends and not kl_objective,
+        CE=labels is not None and alpha > 0, SUM=loss.dim() == 0,
+        COUNT_BLOCK=next_power_of_2(rows) if counts and rows <= COUNT_IN_PROGRAM else 0,
+        ON_CHIP=cut.on_chip, STAGES=cut.num_stages, R=cut.rows, MP=padded, BLOCK=cut.block,
+        DBLOCK=min(next_power_of_2(max(width, 1)), max(16, 1024 // padded)),
+        ACC=tl.float64 if loss.dtype == torch.float64 else tl.float32,
+    )  # fmt: skip
+    names = kernel.arg_names[-len(numbers) :]
+    assert set(names) == numbers.keys()
+    return Plan((triton.cdiv(rows, cut.rows), 1, 1), tuple(numbers[name] for name in names), cut.options)
+
+
+_plans = {}  # of tensors that begin at multiples of 16 bytes
+
+
+def forward(kernel, plan, student, snapshots, more, labels, scores, query, keys, options, outputs) -> None:
+    """Fills the outputs of a forward, whose other inputs are `more`, by the launch that `plan` makes of its arguments.
+
+    One launch for the rows; one more to add up a scalar loss, in a fixed order; and one before, to count the rows of a
+    mean, where there are too many for every program to count them.
+    """
+    loss, attention_loss, weights, d_student, d_scores, d_query, d_keys = outputs
+    mean, ignore_index = options[-2:]
+    rows = student.shape[0]
+    if rows == 0:
+        loss.zero_()
+        attention_loss.zero_()
+        return
+    device = student.device
+    snapshots = tuple(snapshots)
+    one = snapshots[0]
+    stacked = one.dim() == 3
+    reduces = loss.dim() == 0
+    key = (
+        kernel.__name__, device, student.shape, student.stride(0), student.dtype,
+        one.shape, one.dtype, one.stride() if stacked else tuple(z.stride(0) for z in snapshots),
+        *((x.stride(), x.dtype) for x in more),
+        labels is None, None if scores is None else (scores.stride(0), scores.dtype),
+        None if query is None else (query.shape[1], query.stride(0), query.dtype, *keys.stride(), keys.dtype),
+        options, reduces, d_student is None, d_scores is None, d_query is None,
+    )  # fmt: skip
+    pointers = 0
+    for x in (student, *snapshots, *more, labels, scores, query, keys, *outputs):
+        if x is not None:
+            pointers |= x.data_ptr()
+    aligned = pointers % 16 == 0
+    found = _plans.get(key) if aligned else None
+    if found is None:
+        found = plan(
+            student, snapshots, *more, labels, scores, query, keys, *options, loss, d_student, d_scores, d_query
+        )  # fmt: skip
+        if aligned:
+            if len(_plans) >= KEPT:
+                _plans.clear()
+            _plans[key] = found
+    grid = found.grid
+    count = parts = None
+    o_loss, o_attention_loss = loss, attention_loss
+    if mean and labels is not None and rows > COUNT_IN_PROGRAM:
+        count = student.new_empty((), dtype=torch.int32)
+    if reduces:
+        parts = loss.new_empty((2, -(-grid[0] // 4) * 4))  # both rows at multiples of 16 bytes
+        o_loss, o_attention_loss = parts.unbind()
+    tensors = (
+        student, one if stacked else snapshots, *more, labels, scores, query, keys, count, o_loss, o_attention_loss,
+        *outputs[2:],
+    )  # fmt: skip
+    with torch.cuda.device_of(student):
+        if count is not None:
+            counting = (labels, count, rows, ignore_index, 4096)
+            start(count_kernel, (1, 1, 1), counting, {"num_warps": 8}, ("count", device, *counting[2:]), aligned)
+        start(kernel, grid, (*tensors, *found.numbers), found.options, key, aligned)
+        if reduces:
+            sums = (parts, loss, attention_loss, grid[0], parts.stride(0), 1024)
+            start(sum_kernel, (1, 1, 1), sums, {"num_warps": 4}, ("sum", device, loss.dtype, grid[0]), aligned)
+
+
 @triton.jit
 def finite(x):
     """x, or 0 for -inf: the maximum to subtract from a row of nothing but -inf."""
@@ -159,6 +270,238 @@ def counted(labels, B, ignore_index, BLOCK: tl.constexpr):
         at = first + tl.arange(0, BLOCK)
         count += (tl.load(labels + at, mask=at < B, other=ignore_index) != ignore_index).to(tl.int32)
     return tl.maximum(tl.sum(count, 0), 1)
+
+
+@triton.jit
+def read_labels(labels, count, row, inside, row_scale, ignore_index, B, C, COUNT_BLOCK: tl.constexpr, ACC):
+    """Which rows count, their labels, which of these are classes, and what a row's loss is multiplied by; all (R)."""
+    scale = tl.full(row.shape, row_scale, ACC)
+    if COUNT_BLOCK > 0:
+        scale = scale / counted(labels, B, ignore_index, COUNT_BLOCK)
+    elif count is not None:
+        scale = scale / tl.load(count)
+    if labels is None:
+        keep = inside
+        valid = inside
+        y = row
+    else:
+        y = tl.load(labels + row, mask=inside, other=ignore_index)
+        keep = y != ignore_index
+        valid = keep & (y >= 0) & (y < C)
+        scale = tl.where(keep & (valid == 0), float("nan"), scale)  # a GPU cannot raise: loss and gradients are NaN
+    return keep, y, valid, scale
+
+
+@triton.jit
+def _embeddings(query, keys, row, m, alive, d, D, query_stride, key_stride, key_row_stride, ACC):
+    """The elements d of query (R, D) and keys (R, M, D)."""
+    here = d < D
+    keep = tl.max(alive.to(tl.int32), 1) > 0
+    q = tl.load((query + row * query_stride)[:, None] + d[None, :], mask=keep[:, None] & here[None, :], other=0.0)
+    at = keys + m[None, :].to(tl.int64) * key_stride + row[:, None] * key_row_stride
+    key = tl.load(at[:, :, None] + d[None, None, :], mask=alive[:, :, None] & here[None, None, :], other=0.0)
+    return q.to(ACC), key.to(ACC)
+
+
+@triton.jit
+def _products(query, keys, row, m, alive, D, query_stride, key_stride, key_row_stride, ACC, DBLOCK: tl.constexpr):
+    """query . keys_m (R, M)"""
+    e = tl.zeros(alive.shape, ACC)
+    for first in range(0, D, DBLOCK):
+        d = first + tl.arange(0, DBLOCK)
+        q, key = _embeddings(query, keys, row, m, alive, d, D, query_stride, key_stride, key_row_stride, ACC)
+        e += tl.sum(q[:, None, :] * key, 2)
+    return e
+
+
+@triton.jit
+def attend(
+    scores, query, keys, o_weights, row, m, inside, keep, D, scores_stride, query_stride, key_stride, key_row_stride,
+    M: tl.constexpr, DBLOCK: tl.constexpr, ACC,
+):  # fmt: skip
+    """Softmax over the snapshots: which are asked (R, M), which have a weight, and the weights."""
+    alive = keep[:, None] & (m < M)[None, :]
+    if query is not None:
+        e = _products(query, keys, row, m, alive, D, query_stride, key_stride, key_row_stride, ACC, DBLOCK)
+        e = tl.where(alive, e, float("-inf"))
+    elif scores is not None:
+        at = scores + (row * scores_stride)[:, None] + m[None, :]
+        e = tl.load(at, mask=alive, other=float("-inf")).to(ACC)
+    else:
+        e = tl.where(alive, tl.zeros(alive.shape, ACC), float("-inf"))
+    w = tl.exp2((e - tl.max(e, 1)[:, None]) * LOG2E)
+    w = w / tl.sum(w, 1)[:, None]
+    used = alive & (w != 0)  # a snapshot of weight 0 is not read
+    w = tl.where(used, w, 0.0)
+    tl.store(o_weights + (row * M)[:, None] + m[None, :], w.to(tl.float32), mask=inside[:, None] & (m < M)[None, :])
+    return alive, used, w
+
+
+@triton.jit
+def _spread(values, m, M: tl.constexpr):
+    """The tuple `values` as an int64 vector over m."""
+    out = tl.zeros_like(m).to(tl.int64)
+    for i in tl.static_range(M):
+        out = tl.where(m == i, values[i].to(tl.int64), out)
+    return out
+
+
+@triton.jit
+def snapshot_rows(
+    snapshots, row, m, snapshot_stride, snapshot_strides,
+    M: tl.constexpr, STACKED: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Where the rows of the snapshots begin (R, M), at whole vectors."""
+    if not STACKED:
+        p_snapshot = snapshots[0]
+        bits: tl.constexpr = p_snapshot.dtype.element_ty.primitive_bitwidth
+        begin = tl.zeros(m.shape, tl.int64)
+        for i in tl.static_range(1, M):
+            begin = tl.where(m == i, (snapshots[i].to(tl.int64) - p_snapshot.to(tl.int64)) // (bits // 8), begin)
+        at_row = row[:, None] * _spread(snapshot_strides, m, M)[None, :]
+    else:
+        p_snapshot = snapshots
+        begin = m.to(tl.int64) * snapshot_stride
+        at_row = (row * snapshot_strides)[:, None]
+    at = (begin // VECTOR * VECTOR)[None, :] + at_row // VECTOR * VECTOR  # begin may be negative, and // truncates
+    return p_snapshot + at
+
+
+@triton.jit
+def _mix(z, w, used):
+    """Σ_m w_m z_m (R, N); what is not used was not read."""
+    return tl.sum(tl.where(used[:, :, None], w[:, :, None] * z, 0.0), 1)
+
+
+@triton.jit
+def absorb_targets(largest, total, z, w, used, k, LOGIT: tl.constexpr):
+    """Takes columns of z (R, M, N) into softmax statistics (R, M), or for LOGIT those of their mixture (R)."""
+    if LOGIT:
+        largest, total = absorb(largest, total, _mix(z, w, used), k, 1)
+    else:
+        largest, total = absorb(largest, total, z, k, 2)
+    return largest, total
+
+
+@triton.jit
+def log_softmax(s, largest, total, inverse_tau):
+    """log softmax(s / τ) of columns (R, N), whose statistics are known."""
+    return (s - finite(largest)[:, None]) * inverse_tau - tl.log(total)[:, None]
+
+
+@triton.jit
+def softmax(s, largest, total, k):
+    """Its softmax, 2^(k s) over the sum of them."""
+    return powers(s, largest, k, 1) * (1.0 / total)[:, None]
+
+
+@triton.jit
+def visit(
+    log_q, z, w, used, k, inverse_tau, z_max, z_sum, LOGIT: tl.constexpr, MEANS: tl.constexpr, MOVED: tl.constexpr
+):
+    """With the statistics known: the columns' shares of KL (R), Σ p z_m and Σ p r z_m (R, M), and p (R, N).
+
+    r is log p - log q. For probability fusion the third is Σ p_m r, and there is no second.
+    """
+    if LOGIT:
+        t = _mix(z, w, used)
+        p = softmax(t, z_max, z_sum, k)
+        log_p = log_softmax(t, z_max, z_sum, inverse_tau)
+    else:
+        each = powers(z, z_max, k, 2)
+        p = tl.sum(tl.where(used, w / z_sum, 0.0)[:, :, None] * each, 1)
+        log_p = tl.log(tl.where(p > 0, p, 1.0))
+    r = tl.where(p > 0, log_p - log_q, 0.0)
+    kl = tl.sum(p * r, 1)
+    means = tl.zeros_like(w)
+    moved = tl.zeros_like(w)
+    if LOGIT and MEANS:
+        z = tl.where(used[:, :, None] & (p > 0)[:, None, :], z, 0.0)
+        means = tl.sum(p[:, None, :] * z, 2)
+        if MOVED:
+            moved = tl.sum((p * r)[:, None, :] * z, 2)
+    if MOVED and not LOGIT:
+        moved = tl.where(used, tl.sum(each * r[:, None, :], 2) / z_sum, 0.0)
+    return kl, means, moved, p
+
+
+@triton.jit
+def write_columns(o_d_student, d, row, i, shift, classes, inside, keep, C, VECTOR: tl.constexpr, SHIFTED: tl.constexpr):
+    """The columns i of d_student (R, N), zeros where the row is ignored."""
+    d = tl.where(keep[:, None], d, 0.0).to(o_d_student.dtype.element_ty)
+    begin = row * C
+    if SHIFTED:
+        begin -= shift
+    else:
+        begin = begin // VECTOR * VECTOR
+    tl.store((o_d_student + begin)[:, None] + i[None, :], d, mask=inside[:, None] & classes)
+
+
+@triton.jit
+def _write_embeddings(
+    query, keys, o_d_query, o_d_keys, de, row, m, inside, alive, each, B, D,
+    query_stride, key_stride, key_row_stride, ACC, DBLOCK: tl.constexpr,
+):  # fmt: skip
+    """d_query = Σ_m de_m key_m,  d_key_m = de_m query."""
+    for first in range(0, D, DBLOCK):
+        d = first + tl.arange(0, DBLOCK)
+        q, key = _embeddings(query, keys, row, m, alive, d, D, query_stride, key_stride, key_row_stride, ACC)
+        d_query = tl.sum(tl.where(alive, de, 0.0)[:, :, None] * key, 1)
+        at = (o_d_query + row * D)[:, None] + d[None, :]
+        tl.store(at, d_query.to(o_d_query.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
+        d_key = (de[:, :, None] * q[:, None, :]).to(o_d_keys.dtype.element_ty)
+        at = (o_d_keys + (m[None, :].to(tl.int64) * B + row[:, None]) * D)[:, :, None] + d[None, None, :]
+        tl.store(at, d_key, mask=each[:, :, None] & (d < D)[None, None, :])
+
+
+@triton.jit
+def finish(
+    query, keys, o_loss, o_attention_loss, o_d_scores, o_d_query, o_d_keys,
+    kl, means, moved, z_y, ce_loss, w, used, alive, keep, inside, row, m, scale, ce, beta, tau, k, z_max, z_sum,
+    B, D, query_stride, key_stride, key_row_stride,
+    M: tl.constexpr, LABELS: tl.constexpr, LOGIT: tl.constexpr, BY_KL: tl.constexpr, SUM: tl.constexpr,
+    DBLOCK: tl.constexpr, ACC,
+):  # fmt: skip
+    """What is O(M) per row, of the sums of its columns and of the snapshots' logits z_y (R, M) at its label."""
+    inverse_tau = 1.0 / tau
+    loss = tl.where(beta == 0, 0.0, beta * tau * tau * kl) + ce * ce_loss
+    attention_loss = tl.zeros_like(kl)
+    de = tl.zeros_like(w)
+    if LABELS:
+        if LOGIT:
+            z_y_mixed = tl.sum(w * z_y, 1)
+            attention_loss = tl.log(z_sum) - (z_y_mixed - finite(z_max)) * inverse_tau
+            de = softmax_grad(w, (means - z_y) * inverse_tau)
+        else:
+            log_share = tl.log2(w / z_sum) + (z_y - finite(z_max)) * k
+            log_share = tl.where(used, log_share, float("-inf"))
+            most = tl.max(log_share, 1)
+            share = tl.exp2(log_share - finite(most)[:, None])
+            total = tl.sum(share, 1)
+            attention_loss = -LN2 * (most + tl.log2(total))
+            de = w - share / total[:, None]
+        de = tl.where((attention_loss == float("inf"))[:, None], 0.0, de)  # the label is masked: nothing to follow
+    if BY_KL:
+        if LOGIT:
+            moved = (moved - kl[:, None] * means) * inverse_tau
+        de = tl.where(beta == 0, 0.0, beta * softmax_grad(w, tau * tau * moved))
+    loss = tl.where(keep, scale * loss, 0.0)
+    attention_loss = tl.where(keep, scale * attention_loss, 0.0)
+    if SUM:
+        tl.store(o_loss + tl.program_id(0), tl.sum(loss, 0))
+        tl.store(o_attention_loss + tl.program_id(0), tl.sum(attention_loss, 0))
+    else:
+        tl.store(o_loss + row, loss, mask=inside)
+        tl.store(o_attention_loss + row, attention_loss, mask=inside)
+    de = tl.where(used, scale[:, None] * de, 0.0)
+    each = inside[:, None] & (m < M)[None, :]
+    if o_d_scores is not None:
+        tl.store(o_d_scores + (row * M)[:, None] + m[None, :], de.to(o_d_scores.dtype.element_ty), mask=each)
+    if o_d_query is not None:
+        _write_embeddings(
+            query, keys, o_d_query, o_d_keys, de, row, m, inside, alive, each, B, D,
+            query_stride, key_stride, key_row_stride, ACC, DBLOCK,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from eekd import use_backend
+from eekd import _C, use_backend
 from eekd.ops.backend import namespace
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -63,3 +63,21 @@ def backend(request, device):
         pytest.skip(f"no {request.param} backend on {device}")
     with use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request):
+    """Every instruction set that build and processor have."""
+    before = _C.cpu_capability()
+    if not _C.set_cpu_capability(request.param):
+        pytest.skip(f"no {request.param} here")
+    yield request.param
+    _C.set_cpu_capability(before)
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, undone afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

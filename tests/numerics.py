@@ -44,10 +44,10 @@ def double(x: dict) -> dict:
     return {name: widen(value) for name, value in x.items()}
 
 
-def assert_accurate(got: dict[str, Tensor], x: dict, **options) -> None:
-    """`got` is evaluate(op, x, **options) of the op under test."""
-    truth = evaluate(reference.ensemble_kd, double(x), **options)
-    torchs = evaluate(reference.ensemble_kd, x, **options)
+def assert_accurate(got: dict[str, Tensor], x: dict, *, formula: Callable = reference.ensemble_kd, **options) -> None:
+    """`got` is evaluate(op, x, **options) of the op under test, `formula` the op's in the reference."""
+    truth = evaluate(formula, double(x), **options)
+    torchs = evaluate(formula, x, **options)
     assert got.keys() == truth.keys()
     temperature, student = options.get("temperature", 5.0), x["student_logits"].double()
     squared = temperature**2

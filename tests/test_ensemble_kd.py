@@ -1,20 +1,18 @@
 """ensemble_kd on every backend: its numbers, its gradients, what it reads, and how it behaves as a torch op."""
 
 import itertools
-import mmap
 import threading
 
 import pytest
 import torch
 import torch._dynamo.testing
-from cases import ATTENTIONS, DTYPES, SHAPES, tensors
+from cases import ATTENTIONS, DTYPES, SHAPES, Calls, far, spread, tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numerics import DIFFERENTIABLE, assert_accurate, assert_same_bits, double, evaluate
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from eekd import _C, ensemble_kd, reference, use_backend
+from eekd import ensemble_kd, reference, use_backend
 from eekd.kernels.timing import peak_extra_bytes
 
 NAN, INF = float("nan"), float("inf")
@@ -30,24 +28,6 @@ def check(x, **options):
     got = evaluate(ensemble_kd, x, **options)
     assert_accurate(got, x, **options)
     return got
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request):
-    """Every instruction set that build and processor have."""
-    before = _C.cpu_capability()
-    if not _C.set_cpu_capability(request.param):
-        pytest.skip(f"no {request.param} here")
-    yield request.param
-    _C.set_cpu_capability(before)
-
-
-@pytest.fixture
-def threads():
-    """torch.set_num_threads, undone afterwards."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 # Numbers
@@ -269,12 +249,6 @@ def test_a_row_of_nothing_but_masked_has_no_softmax(backend, device, who, fusion
 
 def layouts(x):
     """The same numbers in other memory, NaN wherever nothing must be read."""
-
-    def spread(t):  # every other row of a wider tensor, some columns in
-        wide = t.new_full((*t.shape[:-2], 2 * t.shape[-2] + 1, t.shape[-1] + 21), NAN)
-        inside = wide[..., 1 : 2 * t.shape[-2] + 1 : 2, 5 : 5 + t.shape[-1]]
-        return inside.copy_(t)
-
     s, z = x["student_logits"], x["snapshot_logits"]
     rows_first = z.transpose(0, 1).contiguous().transpose(0, 1)
     columns_first = s.t().contiguous().t()
@@ -425,15 +399,7 @@ def test_a_nan_in_the_attention_is_never_a_finite_loss(backend, device, who, fus
 
 @pytest.mark.parametrize("attention", ["scores", "query"])
 def test_offsets_beyond_32_bits(backend, attention):
-    rows, stride = 3, 2**30 + 8
-
-    def far(x):  # the same numbers, a row every 2^30 elements of memory that is committed where it is written
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # NORESERVE
-        storage = mmap.mmap(-1, 2 * x[..., 0].numel() * stride, flags=flags)
-        strides = (rows * stride, stride, 1)[3 - x.dim() :]
-        return torch.frombuffer(storage, dtype=torch.float16).as_strided(x.shape, strides).copy_(x)
-
-    x = tensors(rows, 2, 10, dtype=torch.float16, attention=attention)
+    x = tensors(3, 2, 10, dtype=torch.float16, attention=attention)
     y = {name: value if name == "labels" else far(value) for name, value in x.items()}
     assert_same_bits(evaluate(ensemble_kd, y), evaluate(ensemble_kd, x))
 
@@ -654,22 +620,6 @@ def test_the_second_derivative_is_refused(kernels, device, of):
     leaf = x["student_logits" if of == "loss" else "scores"].requires_grad_()
     with pytest.raises(RuntimeError, match="second derivative.*create_graph"):
         torch.autograd.grad(getattr(ensemble_kd(**x), of), leaf, create_graph=True)
-
-
-class Calls(TorchDispatchMode):
-    """Records the calls of eekd's own ops as (name, arguments by name), and the names of all others."""
-
-    def __init__(self):
-        super().__init__()
-        self.own, self.others = [], []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace in ("eekd", "eekd_triton"):
-            names = [argument.name for argument in func._schema.arguments]
-            self.own.append((func.__name__.split(".")[0], dict(zip(names, args, strict=False)) | (kwargs or {})))
-        else:
-            self.others.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 GRADIENTS = ("d_student", "d_scores", "d_query", "d_keys")

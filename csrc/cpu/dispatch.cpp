@@ -40,7 +40,18 @@ void ensemble_kd_fwd_cpu(const EnsembleKD& args, const Parallel& parallel) {
   baseline::ensemble_kd_fwd<T>(args, parallel);
 }
 
+template <class T>
+int64_t sparse_ensemble_kd_fwd_cpu(const SparseEnsembleKD& args, const Parallel& parallel) {
+#if defined(EEKD_X86)
+  if (isa() == Isa::avx512) return avx512::sparse_ensemble_kd_fwd<T>(args, parallel);
+  if (isa() == Isa::avx2) return avx2::sparse_ensemble_kd_fwd<T>(args, parallel);
+#endif
+  return baseline::sparse_ensemble_kd_fwd<T>(args, parallel);
+}
+
 template void ensemble_kd_fwd_cpu<float>(const EnsembleKD&, const Parallel&);
 template void ensemble_kd_fwd_cpu<double>(const EnsembleKD&, const Parallel&);
+template int64_t sparse_ensemble_kd_fwd_cpu<float>(const SparseEnsembleKD&, const Parallel&);
+template int64_t sparse_ensemble_kd_fwd_cpu<double>(const SparseEnsembleKD&, const Parallel&);
 
 }  // namespace eekd

@@ -13,14 +13,10 @@
 
 #include "../eekd.h"
 #include "../row.h"
-#include "simd.h"
+#include "stretch.h"
 
 namespace eekd::EEKD_ISA {
 namespace {
-
-constexpr int kTile = 1024;
-constexpr int64_t kGrain = 1 << 14;  // logits per task below which a second thread costs more than it gives
-constexpr int64_t kInCache = 1 << 18;  // logits that the cache of a core holds
 
 // The weights of a row, and the snapshots whose weight is not 0: the others are not read.
 template <class T>
@@ -65,16 +61,14 @@ template <class T, class F>
   return sum<T>((part[0] + part[1]) + (part[2] + part[3]));
 }
 
-enum class Find { stats, lines, both };
-
 // The work on one row at a time. A line is kTile numbers, of which each function uses those of the tile.
 template <class T>
 class Kernel {
  public:
-  explicit Kernel(const EnsembleKD& args)
+  Kernel(const EnsembleKD& args, bool ce)
       : a(args),
         snapshots(static_cast<int>(a.snapshots)),
-        has_ce(a.labels && a.alpha > 0),
+        has_ce(ce && a.labels && a.alpha > 0),
         beta(static_cast<T>(a.labels ? 1 - a.alpha : 1)),
         tau(static_cast<T>(a.temperature)),
         k(static_cast<T>(kLog2e / a.temperature)),
@@ -123,7 +117,7 @@ class Kernel {
     if (a.query.data || a.scores.data) {
       T* e = student;
       scores(b, e);
-      const T max = max_of(e, snapshots);
+      const T max = max_of<T>(e, snapshots);
       const T total = exp_of(e, e, snapshots, max, T(kLog2e));
       for (int m = 0; m < snapshots; ++m) w.all[m] = e[m] / total;
     } else {
@@ -279,52 +273,6 @@ class Kernel {
     with_elements(x.data, x.dtype, b * x.stride + tile * kTile, f);
   }
 
-  template <class S>
-  static T max_of(const S* x, int n) {
-    Vec<T> most = load_from<T>(x, n);
-    for (int i = Simd<T>::width; i < n; i += Simd<T>::width) most = max(most, load_from<T>(x + i, n - i));
-    return largest<T>(most);
-  }
-
-  // e = 2^(scale (x - max)), 0 beyond n, unless e is null; returns its sum.
-  template <class S>
-  [[gnu::always_inline]] static T exp_of(const S* x, T* e, int n, T max, T scale, int64_t ahead = 0) {
-    Vec<T> total = {};
-    for (int i = 0; i < n; i += Simd<T>::width) {
-      if (ahead) prefetch(x, i + ahead);
-      const Vec<T> v = exp2((load_from<T>(x + i, n - i) - max) * scale);
-      if (e) store(e + i, v);
-      total += v;
-    }
-    return sum<T>(total);
-  }
-
-  // The first vector's maximum, in stats.max, serves as well as the row's, as long as no exponential grows out of
-  // bounds: this saves a pass. Otherwise, NaN included, the row's own is found.
-  template <class S>
-  void exponentiate(const S* x, T* e, int n, T scale, Find find, SoftmaxSum<T>& stats, int64_t ahead = 0) const {
-    constexpr T kBound = T(1ull << 62);
-    if (find == Find::lines) {
-      exp_of(x, e, n, stats.max, scale, ahead);
-      return;
-    }
-    if (find == Find::stats) e = nullptr;
-    stats.sum = exp_of(x, e, n, stats.max, scale, ahead);
-    if (stats.sum < kBound) return;
-    stats.max = max_of(x, n);
-    stats.sum = exp_of(x, e, n, stats.max, scale, ahead);
-    if (stats.max == -std::numeric_limits<T>::infinity()) stats.sum = sum_of_masked(x, n);
-  }
-
-  // Of nothing but -inf, and NaN that max_of passed over: 0, or NaN.
-  template <class S>
-  static T sum_of_masked(const S* x, int n) {
-    T total = 0;
-    for (int i = 0; i < n; ++i)
-      if (const T v = static_cast<T>(x[i]); v != v) total = v;
-    return total;
-  }
-
   void products(int64_t b, T* e) {
     std::fill_n(e, snapshots, T(0));
     for (int64_t d = 0; d < a.width; d += kTile) {
@@ -437,15 +385,15 @@ namespace eekd::EEKD_ISA {
 namespace {
 
 template <class T>
-void narrow_rows(const EnsembleKD& a, int64_t begin, int64_t end) {
+void narrow_rows(const EnsembleKD& a, int64_t begin, int64_t end, bool ce) {
   constexpr int64_t lanes = NarrowKernel<T>::lanes;
-  NarrowKernel<T> kernel(a);
+  NarrowKernel<T> kernel(a, ce);
   for (int64_t b = begin; b < end; b += lanes) kernel.run(b, static_cast<int>(std::min(lanes, end - b)));
 }
 
 template <class T>
-void whole_rows(const EnsembleKD& a, int64_t begin, int64_t end) {
-  Kernel<T> kernel(a);
+void whole_rows(const EnsembleKD& a, int64_t begin, int64_t end, bool ce) {
+  Kernel<T> kernel(a, ce);
   const int64_t tiles = (a.classes + kTile - 1) / kTile;
   for (int64_t b = begin; b < end; ++b) {
     if (kernel.ignored(b)) {
@@ -490,12 +438,12 @@ struct SharedRow {
 
   static void first_visit(int64_t begin, int64_t end, void* context) {
     SharedRow& r = *static_cast<SharedRow*>(context);
-    Kernel<T> kernel(r.a);
+    Kernel<T> kernel(r.a, true);
     for (int64_t tile = begin; tile < end; ++tile) kernel.fill(r.b, tile, r.w, Find::stats, r.stats[tile]);
   }
   static void second_visit(int64_t begin, int64_t end, void* context) {
     SharedRow& r = *static_cast<SharedRow*>(context);
-    Kernel<T> kernel(r.a);
+    Kernel<T> kernel(r.a, true);
     Stats<T> row = r.row;
     for (int64_t tile = begin; tile < end; ++tile) {
       kernel.fill(r.b, tile, r.w, Find::lines, row);
@@ -504,7 +452,7 @@ struct SharedRow {
   }
 
   void run(const Parallel& parallel, int64_t grain) {
-    Kernel<T> kernel(a);
+    Kernel<T> kernel(a, true);
     if (kernel.ignored(b)) return kernel.write_zeros(b);
     const int64_t tiles = stats.size();
     Sums<T> total;
@@ -523,13 +471,17 @@ struct SharedRow {
 }  // namespace
 
 template <class T>
+void ensemble_kd_rows(const EnsembleKD& a, int64_t begin, int64_t end, bool ce) {
+  a.classes <= kNarrow ? narrow_rows<T>(a, begin, end, ce) : whole_rows<T>(a, begin, end, ce);
+}
+
+template <class T>
 void ensemble_kd_fwd(const EnsembleKD& a, const Parallel& parallel) {
   const int64_t tiles = (a.classes + kTile - 1) / kTile;
   const auto grain = [&](int64_t columns) { return std::max<int64_t>(1, kGrain / (columns * (a.snapshots + 2))); };
   if (a.rows >= parallel.threads || tiles == 1) {
     const auto rows = [](int64_t begin, int64_t end, void* context) {
-      const EnsembleKD& a = *static_cast<const EnsembleKD*>(context);
-      a.classes <= kNarrow ? narrow_rows<T>(a, begin, end) : whole_rows<T>(a, begin, end);
+      ensemble_kd_rows<T>(*static_cast<const EnsembleKD*>(context), begin, end, true);
     };
     parallel.run(a.rows, grain(a.classes), rows, const_cast<EnsembleKD*>(&a));
   } else {
@@ -538,6 +490,8 @@ void ensemble_kd_fwd(const EnsembleKD& a, const Parallel& parallel) {
   }
 }
 
+template void ensemble_kd_rows<float>(const EnsembleKD&, int64_t, int64_t, bool);
+template void ensemble_kd_rows<double>(const EnsembleKD&, int64_t, int64_t, bool);
 template void ensemble_kd_fwd<float>(const EnsembleKD&, const Parallel&);
 template void ensemble_kd_fwd<double>(const EnsembleKD&, const Parallel&);
 

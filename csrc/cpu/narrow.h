@@ -5,8 +5,6 @@
 namespace eekd::EEKD_ISA {
 namespace {
 
-constexpr int kNarrow = 32;  // classes up to which transposing the rows costs less than it saves
-
 template <class T>
 class NarrowKernel : Kernel<T> {
   using Base = Kernel<T>;
@@ -17,7 +15,7 @@ class NarrowKernel : Kernel<T> {
  public:
   static constexpr int lanes = Simd<T>::width;
 
-  explicit NarrowKernel(const EnsembleKD& args) : Base(args) {}
+  NarrowKernel(const EnsembleKD& args, bool ce) : Base(args, ce) {}
 
   // Rows [b, b + rows), at most one per lane. A line holds C vectors; lanes without a row hold zeros.
   void run(int64_t b, int rows) {

@@ -51,7 +51,7 @@ def namespace(device: torch.device):
             raise RuntimeError(f'the native backend runs on cpu and cuda, not on {kind}; use "reference" there')
         return torch.ops.eekd
     try:
-        from eekd.kernels import ensemble_kd
+        from eekd.kernels import ensemble_kd, sparse_ensemble_kd  # noqa: F401
     except ImportError as error:
         raise RuntimeError(f"the triton backend needs Triton ({error}); `pip install triton`") from None
     if device.type == "cpu" and not ensemble_kd.INTERPRETED:

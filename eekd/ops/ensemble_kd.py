@@ -1,6 +1,7 @@
 """M snapshots and a student, by their logits, become a loss and the weights of the snapshots."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -80,12 +81,30 @@ def ensemble_kd(
 
     Source: arXiv 2202.12488, sections 3.2 and 3.3, where `attention_objective="kl"` is the reading of the paper.
     """
+    return distil(
+        None, None, student_logits, snapshot_logits, labels, scores, query, keys,
+        temperature, alpha, fusion, attention_objective, reduction, ignore_index,
+    )  # fmt: skip
+
+
+def distil(
+    tail, indices, student_logits, snapshot_logits, labels, scores, query, keys,
+    temperature, alpha, fusion, attention_objective, reduction, ignore_index,
+):  # fmt: skip
+    """`ensemble_kd`, or, with tail and indices, `sparse_ensemble_kd`: checks the arguments and calls the backend."""
+    sparse = indices is not None
     stacked = isinstance(snapshot_logits, Tensor)
     if not stacked and not isinstance(snapshot_logits, (list, tuple)):
         raise TypeError(f"snapshot_logits must be a tensor or a list of tensors, got {type(snapshot_logits).__name__}")
     snapshots = (snapshot_logits,) if stacked else tuple(snapshot_logits)
-    student_logits = _checked_logits(student_logits, snapshots, stacked)
-    count = snapshots[0].shape[0] if stacked else len(snapshots)
+    student_logits = _checked_student(student_logits)
+    columns = student_logits.shape[1]
+    if sparse:
+        indices = _checked_indices(indices, student_logits)
+        columns = indices.shape[1]
+    count = _check_snapshots(snapshots, stacked, student_logits, columns)
+    if sparse:
+        tail = _checked_tail(tail, student_logits, snapshots[0], count)
     if labels is not None:
         labels = _checked_labels(labels, student_logits)
     if query is not None or keys is not None:
@@ -117,9 +136,10 @@ def ensemble_kd(
     if attends and labels is None and attention_objective == "label":
         raise ValueError('attention_objective="label" needs labels to train the attention; give labels or use "kl"')
     if backend_for(student_logits.device) == "reference":
+        formula = partial(reference.sparse_ensemble_kd, snapshot_tail=tail, indices=indices)
         return EnsembleKD(
-            *reference.ensemble_kd(
-                student_logits, snapshot_logits if stacked else snapshots, labels,
+            *(formula if sparse else reference.ensemble_kd)(
+                student_logits, snapshot_logits if stacked else snapshots, labels=labels,
                 scores=scores, query=query, keys=keys, temperature=temperature, alpha=alpha, fusion=fusion,
                 attention_objective=attention_objective, reduction=reduction, ignore_index=ignore_index,
             )
@@ -127,20 +147,22 @@ def ensemble_kd(
     kl_objective = attention_objective == "kl"
     options = (float(temperature), float(alpha), fusion == "logit", kl_objective, reduction, ignore_index)
     if attends or (grad and student_logits.requires_grad):
-        outputs = _EnsembleKD.apply(student_logits, scores, query, keys, labels, *options, *snapshots)
+        outputs = _EnsembleKD.apply(student_logits, scores, query, keys, labels, tail, indices, *options, *snapshots)
     else:
-        outputs = _forward(student_logits, scores, query, keys, labels, *options, snapshots, False, False)[:3]
+        outputs = _forward(
+            student_logits, scores, query, keys, labels, tail, indices, *options, snapshots, False, False
+        )[:3]
     return EnsembleKD(*outputs)
 
 
 def _forward(
-    student, scores, query, keys, labels, temperature, alpha, logit_fusion, kl_objective, reduction, ignore_index,
-    snapshots, wants_student, wants_attention,
+    student, scores, query, keys, labels, tail, indices,
+    temperature, alpha, logit_fusion, kl_objective, reduction, ignore_index, snapshots, wants_student, wants_attention,
 ):  # fmt: skip
     rows, device, first = student.shape[0], student.device, snapshots[0]
     count = first.shape[0] if first.dim() == 3 else len(snapshots)
     shape = (rows,) if reduction == "none" else ()
-    dtype = torch.float64 if torch.float64 in (student.dtype, first.dtype) else torch.float32
+    dtype = _result_dtype(student, first)
     loss = torch.empty(shape, dtype=dtype, device=device)
     attention_loss = torch.empty(shape, dtype=dtype, device=device)
     weights = torch.empty((rows, count), dtype=torch.float32, device=device)
@@ -151,22 +173,24 @@ def _forward(
         d_keys = torch.empty_like(keys, memory_format=torch.contiguous_format)
     elif wants_attention:
         d_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
-    namespace(device).ensemble_kd_fwd(
-        student, snapshots, labels, scores, query, keys, temperature, alpha, logit_fusion, kl_objective,
+    ops = namespace(device)
+    forward, sparse = (ops.ensemble_kd_fwd, ()) if indices is None else (ops.sparse_ensemble_kd_fwd, (tail, indices))
+    forward(
+        student, snapshots, *sparse, labels, scores, query, keys, temperature, alpha, logit_fusion, kl_objective,
         reduction == "mean", ignore_index, loss, attention_loss, weights, d_student, d_scores, d_query, d_keys,
     )  # fmt: skip
     return loss, weights, attention_loss, d_student, d_scores, d_query, d_keys
 
 
-torch.library.register_fake("eekd::ensemble_kd_fwd")(lambda *args: None)
-torch.library.register_fake("eekd::ensemble_kd_bwd")(lambda *args: None)
+for _name in ("ensemble_kd_fwd", "sparse_ensemble_kd_fwd", "ensemble_kd_bwd"):
+    torch.library.register_fake(f"eekd::{_name}")(lambda *args: None)
 
 
 class _EnsembleKD(torch.autograd.Function):
     """The gradients for an upstream gradient of 1 are written by the forward; the backward scales them."""
 
     @staticmethod
-    def forward(ctx, student, scores, query, keys, labels, *rest):
+    def forward(ctx, student, scores, query, keys, labels, tail, indices, *rest):
         (*options, reduction, ignore_index), snapshots = rest[:6], rest[6:]
         wants_student, wants_attention = ctx.needs_input_grad[0], True in ctx.needs_input_grad[1:4]
         kl_objective = options[3]
@@ -177,7 +201,7 @@ class _EnsembleKD(torch.autograd.Function):
             count = student.new_full((), student.shape[0], dtype=torch.long)
             count = (count if labels is None else (labels != ignore_index).sum()).clamp(min=1)
         loss, weights, attention_loss, *units = _forward(
-            student, scores, query, keys, labels, *options, reduction, ignore_index, snapshots,
+            student, scores, query, keys, labels, tail, indices, *options, reduction, ignore_index, snapshots,
             wants_student, wants_attention,
         )  # fmt: skip
         if count is not None:
@@ -251,17 +275,23 @@ def _check_floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
 
 
-def _checked_logits(student, snapshots, stacked: bool) -> Tensor:
+def _checked_student(student) -> Tensor:
     if not isinstance(student, Tensor):
         raise TypeError(f"student_logits must be a tensor, got {type(student).__name__}")
     if student.dim() != 2 or student.shape[1] == 0:
         raise ValueError(f"student_logits must be (B, C) with C >= 1, got shape {tuple(student.shape)}")
     _check_floating("student_logits", student)
-    shape, device = student.shape, student.device
+    return _unit_stride(student)
+
+
+def _check_snapshots(snapshots, stacked: bool, student: Tensor, columns: int) -> int:
+    """How many snapshots there are of (B, columns)."""
+    shape, device = (student.shape[0], columns), student.device
     count = len(snapshots)
     if stacked:
         if snapshots[0].dim() != 3:
-            raise ValueError(f"snapshot_logits must be (M, B, C), got shape {tuple(snapshots[0].shape)}")
+            size = "C" if columns == student.shape[1] else "K"
+            raise ValueError(f"snapshot_logits must be (M, B, {size}), got shape {tuple(snapshots[0].shape)}")
         count = snapshots[0].shape[0]
         shape = (count, *shape)
     if not 1 <= count <= MAX_SNAPSHOTS:
@@ -275,7 +305,32 @@ def _checked_logits(student, snapshots, stacked: bool) -> Tensor:
             raise ValueError("snapshot_logits must not require gradients, for snapshots are frozen; detach them")
         if z.stride(-1) != 1 and z.shape[-1] > 1:
             raise ValueError(f"snapshot_logits must be contiguous over classes, got strides {z.stride()}")
-    return student if student.stride(1) == 1 else student.contiguous()
+    return count
+
+
+def _checked_indices(indices, student: Tensor) -> Tensor:
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"indices must be a tensor, got {type(indices).__name__}")
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"indices must be int64 or int32, got {indices.dtype}")
+    rows, classes = student.shape
+    if indices.dim() != 2 or not 1 <= indices.shape[1] <= classes:
+        raise ValueError(f"indices must be (B, K) with 1 <= K <= C = {classes}, got shape {tuple(indices.shape)}")
+    _check_tensor("indices", indices, (rows, indices.shape[1]), student.device)
+    return _unit_stride(indices.long())
+
+
+def _checked_tail(tail, student: Tensor, snapshot: Tensor, count: int) -> Tensor:
+    _check_tensor("snapshot_tail", tail, (count, student.shape[0]), student.device)
+    if tail.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"snapshot_tail must be float32 or float64, got {tail.dtype}")
+    if tail.requires_grad and torch.is_grad_enabled():
+        raise ValueError("snapshot_tail must not require gradients, for snapshots are frozen; detach it")
+    return tail.to(_result_dtype(student, snapshot))
+
+
+def _result_dtype(student: Tensor, snapshot: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (student.dtype, snapshot.dtype) else torch.float32
 
 
 def _checked_labels(labels, student: Tensor) -> Tensor:

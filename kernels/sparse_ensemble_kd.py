@@ -1,0 +1,366 @@
+"""sparse_ensemble_kd in Triton: snapshots kept at K classes of a row, all else about the row as in ensemble_kd.
+
+Traffic of a row in elements: reads C of the student and K of each snapshot, and writes C, where the student's row stays
+on chip; reads the student twice where it is streamed. The K columns are gathered from cache, and read twice where they
+do not fit a tile. The op fills outputs that the caller allocated, with the arguments of eekd::sparse_ensemble_kd_fwd,
+under the name eekd_triton::sparse_ensemble_kd_fwd.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton import next_power_of_2
+
+from . import common
+from .common import (
+    LOG2E,
+    absorb,
+    absorb_targets,
+    alignment,
+    attend,
+    finish,
+    finite,
+    forward,
+    log_softmax,
+    planned,
+    powers,
+    read_labels,
+    snapshot_rows,
+    softmax,
+    visit,
+    write_columns,
+)
+
+CHOSEN = 32  # numbers per thread where columns meet indices
+TOP = 64  # numbers per thread of the tile of K columns
+UNROLLED = 2  # blocks of indices that do not keep the student's row from being read ahead
+FOR_THREE = 168  # registers with which an SM holds three programs of four warps
+
+
+@triton.jit
+def _student(p_student, i, bound, shift, keep, C, SHIFTED: tl.constexpr, ACC: tl.constexpr):
+    """The columns i of the rows' memory: s (R, N), and which of them are classes."""
+    read = i[None, :] < bound[:, None]  # whole vectors, so that the mask leaves the loads wide
+    s = tl.load(p_student[:, None] + i[None, :], mask=keep[:, None] & read, other=float("-inf")).to(ACC)
+    classes = read
+    if SHIFTED:
+        classes = (i[None, :] >= shift[:, None]) & (i[None, :] < shift[:, None] + C)
+        s = tl.where(classes, s, float("-inf"))
+    return s, classes
+
+
+@triton.jit
+def _bits(p_indices, begin, offset, keep, K, N: tl.constexpr):
+    """The word, of 32 columns each, and the bit in it, of N indices whose column 0 is at `offset` (R); both (N, R)."""
+    j = begin + tl.arange(0, N)
+    c = tl.load(p_indices[None, :] + j[:, None], mask=keep[None, :] & (j < K)[:, None], other=0).to(tl.int32)
+    c = tl.where((j < K)[:, None], c + offset[None, :], -1)
+    return c >> 5, tl.full(c.shape, 1, tl.int32) << (c & 31)
+
+
+@triton.jit
+def _mark(words, word, bit, begin, W: tl.constexpr):
+    """Sets bits in words (R, W), which are those from `begin`."""
+    here = word[:, :, None] == (begin + tl.arange(0, W))[None, None, :]
+    return words + tl.sum(tl.where(here, bit[:, :, None], 0), 0)  # of distinct bits, and so their union
+
+
+@triton.jit
+def _rest(
+    s, word, bit, p_indices, first, shift, keep, K, MARKED: tl.constexpr, KP: tl.constexpr, UNROLLED: tl.constexpr
+):
+    """The columns s (R, N) of the row's memory from `first`, those of its indices replaced by -inf.
+
+    Each index sets one bit of N / 32 words, which costs K / 32 comparisons a column instead of K. The bits of the first
+    MARKED indices are given. A loop over more of them would keep s from being read ahead, unless it is unrolled.
+    """
+    R: tl.constexpr = s.shape[0]
+    W: tl.constexpr = s.shape[1] // 32
+    words = _mark(tl.zeros([R, W], tl.int32), word, bit, first // 32, W)
+    if KP <= UNROLLED:
+        for begin in tl.static_range(MARKED, KP, MARKED):
+            word, bit = _bits(p_indices, begin, shift - first, keep, K, MARKED)
+            words = _mark(words, word, bit, 0, W)
+    else:
+        for begin in range(MARKED, K, MARKED):
+            word, bit = _bits(p_indices, begin, shift - first, keep, K, MARKED)
+            words = _mark(words, word, bit, 0, W)
+    chosen = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    return tl.where(tl.reshape(chosen, s.shape) != 0, float("-inf"), s)
+
+
+@triton.jit
+def _top(p_student, p_snapshot, p_indices, j, y, keep, used, C, K, VECTOR: tl.constexpr, ACC: tl.constexpr):
+    """The columns j < K: s (R, N), z (R, M, N), their classes, which of these exist (R, N).
+
+    And of each row the label's column, or -1, and whether a class does not exist.
+    """
+    asked = keep[:, None] & (j < K)[None, :]
+    c = tl.load(p_indices[:, None] + j[None, :], mask=asked, other=0)
+    exists = asked & (c >= 0) & (c < C)
+    s = tl.load(p_student[:, None] + c, mask=exists, other=float("-inf")).to(ACC)
+    mask = used[:, :, None] & (j < K // VECTOR * VECTOR)[None, None, :]
+    z = tl.load(p_snapshot[:, :, None] + j[None, None, :], mask=mask, other=float("-inf")).to(ACC)
+    place = tl.max(tl.where(exists & (c == y[:, None]), j[None, :], -1), 1)
+    wrong = tl.max((asked & (exists == 0)).to(tl.int32), 1)
+    return s, z, c, exists, place, wrong
+
+
+@triton.jit
+def _visit_top(
+    o_d_student, s, z, c, exists, row, y, w, used, k, inverse_tau, kd, ce, s_max, soft_sum, hard_max, hard_sum,
+    z_max, z_sum, C, LOGIT: tl.constexpr, CE: tl.constexpr, MEANS: tl.constexpr, MOVED: tl.constexpr,
+):  # fmt: skip
+    """The sums of kernels.common.visit over these of the K columns; writes their part of d_student."""
+    log_q = log_softmax(s, s_max, soft_sum, inverse_tau)
+    kl, means, moved, p = visit(log_q, z, w, used, k, inverse_tau, z_max, z_sum, LOGIT, MEANS, MOVED)
+    if o_d_student is not None:
+        d = kd * (softmax(s, s_max, soft_sum, k) - p)
+        if CE:
+            d += ce * (softmax(s, hard_max, hard_sum, LOG2E) - (c == y[:, None]).to(s.dtype))
+        tl.store((o_d_student + row * C)[:, None] + c, d.to(o_d_student.dtype.element_ty), mask=exists)
+    return kl, means, moved
+
+
+@triton.jit(do_not_specialize=["snapshot_strides"])
+def sparse_rows_kernel(
+    student, snapshots, tail, indices, labels, scores, query, keys, count,
+    o_loss, o_attention_loss, o_weights, o_d_student, o_d_scores, o_d_query, o_d_keys,
+    B, C, K, D, student_stride, snapshot_stride, snapshot_strides, tail_stride, tail_row_stride, indices_stride,
+    scores_stride, query_stride, key_stride, key_row_stride,
+    temperature: tl.float64, alpha: tl.float64, row_scale: tl.float64, ignore_index,
+    M: tl.constexpr, STACKED: tl.constexpr, LOGIT: tl.constexpr, BY_KL: tl.constexpr, BY_LABEL: tl.constexpr,
+    CE: tl.constexpr, SUM: tl.constexpr, COUNT_BLOCK: tl.constexpr, ON_CHIP: tl.constexpr, STAGES: tl.constexpr,
+    R: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr, DBLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    SHIFTED: tl.constexpr, KVECTOR: tl.constexpr, KP: tl.constexpr, KBLOCK: tl.constexpr, MARKED: tl.constexpr,
+    UNROLLED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One program takes R rows: the student's C columns, then the K columns and the bucket of the rest.
+
+    The student's columns are taken at once if ON_CHIP, else in blocks of BLOCK, and those twice; the K columns at once
+    if KP <= KBLOCK. Membership is found for MARKED indices at a time. KVECTOR is the alignment of the snapshots; all
+    else is as in kernels.ensemble_kd.rows_kernel.
+    """
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    m = tl.arange(0, MP)
+    inside = row < B
+    tau = tl.full([], temperature, ACC)
+    k = LOG2E / tau
+    keep, y, valid, scale = read_labels(
+        labels, count, row, inside, row_scale, ignore_index, B, C, COUNT_BLOCK, ACC
+    )  # fmt: skip
+    ce = tl.full([], alpha, ACC)
+    beta = 1.0 - ce
+    if labels is None:
+        beta = tl.full([], 1.0, ACC)
+    alive, used, w = attend(
+        scores, query, keys, o_weights, row, m, inside, keep, D, scores_stride, query_stride, key_stride,
+        key_row_stride, M, DBLOCK, ACC,
+    )  # fmt: skip
+    at_student = row * student_stride
+    shift = tl.zeros([R], tl.int32)
+    bound = tl.zeros([R], tl.int32) + C // VECTOR * VECTOR
+    if SHIFTED:
+        shift = (at_student % VECTOR).to(tl.int32)
+        bound = (shift + C + VECTOR - 1) // VECTOR * VECTOR
+    p_vectors = student + at_student // VECTOR * VECTOR
+    p_student = p_vectors + shift
+    p_snapshot = snapshot_rows(snapshots, row, m, snapshot_stride, snapshot_strides, M, STACKED, KVECTOR)
+    p_indices = indices + row * indices_stride
+    at_tail = (m.to(tl.int64) * tail_stride)[None, :] + (row * tail_row_stride)[:, None]
+    z_rest = tau * tl.load(tail + at_tail, mask=used, other=float("-inf")).to(ACC)
+
+    j = tl.arange(0, KBLOCK)
+    WHOLE: tl.constexpr = ON_CHIP and KP <= KBLOCK
+    if WHOLE:  # before the student's columns, whose layout is then the one that the compiler spreads
+        top, z, c, exists, place, wrong = _top(
+            p_student, p_snapshot, p_indices, j, y, keep, used, C, K, KVECTOR, ACC
+        )  # fmt: skip
+    if CE:
+        s_y = tl.load(p_student + y, mask=valid, other=0.0).to(ACC)
+
+    # statistics of the student: of all its columns at 1, and at τ of those in the bucket
+    hard_max = tl.full([R], float("-inf"), ACC)
+    hard_sum = tl.zeros([R], ACC)
+    rest_max = hard_max
+    rest_sum = hard_sum
+    i = tl.arange(0, BLOCK)
+    end = C
+    if SHIFTED:
+        end = C + VECTOR - 1
+    word, bit = _bits(p_indices, 0, shift, keep, K, MARKED)
+    if ON_CHIP:
+        s, classes = _student(p_vectors, i, bound, shift, keep, C, SHIFTED, ACC)
+        if CE:
+            hard_max, hard_sum = absorb(hard_max, hard_sum, s, LOG2E, 1)
+        rest = _rest(s, word, bit, p_indices, 0, shift, keep, K, MARKED, KP, UNROLLED)
+        rest_max, rest_sum = absorb(rest_max, rest_sum, rest, k, 1)
+    else:
+        for first in tl.range(0, end, BLOCK, num_stages=STAGES):
+            s, classes = _student(p_vectors, first + i, bound, shift, keep, C, SHIFTED, ACC)
+            if CE:
+                hard_max, hard_sum = absorb(hard_max, hard_sum, s, LOG2E, 1)
+            rest = _rest(s, word, bit, p_indices, first, shift, keep, K, MARKED, KP, UNROLLED)
+            rest_max, rest_sum = absorb(rest_max, rest_sum, rest, k, 1)
+
+    # statistics of the K columns, to which the bucket's are added: its logarithm is nowhere rounded as a logit
+    s_max = rest_max
+    soft_sum = rest_sum
+    if LOGIT:
+        z_max = tl.full([R], float("-inf"), ACC)
+        z_sum = tl.zeros([R], ACC)
+    else:
+        z_max = tl.full([R, MP], float("-inf"), ACC)
+        z_sum = tl.zeros([R, MP], ACC)
+    z_max, z_sum = absorb_targets(z_max, z_sum, z_rest[:, :, None], w, used, k, LOGIT)
+    if WHOLE:
+        s_max, soft_sum = absorb(s_max, soft_sum, top, k, 1)
+        z_max, z_sum = absorb_targets(z_max, z_sum, z, w, used, k, LOGIT)
+    else:
+        place = tl.full([R], -1, tl.int32)
+        wrong = tl.zeros([R], tl.int32)
+        for first in range(0, K, KBLOCK):
+            top, z, c, exists, more_place, more_wrong = _top(
+                p_student, p_snapshot, p_indices, first + j, y, keep, used, C, K, KVECTOR, ACC
+            )  # fmt: skip
+            s_max, soft_sum = absorb(s_max, soft_sum, top, k, 1)
+            z_max, z_sum = absorb_targets(z_max, z_sum, z, w, used, k, LOGIT)
+            place = tl.maximum(place, more_place)
+            wrong = tl.maximum(wrong, more_wrong)
+    scale = tl.where(wrong > 0, float("nan"), scale)
+
+    # the bucket as a column
+    inverse_tau = 1.0 / tau
+    d_kl = (scale * beta * tau)[:, None]
+    d_ce = (scale * ce)[:, None]
+    log_q = log_softmax(rest_max[:, None], s_max, soft_sum, inverse_tau) + tl.log(rest_sum)[:, None]
+    q = softmax(rest_max[:, None], s_max, soft_sum, k) * rest_sum[:, None]
+    kl, means, moved, p = visit(
+        log_q, z_rest[:, :, None], w, used, k, inverse_tau, z_max, z_sum, LOGIT, BY_KL or BY_LABEL, BY_KL
+    )  # fmt: skip
+
+    if o_d_student is not None:
+        # The columns of the bucket, in wide stores that pass over others: the K columns and the label's are written
+        # after a barrier.
+        soft = tl.where(rest_sum[:, None] == 0, 0.0, d_kl * (q - p) / rest_sum[:, None])
+        hard = d_ce / hard_sum[:, None]
+        if ON_CHIP:
+            d = soft * powers(rest, rest_max, k, 1)
+            if CE:
+                d += hard * powers(s, hard_max, LOG2E, 1)
+            write_columns(o_d_student, d, row, i, shift, classes, inside, keep, C, VECTOR, SHIFTED)
+        else:
+            for first in tl.range(0, end, BLOCK, num_stages=STAGES):
+                s, classes = _student(p_vectors, first + i, bound, shift, keep, C, SHIFTED, ACC)
+                d = soft * powers(s, rest_max, k, 1)
+                if CE:
+                    d += hard * powers(s, hard_max, LOG2E, 1)
+                write_columns(o_d_student, d, row, first + i, shift, classes, inside, keep, C, VECTOR, SHIFTED)
+        tl.debug_barrier()
+        if CE:
+            d = soft * powers(s_y[:, None], rest_max, k, 1) + hard * powers(s_y[:, None], hard_max, LOG2E, 1) - d_ce
+            at = (o_d_student + row * C + y)[:, None]
+            tl.store(at, d.to(o_d_student.dtype.element_ty), mask=(valid & (place < 0))[:, None])
+
+    # the K columns
+    if WHOLE:
+        more_kl, more_means, more_moved = _visit_top(
+            o_d_student, top, z, c, exists, row, y, w, used, k, inverse_tau, d_kl, d_ce, s_max, soft_sum, hard_max,
+            hard_sum, z_max, z_sum, C, LOGIT, CE, BY_KL or BY_LABEL, BY_KL,
+        )  # fmt: skip
+        kl += more_kl
+        means += more_means
+        moved += more_moved
+    else:
+        for first in range(0, K, KBLOCK):
+            top, z, c, exists, _, _ = _top(
+                p_student, p_snapshot, p_indices, first + j, y, keep, used, C, K, KVECTOR, ACC
+            )  # fmt: skip
+            more_kl, more_means, more_moved = _visit_top(
+                o_d_student, top, z, c, exists, row, y, w, used, k, inverse_tau, d_kl, d_ce, s_max, soft_sum, hard_max,
+                hard_sum, z_max, z_sum, C, LOGIT, CE, BY_KL or BY_LABEL, BY_KL,
+            )  # fmt: skip
+            kl += more_kl
+            means += more_means
+            moved += more_moved
+
+    z_y = tl.zeros([R, MP], ACC)
+    ce_loss = tl.zeros([R], ACC)
+    if labels is not None:
+        chosen = (place >= 0)[:, None]
+        z_y = tl.load(p_snapshot + place[:, None], mask=used & chosen, other=0.0).to(ACC)
+        z_y = tl.where(used & (chosen == 0), z_rest, z_y)
+        if CE:
+            ce_loss = tl.log(hard_sum) - (s_y - finite(hard_max))
+    finish(
+        query, keys, o_loss, o_attention_loss, o_d_scores, o_d_query, o_d_keys,
+        kl, means, moved, z_y, ce_loss, w, used, alive, keep, inside, row, m, scale, ce, beta, tau, k, z_max, z_sum,
+        B, D, query_stride, key_stride, key_row_stride, M, labels is not None, LOGIT, BY_KL, SUM, DBLOCK, ACC,
+    )  # fmt: skip
+
+
+SCHEMA = (
+    "(Tensor student, Tensor[] snapshots, Tensor tail, Tensor indices, Tensor? labels, Tensor? scores, Tensor? query, "
+    "Tensor? keys, float temperature, float alpha, bool logit_fusion, bool kl_objective, bool mean, "
+    "int ignore_index, Tensor(a!) loss, Tensor(b!) attention_loss, Tensor(c!) weights, Tensor(d!)? d_student, "
+    "Tensor(e!)? d_scores, Tensor(f!)? d_query, Tensor(g!)? d_keys) -> ()"
+)
+
+
+def by_rule(classes: int, kept: int, itemsize: int) -> common.Launch:
+    """How the student's rows are cut: as the dense op's of one snapshot, for as many numbers are kept of a column."""
+    cut = common.by_rule(classes, 1, itemsize)
+    if cut.on_chip:
+        return cut._replace(rows=min(cut.rows, max(1, 512 // cut.block)), block=max(cut.block, 32))
+    return cut._replace(maxnreg=FOR_THREE if kept <= 64 and itemsize < 8 else cut.maxnreg)
+
+
+def plan(
+    student, snapshots, tail, indices, labels, scores, query, keys, temperature, alpha, logit_fusion, kl_objective,
+    mean, ignore_index, loss, d_student, d_scores, d_query, cut=None,
+):  # fmt: skip
+    """The launch for these tensors, as `cut` or else as the rule has it."""
+    rows, classes = student.shape
+    kept = indices.shape[1]
+    stacked = snapshots[0].dim() == 3
+    m = snapshots[0].shape[0] if stacked else len(snapshots)
+    size, wide = student.element_size(), loss.dtype == torch.float64
+    vector, shifted = alignment(
+        classes, size, [student.data_ptr() // size], [student.stride(0)] if rows > 1 else [classes], []
+    )  # fmt: skip
+    strides = [z.stride(-2) for z in snapshots] if rows > 1 else [kept]
+    if stacked and m > 1:
+        strides.append(snapshots[0].stride(0))
+    size_kept = snapshots[0].element_size()
+    pointers = [z.data_ptr() // size_kept for z in snapshots]
+    kvector = alignment(kept, size_kept, pointers, [], strides).vector
+    cut = cut or by_rule(classes + (vector - 1 if shifted else 0), kept, 8 if wide else size)
+    threads, whole, padded = 32 * cut.num_warps, next_power_of_2(kept), next_power_of_2(m)
+
+    def at_most(numbers):
+        return min(whole, next_power_of_2(max(1, numbers // cut.rows) + 1) // 2)
+
+    marked = at_most(CHOSEN * threads * 32 // cut.block)
+    return planned(
+        sparse_rows_kernel, cut, student, snapshots, labels, scores, query, keys, temperature, alpha, logit_fusion,
+        kl_objective, mean, ignore_index, loss, d_scores, d_query, K=kept, tail_stride=tail.stride(0),
+        tail_row_stride=tail.stride(1), indices_stride=indices.stride(0), VECTOR=vector, SHIFTED=shifted,
+        KVECTOR=kvector, KP=whole, KBLOCK=at_most(TOP * threads // ((padded + 3) * (2 if wide else 1))), MARKED=marked,
+        UNROLLED=UNROLLED * marked,
+    )  # fmt: skip
+
+
+def sparse_ensemble_kd_fwd(
+    student, snapshots, tail, indices, labels, scores, query, keys, temperature, alpha, logit_fusion, kl_objective,
+    mean, ignore_index, loss, attention_loss, weights, d_student, d_scores, d_query, d_keys,
+):  # fmt: skip
+    """Fills the outputs. An index or a label that is not a class gives NaN, for a GPU cannot raise."""
+    options = temperature, alpha, logit_fusion, kl_objective, mean, ignore_index
+    more = tail, indices
+    outputs = loss, attention_loss, weights, d_student, d_scores, d_query, d_keys
+    forward(sparse_rows_kernel, plan, student, snapshots, more, labels, scores, query, keys, options, outputs)
+
+
+torch.library.define("eekd_triton::sparse_ensemble_kd_fwd", SCHEMA)
+torch.library.impl("eekd_triton::sparse_ensemble_kd_fwd", ("cpu", "cuda"))(sparse_ensemble_kd_fwd)
+torch.library.register_fake("eekd_triton::sparse_ensemble_kd_fwd")(lambda *args: None)
