@@ -240,6 +240,34 @@ void sparse_ensemble_kd_fwd_cpu(
 // In libtorch_cuda, which the torch that loads this library may lack.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
+void* stream_of(int32_t device) {
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream && !aoti_torch_get_current_cuda_stream(device, &stream),
+                  "this torch has no CUDA streams");
+  return stream;
+}
+
+// Gives the rows a place for their losses, and calls launch(mean, loss, attention_loss, count, stream) on the device.
+template <class F>
+void launch_rows(eekd::EnsembleKD& a, const Tensor& student, bool mean, const Tensor& loss,
+                 const Tensor& attention_loss, F launch) {
+  a.row_scale = mean ? 1.0 / std::max<int64_t>(a.rows, 1) : 1.0;
+  const bool reduces = loss.dim() == 0;
+  const int32_t device = student.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = stream_of(device);
+  std::optional<Tensor> per_row;
+  if (reduces) per_row = torch::stable::new_empty(loss, {2, std::max<int64_t>(a.rows, 1)});
+  const Tensor count = torch::stable::new_empty(loss, {1}, ScalarType::Int);
+  char* rows = static_cast<char*>(reduces ? per_row->mutable_data_ptr() : loss.mutable_data_ptr());
+  a.loss = rows;
+  a.attention_loss = reduces ? rows + a.rows * (loss.scalar_type() == ScalarType::Double ? 8 : 4)
+                             : attention_loss.mutable_data_ptr();
+  const char* error = launch(mean, reduces ? loss.mutable_data_ptr() : nullptr, attention_loss.mutable_data_ptr(),
+                             static_cast<int*>(count.mutable_data_ptr()), stream);
+  STD_TORCH_CHECK(!error, "eekd on CUDA: ", error);
+}
+
 void ensemble_kd_fwd_cuda(
     Tensor student, std::vector<Tensor> snapshots, std::optional<Tensor> labels, std::optional<Tensor> scores,
     std::optional<Tensor> query, std::optional<Tensor> keys, double temperature, double alpha, bool logit_fusion,
@@ -249,23 +277,25 @@ void ensemble_kd_fwd_cuda(
   eekd::EnsembleKD a =
       ensemble_kd_args(student, snapshots, student.size(1), labels, scores, query, keys, temperature, alpha,
                        logit_fusion, kl_objective, ignore_index, weights, d_student, d_scores, d_query, d_keys);
-  a.row_scale = mean ? 1.0 / std::max<int64_t>(a.rows, 1) : 1.0;
-  const bool wide = is_wide(a, loss, attention_loss), reduces = loss.dim() == 0;
-  const int32_t device = student.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream && !aoti_torch_get_current_cuda_stream(device, &stream),
-                  "this torch has no CUDA streams");
-  std::optional<Tensor> per_row;
-  if (reduces) per_row = torch::stable::new_empty(loss, {2, std::max<int64_t>(a.rows, 1)});
-  const Tensor count = torch::stable::new_empty(loss, {1}, ScalarType::Int);
-  char* rows = static_cast<char*>(reduces ? per_row->mutable_data_ptr() : loss.mutable_data_ptr());
-  a.loss = rows;
-  a.attention_loss = reduces ? rows + a.rows * (wide ? 8 : 4) : attention_loss.mutable_data_ptr();
-  const auto launch = wide ? eekd::ensemble_kd_fwd_cuda<double> : eekd::ensemble_kd_fwd_cuda<float>;
-  const char* error = launch(a, mean, reduces ? loss.mutable_data_ptr() : nullptr, attention_loss.mutable_data_ptr(),
-                             static_cast<int*>(count.mutable_data_ptr()), stream);
-  STD_TORCH_CHECK(!error, "ensemble_kd on CUDA: ", error);
+  const auto launcher =
+      is_wide(a, loss, attention_loss) ? eekd::ensemble_kd_fwd_cuda<double> : eekd::ensemble_kd_fwd_cuda<float>;
+  launch_rows(a, student, mean, loss, attention_loss, [&](auto... rest) { return launcher(a, rest...); });
+}
+
+void sparse_ensemble_kd_fwd_cuda(
+    Tensor student, std::vector<Tensor> snapshots, Tensor tail, Tensor indices, std::optional<Tensor> labels,
+    std::optional<Tensor> scores, std::optional<Tensor> query, std::optional<Tensor> keys, double temperature,
+    double alpha, bool logit_fusion, bool kl_objective, bool mean, int64_t ignore_index, Tensor loss,
+    Tensor attention_loss, Tensor weights, std::optional<Tensor> d_student, std::optional<Tensor> d_scores,
+    std::optional<Tensor> d_query, std::optional<Tensor> d_keys) {
+  STD_TORCH_CHECK(indices.dim() == 2, "indices must be (B, K)");
+  const eekd::EnsembleKD kd =
+      ensemble_kd_args(student, snapshots, indices.size(1), labels, scores, query, keys, temperature, alpha,
+                       logit_fusion, kl_objective, ignore_index, weights, d_student, d_scores, d_query, d_keys);
+  const bool wide = is_wide(kd, loss, attention_loss);
+  eekd::SparseEnsembleKD a = sparse_ensemble_kd_args(kd, tail, indices, wide);
+  const auto launcher = wide ? eekd::sparse_ensemble_kd_fwd_cuda<double> : eekd::sparse_ensemble_kd_fwd_cuda<float>;
+  launch_rows(a.kd, student, mean, loss, attention_loss, [&](auto... rest) { return launcher(a, rest...); });
 }
 
 void ensemble_kd_bwd_cuda(std::optional<Tensor> d_loss, std::optional<Tensor> d_attention_loss,
@@ -287,11 +317,8 @@ void ensemble_kd_bwd_cuda(std::optional<Tensor> d_loss, std::optional<Tensor> d_
   if (count) args.divisor = static_cast<const int64_t*>(count->const_data_ptr());
   const int32_t device = (d_loss ? d_loss : d_attention_loss)->get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream && !aoti_torch_get_current_cuda_stream(device, &stream),
-                  "this torch has no CUDA streams");
-  const char* error = eekd::ensemble_kd_bwd_cuda(args, stream);
-  STD_TORCH_CHECK(!error, "ensemble_kd on CUDA: ", error);
+  const char* error = eekd::ensemble_kd_bwd_cuda(args, stream_of(device));
+  STD_TORCH_CHECK(!error, "eekd on CUDA: ", error);
 }
 
 #endif
@@ -312,6 +339,7 @@ STABLE_TORCH_LIBRARY_IMPL(eekd, CPU, m) {
 #ifdef EEKD_CUDA
 STABLE_TORCH_LIBRARY_IMPL(eekd, CUDA, m) {
   m.impl("ensemble_kd_fwd", TORCH_BOX(&ensemble_kd_fwd_cuda));
+  m.impl("sparse_ensemble_kd_fwd", TORCH_BOX(&sparse_ensemble_kd_fwd_cuda));
   m.impl("ensemble_kd_bwd", TORCH_BOX(&ensemble_kd_bwd_cuda));
 }
 #endif

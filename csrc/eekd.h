@@ -92,6 +92,10 @@ int64_t sparse_ensemble_kd_fwd_cpu(const SparseEnsembleKD&, const Parallel&);
 template <class T>
 const char* ensemble_kd_fwd_cuda(const EnsembleKD& args, bool mean, void* loss, void* attention_loss, int* count,
                                  void* stream);
+// Likewise; an index that is not a class makes its row NaN too.
+template <class T>
+const char* sparse_ensemble_kd_fwd_cuda(const SparseEnsembleKD& args, bool mean, void* loss, void* attention_loss,
+                                        int* count, void* stream);
 
 // The gradients of ensemble_kd_fwd, contiguous (..., B, n), times their upstream gradients over `divisor`, in place.
 struct Scaled {

@@ -1,4 +1,4 @@
-"""Microbenchmarks: `python -m eekd.kernels.bench [--quick | --full] [--json FILE]` checks each op, then times it.
+"""Microbenchmarks: `python -m eekd.kernels.bench [--op OP] [--quick | --full] [--json FILE]` checks, then times an op.
 
 Every contender computes the same, in fp32 as the op does: M snapshots fused by attention scores, α CE + (1 - α) τ² KL,
 the label objective of the attention, and the gradients of student logits and scores, forward + backward. Nothing is
@@ -9,7 +9,8 @@ timed before its result agrees with the fp64 reference. Contenders take turns wi
   compile         torch.compile of them (the fusion as a sum, faster there), the better of its default mode and
                   max-autotune-no-cudagraphs
   liger           eager with Liger's KL, fed the mixed teacher, mixing included; on a GPU, where it is installed
-  copy            a device copy that moves as many bytes as M + 2 accesses: the roofline
+  copy            a device copy that moves as many bytes as M + 2 accesses: the roofline. For sparse_ensemble_kd, whose
+                  shapes are B,M,C,K and whose baselines get the same K classes and tails, as 2 + M K / C
 
 On a GPU inputs rotate through three times the L2 cache, events are recorded while the host is ahead, and shapes below
 50 µs are also timed in a captured graph (graph_us) and on the host (host_us).
@@ -49,10 +50,15 @@ CPU_SHAPES = [(128, 5, 10), (128, 5, 100), (256, 5, 1000), (1024, 5, 1000), (64,
 GPU_SHAPES = [(128, 5, 100), (32768, 5, 1000), (32768, 5, 1001), (8192, 5, 4096), (1024, 5, 32000), (256, 5, 128256)]
 
 
+SPARSE_SHAPES = [(rows, 5, c, k) for rows, c in ((256, 1000), (64, 10000), (64, 32000), (16, 128256))
+                 for k in (20, 50, 100)]  # times 32 on a GPU  # fmt: skip
+LETTERS = {"ensemble_kd": "B,M,C", "sparse_ensemble_kd": "B,M,C,K"}  # what a shape is
+
+
 class Case(NamedTuple):
     """One row of the table."""
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]  # (B, M, C), or (B, M, C, K) of sparse_ensemble_kd
     dtype: str
     fusion: str
     layout: str = "MBC"  # of the snapshots in memory
@@ -69,8 +75,24 @@ def protocol() -> Iterable[Case]:
                 yield Case(large, "bfloat16", fusion, "BMC")
 
 
+class Sparse(NamedTuple):
+    """Snapshots as sparse_ensemble_kd takes them, the label's class among each row's `indices`."""
+
+    logits: Tensor
+    tail: Tensor
+    indices: Tensor
+
+
+def arguments(student, snapshots, labels) -> tuple[str, tuple]:
+    """The op that takes such snapshots, and its arguments."""
+    if isinstance(snapshots, Sparse):
+        return "sparse_ensemble_kd", (student, *snapshots, labels)
+    return "ensemble_kd", (student, snapshots, labels)
+
+
 def fused(student, snapshots, labels, scores, fusion):
-    out = eekd.ensemble_kd(student, snapshots, labels, scores=scores, fusion=fusion)
+    op, given = arguments(student, snapshots, labels)
+    out = getattr(eekd, op)(*given, scores=scores, fusion=fusion)
     return out.loss + out.attention_loss
 
 
@@ -87,7 +109,14 @@ def kl_div(log_q, p):
 
 
 def plain(student, snapshots, labels, scores, fusion, mix=einsum, kl=kl_div):
-    weights = scores.softmax(1)
+    weights, ce = scores.softmax(1), F.cross_entropy(student.float(), labels)
+    if isinstance(snapshots, Sparse):  # from here on there are K + 1 columns
+        z, tail, indices = snapshots
+        rest = student.float().scatter(1, indices, -torch.inf) / TEMPERATURE
+        rest = TEMPERATURE * rest.logsumexp(1, keepdim=True)
+        student = torch.cat([student.gather(1, indices).float(), rest], 1)
+        snapshots = torch.cat([z.float(), TEMPERATURE * tail[:, :, None]], 2)
+        labels = (indices == labels[:, None]).byte().argmax(1)
     if fusion == "logit":
         log_p = F.log_softmax(mix(weights, snapshots) / TEMPERATURE, 1)
         p = log_p.detach().exp()
@@ -97,7 +126,6 @@ def plain(student, snapshots, labels, scores, fusion, mix=einsum, kl=kl_div):
         attention_loss = -p.gather(1, labels[:, None]).log().mean()
         p = p.detach()
     log_q = F.log_softmax(student / TEMPERATURE, 1, dtype=torch.float32)
-    ce = F.cross_entropy(student.float(), labels)
     return ALPHA * ce + (1 - ALPHA) * TEMPERATURE**2 * kl(log_q, p) + attention_loss
 
 
@@ -125,9 +153,9 @@ def contenders(cuda: bool, modes: list[str]) -> tuple[dict[str, Callable], dict[
     return found, missing
 
 
-def inputs(case: Case, device: torch.device, seed: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Sets of student logits, snapshot logits, labels and scores."""
-    (rows, snapshots, classes), dtype = case.shape, getattr(torch, case.dtype)
+def inputs(case: Case, device: torch.device, seed: int) -> list[tuple[Tensor, Tensor | Sparse, Tensor, Tensor]]:
+    """Sets of student logits, snapshot logits (or `Sparse`), labels and scores."""
+    (rows, snapshots, classes, *k), dtype = case.shape, getattr(torch, case.dtype)
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size, scale, dtype=dtype):
@@ -135,14 +163,20 @@ def inputs(case: Case, device: torch.device, seed: int) -> list[tuple[Tensor, Te
 
     def one():
         student = normal(rows, classes, scale=2).requires_grad_()
+        scores = normal(rows, snapshots, scale=1, dtype=torch.float32).requires_grad_()
+        if k:
+            indices = torch.rand(rows, classes, generator=generator, device=device).topk(*k, dim=1).indices
+            tail = normal(snapshots, rows, scale=0.1, dtype=torch.float32) + math.log(classes - k[0])
+            return student, Sparse(normal(snapshots, rows, *k, scale=3), tail, indices), indices[:, 0].clone(), scores
         if case.layout == "MBC":
             z = normal(snapshots, rows, classes, scale=3)
         else:
             z = normal(rows, snapshots, classes, scale=3).transpose(0, 1)
         labels = torch.randint(classes, (rows,), generator=generator, device=device)
-        return student, z, labels, normal(rows, snapshots, scale=1, dtype=torch.float32).requires_grad_()
+        return student, z, labels, scores
 
-    return [one() for _ in range(rotation((snapshots + 1) * rows * classes * dtype.itemsize, device))]
+    size = rows * (classes + snapshots * (k[0] if k else classes)) * dtype.itemsize
+    return [one() for _ in range(rotation(size, device))]
 
 
 def gradients(function: Callable, tensors, fusion: str, upstream: Tensor) -> tuple[Tensor, ...]:
@@ -155,13 +189,18 @@ def exact(tensors, fusion: str) -> list[Tensor]:
     """Loss, and d student and d scores of the sum over rows, by the reference in fp64."""
     student, snapshots, labels, scores = tensors
     parts = []
-    at_once = max(1, 2**24 // snapshots[:, 0].numel())  # rows, for fp64 takes memory
+    sparse = isinstance(snapshots, Sparse)
+    # rows, for fp64 takes memory
+    at_once = max(1, 2**24 // (snapshots.logits if sparse else snapshots)[:, 0].numel())
     for first in range(0, len(student), at_once):
         part = slice(first, first + at_once)
         leaves = [x[part].detach().double().requires_grad_() for x in (student, scores)]
-        loss, _, attention_loss = reference.ensemble_kd(
-            leaves[0], snapshots[:, part].double(), labels[part], scores=leaves[1], fusion=fusion, reduction="sum"
-        )
+        if sparse:
+            z = Sparse(snapshots.logits[:, part].double(), snapshots.tail[:, part].double(), snapshots.indices[part])
+        else:
+            z = snapshots[:, part].double()
+        op, given = arguments(leaves[0], z, labels[part])
+        loss, _, attention_loss = getattr(reference, op)(*given, scores=leaves[1], fusion=fusion, reduction="sum")
         total = loss + attention_loss
         parts.append([total.detach()[None], *torch.autograd.grad(total, leaves)])
     loss, *grads = (torch.cat(x) for x in zip(*parts, strict=True))
@@ -185,7 +224,7 @@ def using(name: str):
 
 def measure(case: Case, device: torch.device, functions: dict[str, Callable], clock, seconds: float, seed: int) -> dict:
     """A row: each contender checked, then timed in turns by `wall` or `events`, `seconds` for each."""
-    (rows, m, classes), fusion, dtype = case.shape, case.fusion, getattr(torch, case.dtype)
+    (rows, _, classes), fusion, dtype = case.shape[:3], case.fusion, getattr(torch, case.dtype)
     torch._dynamo.reset()
     sets = inputs(case, device, seed)
     one, random = torch.ones((), device=device), torch.rand((), device=device) + 0.5
@@ -205,12 +244,12 @@ def measure(case: Case, device: torch.device, functions: dict[str, Callable], cl
                 r["failed"] = f"is wrong by a relative error of {r['error']:.1e}"
         except Exception as failure:  # out of memory, or a compiler's: the others are still worth timing
             r["failed"] = " ".join(f"raises {type(failure).__name__}: {failure}".split())[:300]
-    half = torch.randn((m + 2) * rows * classes // 2, device=device, dtype=dtype)
+    half = torch.randn(int(least(case) * rows * classes) // 2, device=device, dtype=dtype)
     pairs = [(torch.empty_like(half), half.clone()) for _ in range(rotation(2 * half.nbytes, device))]
     calls["copy"] = [lambda upstream, to=to, source=source: to.copy_(source) for to, source in pairs]
     result["copy"] = {}
 
-    each_turn = max(1, min(10, (2**24 if clock is events else 2**21) // math.prod(case.shape)))
+    each_turn = max(1, min(10, (2**24 if clock is events else 2**21) // math.prod(case.shape[:3])))
     rotating = {name: itertools.cycle(calls[name]) for name in calls}
 
     def turn(name, upstream=one, n=each_turn):
@@ -246,14 +285,22 @@ def measure(case: Case, device: torch.device, functions: dict[str, Callable], cl
     return row_of(case, device, result)
 
 
-def accesses(backend: str, case: Case, device: torch.device) -> int:
+def least(case: Case) -> float:
+    """Accesses of B·C elements that the op cannot do without."""
+    _, m, classes, *k = case.shape
+    return 2 + m * k[0] / classes if k else m + 2
+
+
+def accesses(backend: str, case: Case, device: torch.device) -> float:
     """Reads and writes of B·C elements by forward + backward at an upstream gradient of 1, as the kernels document.
 
     M + 1 reads and a write where a row stays on chip (on a CPU: in L2; in CUDA: in the shared memory of a block, from
     sm_90 of a cluster of 8), twice the reads where it is streamed. Any other upstream gradient adds 2. The roofline's
     copy moves M + 2.
     """
-    _, m, classes = case.shape
+    _, m, classes, *k = case.shape
+    if k:  # where the student's row is read again, from the L2 cache as a rule, this says too little
+        return least(case)
     on_chip = True
     if backend == "triton":
         from eekd.kernels.common import architecture, launch
@@ -271,11 +318,11 @@ def row_of(case: Case, device: torch.device, result: dict[str, dict]) -> dict:
     """The record of a case, with what follows from the times: bandwidth by own traffic, ratios to the baselines."""
     us = {name: r["us"] for name, r in result.items() if "us" in r}
     best = {b: min((us[name] for name in us if name.startswith(b)), default=None) for b in BASELINES}
-    megabytes = math.prod(case.shape[::2]) * getattr(torch, case.dtype).itemsize / 1e6
+    megabytes = case.shape[0] * case.shape[2] * getattr(torch, case.dtype).itemsize / 1e6
     for name in us.keys() & {*BACKENDS, "copy"}:
         traffic = accesses(name, case, device)
         result[name] |= {"accesses": traffic, "gb_s": traffic * megabytes / us[name] * 1e3}
-        result[name]["percent_of_copy"] = 100 * traffic / (case.shape[1] + 2) * us["copy"] / us[name]
+        result[name]["percent_of_copy"] = 100 * traffic / least(case) * us["copy"] / us[name]
         if name in BACKENDS:
             result[name] |= {f"vs_{b}": best[b] / us[name] for b in BASELINES if best[b]}
     backends = [name for name in BACKENDS if name in us]
@@ -297,7 +344,7 @@ def summary_of(rows: list[dict]) -> dict[str, dict[str, float]]:
 
 def line_of(row: dict) -> str:
     """What is printed of a row; the JSON has everything."""
-    r, case = row["contenders"], f"{str(tuple(row['shape'])):>18} {row['dtype']:>8} {row['layout']} {row['fusion']:>11}"
+    r, case = row["contenders"], f"{str(tuple(row['shape'])):>20} {row['dtype']:>8} {row['layout']} {row['fusion']:>11}"
     best = r.get(row["fastest"], {})
     us = [r.get(name, {}).get("us") for name in BACKENDS] + [*row["best_us"].values(), r["copy"]["us"]]
     ratios = [best.get(name) for name in ("vs_eager", "vs_compile", "vs_liger", "percent_of_copy")]
@@ -310,9 +357,14 @@ def line_of(row: dict) -> str:
 
 def cases(args, cuda: bool) -> list[Case]:
     """What the arguments ask for."""
+    dtype = args.dtype or ("bfloat16" if cuda else "float32")
+    if args.op == "sparse_ensemble_kd":
+        shapes = args.shape or ([(16, 3, 1000, 20)] if args.quick else SPARSE_SHAPES)
+        if shapes is SPARSE_SHAPES and cuda:
+            shapes = [(32 * rows, *rest) for rows, *rest in shapes]
+        return [Case(s, dtype, fusion) for s in shapes for fusion in ("probability", "logit")]
     if args.full:
         return list(protocol())
-    dtype = args.dtype or ("bfloat16" if cuda else "float32")
     shapes = args.shape or ([(32, 5, 10), (16, 3, 1000)] if args.quick else GPU_SHAPES if cuda else CPU_SHAPES)
     if shapes is GPU_SHAPES:  # two minutes of them, most of it torch.compile's
         return [*(Case(s, dtype, "probability") for s in shapes), *(Case(s, dtype, "logit") for s in shapes[1::3])]
@@ -320,7 +372,7 @@ def cases(args, cuda: bool) -> list[Case]:
 
 
 def shape(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){2}", text):
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
         raise argparse.ArgumentTypeError(f"must be B,M,C in positive numbers, got {text}")
     return tuple(map(int, text.split(",")))
 
@@ -328,18 +380,23 @@ def shape(text: str) -> tuple[int, ...]:
 def main(argv: list[str] | None = None) -> None:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="python -m eekd.kernels.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--op", default="ensemble_kd", choices=["ensemble_kd"])
-    parser.add_argument("--shape", type=shape, action="append", metavar="B,M,C", help="repeatable; default: six")
+    parser.add_argument("--op", default="ensemble_kd", choices=list(LETTERS))
+    parser.add_argument("--shape", type=shape, action="append", metavar="B,M,C[,K]", help="repeatable; default: a few")
     parser.add_argument("--dtype", choices=list(ERROR_LIMIT), help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--device", default="cuda" if gpu else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--seconds", type=float, help="per contender and shape; default: 1 on a CPU, 0.5 on a GPU")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a smoke test: small shapes, one mode of compile")
-    parser.add_argument("--full", action="store_true", help="all shapes, dtypes and layouts, which takes an hour")
+    parser.add_argument("--full", action="store_true", help="ensemble_kd: all shapes, dtypes and layouts, an hour")
     parser.add_argument("--json", type=Path, help="save the figures here, row by row")
     args = parser.parse_args(argv)
-    device, cuda = torch.device(args.device), args.device == "cuda"
+    device, cuda, letters = torch.device(args.device), args.device == "cuda", LETTERS[args.op]
+    for wrong in args.shape or ():
+        if len(wrong) != len(letters.split(",")) or wrong[3:] >= wrong[2:3]:
+            below = ", K below C" * letters.endswith("K")
+            got = ",".join(map(str, wrong))
+            parser.error(f"argument --shape: must be {letters} in positive numbers{below}, got {got}")
     if cuda and not gpu:
         parser.error("--device cuda: no CUDA device was found")
     seconds = args.seconds or (0.05 if args.quick else 0.5 if cuda else 1.0)
@@ -354,7 +411,8 @@ def main(argv: list[str] | None = None) -> None:
         record["driver"] = subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
     print(*(f"{name}: {why}" for name, why in missing.items()), "forward + backward, µs (median)", sep="\n")
     names = [*BACKENDS, *BASELINES, "copy", "/eager", "/compile", "/liger", "% copy", "fastest"]
-    print(f"{'(B, M, C)':>18}    dtype mem      fusion{''.join(f' {name:>8}' for name in names)} error")
+    first = f"({letters.replace(',', ', ')})"
+    print(f"{first:>20}    dtype mem      fusion{''.join(f' {name:>8}' for name in names)} error")
     for case in cases(args, cuda):
         try:
             record["rows"].append(measure(case, device, functions, events if cuda else wall, seconds, args.seed))

@@ -63,7 +63,7 @@ def bench(record: dict) -> str:
     baselines = [b for b in ("eager", "compile", "liger") if any(row["best_us"].get(b) for row in rows)]
     copied = "copy" in ran
     several = [key for key in ("dtype", "layout") if len({row[key] for row in rows}) > 1]
-    head = ["(B, M, C)", *several, "fusion"]
+    head = ["(B, M, C, K)" if len(rows[0]["shape"]) == 4 else "(B, M, C)", *several, "fusion"]
     columns = ["eekd, µs"] if len(backends) == 1 else [f"{name}, µs" for name in backends]
     columns += ["torch.compile" if b == "compile" else b for b in baselines]
     ratios = [f"vs_{b}" for b in baselines]

@@ -157,18 +157,37 @@ def test_a_case_that_does_not_fit_is_told_and_the_next_is_timed(monkeypatch, cap
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("fusion", ["probability", "logit"])
 @pytest.mark.parametrize("layout", ["MBC", "BMC"])
-@pytest.mark.parametrize("shape", [(9, 5, 10), (4, 1, 1001), (300, 2, 70)])
+@pytest.mark.parametrize("shape", [(9, 5, 10), (4, 1, 1001), (300, 2, 70), (9, 5, 100, 20), (4, 1, 30, 29)])
 def test_all_contenders_compute_the_same(shape, layout, fusion, dtype):
     case = bench.Case(shape, dtype, fusion, layout)
     (tensors,) = bench.inputs(case, CPU, 1)
-    assert tensors[1].shape == (shape[1], shape[0], shape[2])
-    if shape[1] > 1:
+    snapshots = tensors[1]
+    if len(shape) == 4:
+        assert snapshots.logits.shape == (shape[1], shape[0], shape[3]) and snapshots.indices.max() < shape[2]
+    else:
+        assert snapshots.shape == (shape[1], shape[0], shape[2])
+    if len(shape) == 3 and shape[1] > 1:
         assert tensors[1].is_contiguous() == (layout == "MBC")
     truth, upstream = bench.exact(tensors, fusion), torch.tensor(0.7 * shape[0])
     for run in (bench.fused, bench.plain, lambda *x: bench.plain(*x, mix=bench.broadcast)):
         got = bench.gradients(run, tensors, fusion, upstream)
         assert bench.error(got, truth, upstream) < bench.ERROR_LIMIT[dtype]
         assert [x.dtype for x in got] == [torch.float32, getattr(torch, dtype), torch.float32]
+
+
+def test_the_other_op_is_timed_too(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    path = tmp_path / "sparse.json"
+    bench.main(["--op", "sparse_ensemble_kd", "--quick", "--shape", "8,5,40,10", "--json", str(path)])
+    record = json.loads(path.read_text())
+    assert record["op"] == "sparse_ensemble_kd" and [row["shape"] for row in record["rows"]] == [[8, 5, 40, 10]] * 2
+    for row in record["rows"]:
+        r = row["contenders"]
+        assert r["native"]["error"] < 1e-4 and r["native"]["accesses"] == 2 + 5 * 10 / 40
+        assert math.isclose(r["native"]["percent_of_copy"], 100 * r["copy"]["us"] / r["native"]["us"])
+    assert "(B, M, C, K)" in capsys.readouterr().out
+    table = RENDER["bench"](record | {"environment": record["environment"] | {"commit": "c" * 40}})
+    assert "(B, M, C, K)" in table and "(8, 5, 40, 10)" in table
 
 
 def test_the_reference_in_parts_is_the_reference():
@@ -264,13 +283,17 @@ def test_own_traffic(monkeypatch):
 def test_the_cases_of_a_device():
     def cases(**given):
         cuda = given.pop("cuda", False)
-        return bench.cases(SimpleNamespace(**dict(full=False, quick=False, shape=None, dtype=None) | given), cuda)
+        defaults = dict(op="ensemble_kd", full=False, quick=False, shape=None, dtype=None)
+        return bench.cases(SimpleNamespace(**defaults | given), cuda)
 
     assert [c[:2] for c in cases()[::2]] == [(shape, "float32") for shape in bench.CPU_SHAPES]
     assert {c.dtype for c in cases(cuda=True)} == {"bfloat16"} and len(cases(cuda=True)) == 8
     assert cases(cuda=True, shape=[(1, 2, 3)], dtype="float16") == [
         ((1, 2, 3), "float16", fusion, "MBC") for fusion in ("probability", "logit")
     ]
+    sparse, on_gpu = cases(op="sparse_ensemble_kd"), cases(op="sparse_ensemble_kd", cuda=True)
+    assert [c.shape for c in sparse[::2]] == bench.SPARSE_SHAPES and {c.dtype for c in on_gpu} == {"bfloat16"}
+    assert [c.shape[1:] for c in on_gpu] == [c.shape[1:] for c in sparse] and on_gpu[0].shape[0] > sparse[0].shape[0]
     full = cases(full=True)
     assert len(full) == len({*full}) == 9 * (4 * 4 + 6)
     for (rows, m, classes), dtype, *_ in full:
@@ -349,6 +372,8 @@ def test_the_record_of_this_machine_renders(quick, tmp_path):
         (["--shape", "0,5,10"], "--shape: .*got 0,5,10"),
         (["--shape", "8,-5,10"], "--shape: .*got 8,-5,10"),
         (["--shape", "a,b,c"], "--shape: .*got a,b,c"),
+        (["--op", "sparse_ensemble_kd", "--shape", "8,5,10"], "--shape: must be B,M,C,K .*got 8,5,10"),
+        (["--op", "sparse_ensemble_kd", "--shape", "8,5,10,10"], "--shape: .*, K below C, got 8,5,10,10"),
         (["--shape", "8,5,10", "--shape", "8"], "--shape: .*got 8"),
         (["--dtype", "float8"], "--dtype"),
         (["--seconds", "soon"], "--seconds"),

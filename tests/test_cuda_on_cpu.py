@@ -80,6 +80,15 @@ class Arguments(ctypes.Structure):
     ]
 
 
+class SparseArguments(ctypes.Structure):
+    """csrc/eekd.h's SparseEnsembleKD."""
+
+    _fields_ = [
+        ("kd", Arguments), ("k", ctypes.c_int64), ("tail", ctypes.c_void_p), ("tail_stride", ctypes.c_int64 * 2),
+        ("indices", ctypes.c_void_p), ("indices_stride", ctypes.c_int64),
+    ]  # fmt: skip
+
+
 class Scaled(ctypes.Structure):
     _fields_ = [
         ("data", ctypes.c_void_p), ("dtype", ctypes.c_int), ("rows", ctypes.c_int64), ("columns", ctypes.c_int64),
@@ -105,13 +114,16 @@ class Emulator:
         subprocess.run(
             [
                 COMPILER, "-std=c++20", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror",
-                "-Wno-unknown-pragmas", "-include", HERE / "cuda_runtime.h", HERE / "emulator.cpp", "-o", path,
+                "-Wno-unknown-pragmas", "-include", HERE / "cuda_runtime.h", "-o", path, "-x", "c++",
+                HERE / "emulator.cpp", *(HERE.parents[1] / "csrc" / "cuda").glob("*.cu"),
             ],
             check=True,
         )  # fmt: skip
         self.library = ctypes.PyDLL(str(path))  # which holds the lock of the interpreter: one launch at a time
-        self.library.ensemble_kd_fwd.restype = self.library.ensemble_kd_bwd.restype = ctypes.c_char_p
+        for launcher in ("ensemble_kd_fwd", "sparse_ensemble_kd_fwd", "ensemble_kd_bwd"):
+            getattr(self.library, launcher).restype = ctypes.c_char_p
         assert self.library.size_of_arguments() == ctypes.sizeof(Arguments)
+        assert self.library.size_of_sparse_arguments() == ctypes.sizeof(SparseArguments)
         assert self.library.size_of_scale() == ctypes.sizeof(Scale)
 
     def launches(self) -> list[int]:
@@ -123,9 +135,15 @@ class Emulator:
         facts = (list(DEVICES).index(name), *DEVICES[name])
         self.library.emulate(ctypes.byref((ctypes.c_int * len(facts))(*facts)))
 
-    def ensemble_kd_fwd(
-        self, student, snapshots, labels, scores, query, keys, temperature, alpha, logit_fusion, kl_objective, mean,
-        ignore_index, loss, attention_loss, weights, d_student, d_scores, d_query, d_keys,
+    def ensemble_kd_fwd(self, student, snapshots, *rest):
+        self._forward(None, None, student, snapshots, *rest)
+
+    def sparse_ensemble_kd_fwd(self, student, snapshots, tail, indices, *rest):
+        self._forward(tail, indices, student, snapshots, *rest)
+
+    def _forward(
+        self, tail, indices, student, snapshots, labels, scores, query, keys, temperature, alpha, logit_fusion,
+        kl_objective, mean, ignore_index, loss, attention_loss, weights, d_student, d_scores, d_query, d_keys,
     ):  # fmt: skip
         snapshots = snapshots[0] if snapshots[0].dim() == 3 else snapshots
         rows, classes = student.shape
@@ -145,8 +163,15 @@ class Emulator:
             args.snapshot[m] = matrix(z)
             if keys is not None:
                 args.keys[m] = matrix(keys[m])
+        launcher = self.library.ensemble_kd_fwd
+        if indices is not None:
+            launcher = self.library.sparse_ensemble_kd_fwd
+            args = SparseArguments(
+                kd=args, k=indices.shape[1], tail=tail.data_ptr(), tail_stride=tail.stride(),
+                indices=indices.data_ptr(), indices_stride=indices.stride(0),
+            )  # fmt: skip
         scalars = (loss.data_ptr(), attention_loss.data_ptr()) if loss.dim() == 0 else (None, None)
-        error = self.library.ensemble_kd_fwd(
+        error = launcher(
             ctypes.byref(args), loss.dtype == torch.float64, mean, *map(ctypes.c_void_p, scalars),
             ctypes.byref(ctypes.c_int(-1)),
         )  # fmt: skip

@@ -80,6 +80,15 @@ struct Group {
   }
 };
 
+// Starts the copy of a stretch of a line from global to shared memory, past the registers, in pieces that begin at the
+// multiple of 16 bytes before it, and so lie in its pages. Returns where its first byte comes to lie.
+__device__ inline const char* copy_line(Group group, char* to, const char* from, int bytes) {
+  const int before = static_cast<int>(reinterpret_cast<uintptr_t>(from) & 15);
+  for (int i = 16 * group.thread; i < before + bytes; i += 16 * group.threads)
+    copy_async(to + i, from - before + i, min(16, before + bytes - i));
+  return to + before;
+}
+
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Sums over a warp, the same in every lane.

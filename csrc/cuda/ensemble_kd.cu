@@ -11,23 +11,15 @@
 // same bits.
 
 #include <algorithm>
-#include <map>
-#include <mutex>
 #include <type_traits>
 
-#include "common.cuh"
+#include "rows.cuh"
 
 namespace eekd {
 namespace {
 
-constexpr int kWarpsPerBlock = 4;        // of blocks whose warps have a row each
-constexpr int kWarpColumns = 1024;       // classes up to which a warp suffices for a row
-constexpr int kMaxThreads = 256;         // two such blocks find registers on a multiprocessor
-constexpr int kWidth = 8;                // columns that a thread takes at once, of 32 bits as of 16: their bits agree
-constexpr int kMaxRanks = 8;             // blocks in a cluster that every GPU with clusters can have
-constexpr int kSplitColumns = 4096;      // that a block keeps where a row is split because rows are few
-constexpr int64_t kCountInBlock = 2048;  // labels that every block counts for itself, which costs less than a launch
-constexpr int64_t kMaxClasses = 1 << 30;
+constexpr int kMaxRanks = 8;         // blocks in a cluster that every GPU with clusters can have
+constexpr int kSplitColumns = 4096;  // that a block keeps where a row is split because rows are few
 
 // What of a row stays on chip between the visits.
 enum class Keep {
@@ -36,33 +28,10 @@ enum class Keep {
   mixture,  // logit fusion, weights that do not learn: the mixed line as T, and the student's logits
 };
 
-// Which columns a thread owns, and how it reads them.
-enum class Order {
-  apart,       // threads have neighbouring columns, those of a thread lie apart: no whole vectors in a row
-  neighbours,  // as many neighbouring columns as fill a vector, element by element
-  vectors,     // the same columns, all at once: every line is aligned
-};
-
 struct Launch {
   Keep keep;
   int ranks, columns;  // blocks per row; columns of each but the last
   int threads, rows_per_block, shared, line_bytes;
-};
-
-// What the threads of a row share. Indices j count the snapshots of weight other than 0, which alone are read.
-template <class T>
-struct Row {
-  T e[kMaxSnapshots];      // scores, then weights, then d loss / d score, of all snapshots
-  T w[kMaxSnapshots];      // of j
-  T scale[kMaxSnapshots];  // probability: w_j / Σ exp;  logit: [0] 1 / Σ exp
-  T label[kMaxSnapshots];  // z_j at the label
-  T mean[kMaxSnapshots];   // logit: Σ_c p z_j, less the mixture's largest, so that less cancels
-  T moved[kMaxSnapshots];  // probability: Σ_c p_j r;  logit: Σ_c p r z_j, likewise
-  SoftmaxSum<T> target[kMaxSnapshots];
-  SoftmaxSum<T> soft, hard;  // the student at τ and at 1
-  T kl;                      // Σ_c p r,  r = log p - log q
-  int id[kMaxSnapshots];
-  int used;
 };
 
 // A line of logits of one row, in shared or global memory.
@@ -93,123 +62,31 @@ __host__ __device__ Layout layout(const Launch& l, int snapshots) {
   return at;
 }
 
-// The sum over the block, the same in every thread; `parts` is a number per warp.
-template <class T>
-__device__ T block_sum(T x, T* parts) {
-  x = warp_sum(x);
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
-  __syncthreads();
-  T sum = parts[0];
-  for (unsigned i = 1; i < blockDim.x / 32; ++i) sum += parts[i];
-  __syncthreads();
-  return sum;
-}
-
-// The labels that count, 1 at least. Every thread of the block calls it.
-__device__ int counted(const int64_t* labels, int64_t rows, int64_t ignore_index, char* shared) {
-  int count = 0;
-  for (int64_t b = threadIdx.x; b < rows; b += blockDim.x) count += labels[b] != ignore_index;
-  count = block_sum(count, reinterpret_cast<int*>(shared));
-  return count > 1 ? count : 1;
-}
-
-__global__ void count_kernel(const int64_t* labels, int64_t rows, int64_t ignore_index, int* out) {
-  const int count = counted(labels, rows, ignore_index, shared_memory());
-  if (threadIdx.x == 0) *out = count;
-}
-
-// The sum of each of two rows of n numbers, by one block in a fixed order.
-template <class T>
-__global__ void sum_kernel(const T* parts, int64_t n, T* first, T* second) {
-  for (int which = 0; which < 2; ++which) {
-    T sum = 0;
-    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) sum += parts[which * n + i];
-    sum = block_sum(sum, reinterpret_cast<T*>(shared_memory()));
-    if (threadIdx.x == 0) *(which ? second : first) = sum;
-  }
-}
-
 // One row, or a block's slice of it. E is the type of all logits, or Any. Columns are counted from the slice's first.
 template <class T, class E, Order order, Keep keep>
-struct Kernel {
+struct Kernel : RowKernel<T> {
+  using RowKernel<T>::a, RowKernel<T>::group, RowKernel<T>::b, RowKernel<T>::snapshots, RowKernel<T>::row_scale;
+  using RowKernel<T>::has_ce, RowKernel<T>::by_kl, RowKernel<T>::by_label, RowKernel<T>::beta, RowKernel<T>::tau;
+  using RowKernel<T>::k, RowKernel<T>::row;
   static constexpr int width = std::is_same_v<E, Any> ? 4 : kWidth;
   // Lines that a thread reads at once: loads to wait for together, as many as there are registers for.
   static constexpr int together = sizeof(T) == 8 ? 1 : order == Order::vectors ? 4 : 2;
 
-  const EnsembleKD& a;
-  const Group group;
-  const int64_t b, begin;
+  const int64_t begin;
   const int columns;
   const Layout at;
   char* const shared;
-  const int snapshots;
-  const T row_scale;
-  const bool has_ce, by_kl, by_label;
-  const T beta, tau, k;
-  Row<T>& row;
   SoftmaxSum<T>* const statistics;  // [line][warp]
   T* const sums;                    // [2 j][warp], then kl [warp]
 
   __device__ Kernel(const EnsembleKD& a, Group group, int64_t b, const Launch& l, char* shared, T row_scale)
-      : a(a), group(group), b(b), begin(static_cast<int64_t>(group.rank) * l.columns),
+      : RowKernel<T>(a, group, b, *reinterpret_cast<Row<T>*>(shared), row_scale),
+        begin(static_cast<int64_t>(group.rank) * l.columns),
         columns(static_cast<int>(max(int64_t(0), min(a.classes - begin, int64_t(l.columns))))),
         at(layout<T>(l, static_cast<int>(a.snapshots))),
         shared(shared),
-        snapshots(static_cast<int>(a.snapshots)),
-        row_scale(row_scale),
-        has_ce(a.labels && a.alpha > 0),
-        by_kl((a.d_scores || a.d_query) && a.objective == Objective::kl),
-        by_label((a.d_scores || a.d_query) && a.objective == Objective::label),
-        beta(static_cast<T>(a.labels ? 1 - a.alpha : 1)),
-        tau(static_cast<T>(a.temperature)),
-        k(static_cast<T>(kLog2e / a.temperature)),
-        row(*reinterpret_cast<Row<T>*>(shared)),
         statistics(reinterpret_cast<SoftmaxSum<T>*>(shared + at.statistics)),
         sums(reinterpret_cast<T*>(shared + at.sums)) {}
-
-  __device__ void write_zeros() {
-    const auto clear = [&](void* out, DType dtype, int64_t first, int64_t n) {
-      for (int64_t i = group.thread; out && i < n; i += group.threads) store<Any>(out, dtype, first + i, T(0));
-    };
-    clear(a.d_student, a.student.dtype, b * a.classes + begin, columns);
-    if (group.rank) return;
-    if (group.thread == 0) static_cast<T*>(a.loss)[b] = static_cast<T*>(a.attention_loss)[b] = 0;
-    clear(a.weights, DType::f32, b * snapshots, snapshots);
-    clear(a.d_scores, a.scores.dtype, b * snapshots, snapshots);
-    clear(a.d_query, a.query.dtype, b * a.width, a.width);
-    for (int m = 0; m < snapshots; ++m) clear(a.d_keys, a.keys[0].dtype, (m * a.rows + b) * a.width, a.width);
-  }
-
-  // softmax of the scores, which are given, or the products of query and keys, or all the same.
-  __device__ void weigh() {
-    if (a.query.data) {
-      for (int m = group.warp(); m < snapshots; m += group.warps()) {
-        T product = 0;
-        for (int64_t d = group.lane(); d < a.width; d += 32)
-          product += load<T, Any>(a.query.data, a.query.dtype, b * a.query.stride + d) *
-                     load<T, Any>(a.keys[m].data, a.keys[m].dtype, b * a.keys[m].stride + d);
-        product = warp_sum(product);
-        if (group.lane() == 0) row.e[m] = product;
-      }
-    } else {
-      for (int m = group.thread; m < snapshots; m += group.threads)
-        row.e[m] = a.scores.data ? load<T, Any>(a.scores.data, a.scores.dtype, b * a.scores.stride + m) : T(0);
-    }
-    group.sync();
-    if (group.thread == 0) {
-      T max = row.e[0], total = 0;
-      for (int m = 1; m < snapshots; ++m) max = row.e[m] > max ? row.e[m] : max;
-      for (int m = 0; m < snapshots; ++m) total += row.e[m] = fast_exp2((row.e[m] - max) * T(kLog2e));
-      row.used = 0;
-      for (int m = 0; m < snapshots; ++m) {
-        const T w = row.e[m] /= total;
-        if (w != 0) row.id[row.used] = m, row.w[row.used++] = w;
-      }
-    }
-    group.sync();
-    for (int m = group.thread; m < snapshots && group.rank == 0; m += group.threads)
-      a.weights[b * snapshots + m] = static_cast<float>(row.e[m]);
-  }
 
   // Line j: of a used snapshot, or of the student where j == used.
   __device__ const Matrix& matrix(int j) const { return j < row.used ? a.snapshot[row.id[j]] : a.student; }
@@ -225,16 +102,10 @@ struct Kernel {
     return {first + (reinterpret_cast<uintptr_t>(data) & 15), matrix(j).dtype};
   }
 
-  // The pieces begin at the multiple of 16 bytes before the line, and lie where the line's elements do: in its pages.
   __device__ void copy_lines() {
-    for (int j = keep == Keep::lines ? 0 : row.used; j <= row.used; ++j) {
-      const char* from = source(j) + begin * static_cast<int>(sizeof(E));
-      char* const to = shared + at.lines + (keep == Keep::lines ? j * at.pitch : 0);
-      const int before = static_cast<int>(reinterpret_cast<uintptr_t>(from) & 15);
-      const int bytes = before + columns * static_cast<int>(sizeof(E));
-      for (int i = 16 * group.thread; i < bytes; i += 16 * group.threads)
-        copy_async(to + i, from - before + i, min(16, bytes - i));
-    }
+    for (int j = keep == Keep::lines ? 0 : row.used; j <= row.used; ++j)
+      copy_line(group, shared + at.lines + (keep == Keep::lines ? j * at.pitch : 0),
+                source(j) + begin * static_cast<int>(sizeof(E)), columns * static_cast<int>(sizeof(E)));
     arrived();
     group.sync();
   }
@@ -282,20 +153,6 @@ struct Kernel {
   // The mixed line in shared memory, so that neighbouring threads meet neighbouring banks; only its thread reads it.
   __device__ T* mixed(int c) const {
     return reinterpret_cast<T*>(shared + at.mixture) + (c - first()) + group.thread;
-  }
-
-  static __device__ T finite(T max) { return max == -std::numeric_limits<T>::infinity() ? T(0) : max; }
-
-  // Takes columns into statistics.
-  static __device__ void absorb(SoftmaxSum<T>& s, const T (&x)[width], T k) {
-    T max = s.max;
-#pragma unroll
-    for (int u = 0; u < width; ++u) max = x[u] > max ? x[u] : max;
-    const T base = finite(max);
-    T sum = s.sum * fast_exp2((s.max - base) * k);
-#pragma unroll
-    for (int u = 0; u < width; ++u) sum += fast_exp2((x[u] - base) * k);
-    s = {max, sum};
   }
 
   // x = Σ_j w_j z_j
@@ -476,71 +333,13 @@ struct Kernel {
     group.sync_blocks();  // the shared memory of a block that has ended is gone
   }
 
-  // Everything that is O(M) or O(D) per row; one thread does what is O(M).
-  __device__ void finish() {
-    const int64_t y = a.labels ? a.labels[b] : 0;
-    const bool valid = y >= 0 && y < a.classes;
-    for (int j = group.thread; j < row.used; j += group.threads)
-      row.label[j] = valid ? load<T, E>(source(j), matrix(j).dtype, y) : T(0);
-    group.sync();
-    if (group.thread == 0) {
-      T loss = beta == 0 ? T(0) : beta * tau * tau * row.kl;
-      T attention_loss = 0;
-      T *const z = row.label, *const g = row.moved, *const de = row.scale;  // of the used; scale is done with
-      if (a.labels) {
-        if (has_ce) {
-          const T s_y = valid ? load<T, E>(source(row.used), a.student.dtype, y) : T(0);
-          loss -= static_cast<T>(a.alpha) * (s_y - row.hard.max - log(row.hard.sum));
-        }
-        if (a.fusion == Fusion::probability) {
-          for (int j = 0; j < row.used; ++j) z[j] = (z[j] - row.target[j].max) * k;
-          attention_loss = mixture_nll(row.w, row.target, z, row.mean, row.used);
-          for (int j = 0; j < row.used; ++j) de[j] = row_scale * (row.w[j] - z[j]);
-        } else {
-          T mixed = 0;  // above the largest
-          for (int j = 0; j < row.used; ++j) {
-            z[j] -= row.target[0].max;
-            mixed += row.w[j] * z[j];
-            z[j] = (row.mean[j] - z[j]) / tau;
-          }
-          attention_loss = log(row.target[0].sum) - mixed / tau;
-          for (int j = 0; mixed == -std::numeric_limits<T>::infinity() && j < row.used; ++j) z[j] = 0;  // p_y = 0
-          softmax_grad(row.w, z, row_scale, de, row.used);
-        }
-      }
-      if (by_kl) {
-        for (int j = 0; j < row.used; ++j)
-          g[j] = a.fusion == Fusion::probability ? tau * tau * row.moved[j]
-                                                 : tau * (row.moved[j] - row.kl * row.mean[j]);
-        if (beta == 0)
-          for (int j = 0; j < row.used; ++j) g[j] = 0;
-        softmax_grad(row.w, g, row_scale * beta, de, row.used);
-      }
-      static_cast<T*>(a.loss)[b] = row_scale * loss;
-      static_cast<T*>(a.attention_loss)[b] = row_scale * attention_loss;
-      for (int m = 0; m < snapshots; ++m) row.e[m] = 0;
-      for (int j = 0; j < row.used; ++j) row.e[row.id[j]] = de[j];
-    }
-    group.sync();
-    for (int m = group.thread; a.d_scores && m < snapshots; m += group.threads)
-      store<Any>(a.d_scores, a.scores.dtype, b * snapshots + m, row.e[m]);
-    for (int64_t d = group.thread; a.d_query && d < a.width; d += group.threads) {
-      const T query = load<T, Any>(a.query.data, a.query.dtype, b * a.query.stride + d);
-      T d_query = 0;
-      for (int m = 0; m < snapshots; ++m) {
-        d_query += row.e[m] * load<T, Any>(a.keys[m].data, a.keys[m].dtype, b * a.keys[m].stride + d);
-        store<Any>(a.d_keys, a.keys[m].dtype, (m * a.rows + b) * a.width + d, row.e[m] * query);
-      }
-      store<Any>(a.d_query, a.query.dtype, b * a.width + d, d_query);
-    }
-  }
-
   __device__ void run() {
-    weigh();
+    this->weigh();
     if constexpr (keep != Keep::nothing) copy_lines();
     find_statistics();
     differentiate();
-    if (group.rank == 0) finish();
+    if (group.rank == 0)
+      this->finish([&](int j, int64_t y) { return load<T, E>(source(j), matrix(j).dtype, y); });
   }
 };
 
@@ -549,27 +348,17 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 rows_kernel(const __grid_constant__ EnsembleKD a, Launch l, bool mean, const int* count) {
   static_assert(sizeof(EnsembleKD) + sizeof(Launch) <= 4096 - 64, "what a kernel's parameters may take");
   char* const shared = shared_memory();
-  T row_scale = static_cast<T>(a.row_scale);
-  if (mean && a.labels) row_scale = T(1) / (count ? *count : counted(a.labels, a.rows, a.ignore_index, shared));
+  const T scale = scale_of_rows<T>(a, mean, count, shared);
   const int row_in_block = static_cast<int>(threadIdx.x) / l.threads;
   const int64_t b = static_cast<int64_t>(blockIdx.x / l.ranks) * l.rows_per_block + row_in_block;
   if (b >= a.rows) return;
-  if (a.labels) {
-    const int64_t y = a.labels[b];
-    if (y != a.ignore_index && (y < 0 || y >= a.classes)) row_scale = std::numeric_limits<T>::quiet_NaN();
-  }
   const int rank = static_cast<int>(blockIdx.x % l.ranks);
   const Group group{static_cast<int>(threadIdx.x) % l.threads, l.threads, rank, l.ranks};
   char* const own = shared + row_in_block * (l.shared / l.rows_per_block);
-  Kernel<T, E, order, keep> kernel(a, group, b, l, own, row_scale);
-  if (a.labels && a.labels[b] == a.ignore_index) kernel.write_zeros();
+  Kernel<T, E, order, keep> kernel(a, group, b, l, own, scale_of_row(a, b, scale));
+  if (ignored(a, b)) kernel.write_zeros(kernel.begin, kernel.columns);
   else kernel.run();
 }
-
-struct Device {
-  int shared, shared_of_all_blocks;  // bytes that a block may take, that a multiprocessor has
-  int multiprocessors, ranks;        // ranks: the largest cluster
-};
 
 // A warp, a block or a cluster per row. Neither this nor the order of columns depends on where the tensors lie, so
 // neither do the bits.
@@ -588,8 +377,7 @@ Launch launch(const EnsembleKD& a, int itemsize, const Device& device) {
       if (l.shared <= budget || l.rows_per_block == 1) return l;
     }
   };
-  // Half of a multiprocessor at most, so that one block computes while another's lines arrive; all of it if need be.
-  const int half = min(device.shared, device.shared_of_all_blocks / 2 - 1024);
+  const int half = half_of(device);
   const bool may_mix = a.fusion == Fusion::logit && !a.d_scores && !a.d_query;
   const auto choose = [&] {
     if (itemsize && a.classes * itemsize < device.shared * int64_t(device.ranks))
@@ -633,24 +421,7 @@ struct Kernels {
     return rows_kernel<T, E, Order::apart, Keep::nothing>;
   }
 
-  // Asks the driver once for each device.
-  static cudaError_t prepare(Device& found) {
-    static std::mutex mutex;
-    static std::map<int, Device> known;
-    int id, major;
-    if (cudaError_t error = cudaGetDevice(&id)) return error;
-    const std::lock_guard lock(mutex);
-    if (const auto at = known.find(id); at != known.end()) {
-      found = at->second;
-      return cudaSuccess;
-    }
-    Device d{};
-    d.ranks = 1;
-    for (const auto& [value, attribute] : {std::pair(&d.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                                           {&d.shared_of_all_blocks, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
-                                           {&d.multiprocessors, cudaDevAttrMultiProcessorCount},
-                                           {&major, cudaDevAttrComputeCapabilityMajor}})
-      if (cudaError_t error = cudaDeviceGetAttribute(value, attribute, id)) return error;
+  static cudaError_t prepare(Device& d) {
     for (Order order : {Order::apart, Order::neighbours, Order::vectors})
       for (Keep keep : {Keep::nothing, Keep::lines, Keep::mixture}) {
         const auto set = [&](cudaFuncAttribute attribute, int value) {
@@ -662,15 +433,14 @@ struct Kernels {
           return error;
       }
     // A GPU that is shared out in parts may have room for smaller clusters only, or for none.
-    for (int ranks = kMaxRanks; major >= 9 && ranks > 1 && d.ranks == 1; ranks /= 2)
+    for (int ranks = kMaxRanks; d.major >= 9 && ranks > 1 && d.ranks == 1; ranks /= 2)
       if (room_for_clusters(get(Order::apart, Keep::lines), ranks, kMaxThreads, d.shared)) d.ranks = ranks;
-    found = known[id] = d;
     return cudaSuccess;
   }
 
   static cudaError_t run(const EnsembleKD& a, bool mean, const int* count, cudaStream_t stream) {
     Device device;
-    if (cudaError_t error = prepare(device)) return error;
+    if (cudaError_t error = device_in_use(device, [](Device& d) { return prepare(d); })) return error;
     const int itemsize = any ? 0 : sizeof(E);
     const Order o = any ? Order::apart : order(a, itemsize);
     Launch l = launch<T>(a, itemsize, device);
@@ -687,36 +457,20 @@ template <class T>
 const char* ensemble_kd_fwd_cuda(const EnsembleKD& args, bool mean, void* loss, void* attention_loss, int* count,
                                  void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
-  if (args.classes > kMaxClasses) return "more classes than 2^30";
-  cudaError_t error = cudaSuccess;
-  if (args.rows) {
-    const bool counts = mean && args.labels && args.rows > kCountInBlock;
-    if (counts) {
-      error = launch_kernel(count_kernel, 1, 1, 1024, 32 * sizeof(int), stream, args.labels, args.rows,
-                            args.ignore_index, count);
-      if (error != cudaSuccess) return cudaGetErrorString(error);
-    }
-    bool same = true;
-    for (int64_t m = 0; m < args.snapshots; ++m) same &= args.snapshot[m].dtype == args.student.dtype;
-    const int* counted = counts ? count : nullptr;
+  bool same = true;
+  for (int64_t m = 0; m < args.snapshots; ++m) same &= args.snapshot[m].dtype == args.student.dtype;
+  return launch_all<T>(args, mean, loss, attention_loss, count, stream, [&](const int* counted) -> cudaError_t {
     if constexpr (std::is_same_v<T, double>) {
-      error = Kernels<T, Any>::run(args, mean, counted, stream);
-    } else if (same) {
-      switch (args.student.dtype) {
-        case DType::f32: error = Kernels<T, float>::run(args, mean, counted, stream); break;
-        case DType::bf16: error = Kernels<T, __nv_bfloat16>::run(args, mean, counted, stream); break;
-        default: error = Kernels<T, __half>::run(args, mean, counted, stream);
-      }
+      return Kernels<T, Any>::run(args, mean, counted, stream);
     } else {
-      error = Kernels<T, Any>::run(args, mean, counted, stream);
+      if (!same) return Kernels<T, Any>::run(args, mean, counted, stream);
+      switch (args.student.dtype) {
+        case DType::f32: return Kernels<T, float>::run(args, mean, counted, stream);
+        case DType::bf16: return Kernels<T, __nv_bfloat16>::run(args, mean, counted, stream);
+        default: return Kernels<T, __half>::run(args, mean, counted, stream);
+      }
     }
-  }
-  // A launch of its own: the last block of rows_kernel could add up instead, were there a counter that is 0 when it
-  // begins. Streams and replays of graphs that overlap each need one, which a launch would have to clear.
-  if (loss && error == cudaSuccess)
-    error = launch_kernel(sum_kernel<T>, 1, 1, 1024, 32 * sizeof(T), stream, static_cast<const T*>(args.loss),
-                          args.rows, static_cast<T*>(loss), static_cast<T*>(attention_loss));
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  });
 }
 
 template const char* ensemble_kd_fwd_cuda<float>(const EnsembleKD&, bool, void*, void*, int*, void*);

@@ -227,6 +227,11 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T x, int lane_mask) {
   return emulator::exchange(mask, x, lane_mask);
 }
+inline unsigned atomicOr(unsigned* x, unsigned bits) {
+  const unsigned before = *x;
+  *x |= bits;
+  return before;
+}
 
 // Elements of 16 bits, rounded to nearest even.
 

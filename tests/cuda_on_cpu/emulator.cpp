@@ -1,6 +1,5 @@
 // The CUDA launchers, on the CPU, for ctypes.
-#include "../../csrc/cuda/ensemble_kd.cu"
-#include "../../csrc/cuda/scale.cu"
+#include "../../csrc/eekd.h"
 
 extern "C" {
 
@@ -15,11 +14,18 @@ int launches(unsigned* ranks, int most) {
 }
 
 int size_of_arguments() { return sizeof(eekd::EnsembleKD); }
+int size_of_sparse_arguments() { return sizeof(eekd::SparseEnsembleKD); }
 int size_of_scale() { return sizeof(eekd::Scale); }
 
 const char* ensemble_kd_fwd(const eekd::EnsembleKD* a, bool wide, bool mean, void* loss, void* attention_loss,
                             int* count) {
   const auto launch = wide ? eekd::ensemble_kd_fwd_cuda<double> : eekd::ensemble_kd_fwd_cuda<float>;
+  return launch(*a, mean, loss, attention_loss, count, nullptr);
+}
+
+const char* sparse_ensemble_kd_fwd(const eekd::SparseEnsembleKD* a, bool wide, bool mean, void* loss,
+                                   void* attention_loss, int* count) {
+  const auto launch = wide ? eekd::sparse_ensemble_kd_fwd_cuda<double> : eekd::sparse_ensemble_kd_fwd_cuda<float>;
   return launch(*a, mean, loss, attention_loss, count, nullptr);
 }
 
