@@ -59,7 +59,14 @@ def stages(gpu: bool, tiny: bool, results: Path, runs: Path) -> list[dict[str, P
                 environment={"CUDAARCHS": os.environ.get("CUDAARCHS", "native" if gpu else "90")},
             )
         },
-        {"tests": Part([*pytest, "tests/test_ensemble_kd.py", *(["-k", "formulas"] if tiny else ["-m", "gpu"])], 110)},
+        {
+            "tests": Part(
+                [
+                    *pytest, "tests/test_ensemble_kd.py", "tests/test_sparse_ensemble_kd.py",
+                    *(["-k", "formulas or columns_of_the_contract"] if tiny else ["-m", "gpu"]),
+                ], 110,
+            )
+        },
         {"bench": Part([*bench, *(["--quick", "--shape", "32,5,10"] if tiny else [])], 150)},
         {
             # Without torch's cache each tensor is an allocation, whose ends the sanitizer knows.
@@ -88,7 +95,8 @@ def stages(gpu: bool, tiny: bool, results: Path, runs: Path) -> list[dict[str, P
 
 def launch_kernels(device: str) -> None:
     """Every path of every backend on small shapes: the sanitizers slow a kernel a hundredfold."""
-    from cases import tensors
+    from cases import sparse, tensors
+    from numerics import DIFFERENTIABLE
 
     import eekd
     from eekd.ops.backend import namespace
@@ -107,15 +115,16 @@ def launch_kernels(device: str) -> None:
                     (torch.bfloat16, "query", "logit", "kl"),
                 ):
                     x = tensors(*shape, device=device, dtype=dtype, attention=attention)
-                    x["labels"][0] = -100  # ignored
-                    z = x.pop("snapshot_logits")
-                    for name in x.keys() - {"labels"}:
-                        x[name].requires_grad_()
-                    for logits in (z, z.transpose(0, 1).contiguous().transpose(0, 1), list(z)):
-                        x["snapshot_logits"] = logits
-                        out = eekd.ensemble_kd(**x, fusion=fusion, attention_objective=objective)
-                        (2 * (out.loss + out.attention_loss)).backward()
-                        launches += 1
+                    few = sparse(x, min(50, shape[2]))
+                    for op, given in ((eekd.ensemble_kd, x), (eekd.sparse_ensemble_kd, few)):
+                        given["labels"][0] = -100  # ignored
+                        z = given.pop("snapshot_logits")
+                        for name in given.keys() & set(DIFFERENTIABLE):
+                            given[name].requires_grad_()
+                        for logits in (z, z.transpose(0, 1).contiguous().transpose(0, 1), list(z)):
+                            out = op(**given, snapshot_logits=logits, fusion=fusion, attention_objective=objective)
+                            (2 * (out.loss + out.attention_loss)).backward()
+                            launches += 1
             if device == "cuda":
                 torch.cuda.synchronize()
             print(f"{backend}: {launches} launches")

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-import eekd.kernels.ensemble_kd  # noqa: F401  registers the ops
+import eekd.kernels.ensemble_kd
+import eekd.kernels.sparse_ensemble_kd  # noqa: F401  both register the ops
 from eekd.kernels import common
 from eekd.kernels.common import alignment, launch
 
-SUITE = Path(__file__).with_name("test_ensemble_kd.py")
+SUITE, SPARSE_SUITE = (Path(__file__).with_name(f"test_{op}.py") for op in ("ensemble_kd", "sparse_ensemble_kd"))
 INTERPRETED = {**os.environ, "TRITON_INTERPRET": "1"}
 # What runs on every commit, some of every kind of behaviour; `pytest -m slow` runs all.
 QUICK = """
@@ -33,26 +34,69 @@ QUICK = """
     or second_derivative or (not_asked and probability-label) or same_inputs
     or (compiles_whole and probability-label) or inductor or inference_mode
 """
+SPARSE_QUICK = """
+    (columns_of_the_contract and (probability-label or logit-kl))
+    or (every_shape and (65x5x10x1 or 65x5x100x31 or 9x17x101x33 or 0x5x100) and (probability-label or logit-kl))
+    or (every_shape and 3x3x5000x1000 and probability-kl)
+    or (every_dtype and labels and logit-kl and (bfloat16 or float64) and 100)
+    or (no_probability_has and 60 and probability-label) or (only_some_snapshots and logit-label)
+    or (any_order and 100 and probability-kl) or label_outside or (any_layout and logit-label and 1030)
+    or (ignored_rows and probability-label) or (no_weight and logit-kl) or (nan_that_is_read and student)
+    or (offsets and scores) or (not_computed and probability-label and scores) or (a_few_rows and 10 and logit-label)
+"""
 
 
-def run_suite(expression: str):
+def run_suite(suite: Path, expression: str):
     chosen = f"triton and ({' '.join(expression.split())})"
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-k", chosen, SUITE]
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-k", chosen, suite]
     run = subprocess.run(command, env=INTERPRETED, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
 
 
-def test_the_op_s_suite_in_the_interpreter():
-    run_suite(QUICK)
+@pytest.mark.parametrize("suite, quick", [(SUITE, QUICK), (SPARSE_SUITE, SPARSE_QUICK)], ids=["dense", "sparse"])
+def test_the_op_s_suite_in_the_interpreter(suite, quick):
+    run_suite(suite, quick)
 
 
 @pytest.mark.slow
-def test_the_op_s_whole_suite_in_the_interpreter():
-    run_suite("test")
+@pytest.mark.parametrize("suite", [SUITE, SPARSE_SUITE], ids=["dense", "sparse"])
+def test_the_op_s_whole_suite_in_the_interpreter(suite):
+    run_suite(suite, "test")
+
+
+BAD_INDICES = """
+import mmap
+import torch
+import eekd.kernels.sparse_ensemble_kd
+
+torch.manual_seed(0)
+rows, count, classes, kept = 4, 3, 40, 7
+page = mmap.PAGESIZE
+memory = torch.frombuffer(mmap.mmap(-1, 3 * page), dtype=torch.float32)
+around = memory.numel() // 3
+memory.fill_(7.0)
+d_student = memory[around : around + rows * classes].view(rows, classes)
+student, z = torch.randn(rows, classes), torch.randn(count, rows, kept)
+tail, indices = torch.randn(count, rows), torch.stack([torch.randperm(classes)[:kept] for _ in range(rows)])
+indices[1, 2], indices[2, 0], indices[2, 1] = classes, -1, 2**40 + 3
+loss, attention_loss, weights = torch.empty(rows), torch.empty(rows), torch.empty(rows, count)
+torch.ops.eekd_triton.sparse_ensemble_kd_fwd(
+    student, [z], tail, indices, torch.zeros(rows, dtype=torch.long), None, None, None, 5.0, 0.5, False, False, False,
+    -100, loss, attention_loss, weights, d_student, None, None, None,
+)
+assert loss.isnan().tolist() == [False, True, True, False], loss
+assert d_student[[0, 3]].isfinite().all() and d_student[1:3].isnan().any()
+assert (memory[:around] == 7).all() and (memory[around + rows * classes :] == 7).all()
+"""
+
+
+def test_an_index_that_is_no_class_is_nan_and_nothing_outside_is_written():
+    run = subprocess.run([sys.executable, "-c", BAD_INDICES], env=INTERPRETED, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_same_schemas_as_the_native_ops():
-    for name in ("ensemble_kd_fwd", "ensemble_kd_bwd"):
+    for name in ("ensemble_kd_fwd", "sparse_ensemble_kd_fwd", "ensemble_kd_bwd"):
         native, triton = (str(getattr(x, name).default._schema) for x in (torch.ops.eekd, torch.ops.eekd_triton))
         assert native.removeprefix("eekd::") == triton.removeprefix("eekd_triton::")
 

@@ -9,6 +9,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 kernels = pytest.importorskip("eekd.kernels.ensemble_kd")
+sparse_kernels = pytest.importorskip("eekd.kernels.sparse_ensemble_kd")
 ASTSource = pytest.importorskip("triton.compiler").ASTSource
 GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
 
@@ -37,16 +38,33 @@ QUICK = [
     (120, 5, 32000, torch.float32, "probability", "label"),
     (120, 1, 8192, torch.bfloat16, "logit", "label"),
 ]
+# Of sparse_ensemble_kd, (M, C, K): one and several blocks of indices, rows on chip and streamed.
+SPARSE = [
+    (5, 10, 4), (5, 100, 10), (5, 1000, 32), (5, 1000, 64), (1, 1001, 100), (5, 1001, 64), (16, 1000, 50),
+    (64, 1000, 20), (2, 4096, 128), (5, 8192, 64), (5, 8193, 64), (5, 32000, 64), (2, 50257, 64), (64, 50257, 64),
+    (8, 128256, 50),
+]  # fmt: skip
+SPARSE_QUICK = [
+    (80, 5, 1000, 32, torch.bfloat16, "probability", "kl"),
+    (90, 5, 1000, 64, torch.bfloat16, "probability", "label"),
+    (90, 5, 32000, 64, torch.bfloat16, "logit", "kl"),
+    (100, 5, 100, 10, torch.float32, "logit", "kl"),
+    (120, 2, 50257, 64, torch.float32, "probability", "kl"),
+]
 
 
-def arguments(count, classes, dtype, fusion, objective, attention="scores", whole=True):
-    """What the kernel is launched with, all outputs asked for; a batch of 8192, at 16 bytes."""
+def arguments(count, classes, dtype, fusion, objective, attention="scores", whole=True, kept=None):
+    """What the kernel is launched with, all outputs asked for; a batch of 8192, at 16 bytes; sparse if K is given."""
     rows, width = 8192, 8
 
     def empty(*size, dtype=torch.float32):
         return torch.empty(size, dtype=dtype, device="meta")
 
-    logits = empty(count, rows, classes, dtype=dtype)
+    module, kernel, more = kernels, kernels.rows_kernel, ()
+    if kept is not None:
+        module, kernel = sparse_kernels, sparse_kernels.sparse_rows_kernel
+        more = empty(count, rows), empty(rows, kept, dtype=torch.int64)
+    logits = empty(count, rows, kept or classes, dtype=dtype)
     inputs = {
         "scores": (empty(rows, count), None, None),
         "query": (None, empty(rows, width), empty(count, rows, width)),
@@ -55,22 +73,22 @@ def arguments(count, classes, dtype, fusion, objective, attention="scores", whol
     labels, student = empty(rows, dtype=torch.int64), empty(rows, classes, dtype=dtype)
     options = (5.0, 0.5, fusion == "logit", objective == "kl", True, -100)
     scores, query, keys = inputs
-    planned = kernels.plan(
-        student, snapshots, labels, *inputs, *options, empty(dtype=dtype if dtype == torch.float64 else torch.float32),
-        student, scores, query,
+    planned = module.plan(
+        student, snapshots, *more, labels, *inputs, *options,
+        empty(dtype=dtype if dtype == torch.float64 else torch.float32), student, scores, query,
     )  # fmt: skip
     tensors = (
-        student, logits if whole else snapshots, labels, *inputs, empty(dtype=torch.int32), empty(rows), empty(rows),
-        empty(rows, count), student, *inputs,
+        student, logits if whole else snapshots, *more, labels, *inputs, empty(dtype=torch.int32), empty(rows),
+        empty(rows), empty(rows, count), student, *inputs,
     )  # fmt: skip
-    named = zip(kernels.rows_kernel.arg_names, (*tensors, *planned.numbers), strict=True)
-    return dict(named) | {"options": planned.options}
+    named = zip(kernel.arg_names, (*tensors, *planned.numbers), strict=True)
+    return dict(named) | {"of": kernel, "options": planned.options}
 
 
-def compiled(capability, arguments, of=None):
+def compiled(capability, arguments):
     """The kernel for these arguments, specialised as a launch would."""
-    of = of or kernels.rows_kernel
     arguments = dict(arguments)
+    of = arguments.pop("of")
     signature, constants, attributes = {}, {}, {}
 
     def type_of(path, value):
@@ -117,15 +135,23 @@ def check(folder, capability, snapshots, classes, dtype, fusion, objective, **ki
     assert kernel.metadata.shared <= SHARED_LIMIT[capability] * 1024
     # Every element of the tile in 16 bytes at a time, as often as the kernel visits it.
     threads, visits = 32 * launched["options"]["num_warps"], 1 if launched["ON_CHIP"] else 2
-    elements = launched["R"] * (launched["MP"] + 1) * launched["BLOCK"]
+    elements = launched["R"] * launched["BLOCK"] * (launched["MP"] + 1 if "kept" not in kind else 1)
     if not launched["ON_CHIP"]:  # and read ahead
         assert sum(name.startswith("LDGSTS") for name in names) >= visits
     assert wide >= visits * elements * dtype.itemsize / 16 / threads / 2  # half, for rounding M up reads nothing
+    if "kept" in kind and not launched["SHIFTED"]:  # the columns of the bucket are written past the K columns
+        stores = sum(name.startswith("STG") and ".128" in name for name in names)
+        assert stores >= elements * dtype.itemsize / 16 / threads
 
 
 @pytest.mark.parametrize("capability, snapshots, classes, dtype, fusion, objective", QUICK, ids=str)
 def test_compiles_well(tmp_path, capability, snapshots, classes, dtype, fusion, objective):
     check(tmp_path, capability, snapshots, classes, dtype, fusion, objective)
+
+
+@pytest.mark.parametrize("capability, snapshots, classes, kept, dtype, fusion, objective", SPARSE_QUICK, ids=str)
+def test_sparse_compiles_well(tmp_path, capability, snapshots, classes, kept, dtype, fusion, objective):
+    check(tmp_path, capability, snapshots, classes, dtype, fusion, objective, kept=kept)
 
 
 @pytest.mark.parametrize("kind", [{"attention": "query"}, {"whole": False}], ids=str)
@@ -146,8 +172,8 @@ def test_the_backward_compiles_well(tmp_path, capability):
     }  # fmt: skip
     for per_row in (False, True):
         each = {"PER_ROW": per_row, "ATTENTION_PER_ROW": per_row, "loss_stride": per_row, "attention_stride": per_row}
-        launched = tensors | numbers | each | {"options": {"num_warps": 4}}
-        stack, names = facts(compiled(capability, launched, kernels.scale_kernel), tmp_path)
+        launched = tensors | numbers | each | {"of": kernels.scale_kernel, "options": {"num_warps": 4}}
+        stack, names = facts(compiled(capability, launched), tmp_path)
         assert stack == 0 and not [name for name in names if name.startswith(("LDL", "STL"))]
         assert sum(name.startswith("LDG") and ".128" in name for name in names) >= 3
 
@@ -159,3 +185,12 @@ def test_the_backward_compiles_well(tmp_path, capability):
 @pytest.mark.parametrize("fusion, objective", READINGS)
 def test_the_launch_table_compiles_well(tmp_path, capability, snapshots, classes, dtype, fusion, objective):
     check(tmp_path, capability, snapshots, classes, dtype, fusion, objective)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", list(SHARED_LIMIT))
+@pytest.mark.parametrize("snapshots, classes, kept", SPARSE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fusion, objective", READINGS)
+def test_the_sparse_rule_compiles_well(tmp_path, capability, snapshots, classes, kept, dtype, fusion, objective):
+    check(tmp_path, capability, snapshots, classes, dtype, fusion, objective, kept=kept)
