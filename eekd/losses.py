@@ -23,10 +23,11 @@ class EEKDLoss(nn.Module):
     L, or "kl", L itself. `detach_query` keeps its gradient from the student's features. `log_weights` defines
     the other weightings. `fusion` "logit" averages logits in place of probabilities.
 
-    forward takes student_logits (B, C); snapshot_logits (M, B, C), a list of M (B, C), or TopKLogits, whose
-    left out classes then count as one (`sparse_ensemble_kd`); labels (B,), or None for pure distillation; and for "attention" student_features (B, student_dim) and snapshot_features
-    (M, B, snapshot_dim). It gives `(loss, measurements)`. The loss, a mean over the rows whose label is not
-    `ignore_index`, is all there is to backpropagate: L, and with objective "label" the attention's own loss.
+    forward takes student_logits (B, C); snapshot_logits (M, B, C), a list of M (B, C), or TopKLogits, whose left
+    out classes then count as one (`sparse_ensemble_kd`); labels (B,), or None for pure distillation; and for
+    "attention" student_features (B, student_dim) and snapshot_features (M, B, snapshot_dim). It gives
+    `(loss, measurements)`. The loss, a mean over the rows whose label is not `ignore_index`, is all there is to
+    backpropagate: L, and with objective "label" the attention's own loss.
     The measurements are detached and stay on the device: "loss" is L alone, to compare weightings by;
     "attention_loss" is -log p_y; "weights" (M,) is the mean weight of each snapshot; "weight_entropy" is the
     mean entropy of a row's weights, from 0 to log M.

@@ -36,17 +36,12 @@ class TopKLogits:
         x, a = self.atoms.unbind(2)
         return (a + x / temperature).logsumexp(-1)
 
-    def to(self, device: str | torch.device, non_blocking: bool = False) -> "TopKLogits":
-        """The same on `device`."""
-        tensors = (x.to(device, non_blocking=non_blocking) for x in (self.logits, self.indices, self.atoms))
-        return TopKLogits(*tensors, self.classes)
-
     def __len__(self) -> int:
         return len(self.logits)
 
     def __getitem__(self, which) -> "TopKLogits":
-        if isinstance(which, int):
-            raise TypeError(f"some snapshots are x[{which}:] or x[[{which}]], got x[{which}]")
+        if not isinstance(which, (slice, list, Tensor)):
+            raise TypeError(f"snapshots are chosen by a slice, a list or a tensor, got {which!r}")
         return TopKLogits(self.logits[which], self.indices, self.atoms[which], self.classes)
 
 

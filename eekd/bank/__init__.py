@@ -59,9 +59,9 @@ class LogitBank:
 
     Of a top-k bank the logits are TopKLogits, which EEKDLoss takes just so.
 
-    Attributes: `views` V; `snapshots` M; `classes` C; `top_k` K, or None; `feature_dim` D, None where no features are stored; `run`,
-    the folder of the teacher's run; `augment` and `seed` of the views; `len(bank)` samples; `sha256` of the
-    manifest, which is `manifest`.
+    Attributes: `views` V; `snapshots` M; `classes` C; `top_k` K, or None; `feature_dim` D, None where no features
+    are stored; `run`, the folder of the teacher's run; `augment` and `seed` of the views; `len(bank)` samples;
+    `sha256` of the manifest, which is `manifest`.
     """
 
     def __init__(self, path: Path, manifest: dict):

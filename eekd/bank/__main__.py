@@ -152,7 +152,8 @@ def _settings(flags: Flags, session: Session, ensemble: SnapshotEnsemble, loader
         raise ValueError(f"top-k must be at most {classes}, the number of classes, got {flags.top_k}")
     top_k = {"top_k": flags.top_k, "atoms": min(ATOMS, classes - flags.top_k)} if flags.top_k else {"top_k": None}
     settings = {
-        **top_k, "format": TOP_K if flags.top_k else DENSE, "eekd": eekd.__version__, "precision": session.config.precision,
+        **top_k, "format": TOP_K if flags.top_k else DENSE,
+        "eekd": eekd.__version__, "precision": session.config.precision,
         "samples": samples, "snapshots": snapshots, "classes": classes, "features": width, "dtype": flags.dtype,
         "projection": {"width": own, "seed": 0} if 0 < width < own else None,
         "teacher": {"spec": spec, "sha256": list(ensemble.hashes)},
@@ -163,13 +164,13 @@ def _settings(flags: Flags, session: Session, ensemble: SnapshotEnsemble, loader
 
 def _asker(session: Session, ensemble: SnapshotEnsemble, settings: dict) -> Callable[[Batch], dict[str, Tensor]]:
     """A function from a batch to what is stored of it, on the CPU."""
-    dtype, matrix = DTYPES[settings["dtype"]], None
+    dtype, classes, k, matrix = DTYPES[settings["dtype"]], settings["classes"], settings["top_k"], None
     if settings["projection"]:
         matrix = projection(**settings["projection"], to=settings["features"]).to(session.device)
 
     def ask(batch: Batch) -> dict[str, Tensor]:
         logits, features = session.run(ensemble, batch.images)
-        kept = top_k_logits(logits, settings["top_k"], batch.labels) if settings["top_k"] else None
+        kept = top_k_logits(logits, k, batch.labels) if k else None
         found = {"logits": kept.logits if kept else logits}
         if settings["features"]:
             found["features"] = features if matrix is None else features.float() @ matrix
@@ -181,7 +182,7 @@ def _asker(session: Session, ensemble: SnapshotEnsemble, settings: dict) -> Call
         if kept:
             ids = kept.indices.cpu()
             # The bits of a uint16 as int16: safetensors knows unsigned tensors since lately only.
-            stored["indices"] = ids.int() if settings["classes"] > 65536 else ids.to(torch.uint16).view(torch.int16)
+            stored["indices"] = ids.int() if classes > 65536 else ids.to(torch.uint16).view(torch.int16)
             stored["atoms"] = kept.atoms.transpose(0, 1).cpu()
         return stored
 
