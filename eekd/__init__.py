@@ -19,6 +19,7 @@ from eekd.features import LastFeatures
 from eekd.losses import EEKDLoss
 from eekd.ops import EnsembleKD, ensemble_kd, sparse_ensemble_kd, use_backend
 from eekd.snapshots import SnapshotEnsemble, SnapshotRecorder
+from eekd.topk import TopKLogits, top_k_logits
 
 __all__ = [
     "EEKDLoss",
@@ -28,7 +29,9 @@ __all__ = [
     "SnapshotAttention",
     "SnapshotEnsemble",
     "SnapshotRecorder",
+    "TopKLogits",
     "ensemble_kd",
     "sparse_ensemble_kd",
+    "top_k_logits",
     "use_backend",
 ]

@@ -1,13 +1,15 @@
-"""The student's loss: how the snapshots are weighted, and `ensemble_kd` with the weights."""
+"""The student's loss: how the snapshots are weighted, and `ensemble_kd`, or `sparse_ensemble_kd`, with the weights."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eekd.attention import SnapshotAttention
-from eekd.ops import ensemble_kd
+from eekd.ops import ensemble_kd, sparse_ensemble_kd
+from eekd.topk import TopKLogits
 
 WEIGHTINGS = ("attention", "uniform", "last", "linear_increase", "linear_decrease", "entropy", "confidence")
+PER_ROW = ("entropy", "confidence")
 
 
 class EEKDLoss(nn.Module):
@@ -21,10 +23,11 @@ class EEKDLoss(nn.Module):
     L, or "kl", L itself. `detach_query` keeps its gradient from the student's features. `log_weights` defines
     the other weightings. `fusion` "logit" averages logits in place of probabilities.
 
-    forward takes student_logits (B, C); snapshot_logits (M, B, C), or a list of M (B, C); labels (B,), or
-    None for pure distillation; and for "attention" student_features (B, student_dim) and snapshot_features
-    (M, B, snapshot_dim). It gives `(loss, measurements)`. The loss, a mean over the rows whose label is not
-    `ignore_index`, is all there is to backpropagate: L, and with objective "label" the attention's own loss.
+    forward takes student_logits (B, C); snapshot_logits (M, B, C), a list of M (B, C), or TopKLogits, whose left
+    out classes then count as one (`sparse_ensemble_kd`); labels (B,), or None for pure distillation; and for
+    "attention" student_features (B, student_dim) and snapshot_features (M, B, snapshot_dim). It gives
+    `(loss, measurements)`. The loss, a mean over the rows whose label is not `ignore_index`, is all there is to
+    backpropagate: L, and with objective "label" the attention's own loss.
     The measurements are detached and stay on the device: "loss" is L alone, to compare weightings by;
     "attention_loss" is -log p_y; "weights" (M,) is the mean weight of each snapshot; "weight_entropy" is the
     mean entropy of a row's weights, from 0 to log M.
@@ -78,7 +81,7 @@ class EEKDLoss(nn.Module):
     def forward(
         self,
         student_logits: Tensor,
-        snapshot_logits: Tensor | list[Tensor],
+        snapshot_logits: Tensor | list[Tensor] | TopKLogits,
         labels: Tensor | None = None,
         student_features: Tensor | None = None,
         snapshot_features: Tensor | None = None,
@@ -93,7 +96,14 @@ class EEKDLoss(nn.Module):
                 student_features = student_features.detach()
             query, keys = self.attention(student_features, snapshot_features)
             by = {"query": query, "keys": keys}
-        result = ensemble_kd(student_logits, snapshot_logits, labels, **by, **self.options)
+        if isinstance(snapshot_logits, TopKLogits):
+            z = snapshot_logits
+            if student_logits.shape[1:] != (z.classes,):
+                raise ValueError(f"student_logits must have shape (B, {z.classes}), got {tuple(student_logits.shape)}")
+            tail = z.tail(self.options["temperature"])
+            result = sparse_ensemble_kd(student_logits, z.logits, tail, z.indices, labels, **by, **self.options)
+        else:
+            result = ensemble_kd(student_logits, snapshot_logits, labels, **by, **self.options)
         weights = result.weights
         rows = weights.sum().clamp(min=1)  # an ignored row has no weight, any other a total of 1
         measurements = {
@@ -111,7 +121,7 @@ class EEKDLoss(nn.Module):
 
 @torch.no_grad()
 def log_weights(
-    weighting: str, snapshot_logits: Tensor | list[Tensor], labels: Tensor | None = None
+    weighting: str, snapshot_logits: Tensor | list[Tensor] | TopKLogits, labels: Tensor | None = None
 ) -> Tensor | None:
     """Logarithm of fixed weights, up to a constant for each row: the `scores` (B, M) of `ensemble_kd`.
 
@@ -124,11 +134,18 @@ def log_weights(
 
     with p_m = softmax(z_m), at temperature 1. A single snapshot always has weight 1.
 
-    snapshot_logits (M, B, C) or a list of M (B, C); labels (B,), which only "confidence" reads. Raises
-    ValueError for other shapes or weightings.
+    snapshot_logits (M, B, C), a list of M (B, C), or TopKLogits; labels (B,), which only "confidence" reads. In
+    H the classes that TopKLogits leave out count as one, which lowers it. Raises ValueError for other shapes or
+    weightings.
     """
     if weighting == "uniform" or len(snapshot_logits) < 2:
         return None
+    if isinstance(snapshot_logits, TopKLogits):
+        z = snapshot_logits
+        snapshot_logits = torch.cat((z.logits, z.tail(1)[..., None]), 2) if weighting in PER_ROW else z.logits
+        if weighting == "confidence" and labels is not None and labels.shape == z.indices.shape[:1]:
+            found = F.pad(z.indices == labels[:, None], (0, 1), value=True)  # else the classes left out
+            labels = found.to(torch.uint8).argmax(1)
     snapshots, first = len(snapshot_logits), snapshot_logits[0]
     if first.ndim != 2:
         raise ValueError(f"snapshot_logits must hold M tensors of shape (B, C), got {tuple(first.shape)}")

@@ -5,14 +5,18 @@ weighting are chosen later.
 
     BANK/
       view-0-shard-0.safetensors …   logits (rows, M, C) and, unless left out, features (rows, M, D): shard s holds
-                                     the samples from s · shard_rows on; a sample is one contiguous read
+                                     the samples from s · shard_rows on; a sample is one contiguous read.
+                                     Of a top-k bank: logits (rows, M, K), their classes indices (rows, K), 16 bits
+                                     of an unsigned number, or int32 for more than 65,536 classes, and
+                                     atoms (rows, M, 2, J) float32, see eekd.topk
       manifest.json                  written last, so it marks a finished bank (below)
 
 manifest.json:
 
-    format, eekd, commit, precision  of the file; of the code; of the snapshots' forward
+    format, eekd, commit, precision  of the file, 1, or 2 of a top-k bank; of the code; of the snapshots' forward
     run                              the teacher's run folder, relative to the bank
     views, samples, snapshots, classes, features    V, N, M, C, D (0: none are stored)
+    top_k, atoms                     K and J; neither in a dense bank
     dtype, shard_rows                float16 or bfloat16; samples in a shard, the last one perhaps fewer
     projection                       null, or of the features, which then are u R: width (their own), seed
     teacher                          spec (of eekd.models.build), sha256 of the M snapshot files
@@ -22,10 +26,11 @@ manifest.json:
 """
 
 import hashlib
+import math
 import os
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -37,8 +42,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from eekd.checkpoint import read_checked, read_json, sha256_of
+from eekd.topk import TopKLogits
 
-FORMAT = 1
+DENSE, TOP_K = 1, 2  # formats; older versions know the first one only
 MANIFEST = "manifest.json"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 BLOCK = 4 << 20  # bytes gathered at once, ahead of training: tiny batches then share one wake-up of the thread
@@ -51,9 +57,11 @@ class LogitBank:
         bank = LogitBank.open("runs/teacher/bank")
         logits, features = bank.rows(view, index)  # (M, B, C), (M, B, D)
 
-    Attributes: `views` V; `snapshots` M; `classes` C; `feature_dim` D, None where no features are stored; `run`,
-    the folder of the teacher's run; `augment` and `seed` of the views; `len(bank)` samples; `sha256` of the
-    manifest, which is `manifest`.
+    Of a top-k bank the logits are TopKLogits, which EEKDLoss takes just so.
+
+    Attributes: `views` V; `snapshots` M; `classes` C; `top_k` K, or None; `feature_dim` D, None where no features
+    are stored; `run`, the folder of the teacher's run; `augment` and `seed` of the views; `len(bank)` samples;
+    `sha256` of the manifest, which is `manifest`.
     """
 
     def __init__(self, path: Path, manifest: dict):
@@ -63,8 +71,9 @@ class LogitBank:
         self.run = Path(os.path.normpath(path / manifest["run"]))
         self.augment, self.seed = manifest["images"]["augment"], manifest["images"]["seed"]
         self.sha256 = sha256_of(path / MANIFEST)
+        self.top_k: int | None = manifest.get("top_k")
         self._shards: dict[str, list[np.ndarray]] = {}
-        self._widths = [self.classes, *([self.feature_dim] if self.feature_dim else [])]
+        self._stored = stored(manifest)
 
     @classmethod
     def open(cls, path: str | Path) -> "LogitBank":
@@ -85,7 +94,7 @@ class LogitBank:
     def __len__(self) -> int:
         return self.manifest["samples"]
 
-    def rows(self, view: int, index: Tensor) -> tuple[Tensor, Tensor | None]:
+    def rows(self, view: int, index: Tensor) -> tuple[Tensor | TopKLogits, Tensor | None]:
         """Logits (M, B, C) and features (M, B, D), or None, of the samples `index` (B,) int64 in view `view`.
 
         In the stored dtype, on the device of `index`, as transposed views of (B, M, …) memory. ValueError for a
@@ -94,24 +103,23 @@ class LogitBank:
         if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim != 1:
             got = f"{index.dtype} of shape {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
             raise TypeError(f"index must be int64 of shape (B,), got {got}")
-        logits, *features = self._gather(view, index.cpu(), len(self._widths), pinned=False)
-        logits, *features = (x.to(index.device).transpose(0, 1) for x in (logits, *features))
-        return logits, features[0] if features else None
+        return self._said(self._gather(view, index.cpu(), [*self._stored], pinned=False), index.device)
 
     def prefetch(self, view: int, indices: Sequence[Tensor], device: str | torch.device = "cpu",
-                 features: bool = True) -> Iterator[tuple[Tensor, Tensor | None]]:  # fmt: skip
+                 features: bool = True) -> Iterator[tuple[Tensor | TopKLogits, Tensor | None]]:  # fmt: skip
         """`rows(view, index)` on `device` for each of `indices`, gathered ahead by a thread, through pinned memory.
 
         `features=False` leaves the features unread.
         """
-        kinds = len(self._widths) if features else 1
+        kinds = [kind for kind in self._stored if features or kind != "features"]
         pinned = torch.device(device).type == "cuda"
-        size = self.snapshots * sum(self._widths[:kinds]) * 2 * max(map(len, indices), default=1)
-        each = max(1, BLOCK // size)
+        size = row_bytes(self.manifest | ({} if features else {"features": 0}))
+        each = max(1, BLOCK // (size * max(map(len, indices), default=1)))
 
-        def gather(batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        def gather(batches: Sequence[Tensor]) -> list[dict[str, Tensor]]:
             memories = self._gather(view, torch.cat(tuple(batches)).cpu(), kinds, pinned)
-            return zip(*(memory.split([*map(len, batches)]) for memory in memories), strict=True)
+            parts = zip(*(memory.split([*map(len, batches)]) for memory in memories.values()), strict=True)
+            return [dict(zip(kinds, part, strict=True)) for part in parts]
 
         with ThreadPoolExecutor(1, "eekd.bank") as thread:
             blocks = (thread.submit(gather, indices[i : i + each]) for i in range(0, len(indices), each))
@@ -120,8 +128,7 @@ class LogitBank:
                 batches = ahead.popleft().result()
                 ahead.extend(islice(blocks, 1))
                 for batch in batches:
-                    logits, *more = (x.to(device, non_blocking=True).transpose(0, 1) for x in batch)
-                    yield logits, more[0] if more else None
+                    yield self._said(batch, device)
 
     def project(self, features: Tensor) -> Tensor:
         """Features (…, D) of the snapshots as the bank stores them: unchanged, or u R in float32."""
@@ -149,31 +156,61 @@ class LogitBank:
         if snapshots is not None and len(snapshots) != self.snapshots:
             raise ValueError(f"{self.path} was made with {self.snapshots} snapshots, got {len(snapshots)}")
 
-    def _gather(self, view: int, index: Tensor, kinds: int, pinned: bool) -> list[Tensor]:
-        """The (B, M, C) and, for two kinds, (B, M, D) memory of samples on the CPU."""
+    def _said(self, memory: dict[str, Tensor], device) -> tuple[Tensor | TopKLogits, Tensor | None]:
+        """What a reader gets: on `device`, the snapshots first."""
+        x = {kind: t.to(device, non_blocking=True) for kind, t in memory.items()}
+        said = {kind: t.transpose(0, 1) for kind, t in x.items() if kind != "indices"}
+        logits = said["logits"]
+        if self.top_k:
+            ids = x["indices"].long()
+            if x["indices"].dtype == torch.int16:
+                ids &= 0xFFFF
+            logits = TopKLogits(logits, ids, said["atoms"], self.classes)
+        return logits, said.get("features")
+
+    def _gather(self, view: int, index: Tensor, kinds: Sequence[str], pinned: bool) -> dict[str, Tensor]:
+        """The (B, …) memory of samples on the CPU."""
         if view not in range(self.views):
             raise ValueError(f"view must be from 0 to {self.views - 1}, got {view}")
         if len(index) and (index.min() < 0 or index.max() >= len(self)):
             raise ValueError(f"index must be from 0 to {len(self) - 1}, got {index.min()} to {index.max()}")
-        dtype = DTYPES[self.manifest["dtype"]]
-        out = [torch.empty(len(index), self.snapshots, width, dtype=dtype, pin_memory=pinned)
-               for width in self._widths[:kinds]]  # fmt: skip
+        out = {}
+        for kind in kinds:
+            dtype, shape = self._stored[kind]
+            out[kind] = torch.empty(len(index), *shape, dtype=dtype, pin_memory=pinned)
         # By NumPy, in the thread that asks: torch would share such small work out to the cores that train.
         shard, row = np.divmod(index.numpy(), self.manifest["shard_rows"])
         for number in np.unique(shard).tolist():
             where = np.flatnonzero(shard == number)
-            for memory, stored in zip(out, self._shard(shard_name(view, number)), strict=False):
-                memory.view(torch.int16).numpy()[where] = stored.take(row[where], 0)
+            content = self._shard(shard_name(view, number))
+            for kind, memory in out.items():
+                memory.view(torch.int16).numpy()[where] = content[kind].take(row[where], 0)
         return out
 
-    def _shard(self, name: str) -> list[np.ndarray]:
+    def _shard(self, name: str) -> dict[str, np.ndarray]:
         """The memory-mapped content of a shard, as int16; its hash is checked once."""
         if name not in self._shards:
             read_checked(self.path / name, self.manifest["shards"][name])
             with safe_open(self.path / name, "pt") as file:
-                tensors = [file.get_tensor(kind) for kind in ("logits", "features")[: len(self._widths)]]
-            self._shards[name] = [tensor.view(torch.int16).numpy() for tensor in tensors]
+                self._shards[name] = {kind: file.get_tensor(kind).view(torch.int16).numpy() for kind in self._stored}
         return self._shards[name]
+
+
+def stored(settings: Mapping) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Of each kind of tensor in a shard the dtype and the shape of a sample, as the manifest's fields imply."""
+    dtype, snapshots, k = DTYPES[settings["dtype"]], settings["snapshots"], settings.get("top_k")
+    kinds = {"logits": (dtype, (snapshots, k or settings["classes"]))}
+    if k:
+        kinds["indices"] = (torch.int16 if settings["classes"] <= 65536 else torch.int32, (k,))
+        kinds["atoms"] = (torch.float32, (snapshots, 2, settings["atoms"]))
+    if settings["features"]:
+        kinds["features"] = (dtype, (snapshots, settings["features"]))
+    return kinds
+
+
+def row_bytes(settings: Mapping) -> int:
+    """Bytes of a sample in a shard."""
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in stored(settings).values())
 
 
 def shard_name(view: int, shard: int) -> str:
@@ -209,9 +246,11 @@ def projection(width: int, to: int, seed: int) -> Tensor:
 
 def _check(path: Path, manifest) -> None:
     """ValueError unless this is the content of a manifest."""
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") not in (DENSE, TOP_K):
         found = manifest.get("format") if isinstance(manifest, dict) else manifest
-        raise ValueError(f"{path} must have format {FORMAT}, got {repr(found)}")
+        raise ValueError(f"{path} must have format {DENSE} or {TOP_K}, got {repr(found)}")
+
+    manifest = {"top_k": None, "atoms": None} | manifest
 
     def counts(*values, least=1):
         return all(type(value) is int and value >= least for value in values)
@@ -223,6 +262,8 @@ def _check(path: Path, manifest) -> None:
     right = {
         **{name: counts for name in ("views", "samples", "snapshots", "classes", "shard_rows")},
         "features": lambda value: counts(value, least=0),
+        "top_k": lambda value: counts(value) and value <= manifest["classes"],
+        "atoms": lambda value: counts(value, least=0) and value <= manifest["classes"] - manifest["top_k"],
         "run": lambda value: isinstance(value, str),
         "dtype": lambda value: value in list(DTYPES),
         "projection": lambda value: value is None or value.keys() == {"width", "seed"} and counts(value["width"])
@@ -233,6 +274,8 @@ def _check(path: Path, manifest) -> None:
         "shards": lambda value: counts(*sizes) and len(value) == sizes[0] * -(-sizes[1] // sizes[2])
         and list(value) == shard_names(*sizes) and hashes(value.values()),
     }  # fmt: skip
+    if manifest["format"] == DENSE:
+        right["top_k"] = right["atoms"] = lambda value: value is None
     for name, holds in right.items():
         try:
             good = holds(manifest[name])

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, distributed
 
 import eekd
-from eekd.bank import DTYPES, FORMAT, MANIFEST, images_of, projection, shard_names
+from eekd.bank import DENSE, DTYPES, MANIFEST, TOP_K, images_of, projection, row_bytes, shard_names
 from eekd.checkpoint import read_checked, save_tensors, write_json_atomic
 from eekd.config import Config
+from eekd.data import Batch
 from eekd.info import commit
 from eekd.snapshots import SnapshotEnsemble, read_manifest
+from eekd.topk import ATOMS, top_k_logits
 from eekd.trainers import Session, check_data
 from eekd.trainers.loop import SPLIT
 
@@ -47,6 +49,7 @@ class Flags:
     views: int = 8  # augmented views of every image; students replay view e mod views in epoch e
     out: str | None = None  # the bank's folder (None: RUN/bank)
     dtype: Literal["float16", "bfloat16"] = "float16"  # bfloat16: for logits beyond 65504
+    top_k: int = 0  # of each image store the K likeliest classes and a summary of the others (0: all classes)
     features: str = "128"  # for weighting attention: none, all, or a width to project wider features to
 
 
@@ -70,6 +73,8 @@ def parse(argv: list[str]) -> Flags:
         raise ValueError(f"views must be at least 1, got {flags.views}")
     if flags.features not in ("none", "all") and not (flags.features.isdecimal() and int(flags.features)):
         raise ValueError(f"features must be none, all or a width of at least 1, got {flags.features!r}")
+    if flags.top_k < 0:
+        raise ValueError(f"top-k must be at least 1, or 0 for all classes, got {flags.top_k}")
     return flags
 
 
@@ -96,13 +101,13 @@ def write(flags: Flags, console: Console) -> None:
     todo = [(name, view, index) for name, (view, index) in shards[rank::world] if not hashes[name]]
     missing = sum(len(index) for *_, index in todo)
     if todo:
-        images = next(loader.replay([(0, torch.arange(min(batch, samples)))])).images
-        ask(images)  # the first call also sets things up
+        first = next(loader.replay([(0, torch.arange(min(batch, samples)))]))
+        ask(first)  # the first call also sets things up
         start = time.perf_counter()
-        row = sum(stored[0].nbytes for stored in ask(images).values())
-        seconds = missing * (time.perf_counter() - start) / len(images)
+        ask(first)
+        seconds = missing * (time.perf_counter() - start) / len(first.index)
         out.mkdir(parents=True, exist_ok=True)
-        total, free = flags.views * samples, shutil.disk_usage(out).free
+        row, total, free = row_bytes(settings), flags.views * samples, shutil.disk_usage(out).free
         left = min(missing * world, total)
         if free < left * row:
             free, needed = filesize.decimal(free), filesize.decimal(left * row)
@@ -118,7 +123,7 @@ def write(flags: Flags, console: Console) -> None:
         for name, _, index in todo:
             parts = []
             for part in index.split(batch):
-                parts.append(ask(next(batches).images))
+                parts.append(ask(next(batches)))
                 bar.advance(task, len(part))
             tensors = {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
             # One entry: safetensors writes several in any order, and a shard's bytes must not depend on it.
@@ -143,25 +148,30 @@ def _settings(flags: Flags, session: Session, ensemble: SnapshotEnsemble, loader
     own = ensemble.feature_dim
     width = 0 if flags.features == "none" else own if flags.features == "all" else min(int(flags.features), own)
     split = {name: getattr(session.config, name) for name in SPLIT}
-    return {
-        "format": FORMAT, "eekd": eekd.__version__, "precision": session.config.precision,
+    if flags.top_k > classes:
+        raise ValueError(f"top-k must be at most {classes}, the number of classes, got {flags.top_k}")
+    top_k = {"top_k": flags.top_k, "atoms": min(ATOMS, classes - flags.top_k)} if flags.top_k else {"top_k": None}
+    settings = {
+        **top_k, "format": TOP_K if flags.top_k else DENSE,
+        "eekd": eekd.__version__, "precision": session.config.precision,
         "samples": samples, "snapshots": snapshots, "classes": classes, "features": width, "dtype": flags.dtype,
         "projection": {"width": own, "seed": 0} if 0 < width < own else None,
-        "shard_rows": max(1, min(SHARD_ROWS, SHARD_BYTES // (2 * snapshots * (classes + width)))),
         "teacher": {"spec": spec, "sha256": list(ensemble.hashes)},
         "images": images_of(session.data, loader, **split),
     }  # fmt: skip
+    return settings | {"shard_rows": max(1, min(SHARD_ROWS, SHARD_BYTES // row_bytes(settings)))}
 
 
-def _asker(session: Session, ensemble: SnapshotEnsemble, settings: dict) -> Callable[[Tensor], dict[str, Tensor]]:
-    """A function from images to what is stored of them: logits (B, M, C) and features (B, M, D) on the CPU."""
-    dtype, matrix = DTYPES[settings["dtype"]], None
+def _asker(session: Session, ensemble: SnapshotEnsemble, settings: dict) -> Callable[[Batch], dict[str, Tensor]]:
+    """A function from a batch to what is stored of it, on the CPU."""
+    dtype, classes, k, matrix = DTYPES[settings["dtype"]], settings["classes"], settings["top_k"], None
     if settings["projection"]:
         matrix = projection(**settings["projection"], to=settings["features"]).to(session.device)
 
-    def ask(images: Tensor) -> dict[str, Tensor]:
-        logits, features = session.run(ensemble, images)
-        found = {"logits": logits}
+    def ask(batch: Batch) -> dict[str, Tensor]:
+        logits, features = session.run(ensemble, batch.images)
+        kept = top_k_logits(logits, k, batch.labels) if k else None
+        found = {"logits": kept.logits if kept else logits}
         if settings["features"]:
             found["features"] = features if matrix is None else features.float() @ matrix
         stored = {}
@@ -169,6 +179,11 @@ def _asker(session: Session, ensemble: SnapshotEnsemble, settings: dict) -> Call
             stored[name] = x.to(dtype).transpose(0, 1).cpu()
             if (stored[name].isinf().sum() > x.isinf().sum()).item():
                 raise ValueError(f"{name} of the snapshots are too large for {dtype}: use --dtype bfloat16")
+        if kept:
+            ids = kept.indices.cpu()
+            # The bits of a uint16 as int16: safetensors knows unsigned tensors since lately only.
+            stored["indices"] = ids.int() if classes > 65536 else ids.to(torch.uint16).view(torch.int16)
+            stored["atoms"] = kept.atoms.transpose(0, 1).cpu()
         return stored
 
     return ask
