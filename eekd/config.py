@@ -166,6 +166,7 @@ class Config(_Checked):
     teacher: Teacher = Teacher()
     teacher_run: str | None = None  # an earlier run whose teacher to use (--teacher RUN)
     bank: str | None = None  # a logit bank of that teacher to read instead of running it (--bank PATH)
+    snapshots_on: Literal["device", "cpu"] = "device"  # cpu: a GPU holds two snapshots' weights, not all M
     student: Student = Student()
     students: tuple[Weighting, ...] = ("ce", "last", "attention")  # one student is trained for each
     seed: int = 0  # of weights, order and augmentation

@@ -38,7 +38,7 @@ class LastFeatures:
             raise ValueError(f"layer must name a linear layer, got {self.layer!r}, a {type(module).__name__}")
         self.dim = weight.shape[1]
         self._classes = weight.shape[0] if layer is None else None  # a named layer need not be the classifier
-        self._tap = _Tap()
+        self._tap = Tap()
         module.register_forward_pre_hook(self._tap)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ class LastFeatures:
         return logits, features
 
 
-class _Tap:
+class Tap:
     """The hook: keeps a layer's input, and is copied and pickled empty when the model it sits in is."""
 
     input: Tensor | None = None
@@ -69,7 +69,7 @@ class _Tap:
         self.input = inputs[0]
 
     def __reduce__(self):
-        return _Tap, ()
+        return Tap, ()
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -17,12 +17,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from reprlib import repr  # a damaged file must not become a page of error
+from typing import Literal
 
 import torch
 from torch import Tensor, distributed, nn
 
 from eekd import checkpoint
 from eekd.features import LastFeatures
+from eekd.forwards import Swapped, Together, pinned
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -134,14 +136,21 @@ class SnapshotEnsemble(nn.Module):
     Args:
         models: the trained nn.Modules (copied, so yours stay as they are), alike in C and D.
         layer: the name of the layer whose input is the feature; None takes the last nn.Linear.
+        snapshots_on: where the weights lie, on the device or in host memory ("cpu"). There they stay whatever moves
+            the ensemble, and go to the images' device two models at a time, the next while one runs.
+
+    On a CPU the models run as `eekd.forwards.Together` says: M of them at once, where it can be done.
 
     Attributes:
         models: the M copies.
         hashes: SHA-256 of the M files they came from, () for models from memory.
     """
 
-    def __init__(self, models: Iterable[nn.Module], layer: str | None = None):
+    def __init__(self, models: Iterable[nn.Module], layer: str | None = None, *,
+                 snapshots_on: Literal["device", "cpu"] = "device"):
         super().__init__()
+        if snapshots_on not in ("device", "cpu"):
+            raise ValueError(f"snapshots_on must be device or cpu, got {snapshots_on!r}")
         if isinstance(models, nn.Module):
             raise TypeError(f"models must be a list of nn.Modules, got one {type(models).__name__}")
         self.models = tuple(_frozen(model) for model in models)  # nn.Module does not look into tuples
@@ -150,11 +159,15 @@ class SnapshotEnsemble(nn.Module):
         self.hashes: tuple[str, ...] = ()
         self._captures = tuple(LastFeatures(model, layer) for model in self.models)
         self._memory: list[Tensor | None] = [None, None]  # of logits, of features
+        self._together, self._swapped = Together(), Swapped(self._captures) if snapshots_on == "cpu" else None
+        if self._swapped:
+            for model in self.models:
+                pinned(model)
 
     @classmethod
     def load(cls, directory: str | Path, factory: Callable[[], nn.Module] | None = None,
-             device: str | torch.device = "cpu", which: Sequence[int] | None = None,
-             layer: str | None = None) -> "SnapshotEnsemble":
+             device: str | torch.device = "cpu", which: Sequence[int] | None = None, layer: str | None = None, *,
+             snapshots_on: Literal["device", "cpu"] = "device") -> "SnapshotEnsemble":
         """The snapshots that a SnapshotRecorder left in `directory`, each file checked against its hash.
 
         `factory()` makes the model; None builds it from the manifest's spec. (A spec may name a Python file,
@@ -185,12 +198,13 @@ class SnapshotEnsemble(nn.Module):
 
         files = [path.with_name(entry["file"]) for entry in entries]
         hashes = [entry["sha256"] for entry in entries]
-        return cls.from_files(files, factory or build, device, layer, sha256=hashes)
+        return cls.from_files(files, factory or build, device, layer, sha256=hashes, snapshots_on=snapshots_on)
 
     @classmethod
     def from_files(cls, paths: Sequence[str | Path], factory: Callable[[], nn.Module],
                    device: str | torch.device = "cpu", layer: str | None = None, *,
-                   sha256: Sequence[str] | None = None) -> "SnapshotEnsemble":
+                   sha256: Sequence[str] | None = None,
+                   snapshots_on: Literal["device", "cpu"] = "device") -> "SnapshotEnsemble":
         """Anybody's checkpoints of the model that `factory()` makes: .safetensors or files of `torch.save`.
 
         Nothing is unpickled; `eekd.checkpoint.load_weights` says where in a file the state_dict may lie.
@@ -212,7 +226,7 @@ class SnapshotEnsemble(nn.Module):
                 checkpoint.load_state(model, checkpoint.load_weights(path, digest), path)
                 yield model  # copied by the ensemble before the next file is read into it
 
-        ensemble = cls(models(), layer).to(device)
+        ensemble = cls(models(), layer, snapshots_on=snapshots_on).to(device)
         ensemble.hashes = hashes
         return ensemble
 
@@ -231,8 +245,11 @@ class SnapshotEnsemble(nn.Module):
         Both are views of buffers that the next call overwrites: use or clone them before. The buffers grow
         with the largest batch. ValueError where a snapshot differs in C or D.
         """
-        for m, capture in enumerate(self._captures):
-            outputs = capture(x)
+        if self._swapped and x.device.type != "cpu":
+            each = self._swapped(x)
+        else:  # a GPU runs one model after another: nothing faster was measured yet
+            each = self._together(self._captures, x) or (capture(x) for capture in self._captures)
+        for m, outputs in enumerate(each):
             if m == 0:
                 self._memory = [*map(self._room, self._memory, outputs)]
                 views = [memory[:, : len(rows)] for memory, rows in zip(self._memory, outputs, strict=True)]
@@ -261,6 +278,8 @@ class SnapshotEnsemble(nn.Module):
     def _apply(self, fn, recurse=True):
         for model in self.models:
             model._apply(fn, recurse)
+            if self._swapped:
+                pinned(model)
         return super()._apply(fn, recurse)
 
 

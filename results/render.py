@@ -97,6 +97,48 @@ def bench(record: dict) -> str:
     return "\n".join(lines) + f"\n\nForward + backward, {dtypes}, median: {provenance(record)}"
 
 
+def forwards(record: dict) -> str:
+    """Milliseconds and ratio to one by one of every way in which M snapshots see a batch."""
+    short = {"float32": "fp32", "bfloat16": "bf16"}
+    cases = record["forwards"]
+    names = [f"{c['model']}, {c['batch']}, {short[c['dtype']]}" for c in cases]
+    lines = [f"| | {' | '.join(names)} |", f"|---|{'--:|' * len(cases)}"]
+    for way in dict.fromkeys(way for case in cases for way in case["ways"]):
+        cells = [case["ways"].get(way, {}) for case in cases]
+        cells = [f"{c['ms']:,.1f} ({c['ratio']:.2f})" if "ms" in c else "failed" if c else "" for c in cells]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    note = f"Milliseconds for {record['snapshots']} snapshots; in brackets, how many times as fast as one by one"
+    return "\n".join([*lines, "", f"{note}. {provenance(record)}"])
+
+
+def cost(record: dict) -> str:
+    """Seconds of an epoch and the whole cost of a student, for each pair."""
+    epochs, views, m = (record[key] for key in ("epochs", "views", "snapshots"))
+    lines = []
+    for pair in record["pairs"]:
+        seconds, total, counts = pair["seconds"], pair["computed_total"], pair["forwards"]
+        title = pair["pair"].replace("-", " → ")
+        lines += [
+            f"| {title} | s per epoch | × CE | wait for the bank | teacher forwards per image | hours in all |",
+            "|---|--:|--:|--:|--:|--:|",
+        ]
+        for name, s in seconds.items():
+            wait = f"{100 * pair['wait'][name]:.2f} %" if name in pair["wait"] else ""
+            hours = f"{total[name] / 3600:.2f}"
+            lines.append(f"| {name} | {s:.2f} | {s / seconds['CE']:.2f} | {wait} | {counts[name]:,} | {hours} |")
+        lines += [
+            "",
+            f"{pair['images']:,} images of {pair['image_size']} × {pair['image_size']}, batch {pair['batch']}, "
+            f"{pair['precision']}; the teacher's epoch {pair['teacher_epoch']:.2f} s, the bank {pair['bank']:.1f} s.",
+            "",
+        ]
+    note = (
+        f"Medians. The last two columns are computed: {epochs} epochs of the teacher (three forwards a training step), "
+        f"the bank of {views} views of {m} snapshots where there is one, {epochs} epochs of the student"
+    )
+    return "\n".join([*lines, f"{note}. {provenance(record)}"])
+
+
 def bandwidth(record: dict, path: Path) -> str | None:
     """Draws the share of the copy bandwidth against C, a line for each backend and M; or says why it cannot."""
     figures = {}  # by fusion, backend and M: {C: %}, of the most rows
@@ -181,7 +223,9 @@ def main(argv: list[str]) -> int:
 
         def fill(match: re.Match) -> str:
             record = json.loads((HERE / f"{match[1]}.json").read_text())
-            return f"<!-- table:{match[1]} -->\n{(bench if 'rows' in record else seeds)(record)}\n<!-- end -->"
+            kinds = {"rows": bench, "forwards": forwards, "pairs": cost, "runs": seeds}
+            table = next(table for key, table in kinds.items() if key in record)
+            return f"<!-- table:{match[1]} -->\n{table(record)}\n<!-- end -->"
 
         fresh = re.sub(r"<!-- table:(\S+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
         if fresh != text:

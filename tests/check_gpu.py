@@ -1,8 +1,8 @@
 """`make check-gpu`: all that needs a GPU, in one run without network; `--tiny` runs each part small, on a CPU too.
 
 Each part writes a JSON to results/<gpu>/: command, environment, status, seconds and the last lines of its output. Of
-bench it is the bench's own record, and tune's table is copied there. A part that fails or takes too long does not stop
-the others; the exit status is 1 if any did. All end within 8 minutes, so the most important come first.
+bench and forward it is their own record, and tune's table is copied there. A part that fails or takes too long does not
+stop the others; the exit status is 1 if any did. All end within 8 minutes, so the most important come first.
 """
 
 import argparse
@@ -46,6 +46,7 @@ def stages(gpu: bool, tiny: bool, results: Path, runs: Path) -> list[dict[str, P
     sanitizer = shutil.which("compute-sanitizer", path=os.environ["PATH"] + ":/usr/local/cuda/bin")
     unsanitized = "no CUDA device" if not gpu else "" if sanitizer else "compute-sanitizer was not found"
     check = [*python, __file__, "--launch"]
+    forward = [*python, "results/forward.py", "--json", os.path.relpath(results / "forward.json", ROOT)]
     train = [*python, "-m", "eekd.train", "--out"]
     short = ["--teacher.snapshots", "1", "--teacher.epochs", "1", "--student.epochs", "1", "--train-limit", "2000"]
     # The entries of the launch table that the bench's largest shapes use; as many as there is time for.
@@ -68,6 +69,7 @@ def stages(gpu: bool, tiny: bool, results: Path, runs: Path) -> list[dict[str, P
             )
         },
         {"bench": Part([*bench, *(["--quick", "--shape", "32,5,10"] if tiny else [])], 150)},
+        {"forward": Part([*forward, *(["--quick"] if tiny else ["--seconds", "1"])], 60)},
         {
             # Without torch's cache each tensor is an allocation, whose ends the sanitizer knows.
             tool: Part(

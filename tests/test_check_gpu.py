@@ -13,7 +13,7 @@ import pytest
 import torch
 from check_gpu import Part
 
-PARTS = ["tests", "bench", "memcheck", "racecheck", "initcheck", "train", "fashion", "suite", "tune"]
+PARTS = ["tests", "bench", "forward", "memcheck", "racecheck", "initcheck", "train", "fashion", "suite", "tune"]
 
 
 def check(results: Path, *names: str) -> int:
@@ -37,6 +37,7 @@ def test_runs_to_its_end_and_reports(tmp_path, capsys):
     assert parts == [name for name in PARTS if name in got] and all(name in table for name in parts)
     assert all(record["command"] and record["environment"]["torch"] for record in got.values())
     assert not any(str(check_gpu.ROOT) in json.dumps(record["command"]) for record in got.values())
+    assert got["forward"]["forwards"][0]["ways"]["eekd"]["error"] < 1e-4
     assert got["bench"]["op"] == "ensemble_kd" and got["bench"]["rows"]
     assert got["tests"]["status"] == got["train"]["status"] == got["suite"]["status"] == 0
     if not torch.cuda.is_available():

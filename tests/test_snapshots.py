@@ -3,7 +3,9 @@
 import copy
 import json
 import math
+import os
 import string
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from eekd import checkpoint
+from eekd import checkpoint, forwards
 from eekd.models import build
 from eekd.snapshots import SnapshotEnsemble, SnapshotRecorder, _schedule, read_manifest
 
@@ -719,3 +721,193 @@ def test_a_loss_of_an_overwritten_batch_is_an_error_not_a_wrong_gradient(nets, i
 def test_an_image_that_wants_a_gradient_gets_none_from_the_teacher(nets, images):
     outputs = SnapshotEnsemble(nets).to(images.device)(images.requires_grad_())
     assert not any(output.requires_grad for output in outputs)
+
+
+def together(nets, images, **options):
+    """The outputs of an ensemble and of its models one after another."""
+    ensemble = SnapshotEnsemble(nets, **options).to(images.device)
+    return ensemble, [output.clone() for output in ensemble(images)], alone(ensemble, images)
+
+
+def alone(ensemble, images):
+    outputs = zip(*(capture(images) for capture in ensemble._captures), strict=True)
+    return [torch.stack(rows) for rows in outputs]
+
+
+def agree(got, wanted, tolerance=1e-5):
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * theirs.abs().max().item())
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def trained(name, images):
+    """Two networks whose batch norms are no identities."""
+    nets = [build(name, num_classes=3, in_channels=1, image_size=8) for _ in range(2)]
+    for net in nets:
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                    nn.init.uniform_(tensor, 0.5, 1.5)
+        net(images)
+    return nets
+
+
+@pytest.mark.parametrize("name", ["resnet8_w4", "wrn_16_1", "ShuffleNetV2"])
+def test_snapshots_together_say_what_they_say_alone(name, threads):
+    images = torch.randn(70, 1, 8, 8)
+    ensemble, got, wanted = together(trained(name, images), images)
+    agree(got, wanted)
+    kinds = [type(module) for module in ensemble._together._graphs[None][0].modules()]
+    assert (nn.BatchNorm2d in kinds) == (name == "wrn_16_1")  # there some follow an addition
+    with torch.autocast("cpu", torch.bfloat16):
+        agree(ensemble(images), alone(ensemble, images), 0.05)
+    ensemble.double()
+    agree(ensemble(images.double()), alone(ensemble, images.double()), 1e-12)
+    again = [output.clone() for output in ensemble(images.double())]
+    assert all(map(torch.equal, ensemble(images.double()), again))
+
+
+def write(model):
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+
+
+def replace(model):
+    model.classifier.weight = nn.Parameter(torch.zeros_like(model.classifier.weight))
+
+
+def exchange(model):
+    model.trunk[1] = nn.Identity()
+
+
+def count(model):
+    next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).running_mean.add_(3)
+
+
+def hook(model):
+    model.trunk.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def wake(model):
+    model.train()
+
+
+@pytest.mark.parametrize("change", [write, replace, exchange, count, hook, wake])
+def test_a_changed_snapshot_says_something_else(change):
+    images = torch.randn(8, 1, 8, 8)
+    ensemble, before, _ = together(trained("resnet8_w4", images), images)
+    change(ensemble.models[1])
+    after = ensemble(images)
+    assert torch.equal(after[0][0], before[0][0]) or change in (hook, wake)  # there all run one after another
+    assert not torch.allclose(after[0][1], before[0][1])
+    agree(after, alone(ensemble, images))
+
+
+class Users(nn.Module):
+    """A model that must run as it is: `how` says why."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=how != "statistics"))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        if self.how == "branch" and x.mean() > 100:
+            return x
+        x = self.body(x)
+        if self.how == "batch":
+            x = x / x.abs().amax()
+        if self.how == "noise":
+            x = x + torch.rand_like(x)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("how", ["branch", "batch", "noise", "statistics"])
+def test_a_model_that_must_run_as_it_is_does(how):
+    images = torch.randn(70, 1, 8, 8)
+    nets = [Users(how), Users(how)]
+    ensemble = SnapshotEnsemble(nets)
+    assert ensemble._together(ensemble._captures, images) is None
+    torch.manual_seed(1)
+    got = [output.clone() for output in ensemble(images)]
+    torch.manual_seed(1)
+    wanted = alone(ensemble, images)
+    assert all(map(torch.equal, got, wanted))
+
+
+def test_a_convolution_that_serves_twice_is_folded_once_for_each():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1), nn.Linear(1, 3)
+
+        def forward(self, x):
+            x = self.norm(self.conv(x))
+            return self.head((self.norm(self.conv(x)) + self.conv(x)).mean((2, 3)))
+
+    images = torch.randn(8, 1, 8, 8)
+    nets = [Twice(), Twice()]
+    for net in nets:
+        net(images * 3 + 1)
+    ensemble, got, wanted = together(nets, images)
+    agree(got, wanted)
+    assert ensemble._together._graphs
+
+
+def test_threads_have_one_core_each_and_others_keep_theirs(threads):
+    torch.randn(300, 300) @ torch.randn(300, 300)
+    SnapshotEnsemble(trained("resnet8_w4", torch.randn(8, 1, 8, 8)))(torch.randn(70, 1, 8, 8))
+    if threads > 1:
+        pool = forwards._threads(os.getpid(), threads)
+        assert set(pool.map(lambda _: torch.get_num_threads(), range(8))) == {1}
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(torch.get_num_threads).result() == torch.get_num_threads() == threads
+
+
+def test_host_snapshots_pass_through_two_slots(nets, images):
+    nets[1].head.weight.data.mul_(2)
+    ensemble = SnapshotEnsemble(nets)
+    swapped = forwards.Swapped(ensemble._captures)
+    wanted = alone(ensemble, images.cpu())
+    for _ in range(2):
+        got = [torch.stack(rows) for rows in zip(*swapped(images.cpu()), strict=True)]
+        assert all(map(torch.equal, got, wanted))
+    held = {name: t.data_ptr() for name, t in swapped.slots[0].items()}
+    with torch.no_grad():
+        ensemble.models[2].head.weight.zero_()  # where it lies in host memory it is seen by the next call
+    wanted = alone(ensemble, images.cpu())
+    got = [torch.stack(rows) for rows in zip(*swapped(images.cpu()), strict=True)]
+    assert all(map(torch.equal, got, wanted)) and not (got[0][2] - ensemble.models[2].head.bias).any()
+    assert held == {name: t.data_ptr() for name, t in swapped.slots[0].items()}
+    assert held.keys() == {"convolution.weight", "convolution.bias", "norm.weight", "norm.bias", "norm.running_mean",
+                           "norm.running_var", "norm.num_batches_tracked", "table", "hidden.weight", "hidden.bias",
+                           "tied.bias", "head.weight", "head.bias"}  # fmt: skip
+    ensemble.double()
+    double = list(swapped(images.cpu().double()))
+    assert double[0][0].dtype == torch.float64
+
+
+def test_host_snapshots_stay_there(nets, images):
+    ensemble, got, wanted = SnapshotEnsemble(nets, snapshots_on="cpu"), None, None
+    student = Student(ensemble).to(images.device, torch.float64)
+    assert {t.device.type for model in ensemble.models for t in model.parameters()} == {"cpu"}
+    got = student.teacher(images.double())
+    assert got[0].device == images.device and got[0].dtype == torch.float64
+    wanted = SnapshotEnsemble(nets).to(images.device, torch.float64)(images.double())
+    agree(got, wanted)
+    agree(copy.deepcopy(ensemble)(images.double()), wanted)
+
+
+@pytest.mark.bad_input
+def test_snapshots_are_on_the_device_or_the_host(nets):
+    with pytest.raises(ValueError, match="snapshots_on must be device or cpu, got 'disk'"):
+        SnapshotEnsemble(nets, snapshots_on="disk")

@@ -433,6 +433,9 @@ def test_plan_agrees_with_the_run(run, config):
     known = {row["name"]: row for row in plan(prepare(later))}
     assert known["ce"]["memory"] < known["last"]["memory"] < known["attention"]["memory"]
     assert known["ce"]["parameters"] == 64 * 5 + 5 + 2 * 5 + 5 * 10 + 10
+    snapshot = known["last"]["memory"] - known["ce"]["memory"]
+    host = {row["name"]: row for row in plan(prepare(dataclasses.replace(later, snapshots_on="cpu")))}
+    assert host["attention"]["memory"] == known["ce"]["memory"] + snapshot * min(2, later.teacher.snapshots)
 
 
 def test_the_library_needs_neither_rich_nor_tyro():

@@ -25,7 +25,8 @@ def plan(session: Session) -> list[dict]:
         weights, moments = _bytes(network), 2 if phase.optimizer == "adamw" else 1
         two = torch.zeros(2, data.channels, data.image_size, data.image_size)
         activations = _kept(network, two) * phase.batch_size // 2 * session.dtype.itemsize // 4
-        teaching = 0 if session.bank else snapshot * taught.get(name, config.teacher.snapshots)
+        teaching = 0 if session.bank else taught.get(name, config.teacher.snapshots)
+        teaching = snapshot * (min(teaching, 2) if config.snapshots_on == "cpu" else teaching)
         rows.append({
             "name": name,
             "model": phase.model,

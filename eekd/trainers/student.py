@@ -41,7 +41,9 @@ def train_student(config: Config, teacher: str | Path | None, weighting: Weighti
         trained, (objective, validate) = student, classify(session, student, val)
     else:
         which = [-1] if which is None and weighting == "last" else which
-        ensemble = SnapshotEnsemble.load(teacher, device=session.device, which=which)
+        ensemble = SnapshotEnsemble.load(
+            teacher, device=session.device, which=which, snapshots_on=config.snapshots_on
+        )
         ensemble.to(memory_format=session.layout)
         capture = LastFeatures(session.compiled(student))
         options = _options(phase, weighting, capture.dim, bank.feature_dim if bank else ensemble.feature_dim)
