@@ -59,7 +59,12 @@ def stages(gpu: bool, tiny: bool, results: Path, runs: Path) -> list[dict[str, P
                 environment={"CUDAARCHS": os.environ.get("CUDAARCHS", "native" if gpu else "90")},
             )
         },
-        {"tests": Part([*pytest, "tests/test_ensemble_kd.py", *(["-k", "formulas"] if tiny else ["-m", "gpu"])], 110)},
+        {
+            "tests": Part(
+                [*pytest, "tests/test_ensemble_kd.py", "tests/test_sparse_ensemble_kd.py",
+                 *(["-k", "formulas or columns_of_the_contract"] if tiny else ["-m", "gpu"])], 110,
+            )
+        },
         {"bench": Part([*bench, *(["--quick", "--shape", "32,5,10"] if tiny else [])], 150)},
         {
             # Without torch's cache each tensor is an allocation, whose ends the sanitizer knows.
@@ -88,7 +93,7 @@ def stages(gpu: bool, tiny: bool, results: Path, runs: Path) -> list[dict[str, P
 
 def launch_kernels(device: str) -> None:
     """Every path of every backend on small shapes: the sanitizers slow a kernel a hundredfold."""
-    from cases import tensors
+    from cases import sparse, tensors
 
     import eekd
     from eekd.ops.backend import namespace
@@ -116,6 +121,10 @@ def launch_kernels(device: str) -> None:
                         out = eekd.ensemble_kd(**x, fusion=fusion, attention_objective=objective)
                         (2 * (out.loss + out.attention_loss)).backward()
                         launches += 1
+                    x = sparse(x | {"snapshot_logits": z}, shape[2] // 10)
+                    out = eekd.sparse_ensemble_kd(**x, fusion=fusion, attention_objective=objective)
+                    (2 * (out.loss + out.attention_loss)).backward()
+                    launches += 1
             if device == "cuda":
                 torch.cuda.synchronize()
             print(f"{backend}: {launches} launches")

@@ -104,7 +104,7 @@ def test_tune_knows_the_words_of_its_command(tmp_path):
 
 def test_the_kernels_that_the_sanitizers_watch_are_launched(capsys):
     check_gpu.launch_kernels("cpu")
-    assert capsys.readouterr().out.splitlines()[0] == f"native: {len(check_gpu.SANITIZED) * 6} launches"
+    assert capsys.readouterr().out.splitlines()[0] == f"native: {len(check_gpu.SANITIZED) * 8} launches"
 
 
 def test_tunes_table_is_copied(tmp_path, monkeypatch):
