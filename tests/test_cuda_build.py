@@ -22,11 +22,7 @@ ELEMENTS = ("float", "__half", "__nv_bfloat16")
 LIMITS = {
     "rows_kernel d Any 0_0": (128, 64),
     "rows_kernel f Any 0_0": (104, 0),
-    **{
-        f"rows_kernel f {elements} {variant}": (128, 0)
-        for elements in ELEMENTS
-        for variant in ON_CHIP + STREAMED
-    },
+    **{f"rows_kernel f {elements} {variant}": (128, 0) for elements in ELEMENTS for variant in ON_CHIP + STREAMED},
     "sparse_rows_kernel d Any 0": (128, 64),
     **{f"sparse_rows_kernel f {elements} {keeps}": (80, 0) for elements in ELEMENTS for keeps in (0, 1)},
     "sum_kernel d": (48, 0),
