@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU: their sources as C++, threads as fibers (cuda_on_cpu/), under the op's own suite.
+"""The CUDA kernels without a GPU: their sources as C++, threads as fibers (cuda_on_cpu/), under the ops' own suites.
 
 Not seen here: races that the order of the fibers hides, the PTX of csrc/cuda/ptx.cuh, and speed.
 """
@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_sparse_ensemble_kd
 import torch
-from cases import SHAPES, tensors
+from cases import SHAPES, sparse, tensors
 from numerics import assert_same_bits, evaluate
 from test_ensemble_kd import (  # noqa: F401  these run here once more
     READINGS,
@@ -42,8 +43,20 @@ from test_ensemble_kd import (  # noqa: F401  these run here once more
     test_upstream_gradients_scale,
 )
 
-from eekd import ensemble_kd
+from eekd import ensemble_kd, sparse_ensemble_kd
 from eekd.ops.ensemble_kd import DTYPES, MAX_SNAPSHOTS
+
+for _name in (
+    "a_label_outside_counts_as_the_bucket", "a_nan_that_is_read_is_never_a_finite_loss",
+    "a_row_of_nothing_but_masked_has_no_softmax", "a_tail_of_no_probability_has_a_logarithm",
+    "a_tail_that_only_some_snapshots_or_the_student_have", "all_classes_in_any_order_are_ensemble_kd",
+    "any_call_is_accurate", "any_layout_gives_the_same_bits", "equals_the_columns_of_the_contract",
+    "half_precision_is_fp32_arithmetic_rounded_once", "ignored_rows_count_for_nothing_and_are_not_read",
+    "logits_of_ten_thousand", "nothing_but_masked_outside", "offsets_beyond_32_bits", "padded_vocabulary",
+    "snapshots_of_no_weight_are_not_read", "student_and_snapshots_of_different_dtypes", "temperature_and_alpha",
+    "the_ignored_label_may_be_the_number_of_a_column", "upstream_gradients_scale",
+):  # fmt: skip
+    globals()[f"test_sparse_{_name}"] = getattr(test_sparse_ensemble_kd, f"test_{_name}")
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
@@ -278,6 +291,59 @@ def test_launches(emulator, backend):
         x = tensors(rows, 2, 4)
         emulator.launches()
         check(x, reduction=reduction)
+        assert len(emulator.launches()) == expected
+
+
+@pytest.mark.parametrize("shape", test_sparse_ensemble_kd.SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_sparse_every_shape(backend, shape):
+    rows = min(shape[0], 5) if shape[2] > 10 else shape[0]
+    for attention, (fusion, objective) in zip(("uniform", "scores", "query", "scores"), READINGS, strict=True):
+        x = sparse(tensors(rows, *shape[1:3], attention=attention), shape[3])
+        test_sparse_ensemble_kd.check(x, fusion=fusion, attention_objective=objective)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [1000, 4104, 20000])
+def test_sparse_bits_do_not_depend_on_alignment(backend, dtype, classes):
+    x = sparse(tensors(2, 2, classes, dtype=dtype), 50)
+    wide = torch.full((2, classes + 16), torch.nan, dtype=dtype)
+    moved = x | {"student_logits": wide[:, 3 : 3 + classes].copy_(x["student_logits"])}
+    assert_same_bits(evaluate(sparse_ensemble_kd, moved), evaluate(sparse_ensemble_kd, x))
+
+
+@readings
+def test_sparse_row_of_more_classes_than_there_are_bits(emulator, fusion, objective, backend, request):
+    if request.node.callspec.params["backend"] != "streaming":
+        pytest.skip("their bits fit")
+    x = sparse(tensors(1, 2, 200003), 900)
+    assert x["indices"].max() > 190000
+    test_sparse_ensemble_kd.check(x, fusion=fusion, attention_objective=objective)
+
+
+def test_sparse_index_that_is_no_class_makes_its_row_nan(backend):
+    for classes, wrong in itertools.product((10, 1500), ("C", -1, 2**32, -(2**62))):
+        x = sparse(tensors(5, 2, classes), 4)
+        expected = evaluate(sparse_ensemble_kd, x, reduction="none")
+        x["indices"][2, 1] = classes if wrong == "C" else wrong
+        got = evaluate(sparse_ensemble_kd, x, reduction="none")
+        for name in ("loss", "attention_loss", "d_student_logits", "d_scores"):
+            assert got[name][2].isnan().all()
+            assert torch.equal(got[name][[0, 1, 3, 4]], expected[name][[0, 1, 3, 4]])
+
+
+def test_sparse_label_that_is_no_class_makes_its_row_nan(backend):
+    for wrong in (10, -1, 2**40):
+        x = sparse(tensors(5, 2, 10), 4)
+        x["labels"][2] = wrong
+        loss, _, attention_loss = sparse_ensemble_kd(**x, reduction="none")
+        assert loss.isnan().tolist() == attention_loss.isnan().tolist() == [0, 0, 1, 0, 0]
+
+
+def test_sparse_launches(emulator, backend):
+    for rows, reduction, expected in ((9, "none", 1), (9, "mean", 2), (2100, "mean", 3)):
+        x = sparse(tensors(rows, 2, 4), 2)
+        emulator.launches()
+        test_sparse_ensemble_kd.check(x, reduction=reduction)
         assert len(emulator.launches()) == expected
 
 
