@@ -34,7 +34,7 @@ from .common import (
 CHOSEN = 32  # numbers per thread where columns meet indices
 TOP = 64  # numbers per thread of the tile of K columns
 UNROLLED = 2  # blocks of indices that do not keep the student's row from being read ahead
-FOR_THREE = 168  # registers with which an SM holds three programs of four warps
+FOR_THREE = 168  # registers with which an SM holds three programs of four warps; enough for 16 bits
 
 
 @triton.jit
@@ -312,7 +312,7 @@ def by_rule(classes: int, kept: int, itemsize: int) -> common.Launch:
     cut = common.by_rule(classes, 1, itemsize)
     if cut.on_chip:
         return cut._replace(rows=min(cut.rows, max(1, 512 // cut.block)), block=max(cut.block, 32))
-    return cut._replace(maxnreg=FOR_THREE if kept <= 64 and itemsize < 8 else cut.maxnreg)
+    return cut._replace(maxnreg=FOR_THREE if kept <= 64 and itemsize == 2 else cut.maxnreg)
 
 
 def plan(

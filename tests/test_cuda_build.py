@@ -12,19 +12,19 @@ from eekd import _C
 if not _C.cuda_version:
     pytest.skip("built without CUDA kernels", allow_module_level=True)
 
-SOURCE = Path(__file__).parent.parent / "csrc" / "cuda" / "ensemble_kd.cu"
+SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 
 # Of each kernel by its numbers, its elements, its order of columns and what it keeps on chip: registers at most, 128
-# where two blocks of 256 threads are to share a multiprocessor, and bytes of stack: only fp64 spills.
+# where two blocks of 256 threads are to share a multiprocessor, 80 where three are, and bytes of stack: only fp64
+# spills.
 ON_CHIP, STREAMED = ("0_1", "2_1", "0_2", "2_2"), ("0_0", "1_0", "2_0")
+ELEMENTS = ("float", "__half", "__nv_bfloat16")
 LIMITS = {
     "rows_kernel d Any 0_0": (128, 64),
     "rows_kernel f Any 0_0": (104, 0),
-    **{
-        f"rows_kernel f {elements} {variant}": (128, 0)
-        for elements in ("float", "__half", "__nv_bfloat16")
-        for variant in ON_CHIP + STREAMED
-    },
+    **{f"rows_kernel f {elements} {variant}": (128, 0) for elements in ELEMENTS for variant in ON_CHIP + STREAMED},
+    "sparse_rows_kernel d Any 0": (128, 64),
+    **{f"sparse_rows_kernel f {elements} {keeps}": (80, 0) for elements in ELEMENTS for keeps in (0, 1)},
     "sum_kernel d": (48, 0),
     "sum_kernel f": (48, 0),
     "count_kernel": (40, 0),
@@ -35,10 +35,12 @@ LIMITS = {
 
 def kernel(symbol: str) -> str:
     """The name in LIMITS of a mangled name."""
-    row = re.search(r"rows_kernelI([df])(?:NS_3(Any)E|(f)|\d+(__\w+?))LNS\w*?OrderE(\d)ELNS\w*?KeepE(\d)E", symbol)
+    elements = r"I([df])(?:NS_3(Any)E|(f)|\d+(__\w+?))L"
+    row = re.search(rf"(sparse_)?rows_kernel{elements}(?:NS\w*?OrderE(\d)ELNS\w*?KeepE(\d)E|b(\d)E)", symbol)
     if row:
-        numbers, *elements, order, keep = row.groups()
-        return f"rows_kernel {numbers} {'float' if elements[1] else elements[0] or elements[2]} {order}_{keep}"
+        sparse, numbers, *elements, order, keep, keeps = row.groups()
+        elements = "float" if elements[1] else elements[0] or elements[2]
+        return f"{sparse or ''}rows_kernel {numbers} {elements} {keeps or f'{order}_{keep}'}"
     other = re.search(r"(sum_kernel|count_kernel|scale_kernel)(?:I([df])E)?", symbol)
     return " ".join(part for part in other.groups() if part)
 
@@ -74,10 +76,12 @@ def test_every_kernel_on_every_architecture():
 
 
 @pytest.mark.parametrize("architecture", [80, 90])  # without and with clusters
-def test_no_warnings(architecture, tmp_path):
+@pytest.mark.parametrize("source", ["ensemble_kd.cu", "sparse_ensemble_kd.cu"])
+def test_no_warnings(source, architecture, tmp_path):
     options = ["-std=c++20", "--expt-relaxed-constexpr", f"-arch=sm_{architecture}", "-fdevice-syntax-only"]
     strict = ["-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror"]
     done = subprocess.run(
-        [checking_nvcc(), *options, *strict, "-c", SOURCE, "-o", tmp_path / "checked.o"], capture_output=True, text=True
-    )
+        [checking_nvcc(), *options, *strict, "-c", SOURCES / source, "-o", tmp_path / "checked.o"],
+        capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0 and not done.stderr, done.stderr
