@@ -129,7 +129,7 @@ def _number(record: dict) -> list[str]:
 
 def _cost(record: dict) -> list[str]:
     base = next((row["cost"] for row in record["methods"] if row["name"] == "ce"), None)
-    head = "| method | teachers | train teachers | teach: online | bank | train student | GFLOP: online | bank | "
+    head = "| method | teachers | train teachers | teach: online | bank | train student | TFLOP: online | bank | "
     lines = ["Forwards of one image by the network named, in millions; a training step counts as three. Each method "
              "pays for its own teachers and bank.", "",
              head + "s: teachers | bank | student |", "|---|" + "--:|" * 10]  # fmt: skip
@@ -139,7 +139,7 @@ def _cost(record: dict) -> list[str]:
         flops = [cost[key] for key in ("gflops_online", "gflops_bank")]
         spent = [seconds[key] for key in ("teachers", "bank", "student")]
         cells = [row["title"], str(cost["teachers"]), *(number(x, 1e-6, ".3g") for x in forwards),
-                 *(number(x, 1, ",.4g") for x in flops), *(number(x, 1, ",.0f") for x in spent)]  # fmt: skip
+                 *(number(x, 1e-3, ",.3g") for x in flops), *(number(x, 1, ",.0f") for x in spent)]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     flops = record["flops"]
     if base and flops:
