@@ -126,7 +126,7 @@ def measure(name: str, images: int, rounds: int, scratch: Path) -> dict:
         raise SystemExit("the bank could not be written")
     written = time.perf_counter() - start
     torch.use_deterministic_algorithms(False)
-    banked = Short(replace(config, bank=str(run / "bank"), teacher_run=str(run)))
+    banked = Short(replace(config, bank=str(run / "bank"), teacher_run=str(run), students=("uniform", "attention")))
     folder, kept = run / "teacher", scratch / "students"
     contenders = {
         "CE": ours(session, folder, "ce", kept),
