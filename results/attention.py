@@ -9,6 +9,7 @@ not read.
 
 import dataclasses
 import json
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,6 +63,7 @@ def teacher(session: Session, seed: int) -> dict:
     known = folder / "known.safetensors"
     if known.is_file():
         return load_file(known)
+    shutil.rmtree(folder, ignore_errors=True)  # half trained
     model, loader = session.network(phase, 2 * seed), session.loader("train", phase, train=True)
     recorder = SnapshotRecorder(folder, epochs=phase.epochs, snapshots=phase.snapshots, spec=session.spec(phase))
     optimizer, total = sgd(phase, {"params": model.parameters()}), phase.epochs * len(loader)
@@ -202,7 +204,7 @@ FITS = {
     ),
 }
 CELLS = REFERENCES | VARIANTS
-EXPLORE, CONFIRM = (0, 1, 2), (3, 4, 5)
+EXPLORE, CONFIRM, TEACHERS = (0, 1, 2), (3, 4, 5, 6, 7, 8), 6  # seeds of students; seed 6 has the teacher of seed 3
 CONFIRMED = tuple(REFERENCES)  # chosen by what the first seeds showed
 
 
@@ -362,7 +364,11 @@ def main() -> None:
         "config": json.loads(CONFIG.to_json()), "explored_on": EXPLORE, "confirmed_on": CONFIRM,
         "teachers": [], "cells": [], "fits": [],
     }  # fmt: skip
-    data = half_size()
+    data, started_from = half_size(), commit()
+
+    def teacher_of(seed: int) -> dict:
+        seed = seed if seed < TEACHERS else seed - len(EXPLORE)
+        return teacher(Session(replace(CONFIG, seed=seed), data), seed)
 
     def once(kind: str, make, *args, **key) -> None:
         key = json.loads(json.dumps(key))
@@ -370,7 +376,7 @@ def main() -> None:
             return
         start = time.perf_counter()
         found = make(*args)
-        record[kind].append(key | found | {"commit": commit()})
+        record[kind].append(key | found | {"commit": started_from})
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
         what = f"{kind} {key.get('name', '')} seed {key['seed']}: {found['val'].get('accuracy', '')}"
         print(f"{what}, {time.perf_counter() - start:.0f} s", flush=True)
@@ -379,28 +385,23 @@ def main() -> None:
     for seeds, cells in stages:
         for seed in seeds:
             session = Session(replace(CONFIG, seed=seed), data)
-            said = teacher(session, seed)
-            known = parts(said)
-            once("teachers", snapshots, known, seed=seed)
+            known = parts(teacher_of(seed))
+            if seed < TEACHERS:
+                once("teachers", snapshots, known, seed=seed)
             for name, cell in cells.items():
                 target = known
                 if cell.target == "teachers":  # the finished teachers of three seeds
-                    of = [said, *(teacher(Session(replace(CONFIG, seed=s), data), s) for s in others(seed))]
+                    of = [parts(teacher_of(s)) for s in (EXPLORE if seed in EXPLORE else CONFIRM[:3])]
                     target = {
-                        split: (torch.stack([parts(x)[split][0][-1] for x in of]), features, labels)
+                        split: (torch.stack([x[split][0][-1] for x in of]), features, labels)
                         for split, (_, features, labels) in known.items()
                     }
                 once("cells", student, session, seed, cell, target,
                      name=name, seed=seed, settings=dataclasses.asdict(cell))  # fmt: skip
-            if (WORK / f"features-{seed}.safetensors").is_file():
-                for name, cell in FITS.items():
-                    once("fits", fit, seed, cell, known, session.config.student,
-                         name=name, seed=seed, settings=dataclasses.asdict(cell))  # fmt: skip
-
-
-def others(seed: int) -> tuple[int, int]:
-    """The other two seeds of the three that are explored, or confirmed, together."""
-    return tuple(s for s in (EXPLORE if seed in EXPLORE else CONFIRM) if s != seed)
+    for seed in EXPLORE:
+        for name, cell in FITS.items():
+            once("fits", fit, seed, cell, parts(teacher_of(seed)), CONFIG.student,
+                 name=name, seed=seed, settings=dataclasses.asdict(cell))  # fmt: skip
 
 
 if __name__ == "__main__":
