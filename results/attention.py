@@ -8,9 +8,11 @@ not read.
 """
 
 import dataclasses
+import itertools
 import json
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -170,42 +172,32 @@ REFERENCES = {
     "three teachers": Cell("teachers"),
 }  # fmt: skip
 VARIANTS = {
-    "kl, literal": Cell("attention", objective="kl", normalize=False, scale=1.0, detach_query=False),
-    "kl": Cell("attention", objective="kl"),
-    "learned at temperature 1": Cell("attention", learn_temperature=1.0),
-    "learned on held-out images": Cell("attention", held_out=True),
     "held-out, temperature 1": Cell("attention", held_out=True, learn_temperature=1.0),
-    "learning rate x 10": Cell("attention", lr=10.0),
-    "entropy 0.3": Cell("attention", entropy=0.3),
-    "warm-up 5": Cell("attention", warmup=5),
-    "best fixed": Cell("fixed"),
+    "learned at temperature 1": Cell("attention", learn_temperature=1.0),
+    "kl, literal": Cell("attention", objective="kl", normalize=False, scale=1.0, detach_query=False),
     "last, temperature 2": Cell("last", temperature=2.0),
     "uniform, temperature 2": Cell("uniform", temperature=2.0),
     "attention, temperature 2": Cell("attention", temperature=2.0),
-    "last, alpha 0.1": Cell("last", alpha=0.1),
-    "uniform, alpha 0.1": Cell("uniform", alpha=0.1),
-    "attention, alpha 0.1": Cell("attention", alpha=0.1),
+    "warm-up 5": Cell("attention", warmup=5),
+    "entropy 0.3": Cell("attention", entropy=0.3),
 }
 FITS = {
     "as by default": Cell("attention"),
-    "width 2": Cell("attention", embed_dim=2),
+    "temperature 1": Cell("attention", learn_temperature=1.0),
+    "held-out images": Cell("attention", held_out=True),
+    "held-out images, temperature 1": Cell("attention", held_out=True, learn_temperature=1.0),
     "width 64": Cell("attention", embed_dim=64),
+    "width 2": Cell("attention", embed_dim=2),
     "scale x 4": Cell("attention", scale=4 * 8**-0.5),
     "learning rate x 0.1": Cell("attention", lr=0.1),
     "learning rate x 10": Cell("attention", lr=10.0),
     "no normalisation, scale 1": Cell("attention", normalize=False, scale=1.0),
     "labels smoothed by 0.1": Cell("attention", smoothing=0.1),
     "entropy 0.3": Cell("attention", entropy=0.3),
-    "temperature 1": Cell("attention", learn_temperature=1.0),
-    "held-out images": Cell("attention", held_out=True),
-    "held-out images, temperature 1": Cell("attention", held_out=True, learn_temperature=1.0),
-    "held-out images, temperature 1, learning rate x 10": Cell(
-        "attention", held_out=True, learn_temperature=1.0, lr=10.0
-    ),
 }
 CELLS = REFERENCES | VARIANTS
-EXPLORE, CONFIRM, TEACHERS = (0, 1, 2), (3, 4, 5, 6, 7, 8), 6  # seeds of students; seed 6 has the teacher of seed 3
-CONFIRMED = tuple(REFERENCES)  # chosen by what the first seeds showed
+EXPLORE, CONFIRM = (0, 1, 2), (3, 4, 5)  # seeds of the students; there is a teacher for each of the first three
+CONFIRMED = ("ce", "last", "uniform", "attention", "held-out, temperature 1")  # what the first seeds leave open
 
 
 def parts(said: dict) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -367,7 +359,7 @@ def main() -> None:
     data, started_from = half_size(), commit()
 
     def teacher_of(seed: int) -> dict:
-        seed = seed if seed < TEACHERS else seed - len(EXPLORE)
+        seed = EXPLORE[seed % len(EXPLORE)]
         return teacher(Session(replace(CONFIG, seed=seed), data), seed)
 
     def once(kind: str, make, *args, **key) -> None:
@@ -381,27 +373,31 @@ def main() -> None:
         what = f"{kind} {key.get('name', '')} seed {key['seed']}: {found['val'].get('accuracy', '')}"
         print(f"{what}, {time.perf_counter() - start:.0f} s", flush=True)
 
-    stages = [(EXPLORE, REFERENCES), (EXPLORE, VARIANTS), (CONFIRM, {n: CELLS[n] for n in CONFIRMED})]
-    for seeds, cells in stages:
-        for seed in seeds:
-            session = Session(replace(CONFIG, seed=seed), data)
+    def students(seeds: tuple[int, ...], names: Iterable[str]) -> None:
+        for name, seed in itertools.product(names, seeds):
             known = parts(teacher_of(seed))
-            if seed < TEACHERS:
-                once("teachers", snapshots, known, seed=seed)
-            for name, cell in cells.items():
-                target = known
-                if cell.target == "teachers":  # the finished teachers of three seeds
-                    of = [parts(teacher_of(s)) for s in (EXPLORE if seed in EXPLORE else CONFIRM[:3])]
-                    target = {
-                        split: (torch.stack([x[split][0][-1] for x in of]), features, labels)
-                        for split, (_, features, labels) in known.items()
-                    }
-                once("cells", student, session, seed, cell, target,
-                     name=name, seed=seed, settings=dataclasses.asdict(cell))  # fmt: skip
+            if CELLS[name].target == "teachers":  # the finished teachers of three seeds
+                of = [parts(teacher_of(s)) for s in EXPLORE]
+                known = {
+                    split: (torch.stack([x[split][0][-1] for x in of]), features, labels)
+                    for split, (_, features, labels) in known.items()
+                }
+            once("cells", student, Session(replace(CONFIG, seed=seed), data), seed, CELLS[name], known,
+                 name=name, seed=seed, settings=dataclasses.asdict(CELLS[name]))  # fmt: skip
+
+    def fits(names: Iterable[str]) -> None:
+        for name, seed in itertools.product(names, EXPLORE):
+            once("fits", fit, seed, FITS[name], parts(teacher_of(seed)), CONFIG.student,
+                 name=name, seed=seed, settings=dataclasses.asdict(FITS[name]))  # fmt: skip
+
     for seed in EXPLORE:
-        for name, cell in FITS.items():
-            once("fits", fit, seed, cell, parts(teacher_of(seed)), CONFIG.student,
-                 name=name, seed=seed, settings=dataclasses.asdict(cell))  # fmt: skip
+        once("teachers", snapshots, parts(teacher_of(seed)), seed=seed)
+    students(EXPLORE, ["last", "uniform", "attention", "three teachers", "oracle", "held-out, temperature 1"])
+    fits(list(FITS)[:4])
+    students(CONFIRM, CONFIRMED)
+    fits(FITS)
+    students(EXPLORE, CELLS)
+    students(CONFIRM, REFERENCES)
 
 
 if __name__ == "__main__":
