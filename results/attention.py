@@ -44,6 +44,7 @@ CONFIG = Config(
 )  # fmt: skip
 
 
+@cache
 def half_size() -> ImageData:
     """The data of CONFIG, every 2 x 2 pixels of a training or validation image averaged: 4 times cheaper."""
 
@@ -60,13 +61,14 @@ def sgd(phase, *groups: dict) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, **options, fused=True)
 
 
-def teacher(session: Session, seed: int) -> dict:
+def teacher(seed: int) -> dict:
     """Logits, features (M, N, ...) and labels of a teacher's snapshots on training and validation images."""
-    folder, phase = WORK / f"teacher-{seed}", session.config.teacher
+    folder = WORK / f"teacher-{seed}"
     known = folder / "known.safetensors"
     if known.is_file():
         return load_file(known)
     shutil.rmtree(folder, ignore_errors=True)  # half trained
+    session, phase = Session(replace(CONFIG, seed=seed), half_size()), CONFIG.teacher
     model, loader = session.network(phase, 2 * seed), session.loader("train", phase, train=True)
     recorder = SnapshotRecorder(folder, epochs=phase.epochs, snapshots=phase.snapshots, spec=session.spec(phase))
     optimizer, total = sgd(phase, {"params": model.parameters()}), phase.epochs * len(loader)
@@ -224,9 +226,9 @@ def snapshots(known: dict) -> dict:
     return found
 
 
-def student(session: Session, seed: int, cell: Cell, known: dict) -> dict:
+def student(seed: int, cell: Cell, known: dict) -> dict:
     """Trains one student, and measures it and its target on training and validation images."""
-    phase = session.config.student
+    session, phase = Session(replace(CONFIG, seed=seed), half_size()), CONFIG.student
     model, loader = session.network(phase, 2 * seed + 1), session.loader("train", phase, train=True)
     capture, held_images = LastFeatures(model), images_of(session, "val")[:HELD]
     logits, features, _ = known["train"]
@@ -356,12 +358,11 @@ def main() -> None:
         "config": json.loads(CONFIG.to_json()), "explored_on": EXPLORE, "confirmed_on": CONFIRM,
         "teachers": [], "cells": [], "fits": [],
     }  # fmt: skip
-    data, started_from = half_size(), commit()
+    started_from = commit()
 
     @cache
-    def teacher_of(seed: int) -> dict:
-        seed = EXPLORE[seed % len(EXPLORE)]
-        return teacher(Session(replace(CONFIG, seed=seed), data), seed)
+    def known_of(seed: int) -> dict:
+        return parts(teacher(EXPLORE[seed % len(EXPLORE)]))
 
     def once(kind: str, make, *args, **key) -> None:
         key = json.loads(json.dumps(key))
@@ -376,27 +377,28 @@ def main() -> None:
 
     def students(seeds: tuple[int, ...], names: Iterable[str]) -> None:
         for name, seed in itertools.product(names, seeds):
-            known = parts(teacher_of(seed))
+            known = known_of(seed)
             if CELLS[name].target == "teachers":  # the finished teachers of three seeds
-                of = [parts(teacher_of(s)) for s in EXPLORE]
+                of = [known_of(s) for s in EXPLORE]
                 known = {
                     split: (torch.stack([x[split][0][-1] for x in of]), features, labels)
                     for split, (_, features, labels) in known.items()
                 }
-            once("cells", student, Session(replace(CONFIG, seed=seed), data), seed, CELLS[name], known,
+            once("cells", student, seed, CELLS[name], known,
                  name=name, seed=seed, settings=dataclasses.asdict(CELLS[name]))  # fmt: skip
 
     def fits(names: Iterable[str]) -> None:
         for name, seed in itertools.product(names, EXPLORE):
-            once("fits", fit, seed, FITS[name], parts(teacher_of(seed)), CONFIG.student,
+            once("fits", fit, seed, FITS[name], known_of(seed), CONFIG.student,
                  name=name, seed=seed, settings=dataclasses.asdict(FITS[name]))  # fmt: skip
 
     for seed in EXPLORE:
-        once("teachers", snapshots, parts(teacher_of(seed)), seed=seed)
+        once("teachers", snapshots, known_of(seed), seed=seed)
+    students(EXPLORE, ["uniform"])  # whose features the fits are given
+    fits(list(FITS)[:4])
     students(EXPLORE, CONFIRMED)
     students(CONFIRM, CONFIRMED)
     students(EXPLORE, ["three teachers", "held-out, temperature 1", "oracle"])
-    fits(list(FITS)[:4])
     fits(FITS)
     students(EXPLORE, CELLS)
     students(CONFIRM, REFERENCES)

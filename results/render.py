@@ -7,6 +7,7 @@ python results/render.py --check  # changes nothing; exits 1 where a table is no
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -21,13 +22,14 @@ def spread(values: list[float], scale: float = 1.0, sign: str = "") -> str:
     return f"{mean(values):{sign}.2f} ± {stdev(values):.2f}"
 
 
-def provenance(record: dict) -> str:
+def provenance(record: dict, commits: Iterable[str] = ()) -> str:
     env = record["environment"]
+    commit = ", ".join(dict.fromkeys(c[:9] for c in commits or [env["commit"]]))
     if "driver" in record:
         device = f"{record['device']}, driver {record['driver']}, triton {env['triton']}"
     else:
         device = f"{env['cpu']}, {env['threads']} threads"
-    return f"`{' '.join(record['command'])}` on {device}, torch {env['torch']}, commit {env['commit'][:9]}."
+    return f"`{' '.join(record['command'])}` on {device}, torch {env['torch']}, commit {commit}."
 
 
 def seeds(record: dict) -> str:
@@ -98,7 +100,8 @@ def bench(record: dict) -> str:
 
 def attention(record: dict, part: str) -> str:
     """A table of results/attention.py: snapshots, fits, students or targets; means over seeds."""
-    return "\n".join(_ATTENTION[part](record)) + f"\n\n{provenance(record)}"
+    commits = [made["commit"] for kind in ("teachers", "cells", "fits") for made in record[kind]]
+    return "\n".join(_ATTENTION[part](record)) + f"\n\n{provenance(record, commits)}"
 
 
 def _head(*columns: str) -> list[str]:
@@ -140,10 +143,11 @@ def _fixed(record: dict) -> list[str]:
 def _fits(record: dict) -> list[str]:
     lines = _head("attention learned", "nll at 5, training", "nll at 5", "nll at 1", "of the mean weights, at 5",
                   "accuracy, %", "weights", "entropy")  # fmt: skip
-    first = [t["val"]["uniform"][0] for t in record["teachers"]]
-    rows = {"uniform": (first, [t["train"]["uniform"][0] for t in record["teachers"]])}
+    whole = len(record["explored_on"])
+    rows = {"uniform": [[t[split]["uniform"][0] for t in record["teachers"]] for split in ("val", "train")]}
     for name in dict.fromkeys(fit["name"] for fit in record["fits"]):
         fits = [fit for fit in record["fits"] if fit["name"] == name]
+        name += f", seed {fits[0]['seed']} only" if len(fits) == 1 < whole else ""
         rows[name] = [fit["val"] for fit in fits], [fit["train"] for fit in fits]
     for name, (val, train) in rows.items():
         numbers = [f"{mean(q['nll'] for q in train):.3f}"]
