@@ -24,7 +24,7 @@ def spread(values: list[float], scale: float = 1.0, sign: str = "") -> str:
 
 def provenance(record: dict, commits: Iterable[str] = ()) -> str:
     env = record["environment"]
-    commit = ", ".join(dict.fromkeys(c[:9] for c in commits or [env["commit"]]))
+    commit = ", ".join(dict.fromkeys(c[:9] + c[40:] for c in commits or [env["commit"]]))
     if "driver" in record:
         device = f"{record['device']}, driver {record['driver']}, triton {env['triton']}"
     else:
@@ -169,7 +169,8 @@ def _students(record: dict) -> list[str]:
         cells = []
         for stage in stages:
             have = [s for s in record[stage] if (name, s) in accuracy]
-            cells.append(spread([accuracy[name, s] for s in have], 100) if len(have) > 1 else "")
+            few = f" ({len(have)} seeds)" if len(have) < len(record[stage]) else ""
+            cells.append(spread([accuracy[name, s] for s in have], 100) + few if len(have) > 1 else "")
             less = [accuracy[name, s] - accuracy["uniform", s] for s in have if ("uniform", s) in accuracy]
             cells.append(spread(less, 100, "+") if len(less) > 1 and name != "uniform" else "")
         lines.append(_row(name, *cells))
