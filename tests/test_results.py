@@ -1,0 +1,53 @@
+"""The scripts of results/ compute what their tables say."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from eekd import ensemble_kd
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+@pytest.fixture(scope="module")
+def study():
+    spec = importlib.util.spec_from_file_location("results_attention", RESULTS / "attention.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(__import__("sys").modules, spec.name, module)  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        yield module
+
+
+@pytest.fixture
+def rows():
+    torch.manual_seed(0)
+    return 4 * torch.randn(5, 64, 10), torch.randint(10, (64,)), torch.randn(64, 5)
+
+
+def test_the_attention_learns_by_the_loss_of_the_op(study, rows):
+    logits, labels, scores = rows
+    ours, ops = (scores.clone().requires_grad_() for _ in range(2))
+    study.attention_loss(ours, logits, labels, study.Cell("attention")).backward()
+    result = ensemble_kd(torch.zeros(64, 10), logits, labels, scores=ops)
+    result.attention_loss.backward()
+    assert_close(ours.grad, ops.grad)
+    nll = study.quality(scores.log_softmax(1), logits, labels, 5.0)["nll"]
+    assert nll == pytest.approx(result.attention_loss.item(), abs=1e-6)
+
+
+def test_no_weights_are_better_than_the_best_fixed_and_the_oracle_s(study, rows):
+    logits, labels, _ = rows
+
+    def nll(log_w):
+        return study.quality(log_w.expand(64, 5), logits, labels, 2.0)["nll"]
+
+    w = study.best_fixed(logits, labels, 2.0)
+    assert w.sum() == pytest.approx(1, abs=1e-6)
+    others = torch.distributions.Dirichlet(torch.ones(5)).sample((200,))
+    best = min(nll(other.log()) for other in [*others, *torch.eye(5), torch.full((5,), 0.2)])
+    assert nll(w.log()) < best + 1e-6
+    assert nll(study.scores_of(study.Cell("oracle", temperature=2.0), logits, labels)) < nll(w.log())
