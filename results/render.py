@@ -323,14 +323,13 @@ def main(argv: list[str]) -> int:
         text = page.read_text()
 
         def fill(match: re.Match) -> str:
-            record = json.loads((HERE / f"{match[1]}.json").read_text())
-            kinds = {"rows": bench, "forwards": forwards, "pairs": cost, "runs": seeds}
-            table = next(table for key, table in kinds.items() if key in record)
-            return f"<!-- table:{match[1]} -->\n{table(record)}\n<!-- end -->"
-=======
             name, _, part = match[1].partition("/")
             record = json.loads((HERE / f"{name}.json").read_text())
-            table = attention(record, part) if part else (bench if "rows" in record else seeds)(record)
+            if part:
+                table = attention(record, part)
+            else:
+                kinds = {"rows": bench, "forwards": forwards, "pairs": cost, "runs": seeds}
+                table = next(table for key, table in kinds.items() if key in record)(record)
             return f"<!-- table:{match[1]} -->\n{table}\n<!-- end -->"
 
         fresh = re.sub(r"<!-- table:(\S+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
