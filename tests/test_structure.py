@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "info": {"_C"},
     "trainers": {"bank", "checkpoint", "config", "data", "features", "info", "losses", "models", "snapshots"},
     "charts": set(),
-    "train": {"bank", "config", "trainers"},
+    "train": {"bank", "checkpoint", "config", "trainers"},
     "bank.__main__": {"bank", "checkpoint", "config", "info", "snapshots", "trainers"},
     "report": {"charts", "checkpoint", "config", "snapshots", "trainers"},
 }

@@ -81,6 +81,11 @@ class Loader:
         if view is None:
             view = epoch % self.views if self.views else epoch
         self.view = check_int("view", view, 0)
+        self.skip(0)
+
+    def skip(self, batches: int):
+        """Leaves out the first `batches` of the next iteration and of `indices`, until `set_epoch`."""
+        self.first = check_int("batches", batches, 0)
 
     def _num_samples(self) -> int:
         each, rest = divmod(len(self.split), self.world_size)
@@ -91,11 +96,11 @@ class Loader:
         return full + (rest > 0 and not self.drop_last)
 
     def indices(self, device: str | torch.device = "cpu") -> tuple[Tensor, ...]:
-        """The samples of each of the epoch's batches on this rank, as `Batch.index` will name them."""
+        """The samples of each of the epoch's batches that are not skipped, as `Batch.index` will name them."""
         order = torch.arange(len(self.split), device=device)
         if self.train:
             order = random_bits(self.seed, self.epoch, ORDER, order).argsort(stable=True)
-        return order[self.rank :: self.world_size][: self._num_samples()].split(self.batch_size)[: len(self)]
+        return order[self.rank :: self.world_size][: self._num_samples()].split(self.batch_size)[self.first : len(self)]
 
     def __iter__(self) -> Iterator[Batch]:
         indices = self.indices("cpu" if self._encoded else self.device)
