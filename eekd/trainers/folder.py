@@ -138,10 +138,15 @@ def metrics_of(folder: Path) -> dict[str, str]:
     return {name: sha256_of(folder / name) for name in METRICS}
 
 
+def check_metrics(folder: Path, record: dict) -> None:
+    """ValueError or FileNotFoundError where a metrics file is not the one in `record`, the end of its phase."""
+    for name, sha256 in record.get("metrics", {}).items():
+        read_checked(folder / name, sha256)
+
+
 def read_metrics(folder: Path, record: dict) -> list[dict]:
-    """The rows of metrics.jsonl; ValueError where a metrics file is not the one in `record`, the end of its phase."""
-    for name in METRICS:
-        read_checked(folder / name, record.get("metrics", {}).get(name))
+    """The rows of metrics.jsonl; raises what `check_metrics` does."""
+    check_metrics(folder, record)
     return [json.loads(line) for line in (folder / METRICS[0]).read_text().splitlines()]
 
 
@@ -201,7 +206,8 @@ def read_settings(run: str | Path) -> Config:
     path = Path(run, "config.json")
     if not path.is_file():
         raise FileNotFoundError(f"{run} is not a run that has begun: there is no config.json in it")
-    made = read_json(path.with_name("environment.json")).get("config_sha256")
+    noted = path.with_name("environment.json")
+    made = read_json(noted).get("config_sha256") if noted.exists() else None
     if made and made != sha256_of(path):
         raise ValueError(f"{path} was changed or damaged since the run began: copy it and give the copy by --config to "
                          "run other settings")  # fmt: skip
