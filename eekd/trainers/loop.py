@@ -2,12 +2,14 @@
 
 import math
 import os
+import random
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,8 +59,10 @@ class Session:
                     image_size=data.image_size)  # fmt: skip
 
     def network(self, phase: Phase, seed: int) -> nn.Module:
-        """A new network, its weights a function of the seed, on the device."""
+        """A new network on the device; its weights, and all random numbers drawn after, are a function of the seed."""
         torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
         return models.build(**self.spec(phase)).to(self.device, memory_format=self.layout)
 
     def loader(self, split: str, phase: Phase, train: bool = False) -> Loader:
