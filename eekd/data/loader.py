@@ -112,6 +112,8 @@ class Loader:
         if self._encoded:
             self._work[:] = work
             for (view, _), (index, images) in zip(work, self._decoder, strict=True):
+                if isinstance(images, Exception):
+                    raise images
                 index, images = (x.to(self.device, non_blocking=True) for x in (index, images))
                 if self.augment == "imagenet":  # the crop was cut where the image was decoded
                     yield self._batch(random_flip(images, index, seed=seed, view=view), index)
@@ -129,12 +131,15 @@ class Loader:
 
 
 class _Decoder(Dataset):
-    """Decodes a batch of images, cut by a random resized crop if asked."""
+    """Decodes a batch of images, cut by a random resized crop if asked; an error is returned in their place.
+
+    Raised in a worker, it would come with the worker's traceback in its text.
+    """
 
     def __init__(self, images: Encoded, seed: int, crop: bool):
         self.images, self.seed, self.crop = images, seed, crop
 
-    def __getitem__(self, work: tuple[int, Tensor]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, work: tuple[int, Tensor]) -> tuple[Tensor, Tensor | Exception]:
         view, index = work
 
         def decode(i: Tensor) -> Tensor:
@@ -143,4 +148,7 @@ class _Decoder(Dataset):
 
             return self.images.decode(int(i), choose if self.crop else None)
 
-        return index, torch.stack([decode(i) for i in index])
+        try:
+            return index, torch.stack([decode(i) for i in index])
+        except (ImportError, OSError, ValueError) as error:
+            return index, error

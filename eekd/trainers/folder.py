@@ -104,8 +104,12 @@ class Log:
     def write(self, row: dict) -> None:
         row = finite(row)
         for name, text in zip(METRICS, _metrics([row], header=not self.rows), strict=True):
-            with open(self.folder / name, "a", newline="") as file:
-                file.write(text)
+            try:
+                with open(self.folder / name, "a", newline="") as file:
+                    file.write(text)
+            except OSError as error:
+                error.filename = str(self.folder / name)  # a full disk does not say where
+                raise
         self.rows.append(row)
         if self.events:
             for name, value in _flat(row).items():

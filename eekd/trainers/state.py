@@ -234,7 +234,7 @@ class Signals:
 
     @contextmanager
     def held(self, held: bool = True):
-        """Whether a signal waits for `check` within this block."""
+        """Whether a signal waits for `check`, or the end of the block, within this block."""
         before, self._held = self._held, held
         try:
             if not held:
@@ -242,6 +242,8 @@ class Signals:
             yield
         finally:
             self._held = before
+        if not before:
+            self.check()
 
     def check(self) -> None:
         """Raises Stopped where a signal came."""
