@@ -81,7 +81,7 @@ def _resumable(run: Path):
     """Adds to what ends a run, where going on can help, how to go on."""
     try:
         yield
-    except (KeyboardInterrupt, OSError, RuntimeError) as error:
+    except (KeyboardInterrupt, OSError, RuntimeError, ValueError) as error:
         if not isinstance(error, BlockingIOError) and (run / "config.json").exists():
             error.add_note(f"go on with: python -m eekd.train --resume {shlex.quote(str(run))}")
         raise
