@@ -516,8 +516,9 @@ def test_a_power_cut(run, tmp_path, monkeypatch):
     for path in lost:
         path.write_bytes(b"")
         path.with_suffix(".safetensors").write_bytes(b"")
-    with pytest.warns(RuntimeWarning, match="6.json is not JSON.*; going on from the checkpoint before it, .*/1.json"):
+    with pytest.warns(RuntimeWarning) as told:
         resume(out, session=run[0])
+    assert ["6.json is not JSON" in str(told[0].message), "5.json is not JSON" in str(told[1].message)] == [True, True]
     check_same(run[1], out)
 
 
