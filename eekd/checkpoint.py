@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,14 +12,16 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+SEAL = "own_sha256"  # the last entry of a JSON object: SHA-256 of the file as it would be without this entry
 NESTS = "state_dict", "model_state_dict", "model", "module", "net"  # where others keep their state_dict
 
 
-def write_atomic(path: str | Path, data: bytes) -> str:
+def write_atomic(path: str | Path, data: bytes, sync: bool = True) -> str:
     """Write `data` so that a crash at any moment leaves the old file or the new one; return its SHA-256.
 
     The bytes go to a hidden file beside `path`, reach the disk, and take the name in one step. Missing
     folders are made. An error removes the hidden file; after a power cut the next write replaces it.
+    `sync=False` saves the wait for the disk: the kill of a process harms as little, a power cut may.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,11 +30,16 @@ def write_atomic(path: str | Path, data: bytes) -> str:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            error.filename = str(path)  # a full disk does not say where
         raise
+    if not sync:
+        return hashlib.sha256(data).hexdigest()
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # without it the new name may not survive a power cut
@@ -59,30 +67,57 @@ def sha256_of(path: str | Path) -> str:
     return hashlib.sha256(read_checked(path)).hexdigest()
 
 
-def write_json_atomic(path: str | Path, value) -> str:
-    """Write `value` as JSON like `write_atomic`; ValueError for NaN, infinities and what JSON lacks."""
+def write_json_atomic(path: str | Path, value, sync: bool = True) -> str:
+    """Write `value` as JSON like `write_atomic`; ValueError for NaN, infinities and what JSON lacks.
+
+    An object is sealed: its last entry is "own_sha256", by which `read_json` finds any byte that changed.
+    """
     try:
-        text = json.dumps(value, indent=2, allow_nan=False)
+        data = _sealed(value) if isinstance(value, dict) else _json(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be written as JSON: {error}") from error
-    return write_atomic(path, text.encode() + b"\n")
+    return write_atomic(path, data, sync)
+
+
+def _json(value) -> bytes:
+    return json.dumps(value, indent=2, allow_nan=False).encode() + b"\n"
+
+
+def _sealed(value: dict) -> bytes:
+    return _json({**value, SEAL: hashlib.sha256(_json(value)).hexdigest()})
 
 
 def read_json(path: str | Path):
-    """The value in a JSON file; ValueError where it is not JSON, or not strictly (NaN, Infinity)."""
+    """The value in a JSON file, without its seal.
+
+    ValueError where it is not JSON, or not strictly (NaN, Infinity), and where a seal is not that of the file.
+    """
 
     def refuse(constant: str):
         raise ValueError(f"{constant} is not a number")
 
     data = read_checked(path)
     try:
-        return json.loads(data, parse_constant=refuse)
+        value = json.loads(data, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict) or not value:
+        return value
+    last, seal = list(value.items())[-1]
+    if SEAL not in value and not (isinstance(seal, str) and re.fullmatch("[0-9a-f]{64}", seal)):
+        return value  # written by something else
+    bare = {name: entry for name, entry in value.items() if name != last}  # `last`: a flip can hit the seal's name
+    try:
+        whole = data == _sealed(bare)
+    except ValueError:  # a number beyond all bounds
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} was changed or damaged: its {SEAL} is not that of what it holds")
+    return bare
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor],
-                 metadata: Mapping[str, str] | None = None) -> str:
+                 metadata: Mapping[str, str] | None = None, sync: bool = True) -> str:
     """Write named tensors as safetensors like `write_atomic`; return the file's SHA-256.
 
     Tensors of any dtype, device and strides; those that share memory are each written in full. Raises
@@ -97,7 +132,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor],
             raise TypeError(f"{path}: metadata {name!r} must be a str, got {_kind(value)}")
     copies = {name: tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
               for name, tensor in tensors.items()}
-    return write_atomic(path, safetensors.torch.save(copies, metadata))
+    return write_atomic(path, safetensors.torch.save(copies, metadata), sync)
 
 
 def load_tensors(path: str | Path, sha256: str | None = None) -> dict[str, Tensor]:

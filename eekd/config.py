@@ -176,6 +176,7 @@ class Config(_Checked):
     channels_last: bool = False
     deterministic: bool = False  # same bits on every run of the same machine; slower on a GPU
     tensorboard: bool = False  # write events for TensorBoard too
+    save_every: float = 300.0  # seconds between checkpoints within an epoch; each epoch ends with one
 
     def _rules(self):
         yield "image_size", self.image_size is None or self.image_size >= 1, "at least 1"
@@ -185,6 +186,7 @@ class Config(_Checked):
         yield "workers", self.workers >= 0, "at least 0"
         yield "students", len(set(self.students)) == len(self.students), "different from each other"
         yield "students", self.students or not self.teacher_run, "at least one when teacher_run is given"
+        yield "save_every", self.save_every > 0, "above 0"
         yield "seed", 0 <= self.seed < 2**31, "from 0 to 2**31 - 1"
 
     def to_json(self) -> str:

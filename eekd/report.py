@@ -17,7 +17,7 @@ from eekd.charts import Chart, Html, Line, bars, heatmap, limits, lines, page, t
 from eekd.checkpoint import read_json, write_atomic
 from eekd.config import TITLES, Config
 from eekd.snapshots import read_manifest
-from eekd.trainers.folder import FORMAT
+from eekd.trainers.folder import FORMAT, check_metrics, read_settings
 
 PER_SAMPLE = "attention", "entropy", "confidence"
 NLL = "−log p of the true label, nats"
@@ -70,10 +70,12 @@ def read(folder: str | Path) -> Run:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a run folder: there is no config.json in it")
-    config = Config.load(folder / "config.json")
+    config = read_settings(folder)
 
     def network(name, phase, own, record):
-        return Network(name, phase.model, phase.epochs, _rows(own / "metrics.jsonl"), _object(own / record))
+        known = _object(own / record)
+        check_metrics(own, known or {})
+        return Network(name, phase.model, phase.epochs, _rows(own / "metrics.jsonl"), known)
 
     found = sorted(path.parent.name for path in folder.glob("students/*/metrics.jsonl"))
     names = dict.fromkeys([*config.students, *found])

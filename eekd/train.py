@@ -1,18 +1,22 @@
 """The command line of training: python -m eekd.train [teacher | student --teacher RUN] [--flag value ...]."""
 
-import json
 import math
+import signal
 import sys
-from dataclasses import dataclass, field, replace
+import warnings
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
 import torch
 
 from eekd.bank import LogitBank
+from eekd.checkpoint import read_json
 from eekd.config import TITLES, Config, nearest, preset
-from eekd.trainers import Session, prepare, train
+from eekd.trainers import Session, prepare, resume, train
+from eekd.trainers.folder import read_settings
 from eekd.trainers.plan import plan
+from eekd.trainers.state import Stopped, signals
 
 try:
     import tyro
@@ -34,6 +38,7 @@ class Flags:
 
     preset: str | None = None  # start from these settings (None: digits)
     config: str | None = None  # start from a file's settings: RUN/config.json runs RUN again
+    resume: str | None = None  # go on with this run where it was stopped or killed, with its settings
     out: str | None = None  # the run folder to make (None: the first free runs/DATA-1, -2, ...)
     dry_run: bool = False  # print networks, steps, memory and disk, and stop
     settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
@@ -45,17 +50,25 @@ class Start:
 
     preset: str | None = None
     config: str | None = None
+    resume: str | None = None
     teacher_run: str | None = None
     bank: str | None = None
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command line and returns its exit code: 0, 130 when interrupted, 2 for any mistake."""
+    """Runs a command line and returns its exit code: 0, 130 or 143 when stopped by a signal, 2 for any mistake."""
+    shown = warnings.showwarning
+    warnings.showwarning = _warn
     try:
-        return _main(sys.argv[1:] if argv is None else argv)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+        with signals:
+            return _main(sys.argv[1:] if argv is None else argv)
+    except Stopped as stop:
+        number = signal.Signals(stop.args[0])
+        return _fail("; ".join([f"stopped by {number.name}", *_notes(stop)]), 128 + number)
+    except KeyboardInterrupt as stop:
+        return _fail("; ".join(["stopped", *_notes(stop)]), 130)
+    finally:
+        warnings.showwarning = shown
 
 
 def _main(argv: list[str]) -> int:
@@ -64,18 +77,21 @@ def _main(argv: list[str]) -> int:
         flags = parse(argv)
         session = prepare(flags.settings)
     except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:  # a name, a file, a value
-        return _fail(error)
+        return _error(error)
     if flags.dry_run:
         console.print(_plan(session))
         return 0
     try:
         with Display(console) as display:
-            run = train(session.config, flags.out, session=session, progress=display)
+            if flags.resume:
+                run = resume(flags.resume, session=session, progress=display)
+            else:
+                run = train(session.config, flags.out, session=session, progress=display)
     except torch.OutOfMemoryError as error:
-        return _fail(f"the device is out of memory, a smaller batch_size may fit: {error}")
+        return _error(error, "error: the device is out of memory, a smaller batch_size may fit: ")
     except (FloatingPointError, OSError, ValueError) as error:
-        return _fail(error)
-    summary = json.loads((run / "summary.json").read_text())
+        return _error(error)
+    summary = read_json(run / "summary.json")
     console.print(_results(summary["rows"]))
     console.print(f"{summary['seconds']:.0f} s in all; everything is in {run}", highlight=False)
     return 0
@@ -95,6 +111,12 @@ def parse(argv: list[str]) -> Flags:
     with _literals():
         parsed = tyro.cli(Flags, prog="python -m eekd.train", args=flags, default=Flags(settings=settings))
     chosen = parsed.settings
+    if start.resume:
+        other = next((name for name in ("preset", "config", "out") if getattr(parsed, name)), command)
+        changed = other or ", ".join(differences(read_settings(start.resume), chosen))
+        if changed:
+            raise ValueError(f"--resume {start.resume} goes on with the run as it was begun, and cannot be given with "
+                             f"another {changed}")  # fmt: skip
     if command == "student" and not chosen.teacher_run:
         raise ValueError("student needs --teacher RUN, the run folder whose teacher to use, or --bank PATH")
     if chosen.teacher_run and chosen.teacher != settings.teacher:
@@ -102,10 +124,23 @@ def parse(argv: list[str]) -> Flags:
     return parsed
 
 
+def differences(one: Config, other: Config) -> list[str]:
+    """The names of the settings in which two differ."""
+    def flat(config):
+        phases = {"teacher": asdict(config.teacher), "student": asdict(config.student)}
+        rest = {name: value for name, value in vars(config).items() if name not in phases}
+        return rest | {f"{phase}.{name}": value for phase in phases for name, value in phases[phase].items()}
+
+    one, other = flat(one), flat(other)
+    return [name for name in one if one[name] != other[name]]
+
+
 def _start(start: Start) -> Config:
     """The settings that flags override: a preset's, a file's, or those of the run that gives the teacher."""
     if start.preset and start.config:
         raise ValueError("give --preset or --config, not both")
+    if start.resume:
+        return read_settings(start.resume)
     settings = Config.load(start.config) if start.config else preset(start.preset or "digits")
     folder = start.teacher_run or (str(LogitBank.open(start.bank).run) if start.bank else None)
     if not folder:
@@ -206,9 +241,22 @@ def _size(count: float) -> str:
     return f"{count / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
-def _fail(error: object) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+def _warn(message: Warning, category: type, filename: str, lineno: int, file=None, line=None) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _notes(error: BaseException) -> list[str]:
+    return getattr(error, "__notes__", [])
+
+
+def _error(error: Exception, what: str = "error: ") -> int:
+    reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else error
+    return _fail("; ".join([f"{what}{reason}", *_notes(error)]), 2)
+
+
+def _fail(sentence: str, code: int) -> int:
+    print(sentence, file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -490,6 +490,10 @@ def test_other_data_than_the_teachers_is_refused_by_the_writer(copy, capsys):
     config = dataclasses.replace(CONFIG, split_seed=4)
     (copy / "config.json").write_text(config.to_json())
     assert cli.main(["--teacher", str(copy), "--out", str(copy / "other")]) == 2
+    assert "config.json was changed or damaged" in capsys.readouterr().err
+    path = copy / "environment.json"
+    write_json_atomic(path, read_json(path) | {"config_sha256": sha256_of(copy / "config.json")})
+    assert cli.main(["--teacher", str(copy), "--out", str(copy / "other")]) == 2
     assert "was trained on other images" in capsys.readouterr().err and not (copy / "other").exists()
 
 

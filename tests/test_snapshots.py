@@ -80,7 +80,7 @@ def folder(path):
 def edit(directory, change):
     """Let `change` do what it likes to the content of the manifest in `directory`."""
     path = directory / "manifest.json"
-    manifest = json.loads(path.read_text())
+    manifest = checkpoint.read_json(path)
     change(manifest)
     path.write_text(json.dumps(manifest))
 
@@ -144,12 +144,12 @@ def test_uniform_stages_are_equal_to_one_step(snapshots, more):
 def test_manifest_says_everything(tmp_path):
     recorder = SnapshotRecorder(tmp_path, epochs=2, snapshots=1, spec=SPEC)
     empty = {"format": 1, "spec": SPEC, "schedule": [2], "snapshots": []}
-    assert json.loads((tmp_path / "manifest.json").read_text()) == empty
+    assert checkpoint.read_json(tmp_path / "manifest.json") == empty
     assert recorder.step(nn.Linear(1, 1), {"loss": 0.0}) is None
     metrics = {"accuracy": torch.tensor(0.5), "epoch": 2, "loss": math.nan, "norm": math.inf}
     entry = recorder.step(nn.Linear(1, 1), metrics)
     assert entry["metrics"] == {"accuracy": 0.5, "epoch": 2, "loss": None, "norm": None}
-    assert json.loads((tmp_path / "manifest.json").read_text()) == {**empty, "snapshots": [entry]}
+    assert checkpoint.read_json(tmp_path / "manifest.json") == {**empty, "snapshots": [entry]}
 
 
 @pytest.mark.parametrize("wrap", [

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "info": {"_C"},
     "trainers": {"bank", "checkpoint", "config", "data", "features", "info", "losses", "models", "snapshots"},
     "charts": set(),
-    "train": {"bank", "config", "trainers"},
+    "train": {"bank", "checkpoint", "config", "trainers"},
     "bank.__main__": {"bank", "checkpoint", "config", "data", "info", "snapshots", "topk", "trainers"},
     "report": {"charts", "checkpoint", "config", "snapshots", "trainers"},
     "compare": {"bank", "checkpoint", "config", "data", "info", "models", "snapshots", "trainers"},

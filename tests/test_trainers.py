@@ -96,7 +96,7 @@ def test_learning_rate_cyclic_is_that_of_snapshot_ensembles(total, snapshots):
 
 
 def test_run_folder_is_complete(run):
-    expected = {"config.json", "environment.json", "summary.json", "teacher", "students"}
+    expected = {".lock", "config.json", "environment.json", "summary.json", "teacher", "students"}
     assert {path.name for path in run.iterdir()} == expected
     assert {path.name for path in (run / "teacher").iterdir()} == {
         "manifest.json", "metrics.csv", "metrics.jsonl", "snapshots.json",

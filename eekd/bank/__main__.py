@@ -19,12 +19,12 @@ from torch import Tensor, distributed
 import eekd
 from eekd.bank import DENSE, DTYPES, MANIFEST, TOP_K, images_of, projection, row_bytes, shard_names
 from eekd.checkpoint import read_checked, save_tensors, write_json_atomic
-from eekd.config import Config
 from eekd.data import Batch
 from eekd.info import commit
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.topk import ATOMS, top_k_logits
 from eekd.trainers import Session, check_data
+from eekd.trainers.folder import read_settings
 from eekd.trainers.loop import SPLIT
 
 try:
@@ -86,7 +86,7 @@ def write(flags: Flags, console: Console) -> None:
     console.quiet = rank > 0
     run, out = Path(flags.teacher), Path(flags.out or Path(flags.teacher, "bank"))
     # Deterministic: a shard that is made again has the same bytes.
-    config = dataclasses.replace(Config.load(run / "config.json"), bank=None, deterministic=True)
+    config = dataclasses.replace(read_settings(run), bank=None, deterministic=True)
     session = Session(config)
     check_data(session, run)
     ensemble = SnapshotEnsemble.load(run / "teacher", device=session.device).to(memory_format=session.layout)

@@ -81,6 +81,11 @@ class Loader:
         if view is None:
             view = epoch % self.views if self.views else epoch
         self.view = check_int("view", view, 0)
+        self.skip(0)
+
+    def skip(self, batches: int):
+        """Leaves out the first `batches` of the next iteration and of `indices`, until `set_epoch`."""
+        self.first = check_int("batches", batches, 0)
 
     def _num_samples(self) -> int:
         each, rest = divmod(len(self.split), self.world_size)
@@ -91,11 +96,11 @@ class Loader:
         return full + (rest > 0 and not self.drop_last)
 
     def indices(self, device: str | torch.device = "cpu") -> tuple[Tensor, ...]:
-        """The samples of each of the epoch's batches on this rank, as `Batch.index` will name them."""
+        """The samples of each of the epoch's batches that are not skipped, as `Batch.index` will name them."""
         order = torch.arange(len(self.split), device=device)
         if self.train:
             order = random_bits(self.seed, self.epoch, ORDER, order).argsort(stable=True)
-        return order[self.rank :: self.world_size][: self._num_samples()].split(self.batch_size)[: len(self)]
+        return order[self.rank :: self.world_size][: self._num_samples()].split(self.batch_size)[self.first : len(self)]
 
     def __iter__(self) -> Iterator[Batch]:
         indices = self.indices("cpu" if self._encoded else self.device)
@@ -107,6 +112,8 @@ class Loader:
         if self._encoded:
             self._work[:] = work
             for (view, _), (index, images) in zip(work, self._decoder, strict=True):
+                if isinstance(images, Exception):
+                    raise images
                 index, images = (x.to(self.device, non_blocking=True) for x in (index, images))
                 if self.augment == "imagenet":  # the crop was cut where the image was decoded
                     yield self._batch(random_flip(images, index, seed=seed, view=view), index)
@@ -124,12 +131,15 @@ class Loader:
 
 
 class _Decoder(Dataset):
-    """Decodes a batch of images, cut by a random resized crop if asked."""
+    """Decodes a batch of images, cut by a random resized crop if asked; an error is returned in their place.
+
+    Raised in a worker, it would come with the worker's traceback in its text.
+    """
 
     def __init__(self, images: Encoded, seed: int, crop: bool):
         self.images, self.seed, self.crop = images, seed, crop
 
-    def __getitem__(self, work: tuple[int, Tensor]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, work: tuple[int, Tensor]) -> tuple[Tensor, Tensor | Exception]:
         view, index = work
 
         def decode(i: Tensor) -> Tensor:
@@ -138,4 +148,7 @@ class _Decoder(Dataset):
 
             return self.images.decode(int(i), choose if self.crop else None)
 
-        return index, torch.stack([decode(i) for i in index])
+        try:
+            return index, torch.stack([decode(i) for i in index])
+        except (ImportError, OSError, ValueError) as error:
+            return index, error

@@ -1,9 +1,10 @@
 """Training as a library: the whole of a run, its teacher, or one of its students."""
 
 import dataclasses
-import json
 import os
+import shlex
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from eekd import models
@@ -12,12 +13,20 @@ from eekd.checkpoint import read_json, write_json_atomic
 from eekd.config import Config
 from eekd.features import LastFeatures
 from eekd.snapshots import SnapshotEnsemble, read_manifest
-from eekd.trainers.folder import FORMAT, new_folder, summary_writer, write_settings
+from eekd.trainers.folder import (
+    FORMAT,
+    locked,
+    new_folder,
+    read_metrics,
+    read_settings,
+    summary_writer,
+    write_settings,
+)
 from eekd.trainers.loop import Progress, Session, quiet
-from eekd.trainers.student import check_bank, train_student
-from eekd.trainers.teacher import train_teacher
+from eekd.trainers.student import check_bank, read_student, train_student
+from eekd.trainers.teacher import read_teacher, train_teacher
 
-__all__ = ["Session", "prepare", "train", "train_student", "train_teacher"]
+__all__ = ["Session", "prepare", "resume", "train", "train_student", "train_teacher"]
 
 
 def train(
@@ -29,21 +38,53 @@ def train(
     wrong with the settings is raised by `prepare`, before anything is written; FileExistsError where `out` holds
     anything. `session` is what `prepare` returned for this config, to save doing it again.
     """
-    start, session = time.perf_counter(), session or prepare(config)
-    config = session.config
+    session = session or prepare(config)
     run = new_folder(out, Path(config.data).name)
-    write_settings(run, config, session.data, session.device)
-    teacher = run / "teacher"
+    with _resumable(run), locked(run):
+        write_settings(run, session.config, session.data, session.device)
+        return _train(run, session, progress)
+
+
+def resume(run: str | Path, *, session: Session | None = None, progress: Progress = quiet) -> Path:
+    """Goes on with a run that was killed, stopped or broken off, to the bits it would have had; returns its folder.
+
+    Its settings are those in its config.json, and finished phases are kept, their files checked. `session` is what
+    `prepare` returned for them. ValueError or FileNotFoundError names a file of the run that is damaged, missing or
+    of another run, BlockingIOError another process that has it; else what `prepare` raises.
+    """
+    run, config = Path(run), read_settings(run)
+    with _resumable(run), locked(run):
+        session = session or prepare(config)
+        check_data(session, run)
+        return _train(run, session, progress)
+
+
+def _train(run: Path, session: Session, progress: Progress) -> Path:
+    start, config, teacher = time.perf_counter(), session.config, run / "teacher"
+    if (run / "summary.json").exists():
+        read_json(run / "summary.json")
     if config.teacher_run:
         teacher = Path(config.teacher_run, "teacher")
     else:
-        train_teacher(config, teacher, session=session, progress=progress)
+        train_teacher(config, teacher, session=session, progress=progress, resume=True)
     students = {weighting: run / "students" / weighting for weighting in config.students}
     for weighting, folder in students.items():
-        train_student(config, teacher, weighting, folder, session=session, progress=progress)
-    rows, seconds = table(teacher, list(students.values())), time.perf_counter() - start
-    write_json_atomic(run / "summary.json", {"format": FORMAT, "seconds": seconds, "rows": rows})
+        train_student(config, teacher, weighting, folder, session=session, progress=progress, resume=True)
+    if not (run / "summary.json").exists():
+        rows, seconds = table(teacher, list(students.values())), time.perf_counter() - start
+        write_json_atomic(run / "summary.json", {"format": FORMAT, "seconds": seconds, "rows": rows})
     return run
+
+
+@contextmanager
+def _resumable(run: Path):
+    """Adds to what ends a run, where going on can help, how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, OSError, RuntimeError, ValueError) as error:
+        if not isinstance(error, BlockingIOError) and (run / "config.json").exists():
+            error.add_note(f"go on with: python -m eekd.train --resume {shlex.quote(str(run))}")
+        raise
 
 
 def prepare(config: Config) -> Session:
@@ -57,7 +98,7 @@ def prepare(config: Config) -> Session:
         config = dataclasses.replace(config, teacher_run=str(LogitBank.open(config.bank).run))
     earlier = Path(config.teacher_run) if config.teacher_run else None
     if earlier:
-        config = dataclasses.replace(config, teacher=Config.load(earlier / "config.json").teacher)
+        config = dataclasses.replace(config, teacher=read_settings(earlier).teacher)
     if config.tensorboard:
         summary_writer()
     session = Session(config)
@@ -73,20 +114,20 @@ def prepare(config: Config) -> Session:
 
 
 def check_data(session: Session, run: Path) -> None:
-    """ValueError unless the session has the images that the teacher of `run` was trained on."""
+    """ValueError unless the session has the images that `run` was trained on."""
     if read_json(run / "environment.json")["data"]["fingerprint"] != session.data.fingerprint:
-        raise ValueError(f"teacher_run {run} was trained on other images than {session.config.data}")
+        raise ValueError(f"{run} was trained on other images than {session.config.data} gives now")
 
 
 def table(teacher: Path, students: list[Path]) -> list[dict]:
     """The rows of summary.json, from what the phases left in their folders."""
-    manifest, known = read_manifest(teacher), read_json(teacher / "snapshots.json")
+    manifest, known = read_manifest(teacher), read_teacher(teacher)
     epochs = [entry["step"] for entry in manifest["snapshots"]]
     *snapshots, ensemble = [
         {"val_accuracy": val["accuracy"], "test_accuracy": test["accuracy"]}
         for val, test in zip(known["val"]["members"], known["test"]["members"], strict=True)
     ]
-    seconds = [row["seconds"] for row in _rows(teacher)]
+    seconds = [row["seconds"] for row in read_metrics(teacher, known)]
     network = {"model": manifest["spec"]["name"], "parameters": parameters(manifest["spec"])}
     rows = [_row("teacher", "teacher", **network, epochs=epochs[-1], **snapshots[-1],
                  seconds_per_epoch=sum(seconds) / len(seconds))]  # fmt: skip
@@ -94,13 +135,13 @@ def table(teacher: Path, students: list[Path]) -> list[dict]:
         rows.append(_row("snapshot", f"snapshot {number}", **network, epochs=epoch, **scores))
     rows.append(_row("ensemble", "ensemble", model=network["model"], epochs=epochs[-1], **ensemble,
                      parameters=network["parameters"] * len(snapshots)))  # fmt: skip
-    records = [read_json(folder / "student.json") for folder in students]
+    records = [read_student(folder) for folder in students]
     alone = next((record["test"]["accuracy"] for record in records if record["weighting"] == "ce"), None)
     for folder, record in zip(students, records, strict=True):
         spec, accuracy = record["spec"], record["test"]["accuracy"]
         rows.append(_row(
             "student", record["weighting"], model=spec["name"], parameters=parameters(spec),
-            epochs=len(_rows(folder)), val_accuracy=record["val"]["accuracy"], test_accuracy=accuracy,
+            epochs=len(read_metrics(folder, record)), val_accuracy=record["val"]["accuracy"], test_accuracy=accuracy,
             gain=None if alone is None else accuracy - alone, seconds_per_epoch=record["seconds_per_epoch"],
         ))  # fmt: skip
     return rows
@@ -108,10 +149,6 @@ def table(teacher: Path, students: list[Path]) -> list[dict]:
 
 def _row(kind: str, name: str, **known) -> dict:
     return {"kind": kind, "name": name, "gain": None, "seconds_per_epoch": None} | known
-
-
-def _rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def parameters(spec: dict) -> int:

@@ -2,18 +2,20 @@
 
     RUN/
       config.json             every setting (eekd.config.Config): --config RUN/config.json runs it again
-      environment.json        format, command, device, started, what eekd.info.environment() says, and data:
-                              name, fingerprint, classes, and train, val, test: how many images
+      environment.json        format, command, device, started, what eekd.info.environment() says, config_sha256, and
+                              data: name, fingerprint, classes, and train, val, test: how many images
       summary.json            format, seconds, rows: the final table (below); absent until the run has ended
       teacher/                absent when config.json names a teacher_run, whose RUN/teacher is then meant
         manifest.json *.safetensors      the M snapshots (eekd.snapshots)
         metrics.jsonl metrics.csv        a line per epoch (below)
-        snapshots.json                   what the snapshots know (below)
+        checkpoints/                     the state of a phase in progress (eekd.trainers.state); gone at its end
+        snapshots.json                   what the snapshots know (below); written last, so it marks a finished teacher
       students/WEIGHTING/     one folder per student: ce, last, uniform, attention, ...
         student.safetensors              weights at the end of the last epoch
         student.json                     provenance (below); written last, so it marks a finished student
         attention.safetensors            the attention's own weights, where the weighting is attention
-        metrics.jsonl metrics.csv
+        metrics.jsonl metrics.csv checkpoints/
+      .lock                   held by the process that trains
       **/events.out.tfevents.*           TensorBoard events, only when asked for
 
 metrics.jsonl has one object per epoch; metrics.csv the same, a list spread over columns (weights_1, ...):
@@ -40,67 +42,116 @@ snapshots.json: format, val and test, each with `members`, a list of M + 1 objec
 then their ensemble: the uniform mean of probabilities) of `name`, `accuracy`, `nll`, `ece` and `reliability`
 (lists `confidence`, `accuracy` and `count` over 15 equal bins of the confidence, null where a bin is empty),
 all at temperature 1, and with `disagreement`, M x M: the fraction of images on which two snapshots predict
-different classes.
+different classes; metrics: SHA-256 of the metrics files.
 
 student.json: format, weighting, spec (of eekd.models.build), file, sha256, attention_sha256 (or null), loss
-(its settings), weights (at the end, or null), seed, commit, val and test (loss, accuracy), seconds_per_epoch,
-and teacher: null for ce, else run (relative to this folder), spec, snapshots: file, sha256 and step of each
-that taught, and bank: null, or path (relative to this folder) and sha256 of the manifest of the bank it was
-taught from.
+(its settings), weights (at the end, or null), seed, commit, metrics (SHA-256 of its files), val and test (loss,
+accuracy), seconds_per_epoch, and teacher: null for ce, else run (relative to this folder), spec, snapshots: file,
+sha256 and step of each that taught, and bank: null, or path (relative to this folder) and sha256 of the manifest
+of the bank it was taught from.
 
 A row of summary.json: kind (teacher | snapshot | ensemble | student), name (a student's is its weighting),
 model, parameters, epochs, val_accuracy, test_accuracy, gain (of a student over the ce student in test
 accuracy, else null) and seconds_per_epoch (null for snapshots and ensemble). Accuracies are fractions of 1.
 
+Every JSON object ends with the SHA-256 of the rest of its file (eekd.checkpoint), which is checked when it is read.
+
 Test images are touched once, at the end of a phase, and what is reported is the last epoch.
 """
 
 import csv
+import fcntl
+import hashlib
+import io
 import json
 import math
+import os
+import platform
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from eekd.checkpoint import write_atomic, write_json_atomic
+from eekd.checkpoint import read_checked, read_json, sha256_of, write_atomic, write_json_atomic
 from eekd.config import Config
 from eekd.data import ImageData
 from eekd.info import environment
 
 FORMAT = 1
+METRICS = "metrics.jsonl", "metrics.csv"
 
 
 class Log:
-    """Writes a row per epoch to metrics.jsonl, metrics.csv and, when asked, TensorBoard events."""
+    """Writes a row per epoch to metrics.jsonl, metrics.csv and, when asked, TensorBoard events.
 
-    def __init__(self, folder: Path, tensorboard: bool = False):
-        if (folder / "metrics.jsonl").exists():
+    With `rows` it goes on after them, whatever the files hold. FileExistsError without, where there are files.
+    """
+
+    def __init__(self, folder: Path, tensorboard: bool = False, rows: list[dict] | None = None):
+        if rows is None and (folder / "metrics.jsonl").exists():
             raise FileExistsError(f"{folder} already holds a trained network; choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.rows = folder, []
-        self.events = summary_writer()(folder) if tensorboard else None
+        self.folder, self.rows = folder, list(rows or [])
+        for name, text in zip(METRICS, _metrics(self.rows), strict=True):
+            if text:
+                write_atomic(folder / name, text.encode())
+            else:
+                (folder / name).unlink(missing_ok=True)
+        self.events = summary_writer()(folder, purge_step=len(self.rows) + 1) if tensorboard else None
 
     def write(self, row: dict) -> None:
         row = finite(row)
+        for name, text in zip(METRICS, _metrics([row], header=not self.rows), strict=True):
+            try:
+                with open(self.folder / name, "a", newline="") as file:
+                    file.write(text)
+            except OSError as error:
+                error.filename = str(self.folder / name)  # a full disk does not say where
+                raise
         self.rows.append(row)
-        flat = {}
-        for name, value in row.items():
-            several = value if isinstance(value, list) else None
-            flat |= {f"{name}_{i}": v for i, v in enumerate(several, 1)} if several else {name: value}
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        with open(self.folder / "metrics.csv", "a", newline="") as file:
-            table = csv.DictWriter(file, flat)
-            if len(self.rows) == 1:
-                table.writeheader()
-            table.writerow(flat)
         if self.events:
-            for name, value in flat.items():
+            for name, value in _flat(row).items():
                 if value is not None:
                     self.events.add_scalar(name, value, row["epoch"])
             self.events.flush()
+
+
+def _metrics(rows: list[dict], header: bool = True) -> tuple[str, str]:
+    """The text of these rows in metrics.jsonl and metrics.csv."""
+    text, flat = io.StringIO(newline=""), [_flat(row) for row in rows]
+    if rows:
+        table = csv.DictWriter(text, flat[0])
+        if header:
+            table.writeheader()
+        table.writerows(flat)
+    return "".join(json.dumps(row) + "\n" for row in rows), text.getvalue()
+
+
+def _flat(row: dict) -> dict:
+    flat = {}
+    for name, value in row.items():
+        several = value if isinstance(value, list) else None
+        flat |= {f"{name}_{i}": v for i, v in enumerate(several, 1)} if several else {name: value}
+    return flat
+
+
+def metrics_of(folder: Path) -> dict[str, str]:
+    """The SHA-256 of the metrics files of a phase that has ended, for the record that marks its end."""
+    return {name: sha256_of(folder / name) for name in METRICS}
+
+
+def check_metrics(folder: Path, record: dict) -> None:
+    """ValueError or FileNotFoundError where a metrics file is not the one in `record`, the end of its phase."""
+    for name, sha256 in record.get("metrics", {}).items():
+        read_checked(folder / name, sha256)
+
+
+def read_metrics(folder: Path, record: dict) -> list[dict]:
+    """The rows of metrics.jsonl; raises what `check_metrics` does."""
+    check_metrics(folder, record)
+    return [json.loads(line) for line in (folder / METRICS[0]).read_text().splitlines()]
 
 
 def finite(value):
@@ -139,9 +190,8 @@ def new_folder(out: str | Path | None, name: str) -> Path:
 
 
 def write_settings(run: Path, config: Config, data: ImageData, device: torch.device) -> None:
-    """Writes config.json and environment.json."""
-    facts = environment()
-    write_atomic(run / "config.json", config.to_json().encode())
+    """Writes environment.json and then config.json, with which the run has begun."""
+    facts, settings = environment(), config.to_json().encode()
     write_json_atomic(run / "environment.json", {
         "format": FORMAT,
         "command": sys.orig_argv,
@@ -150,4 +200,54 @@ def write_settings(run: Path, config: Config, data: ImageData, device: torch.dev
         "data": {"name": data.name, "fingerprint": data.fingerprint, "classes": len(data.classes),
                  "train": len(data.train), "val": len(data.val), "test": len(data.test)},
         **facts,
+        "config_sha256": hashlib.sha256(settings).hexdigest(),
     })  # fmt: skip
+    write_atomic(run / "config.json", settings)
+
+
+def read_settings(run: str | Path) -> Config:
+    """The settings a run was begun with; FileNotFoundError where none was, ValueError where its files changed since."""
+    path = Path(run, "config.json")
+    if not path.is_file():
+        raise FileNotFoundError(f"{run} is not a run that has begun: there is no config.json in it")
+    noted = path.with_name("environment.json")
+    made = read_json(noted).get("config_sha256") if noted.exists() else None
+    if made and made != sha256_of(path):
+        raise ValueError(f"{path} was changed or damaged since the run began: copy it and give the copy by --config to "
+                         "run other settings")  # fmt: skip
+    return Config.load(path)
+
+
+@contextmanager
+def locked(run: Path):
+    """Keeps other processes from the run; BlockingIOError, one sentence, where one has it.
+
+    The lock is the kernel's (flock), so it ends with the process however that ends.
+    """
+    path = run / ".lock"
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(file, 200, 0).decode(errors="replace") or "another process"
+            raise BlockingIOError(f"{run} is in use by {holder}: wait for it or stop it first") from None
+        except OSError as error:
+            error.filename = str(path)
+            raise
+        _locks.add(file)
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+        yield
+    finally:
+        _locks.discard(file)
+        os.close(file)
+
+
+def _leave_locks() -> None:
+    while _locks:
+        os.close(_locks.pop())
+
+
+_locks: set[int] = set()
+os.register_at_fork(after_in_child=_leave_locks)  # else a worker of the loader that outlives a kill would hold it

@@ -2,12 +2,14 @@
 
 import math
 import os
+import random
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from eekd.bank import LogitBank
 from eekd.config import Config, Phase, Teacher
 from eekd.data import ImageData, Loader, load
 from eekd.trainers.folder import Log
+from eekd.trainers.state import Checkpoints, State, setup_of, signals
 
 SPLIT = ("train_limit", "val_fraction", "split_seed")  # settings that decide which images there are
 CHECK = 50  # look at the loss every so many steps: each look makes the GPU wait
@@ -56,8 +59,10 @@ class Session:
                     image_size=data.image_size)  # fmt: skip
 
     def network(self, phase: Phase, seed: int) -> nn.Module:
-        """A new network, its weights a function of the seed, on the device."""
+        """A new network on the device; its weights, and all random numbers drawn after, are a function of the seed."""
         torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
         return models.build(**self.spec(phase)).to(self.device, memory_format=self.layout)
 
     def loader(self, split: str, phase: Phase, train: bool = False) -> Loader:
@@ -85,48 +90,92 @@ class Session:
 
 def fit(name: str, session: Session, phase: Phase, trained: nn.Module, objective: Callable,
         validate: Callable, loader: Loader, folder: Path, progress: Progress,
-        after_epoch: Callable[[dict], object] = dict) -> list[dict]:  # fmt: skip
+        begin: Callable[[int], Callable[[dict], object]] = lambda done: dict,
+        resume: bool = False, taught_by: dict | None = None) -> list[dict]:  # fmt: skip
     """Trains for phase.epochs epochs on the batches of `loader` and returns the rows of metrics.jsonl.
 
     objective(batch, clock) gives what to minimise and detached measurements, validate() the val_ entries of a
-    row; after_epoch(row) is called when an epoch is complete. FloatingPointError if the loss is not finite.
+    row; begin(epochs done) gives what is called with the row of an epoch when it is complete. FloatingPointError
+    if the loss is not finite.
+
+    The state is saved after every epoch, every config.save_every seconds, when a batch cannot be had and when
+    `signals` are received; `resume` goes on from there, if only it has the same images, settings and `taught_by`.
     """
     config, device = session.config, session.device
-    log = Log(folder, config.tensorboard)
+    checkpoints = Checkpoints(folder, setup_of(name, session, phase, taught_by), device)
     optimizer = _optimizer(phase, trained)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    step, total, running = 0, phase.epochs * len(loader), math.nan
-    for epoch in range(phase.epochs):
-        trained.train()
-        loader.set_epoch(epoch)
-        means, clock, start = Means(), Clock(device), time.perf_counter()
-        for batch in loader:
-            lr = learning_rate(phase, step, total)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            loss, measurements = objective(batch, clock)
-            with clock("backward"):
-                optimizer.zero_grad()
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-            means.add(len(batch.labels), **measurements)
-            step += 1
-            if step % CHECK == 0 or step % len(loader) == 0:
-                running = means["loss"]
-                if not math.isfinite(running):
-                    what = f"the loss became {running} in epoch {epoch + 1} at learning rate {lr:.3g}"
-                    raise FloatingPointError(f"{name}: {what}; try a lower lr or precision fp32")
-            progress(name, step, total, {"epoch": epoch + 1, "epochs": phase.epochs, "train_loss": running})
-        seconds = time.perf_counter() - start
-        row = {"epoch": epoch + 1, "step": step, "lr": lr}
-        row |= {_TRAIN.get(key, key): value for key, value in means.all().items()}
-        row |= validate()
-        row |= {"seconds": seconds}
-        row |= {f"seconds_{part}": clock.seconds(part) for part in ("teacher", "forward", "backward")}
-        log.write(row)
-        after_epoch(row)
-        progress(name, step, total, row | {"epochs": phase.epochs})
+    state = State(trained, optimizer, scaler, device)
+    state.means, state.clock = Means(), Clock(device)
+    saved = checkpoints.load() if resume else None
+    after_epoch = begin(saved[1]["epoch"] if saved else 0)
+    log = Log(folder, config.tensorboard, (saved[1]["rows"] if saved else []) if resume else None)
+    if saved:
+        state.unpack(*saved)
+    state.rows = log.rows
+    each, total, running, last = len(loader), phase.epochs * len(loader), math.nan, time.monotonic()
+
+    def save() -> None:
+        nonlocal last
+        state.seconds = time.perf_counter() - start
+        checkpoints.save(state)
+        last = time.monotonic()
+
+    with signals.held():
+        while state.epoch < phase.epochs:
+            trained.train()
+            loader.set_epoch(state.epoch)
+            loader.skip(state.batch)
+            batches, start = iter(loader), time.perf_counter() - state.seconds
+            while state.batch < each:
+                step = state.epoch * each + state.batch
+                try:
+                    batch = next(batches)
+                except BaseException:  # between two steps
+                    save()
+                    raise
+                lr = learning_rate(phase, step, total)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                loss, measurements = objective(batch, state.clock)
+                with state.clock("backward"):
+                    optimizer.zero_grad()
+                    scaler.scale(loss).backward()
+                    scaler.step(optimizer)
+                    scaler.update()
+                state.means.add(len(batch.labels), **measurements)
+                state.batch, step = state.batch + 1, step + 1
+                due = signals.received or (time.monotonic() - last >= config.save_every and state.batch < each)
+                if step % CHECK == 0 or state.batch == each or due:
+                    running = state.means["loss"]
+                    if not math.isfinite(running):
+                        what = f"the loss became {running} in epoch {state.epoch + 1} at learning rate {lr:.3g}"
+                        raise FloatingPointError(f"{name}: {what}; try a lower lr or precision fp32")
+                if due:
+                    save()
+                    signals.check()
+                known = {"epoch": state.epoch + 1, "epochs": phase.epochs, "train_loss": running}
+                progress(name, step, total, known)
+            seconds = time.perf_counter() - start
+            step = (state.epoch + 1) * each
+            row = {"epoch": state.epoch + 1, "step": step, "lr": learning_rate(phase, step - 1, total)}
+            row |= {_TRAIN.get(key, key): value for key, value in state.means.all().items()}
+            try:
+                with signals.held(False):
+                    row |= validate()
+            except KeyboardInterrupt:
+                save()
+                raise
+            row |= {"seconds": seconds}
+            row |= {f"seconds_{part}": state.clock.seconds(part) for part in ("teacher", "forward", "backward")}
+            log.write(row)
+            after_epoch(row)
+            state.epoch, state.batch, state.seconds = state.epoch + 1, 0, 0.0
+            state.means, state.clock = Means(), Clock(device)
+            start = time.perf_counter()
+            save()
+            signals.check()
+            progress(name, step, total, row | {"epochs": phase.epochs})
     return log.rows
 
 
@@ -212,6 +261,7 @@ class Clock:
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
         self.spans = defaultdict(list)
+        self.before: dict[str, float] = {}  # seconds before a kill
 
     @contextmanager
     def __call__(self, name: str):
@@ -229,7 +279,11 @@ class Clock:
     def seconds(self, name: str) -> float:
         if self.cuda:
             torch.cuda.synchronize()
-        return sum(a.elapsed_time(b) / 1000 if self.cuda else b - a for a, b in self.spans[name])
+        spans = (a.elapsed_time(b) / 1000 if self.cuda else b - a for a, b in self.spans[name])
+        return sum(spans, self.before.get(name, 0.0))
+
+    def all(self) -> dict[str, float]:
+        return {name: self.seconds(name) for name in [*self.spans.keys() | self.before.keys()]}
 
 
 def _device(name: str) -> torch.device:

@@ -10,28 +10,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eekd.bank import LogitBank
-from eekd.checkpoint import save_tensors, write_json_atomic
+from eekd.checkpoint import read_checked, read_json, save_tensors, write_json_atomic
 from eekd.config import Config, Student, Weighting
 from eekd.data import Batch, Loader
 from eekd.features import LastFeatures
 from eekd.info import commit
 from eekd.losses import EEKDLoss
 from eekd.snapshots import SnapshotEnsemble, read_manifest
-from eekd.trainers.folder import FORMAT, finite
+from eekd.trainers.folder import FORMAT, finite, metrics_of, read_metrics
 from eekd.trainers.loop import SPLIT, Means, Progress, Session, accuracy, classify, evaluate, fit, quiet
+from eekd.trainers.state import forget
+
+RECORD = "student.json"
 
 
 def train_student(config: Config, teacher: str | Path | None, weighting: Weighting, folder: str | Path, *,
-                  which: Sequence[int] | None = None, session: Session | None = None,
-                  progress: Progress = quiet) -> dict:  # fmt: skip
+                  which: Sequence[int] | None = None, session: Session | None = None, progress: Progress = quiet,
+                  resume: bool = False) -> dict:  # fmt: skip
     """Trains config.student by `weighting` from the snapshots in the folder `teacher`; leaves it in `folder`.
 
     "ce" trains on labels alone and needs no teacher; "last" is plain knowledge distillation and runs the last
     snapshot only. `which` picks the snapshots by index. With config.bank they run on validation images only.
     Returns the content of student.json, see eekd.trainers.folder. FloatingPointError if the loss is not finite,
     FileExistsError if the folder holds a network, and what SnapshotEnsemble.load and LogitBank.check raise.
+    `resume` goes on from what the folder holds, whatever that is: ValueError or FileNotFoundError names what is
+    damaged or of another student.
     """
     folder, session, phase = Path(folder), session or Session(config), config.student
+    if resume and (folder / RECORD).exists():
+        known = read_student(folder, teacher)
+        forget(folder)
+        return known
     student = session.network(phase, 2 * config.seed + 1)  # not the teacher's first weights
     loader, val = session.loader("train", phase, train=True), session.loader("val", phase)
     bank, loss, taught_by = session.bank, None, None
@@ -69,7 +78,8 @@ def train_student(config: Config, teacher: str | Path | None, weighting: Weighti
                 return session.run(ensemble, batch.images)
 
         objective, validate = distil(session, capture, teach, loss, val, known)
-    rows = fit(weighting, session, phase, trained, objective, validate, loader, folder, progress)
+    rows = fit(weighting, session, phase, trained, objective, validate, loader, folder, progress, resume=resume,
+               taught_by=taught_by)  # fmt: skip
     learned = loss.state_dict() if loss else {}
     known = {
         "format": FORMAT,
@@ -82,12 +92,31 @@ def train_student(config: Config, teacher: str | Path | None, weighting: Weighti
         "weights": rows[-1].get("weights"),
         "seed": config.seed,
         "commit": commit(),
+        "metrics": metrics_of(folder),
         "val": {"loss": rows[-1]["val_loss"], "accuracy": rows[-1]["val_accuracy"]},
         "test": evaluate(session, student, session.loader("test", phase)),
         "seconds_per_epoch": sum(row["seconds"] for row in rows) / len(rows),
         "teacher": taught_by,
     }
-    write_json_atomic(folder / "student.json", finite(known))
+    write_json_atomic(folder / RECORD, finite(known))
+    forget(folder)
+    return known
+
+
+def read_student(folder: Path, teacher: str | Path | None = None) -> dict:
+    """The content of student.json of a finished student, all files checked; ValueError names the one at fault.
+
+    With `teacher`, its snapshots must be those that taught.
+    """
+    known = read_json(folder / RECORD)
+    read_checked(folder / known["file"], known["sha256"])
+    if known["attention_sha256"]:
+        read_checked(folder / "attention.safetensors", known["attention_sha256"])
+    if teacher and known["teacher"]:
+        taught = [entry["sha256"] for entry in known["teacher"]["snapshots"]]
+        if not set(taught) <= {entry["sha256"] for entry in read_manifest(teacher)["snapshots"]}:
+            raise ValueError(f"{folder} was taught by other snapshots than those in {teacher}")
+    read_metrics(folder, known)
     return known
 
 
@@ -124,6 +153,9 @@ class Replay:
 
     def set_epoch(self, epoch: int) -> None:
         self.loader.set_epoch(epoch)
+
+    def skip(self, batches: int) -> None:
+        self.loader.skip(batches)
 
     def __iter__(self) -> Iterator[Batch]:
         loader = self.loader

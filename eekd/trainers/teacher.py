@@ -1,46 +1,71 @@
 """The teacher: one ordinary training run that keeps M snapshots, and what those snapshots know."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from eekd.checkpoint import write_json_atomic
+from eekd.checkpoint import read_checked, read_json, write_json_atomic
 from eekd.config import Config
 from eekd.data import Loader
-from eekd.snapshots import SnapshotEnsemble, SnapshotRecorder
-from eekd.trainers.folder import FORMAT, finite
+from eekd.snapshots import MANIFEST, SnapshotEnsemble, SnapshotRecorder, read_manifest
+from eekd.trainers.folder import FORMAT, finite, metrics_of, read_metrics
 from eekd.trainers.loop import Progress, Session, classify, fit, quiet
+from eekd.trainers.state import forget
 
 BINS = 15
+RECORD = "snapshots.json"
 
 
 def train_teacher(
     config: Config, folder: str | Path, *, schedule: str | Sequence[int] = "uniform", session: Session | None = None,
-    progress: Progress = quiet,
-) -> dict:
+    progress: Progress = quiet, resume: bool = False,
+) -> dict:  # fmt: skip
     """Trains config.teacher and leaves the snapshots, the metrics and snapshots.json in `folder`.
 
     `schedule` may name the epochs after which to keep a snapshot, in place of the ends of teacher.snapshots stages.
     Returns the content of snapshots.json, see eekd.trainers.folder. FileExistsError if the folder holds
-    snapshots, FloatingPointError if the loss is not finite.
+    snapshots, FloatingPointError if the loss is not finite. `resume` goes on from what the folder holds, whatever
+    that is: ValueError or FileNotFoundError names what is damaged, missing or of another teacher.
     """
     folder, session, phase = Path(folder), session or Session(config), config.teacher
+    if resume and (folder / RECORD).exists():
+        known = read_teacher(folder)
+        forget(folder)
+        return known
     model = session.network(phase, 2 * config.seed)
     spec, val = session.spec(phase), session.loader("val", phase)
-    recorder = SnapshotRecorder(folder, epochs=phase.epochs, snapshots=phase.snapshots, schedule=schedule, spec=spec)
 
-    def record(row: dict) -> None:
-        recorder.step(model, {name: row[name] for name in ("train_loss", "val_loss", "val_accuracy")})
+    def begin(done: int) -> Callable[[dict], None]:
+        if resume and not done:  # snapshots of an epoch that is done again
+            for path in (folder / MANIFEST, *folder.glob("snapshot-*.safetensors")):
+                path.unlink(missing_ok=True)
+        recorder = SnapshotRecorder(folder, epochs=phase.epochs, snapshots=phase.snapshots, schedule=schedule,
+                                    spec=spec, done=done)  # fmt: skip
 
-    loader = session.loader("train", phase, train=True)
-    fit("teacher", session, phase, model, *classify(session, model, val), loader, folder, progress, record)
+        def record(row: dict) -> None:
+            recorder.step(model, {name: row[name] for name in ("train_loss", "val_loss", "val_accuracy")})
+
+        return record
+
+    loader, taught = session.loader("train", phase, train=True), classify(session, model, val)
+    fit("teacher", session, phase, model, *taught, loader, folder, progress, begin, resume)
     ensemble = SnapshotEnsemble.load(folder, device=session.device).to(memory_format=session.layout)
     known = {split: diagnose(session, ensemble, session.loader(split, phase)) for split in ("val", "test")}
-    known = {"format": FORMAT} | known
-    write_json_atomic(folder / "snapshots.json", finite(known))
+    known = {"format": FORMAT} | known | {"metrics": metrics_of(folder)}
+    write_json_atomic(folder / RECORD, finite(known))
+    forget(folder)
+    return known
+
+
+def read_teacher(folder: Path) -> dict:
+    """The content of snapshots.json of a finished teacher, all files checked; ValueError names the damaged one."""
+    known = read_json(folder / RECORD)
+    for entry in read_manifest(folder)["snapshots"]:
+        read_checked(folder / entry["file"], entry["sha256"])
+    read_metrics(folder, known)
     return known
 
 

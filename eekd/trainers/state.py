@@ -1,0 +1,268 @@
+"""A phase in progress, kept so that it continues bit for bit, and the signals at which it is put down.
+
+    PHASE/checkpoints/
+      N.safetensors    tensors: the network's, the optimiser's, the random generators', the sums of the epoch's means
+      N.json           the rest (below), and the SHA-256 of N.safetensors; written last, so it marks a whole checkpoint
+
+The newest two are kept, and the newest that was waited for until it lay on the disk; when the phase has ended, none.
+
+    format, sha256, setup    what the phase was begun with: name, images, settings, hashes of snapshots and bank
+    made_with                versions and device
+    epoch, batch             epochs that are complete; batches done of the next one
+    rows                     of metrics.jsonl, one for each complete epoch
+    seconds, clock           of the epoch in progress: in all and by part
+    means, count             of the epoch in progress: names of its means in their order, and samples in them
+    scaler, optimizer, strides, random    what is no tensor in the states of each
+"""
+
+import dataclasses
+import functools
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from eekd.checkpoint import load_state, load_tensors, read_json, save_tensors, write_json_atomic
+from eekd.info import environment
+
+FORMAT = 1
+KEEP = 2
+SYNC = 10  # seconds: how much training a power cut may cost, where a kill costs what the last checkpoint lacks
+# Settings that leave the bits of a phase as they are, or that its `setup` knows by their content.
+_NO_BITS = {"data", "root", "teacher", "teacher_run", "bank", "student", "students", "workers", "device", "tensorboard",
+            "save_every"}  # fmt: skip
+
+
+class State:
+    """All that the next step of a phase depends on; `means` and `clock` are those of the epoch in progress."""
+
+    def __init__(self, trained: nn.Module, optimizer: torch.optim.Optimizer, scaler, device: torch.device):
+        self.trained, self.optimizer, self.scaler, self.device = trained, optimizer, scaler, device
+        self.epoch, self.batch, self.rows = 0, 0, []
+        self.means = self.clock = None
+        self.seconds = 0.0
+
+    def pack(self) -> tuple[dict[str, Tensor], dict]:
+        """The state as named tensors, and as JSON what is none."""
+        tensors = {f"network.{name}": tensor for name, tensor in self.trained.state_dict().items()}
+        tensors |= {f"means.{name}": tensor for name, tensor in self.means.sums.items()}
+        known = {"epoch": self.epoch, "batch": self.batch, "rows": self.rows, "seconds": self.seconds,
+                 "clock": self.clock.all(), "means": list(self.means.sums), "count": self.means.count,
+                 "scaler": self.scaler.state_dict(), "optimizer": {}, "strides": {}}  # fmt: skip
+        for i, parameter in enumerate(self._parameters()):
+            for name, value in self.optimizer.state.get(parameter, {}).items():
+                name = f"optimizer.{i}.{name}"
+                if not isinstance(value, Tensor):
+                    known["optimizer"][name] = value
+                    continue
+                tensors[name] = value
+                if not value.is_contiguous():  # a fused optimiser reads memory in the parameter's order
+                    known["strides"][name] = value.stride()
+        version, words, gauss = random.getstate()
+        kind, keys, *rest = np.random.get_state()
+        known["random"] = {"python": [version, gauss], "numpy": [kind, *rest]}
+        tensors["random.python"] = torch.tensor(words)
+        tensors["random.numpy"] = torch.from_numpy(keys.astype(np.int64))
+        tensors["random.torch"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["random.device"] = torch.cuda.get_rng_state(self.device)
+        return tensors, known
+
+    def unpack(self, tensors: dict[str, Tensor], known: dict, source: Path) -> None:
+        """Becomes what was packed; ValueError where it does not fit, `source` in it."""
+        parts = {part: {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
+                 for part in ("network.", "means.", "optimizer.")}  # fmt: skip
+        load_state(self.trained, parts["network."], source)
+        for name in ("epoch", "batch", "rows", "seconds"):
+            setattr(self, name, known[name])
+        self.means.sums = {name: parts["means."][name].to(self.device) for name in known["means"]}
+        self.means.count, self.clock.before = known["count"], known["clock"]
+        if known["scaler"]:
+            self.scaler.load_state_dict(known["scaler"])
+        parameters = self._parameters()
+        for name, value in (parts["optimizer."] | known["optimizer"]).items():
+            index, entry = name.removeprefix("optimizer.").split(".", 1)
+            parameter = parameters[int(index)]
+            if isinstance(value, Tensor):
+                strides = known["strides"].get(f"optimizer.{name}", value.stride())
+                placed = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=parameter.device)
+                value = placed.copy_(value)
+            self.optimizer.state[parameter][entry] = value
+        (version, gauss), (kind, *rest) = known["random"]["python"], known["random"]["numpy"]
+        random.setstate((version, tuple(tensors["random.python"].tolist()), gauss))
+        np.random.set_state((kind, tensors["random.numpy"].numpy().astype(np.uint32), *rest))
+        torch.set_rng_state(tensors["random.torch"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random.device"], self.device)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+class Checkpoints:
+    """The checkpoints of the phase in `folder`, begun with `setup`."""
+
+    def __init__(self, folder: Path, setup: dict, device: torch.device):
+        self.folder, self.setup, self.device = folder / "checkpoints", setup, device
+        self._newest, self._synced, self._sync_time = [], None, -SYNC
+
+    def load(self) -> tuple[dict[str, Tensor], dict, Path] | None:
+        """The newest whole checkpoint and the path of its JSON, None where none was made.
+
+        One that is damaged is passed over with a warning that names the file. ValueError where all are damaged,
+        and where the phase was begun with another setup.
+        """
+        damaged = []
+        for number in sorted(self._numbers("json"), reverse=True):
+            path = self.folder / f"{number}.json"
+            try:
+                known = read_json(path)
+                if known.get("format") != FORMAT:
+                    raise ValueError(f"{path} must have format {FORMAT}, got {known.get('format')!r}")
+                tensors = load_tensors(path.with_suffix(".safetensors"), known["sha256"])
+            except (AttributeError, FileNotFoundError, KeyError, ValueError) as error:
+                damaged.append(str(error))
+                continue
+            for fault in damaged:
+                warnings.warn(f"{fault}; going on from the checkpoint before it, {path}", RuntimeWarning, stacklevel=2)
+            self._check(path, known)
+            self._newest = [number]
+            return tensors, known, path
+        if damaged:
+            raise ValueError(f"no checkpoint in {self.folder} is whole: {damaged[0]}; remove {self.folder.parent} to "
+                             "train this phase from its start")  # fmt: skip
+        return None
+
+    def save(self, state: State) -> None:
+        """Writes a checkpoint, then removes those that it replaces and what a kill or damage left."""
+        number = max(self._numbers("json") + self._numbers("safetensors"), default=0) + 1
+        path = self.folder / f"{number}.json"
+        tensors, known = state.pack()
+        sync = time.monotonic() - self._sync_time >= SYNC
+        sha256 = save_tensors(path.with_suffix(".safetensors"), tensors, sync=sync)
+        head = {"format": FORMAT, "sha256": sha256, "setup": self.setup, "made_with": made_with(self.device)}
+        write_json_atomic(path, head | known, sync)
+        if sync:
+            self._synced, self._sync_time = number, time.monotonic()
+        self._newest = [*self._newest, number][-KEEP:]
+        kept = {str(number) for number in (*self._newest, self._synced)}
+        # The JSON goes first, so that what a kill leaves is not taken for a damaged checkpoint.
+        for old in sorted(self.folder.iterdir(), key=lambda old: old.suffix != ".json"):
+            if old.stem not in kept:
+                old.unlink()
+
+    def _numbers(self, kind: str) -> list[int]:
+        return [int(path.stem) for path in self.folder.glob(f"*.{kind}") if path.stem.isdecimal()]
+
+    def _check(self, path: Path, known: dict) -> None:
+        was, now = _flat(known["setup"]), _flat(self.setup)
+        for name in now | was:
+            if was.get(name) != now.get(name):
+                raise ValueError(f"{path} was written with {name} {was.get(name)!r}, and cannot go on with "
+                                 f"{now.get(name)!r}")  # fmt: skip
+        was, now = known["made_with"], made_with(self.device)
+        changed = [f"{name} {now[name]!r} for {was.get(name)!r}" for name in now if was.get(name) != now[name]]
+        if changed:
+            warnings.warn(f"{path} goes on with {', '.join(changed)}: the last bits may differ from those of a run "
+                          "that was not interrupted", RuntimeWarning, stacklevel=3)  # fmt: skip
+
+
+def setup_of(name: str, session, phase, taught_by: dict | None) -> dict:
+    """What decides the bits of a phase: its name, images and settings, and the files that teach."""
+    config = {key: value for key, value in dataclasses.asdict(session.config).items() if key not in _NO_BITS}
+    settings = {key: list(value) if isinstance(value, tuple) else value
+                for key, value in (config | dataclasses.asdict(phase)).items()}  # fmt: skip
+    teacher = taught_by and {"snapshots": [entry["sha256"] for entry in taught_by["snapshots"]],
+                             "bank": taught_by["bank"] and taught_by["bank"]["sha256"]}  # fmt: skip
+    return {"phase": name, "images": session.data.fingerprint, "settings": settings, "teacher": teacher}
+
+
+@functools.cache
+def made_with(device: torch.device) -> dict:
+    """What the bits of a step depend on besides its setup."""
+    facts = environment()
+    chosen = {name: facts[name] for name in ("eekd", "commit", "torch", "cpu", "cpu_capability", "threads")}
+    return chosen | {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
+
+
+def forget(folder: Path) -> None:
+    """Removes the checkpoints of a phase that has ended."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def _flat(value, name: str = "") -> dict:
+    if not isinstance(value, dict):
+        return {name: value}
+    parts = (_flat(part, f"{name}.{key}" if name else key) for key, part in value.items())
+    return {key: entry for part in parts for key, entry in part.items()}
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM came, and what was going on is on disk; `args` hold the signal's number."""
+
+
+class Signals:
+    """SIGINT and SIGTERM as `Stopped`, raised at once, or while `held` after the step in progress: `with signals:`.
+
+    A second signal is not held. Outside of `with`, and in other threads than the first, signals do what they did.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self._held, self._before, self._process = False, {}, 0
+
+    def __enter__(self) -> "Signals":
+        self.received, self._held, self._process = None, False, os.getpid()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.received = None
+        self._restore()
+
+    @contextmanager
+    def held(self, held: bool = True):
+        """Whether a signal waits for `check`, or the end of the block, within this block."""
+        before, self._held = self._held, held
+        try:
+            if not held:
+                self.check()
+            yield
+        finally:
+            self._held = before
+        if not before:
+            self.check()
+
+    def check(self) -> None:
+        """Raises Stopped where a signal came."""
+        if self.received:
+            raise Stopped(self.received)
+
+    def _take(self, number: int, frame) -> None:
+        if os.getpid() != self._process:  # a worker of the loader, which inherited this: its parent decides
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
+        self._restore()
+        self.received = number
+        if not self._held:
+            raise Stopped(number)
+
+    def _restore(self) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+
+signals = Signals()
