@@ -141,6 +141,15 @@ def cost(record: dict) -> str:
     return "\n".join([*lines, f"{note}. {provenance(record)}"])
 
 
+def online(record: dict) -> str:
+    """Students from a bank against the same ones beside running snapshots."""
+    config = record["config"]
+    what = f"{record['images']:,} images, augment {config['augment']}, {config['student']['epochs']} epochs"
+    table = comparison.online(record)[2:-1]
+    return "\n".join([*table, "", f"{what}, {len(record['seeds'])} seeds; in brackets Student's 95 % interval of the "
+                      f"paired differences. {provenance(record, record['commits'])}"])  # fmt: skip
+
+
 def attention(record: dict, part: str) -> str:
     """A table of results/attention.py: snapshots, fits, students or targets; means over seeds."""
     commits = [made["commit"] for kind in ("teachers", "cells", "fits") for made in record[kind]]
@@ -328,7 +337,7 @@ def main(argv: list[str]) -> int:
             if part:
                 table = attention(record, part)
             else:
-                kinds = {"rows": bench, "forwards": forwards, "pairs": cost, "runs": seeds}
+                kinds = {"rows": bench, "forwards": forwards, "pairs": cost, "claims": online, "runs": seeds}
                 table = next(table for key, table in kinds.items() if key in record)(record)
             return f"<!-- table:{match[1]} -->\n{table}\n<!-- end -->"
 
@@ -342,7 +351,7 @@ def main(argv: list[str]) -> int:
         return bool(stale)
     for path in HERE.rglob("*.json"):
         record = json.loads(path.read_text())
-        if "claims" in record:
+        if path.stem == "study":
             comparison.plots(record, HERE, path.stem)
         elif "runs" in record:
             plot(record, path.with_suffix(".svg"))

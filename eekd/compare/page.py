@@ -49,7 +49,7 @@ def page(record: dict, figures: str | None = None, more: str = "") -> str:
             lines += _parts(row)
         lines += {"quality": _ensembles, "weights": _weights, "number": _number, "cost": _cost}[principle](record)
         lines += figure(principle)
-    lines += _online(record)
+    lines += online(record)
     lines += ["## How this was made", "", *_made(record), more]
     return "\n".join(lines).rstrip("\n") + "\n"
 
@@ -150,7 +150,7 @@ def _cost(record: dict) -> list[str]:
     return [*lines, ""]
 
 
-def _online(record: dict) -> list[str]:
+def online(record: dict) -> list[str]:
     rows = [row for row in record["methods"] if row["over_online"]]
     if not rows:
         return []
