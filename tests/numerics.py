@@ -1,13 +1,14 @@
 """How exact an op must be: the one tolerance table.
 
 Truth is the reference in fp64 on the same numbers. The error of an op may be twice the error of the reference in the
-dtypes given, plus ATOL: of the largest true value, or of the terms that cancel in it. These are of order τ² in the loss
-and in gradients through the target, of the order of the logits and of weights in the attention's, τ times a
+dtypes given, plus ATOL: of the largest true value, or of the terms that cancel in it. These are of order τ² log C in
+the loss and τ² in gradients through the target, of the order of the logits and of weights in the attention's, τ times a
 probability in the student's, 1 in the logarithm of a probability, and never rounded to 16 bits.
 For 16 bits ATOL is one unit in the last place, since a gradient is rounded when it is written and when it is scaled.
 """
 
 from collections.abc import Callable
+from math import log
 
 import torch
 from torch import Tensor
@@ -61,7 +62,8 @@ def assert_accurate(got: dict[str, Tensor], x: dict, *, formula: Callable = refe
         assert value.shape == truth[name].shape and value.dtype == torchs[name].dtype, name
         attention = name in ("d_scores", "d_query", "d_keys")
         through_target = name == "loss" or (attention and options.get("attention_objective") == "kl")
-        terms = max(0.01, through_target * squared, attention * logits / 100, attention / rows)
+        logarithm = max(1, log(student.shape[1]) / 2) if name == "loss" else 1
+        terms = max(0.01, through_target * squared * logarithm, attention * logits / 100, attention / rows)
         if name == "attention_loss":
             terms = 1
         if name == "d_student_logits":

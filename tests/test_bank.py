@@ -299,14 +299,14 @@ def test_class_numbers_beyond_two_bytes(run, tmp_path, monkeypatch, classes, dty
     monkeypatch.setattr(cli, "Session", Wide)
     monkeypatch.setattr(cli.SnapshotEnsemble, "load", lambda *args, **kwargs: ensemble)
     run = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("bank")))
-    (run / "config.json").write_text(dataclasses.replace(CONFIG, train_limit=20).to_json())
+    few = dataclasses.replace(CONFIG, train_limit=20)
+    monkeypatch.setattr(cli, "read_settings", lambda run: few)
     monkeypatch.setattr(cli, "check_data", lambda session, run: None)
     make(run, "--views", 1, "--top-k", 40)
     wide, index = LogitBank.open(run / "bank"), torch.arange(20)
     with safe_open(run / "bank" / "view-0-shard-0.safetensors", "pt") as file:
         assert file.get_slice("indices").get_dtype() == dtype
-    loader = Session(Config.load(run / "config.json")).loader("train", CONFIG.teacher, train=True)
-    (batch,) = loader.replay([(0, index)])
+    (batch,) = Session(few).loader("train", CONFIG.teacher, train=True).replay([(0, index)])
     got, want = wide.rows(0, index)[0], top_k_logits(ensemble(batch.images)[0], 40, batch.labels)
     assert torch.equal(got.indices, want.indices) and torch.equal(got.logits, want.logits.half())
     assert 65_000 < got.indices.max() < classes and got.indices.min() >= 0
@@ -448,7 +448,7 @@ def test_ctrl_c_is_one_line(run, tmp_path, monkeypatch, capsys):
 @bad_input
 @pytest.mark.parametrize(("flags", "wanted"), [
     ("", "--teacher"),
-    ("--teacher nowhere", "no config file at nowhere/config.json"),
+    ("--teacher nowhere", "nowhere is not a run that has begun"),
     ("--teacher RUN --views 0", "views must be at least 1, got 0"),
     ("--teacher RUN --views many", "--views"),
     ("--teacher RUN --view 3", "--views"),
