@@ -1,7 +1,7 @@
 """Seconds of a student's epoch, from a bank, online and in plain PyTorch, and of all in all: results/cost-cpu.json.
 
 python results/cost.py                # about 6 minutes on two quiet cores
-python results/cost.py --images 2048 --rounds 5
+python results/cost.py --images 256 --rounds 1 --json /tmp/cost.json
 
 The contenders take turns, an epoch each; medians. A total is computed from the measured epochs, not measured.
 """
@@ -162,8 +162,8 @@ def measure(name: str, images: int, rounds: int, scratch: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--images", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pair", action="append", help="resnet56-resnet20 and resnet8-resnet8_w4 by default")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "cost-cpu.json")
     args = parser.parse_args()
