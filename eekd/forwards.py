@@ -2,12 +2,8 @@
 
 import copy
 import functools
-import math
 import operator
-import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -17,19 +13,17 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from eekd.features import LastFeatures, Tap
 
-ROWS = 32, 64  # of a task: with fewer the calls cost more than they compute, with more a layer leaves the cache
 
-
-class Together:
-    """Logits and features of M frozen classifiers on a CPU: `together(captures, x)`, or None where it had better not.
+class Folded:
+    """Logits and features of M frozen classifiers on a CPU: `folded(captures, x)`, or None where it had better not.
 
     Of each model a copy is made whose batch norms are folded into the convolutions before them, with weights in
-    channels_last; tasks of a snapshot and 32 to 64 images go to as many threads as torch uses, one core each, for one
-    small convolution does not keep several cores busy. The outputs are the models' own up to rounding.
+    channels_last and, under autocast, in its dtype. The outputs are the models' own up to rounding. Of the ways in
+    results/forward.py without a compiler it is the fastest.
 
     None, and nothing is changed, for a model that torch.fx cannot trace, that has hooks, is in training mode or
-    wrapped, or whose copy disagrees with it on noise, the copy given the images in two halves. The copies are made
-    again where a module, parameter or buffer was replaced or written to; what goes through `.data` is not seen.
+    wrapped, or whose copy disagrees with it on noise. The copies are made again where a module, parameter or buffer
+    was replaced or written to; what goes through `.data` is not seen.
     """
 
     def __init__(self):
@@ -37,7 +31,7 @@ class Together:
         self._graphs: dict[torch.dtype | None, list[fx.GraphModule]] = {}
 
     def __reduce__(self):
-        return Together, ()  # copied and pickled empty
+        return Folded, ()  # copied and pickled empty
 
     @torch.no_grad()
     def __call__(self, captures: Sequence[LastFeatures], x: Tensor) -> list[tuple[Tensor, Tensor]] | None:
@@ -48,11 +42,11 @@ class Together:
             seen = _seen([capture.model for capture in captures])
             if not (_same(seen[0], self._seen[0]) and seen[1] == self._seen[1]):
                 self._seen, self._graphs = seen, {}
-                self._graphs = {None: _map(lambda: [_folded(capture, x) for capture in captures], [()])[0]}
+                self._graphs = {None: [_fold(capture, x) for capture in captures]}
             low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
             if None in self._graphs and low not in self._graphs:  # autocast casts frozen weights at every call
                 self._graphs[low] = [_cast(graph, low) for graph in self._graphs[None]]
-            return _run(self._graphs[low], x, low) if self._graphs else None
+            return [graph(_channels_last(x)) for graph in self._graphs[low]] if self._graphs else None
         except Exception:  # whatever is wrong, the models themselves say it better
             return None
 
@@ -148,7 +142,7 @@ def _same(a: list, b: list) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
-def _folded(capture: LastFeatures, x: Tensor) -> fx.GraphModule:
+def _fold(capture: LastFeatures, x: Tensor) -> fx.GraphModule:
     """x -> logits, features of the captured model, batch norms folded; an error where that is not the same."""
     model = capture.model
     for module in model.modules():
@@ -180,8 +174,7 @@ def _folded(capture: LastFeatures, x: Tensor) -> fx.GraphModule:
     noise = torch.randn(4, *x.shape[1:], generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         noise = noise.to(next(model.parameters()).dtype)
-        ours = [torch.cat(halves) for halves in zip(*map(graph.forward, _channels_last(noise).chunk(2)), strict=True)]
-        for mine, own in zip(ours, capture(noise), strict=True):
+        for mine, own in zip(graph(_channels_last(noise)), capture(noise), strict=True):
             scale = own.abs().max().item()
             torch.testing.assert_close(mine, own, rtol=0, atol=scale * torch.finfo(own.dtype).eps ** 0.5)
     return graph
@@ -200,43 +193,5 @@ def _cast(graph: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
     return graph
 
 
-def _run(graphs: list[fx.GraphModule], x: Tensor, low: torch.dtype | None) -> list[tuple[Tensor, Tensor]]:
-    rows = min(max(math.ceil(len(x) / torch.get_num_threads()), ROWS[0]), ROWS[1])
-    parts = _channels_last(x).chunk(math.ceil(len(x) / rows))
-
-    def task(graph: fx.GraphModule, part: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad(), torch.autocast("cpu", low, enabled=low is not None):  # of each thread its own
-            return graph.forward(part)
-
-    done = iter(_map(task, [(graph, part) for graph in graphs for part in parts]))
-    return [tuple(map(torch.cat, zip(*(next(done) for _ in parts), strict=True))) for _ in graphs]
-
-
-def _map(function: Callable, tasks: list[tuple]) -> list:
-    """function(*task) of every task, on as many threads as torch uses, each of one core."""
-    threads = torch.get_num_threads()
-    if threads == 1:
-        return [function(*task) for task in tasks]
-    return list(_threads(os.getpid(), threads).map(lambda task: function(*task), tasks))
-
-
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
-
-
-@functools.cache
-def _threads(process: int, count: int) -> ThreadPoolExecutor:
-    """`count` threads of one core each, of this process: a fork has none of its parent's."""
-    born = threading.Barrier(count + 1)
-
-    def one_core():
-        torch.get_num_threads()  # a thread's first look at the number sets it
-        torch.set_num_threads(1)
-        born.wait()
-
-    pool = ThreadPoolExecutor(count, "eekd", one_core)
-    for _ in range(count):
-        pool.submit(int)
-    born.wait()
-    torch.set_num_threads(count)  # for the threads born later, which take over the last number set anywhere
-    return pool

@@ -24,7 +24,7 @@ from torch import Tensor, distributed, nn
 
 from eekd import checkpoint
 from eekd.features import LastFeatures
-from eekd.forwards import Swapped, Together, pinned
+from eekd.forwards import Folded, Swapped, pinned
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -139,7 +139,7 @@ class SnapshotEnsemble(nn.Module):
         snapshots_on: where the weights lie, on the device or in host memory ("cpu"). There they stay whatever moves
             the ensemble, and go to the images' device two models at a time, the next while one runs.
 
-    On a CPU the models run as `eekd.forwards.Together` says: M of them at once, where it can be done.
+    On a CPU the models run as `eekd.forwards.Folded` says, where it can be done.
 
     Attributes:
         models: the M copies.
@@ -159,7 +159,7 @@ class SnapshotEnsemble(nn.Module):
         self.hashes: tuple[str, ...] = ()
         self._captures = tuple(LastFeatures(model, layer) for model in self.models)
         self._memory: list[Tensor | None] = [None, None]  # of logits, of features
-        self._together, self._swapped = Together(), Swapped(self._captures) if snapshots_on == "cpu" else None
+        self._folded, self._swapped = Folded(), Swapped(self._captures) if snapshots_on == "cpu" else None
         if self._swapped:
             for model in self.models:
                 pinned(model)
@@ -248,7 +248,7 @@ class SnapshotEnsemble(nn.Module):
         if self._swapped and x.device.type != "cpu":
             each = self._swapped(x)
         else:  # a GPU runs one model after another: nothing faster was measured yet
-            each = self._together(self._captures, x) or (capture(x) for capture in self._captures)
+            each = self._folded(self._captures, x) or (capture(x) for capture in self._captures)
         for m, outputs in enumerate(each):
             if m == 0:
                 self._memory = [*map(self._room, self._memory, outputs)]
