@@ -62,7 +62,7 @@ def assert_accurate(got: dict[str, Tensor], x: dict, *, formula: Callable = refe
         assert value.shape == truth[name].shape and value.dtype == torchs[name].dtype, name
         attention = name in ("d_scores", "d_query", "d_keys")
         through_target = name == "loss" or (attention and options.get("attention_objective") == "kl")
-        logarithm = max(1, log(student.shape[1]) / 2) if name == "loss" else 1
+        logarithm = max(1, log(student.shape[1])) if name == "loss" else 1
         terms = max(0.01, through_target * squared * logarithm, attention * logits / 100, attention / rows)
         if name == "attention_loss":
             terms = 1

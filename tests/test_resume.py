@@ -230,6 +230,14 @@ def shout(number):
         pass
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell that starts the tests in the background has SIGINT ignored, as its children then do."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("where", ["step", "last step", "validation", "diagnosis", "between"])
 def test_a_signal_saves_and_says_how_to_go_on(run, tmp_path, monkeypatch, capsys, number, where):
