@@ -61,7 +61,8 @@ def compare(*args, **kwargs) -> int:
 
 
 def started(*args, **kwargs) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "eekd.compare", *command(*args, **kwargs)],
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as here, or cells would not be alike
+    return subprocess.Popen([sys.executable, "-m", "eekd.compare", *command(*args, **kwargs)], env=os.environ | threads,
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
 
 
