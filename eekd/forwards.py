@@ -46,7 +46,8 @@ class Folded:
             low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
             if None in self._graphs and low not in self._graphs:  # autocast casts frozen weights at every call
                 self._graphs[low] = [_cast(graph, low) for graph in self._graphs[None]]
-            return [graph(_channels_last(x)) for graph in self._graphs[low]] if self._graphs else None
+            x = _channels_last(x)
+            return [graph(x) for graph in self._graphs[low]] if self._graphs else None
         except Exception:  # whatever is wrong, the models themselves say it better
             return None
 
