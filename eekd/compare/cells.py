@@ -1,14 +1,13 @@
 """One seed of the comparison: its teachers, their banks, and a cell for each method, each made once."""
 
 import dataclasses
-import fcntl
 import io
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from eekd.data import ImageData
 from eekd.snapshots import MANIFEST as SNAPSHOTS
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.trainers import Session, train_student, train_teacher
-from eekd.trainers.folder import finite, write_settings
+from eekd.trainers.folder import finite, locked, write_settings
 from eekd.trainers.loop import Progress, quiet
 from eekd.trainers.teacher import diagnose
 
@@ -34,9 +33,9 @@ APART = 1000  # between the seeds of independently trained teachers: more than t
 def alone(folder: Path, wait: bool = False) -> Iterator[None]:
     """Only one process at a time is in here for a folder; OSError for a second one that shall not wait."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    with ExitStack() as lock:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            lock.enter_context(locked(folder, wait))
         except BlockingIOError:
             raise OSError(f"another process is at work in {folder}: wait for it, or take other seeds") from None
         yield

@@ -219,8 +219,8 @@ def read_settings(run: str | Path) -> Config:
 
 
 @contextmanager
-def locked(run: Path):
-    """Keeps other processes from the run; BlockingIOError, one sentence, where one has it.
+def locked(run: Path, wait: bool = False):
+    """Keeps other processes from the run; BlockingIOError, one sentence, where one has it, unless it shall `wait`.
 
     The lock is the kernel's (flock), so it ends with the process however that ends.
     """
@@ -228,7 +228,7 @@ def locked(run: Path):
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             holder = os.pread(file, 200, 0).decode(errors="replace") or "another process"
             raise BlockingIOError(f"{run} is in use by {holder}: wait for it or stop it first") from None
