@@ -151,6 +151,7 @@ def _cost(record: dict) -> list[str]:
 
 
 def online(record: dict) -> list[str]:
+    """The section on methods that were run both ways, [] where none was."""
     rows = [row for row in record["methods"] if row["over_online"]]
     if not rows:
         return []

@@ -41,7 +41,7 @@ from eekd.compare import FORMAT, KINDS, METHODS, SWEEP, Method, page
 from eekd.compare.cells import alone
 from eekd.config import Config
 from eekd.info import environment
-from eekd.trainers.folder import finite
+from eekd.trainers.folder import finite, read_metrics
 
 HOLDS, CONTRADICTED, UNDECIDED, MISSING = "holds", "contradicted", "undecided", "not measured"
 
@@ -86,7 +86,7 @@ def _by_table(paths) -> list[Path]:
 
 def _cell(folder: Path) -> dict:
     cell, known = read_json(folder / "cell.json"), read_json(folder / "student.json")
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    last = read_metrics(folder, known)[-1]
     kept = "weights", "weight_entropy", "val_target_nll", "val_target_nll_uniform"
     return {
         "seed": known["seed"], "name": folder.name, "method": cell["method"], "epochs": cell["epochs"],
