@@ -313,7 +313,10 @@ def student(seed: int, cell: Cell, known: dict) -> dict:
 
 def fit(seed: int, cell: Cell, known: dict, phase: Student) -> dict:
     """Trains an attention alone, to the last features of the student that uniform weights taught."""
-    said = load_file(WORK / f"features-{seed}.safetensors")
+    features = WORK / f"features-{seed}.safetensors"
+    if not features.is_file():
+        student(seed, REFERENCES["uniform"], known)
+    said = load_file(features)
     split = "held" if cell.held_out else "train"
     (z, u, y), v = known[split], said[split]
     torch.manual_seed(seed)
