@@ -166,11 +166,16 @@ class Config(_Checked):
     teacher: Teacher = Teacher()
     teacher_run: str | None = None  # an earlier run whose teacher to use (--teacher RUN)
     bank: str | None = None  # a logit bank of that teacher to read instead of running it (--bank PATH)
-    snapshots_on: Literal["device", "cpu"] = "device"  # cpu: a GPU holds two snapshots' weights, not all M
+    # Whose memory holds the snapshots. cpu: a GPU has two of them, not all M; ranks: a process runs its share for all
+    snapshots_on: Literal["device", "cpu", "ranks"] = "device"
     student: Student = Student()
     students: tuple[Weighting, ...] = ("ce", "last", "attention")  # one student is trained for each
     seed: int = 0  # of weights, order and augmentation
     device: str = "auto"  # auto: cuda where there is one, else cpu
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: replicas of a network, or shards (fully_shard)
+    accumulate: int = 1  # parts of a batch that are run one after another; batch_size is that of a whole step
+    sync_batchnorm: bool = False  # batch norm over the images of all processes
+    check_replicas: int = 0  # steps between proofs that all processes have the same weights; 0: at the end only
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False  # torch.compile the networks in training
     channels_last: bool = False
@@ -186,6 +191,9 @@ class Config(_Checked):
         yield "workers", self.workers >= 0, "at least 0"
         yield "students", len(set(self.students)) == len(self.students), "different from each other"
         yield "students", self.students or not self.teacher_run, "at least one when teacher_run is given"
+        yield "accumulate", self.accumulate >= 1, "at least 1"
+        yield "check_replicas", self.check_replicas >= 0, "at least 0"
+        yield "parallel", self.parallel == "ddp" or self.precision != "fp16", "ddp when precision is fp16"
         yield "save_every", self.save_every > 0, "above 0"
         yield "seed", 0 <= self.seed < 2**31, "from 0 to 2**31 - 1"
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from eekd import distributed
 from eekd.features import LastFeatures, Tap
 
 
@@ -108,6 +109,38 @@ class Swapped:
                 slot[name].copy_(tensor, non_blocking=True)
             if device.type == "cuda":
                 self.ready[m % 2] = self.stream.record_event()
+
+
+class Spread:
+    """M models spread over the processes of torch.distributed, each of which has images of its own.
+
+    Every process runs its models on the images of all: an all-gather brings them, an all-to-all takes the outputs
+    back. What is exchanged is padded to the largest batch and the largest share.
+    """
+
+    def share(self, models: Sequence[nn.Module]) -> tuple[nn.Module, ...]:
+        """This process's models; one that is another's too, whose outputs are thrown away, where there are too few."""
+        rank = distributed.rank()
+        return tuple(models[rank :: distributed.size()]) or (models[rank % len(models)],)
+
+    def all_images(self, x: Tensor) -> Tensor:
+        """(size · B, ...): the images of all processes, with B the largest of their batches."""
+        [self.most], self.rows = distributed.largest(len(x)), len(x)
+        padded = x.new_zeros(self.most, *x.shape[1:])
+        padded[: len(x)] = x
+        every = padded.new_empty(distributed.size() * self.most, *x.shape[1:])
+        torch.distributed.all_gather_into_tensor(every, padded)
+        return _channels_last(every) if x.is_contiguous(memory_format=torch.channels_last) else every
+
+    def back(self, own: Tensor, count: int) -> Tensor:
+        """(M, B, W) for this process's images, of what its models said of all, (models, size · B, W)."""
+        size, width = distributed.size(), own.shape[2]
+        share = -(-count // size)
+        sent = own.new_zeros(size, share, self.most, width)
+        sent[:, : len(own)] = own.view(len(own), size, self.most, width).transpose(0, 1)
+        came = torch.empty_like(sent)
+        torch.distributed.all_to_all_single(came, sent)
+        return came.transpose(0, 1).flatten(0, 1)[:count, : self.rows]  # model j of process r is snapshot j · size + r
 
 
 def _call(model: nn.Module, tensors: dict[str, Tensor], x: Tensor):

@@ -17,15 +17,16 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from reprlib import repr  # a damaged file must not become a page of error
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
-from eekd import checkpoint
+from eekd import checkpoint, distributed
 from eekd.features import LastFeatures
-from eekd.forwards import Folded, Swapped, pinned
+from eekd.forwards import Folded, Spread, Swapped, pinned
 
+Place = Literal["device", "cpu", "ranks"]
 FORMAT = 1
 MANIFEST = "manifest.json"
 
@@ -47,7 +48,8 @@ class SnapshotRecorder:
         done: steps taken before, when a run is continued. Its snapshots up to there must be whole and agree
             with schedule and spec (ValueError, FileNotFoundError); later ones are forgotten and made again.
 
-    DistributedDataParallel and torch.compile are seen through; of several processes, the first one writes.
+    DistributedDataParallel, fully_shard and torch.compile are seen through; of several processes, all of which must
+    call `step`, the first one writes.
     Source: the teacher's "experience" of EEKD (arXiv 2202.12488).
     """
 
@@ -67,7 +69,7 @@ class SnapshotRecorder:
         self.schedule = _schedule(schedule, name, total, snapshots)
         self.done = _integer("done", done, 0, self.schedule[-1])
         self.manifest = {"format": FORMAT, "spec": spec, "schedule": self.schedule, "snapshots": []}
-        if _first_process():
+        if distributed.first():
             self._write(self._recorded())
 
     @property
@@ -86,10 +88,12 @@ class SnapshotRecorder:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         step, entry = self.done + 1, None
-        if step in self.schedule and _first_process():
+        if step in self.schedule:
             numbers = {name: _number(f"metrics[{name!r}]", value) for name, value in (metrics or {}).items()}
+            state = {name: distributed.whole(x) for name, x in checkpoint.bare_names(model.state_dict()).items()}
+        if step in self.schedule and distributed.first():
             file = f"snapshot-{self.schedule.index(step) + 1}.safetensors"
-            sha256 = checkpoint.save_tensors(self.directory / file, checkpoint.bare_names(model.state_dict()))
+            sha256 = checkpoint.save_tensors(self.directory / file, state)
             entry = {"file": file, "sha256": sha256, "step": step, "metrics": numbers}
             self._write([*self.manifest["snapshots"], entry])
         self.done = step
@@ -136,26 +140,31 @@ class SnapshotEnsemble(nn.Module):
     Args:
         models: the trained nn.Modules (copied, so yours stay as they are), alike in C and D.
         layer: the name of the layer whose input is the feature; None takes the last nn.Linear.
-        snapshots_on: where the weights lie, on the device or in host memory ("cpu"). There they stay whatever moves
-            the ensemble, and go to the images' device two models at a time, the next while one runs.
+        snapshots_on: where the weights lie: on the "device", in host memory ("cpu"), where they stay whatever moves
+            the ensemble, and go to the images' device two models at a time, the next while one runs, or spread over
+            the processes of torch.distributed ("ranks"): each runs its share, every size-th model from its rank on,
+            for the images of all, which must call together.
 
     On a CPU the models run as `eekd.forwards.Folded` says, where it can be done.
 
     Attributes:
-        models: the M copies.
+        models: the M copies, or this process's share of them.
         hashes: SHA-256 of the M files they came from, () for models from memory.
     """
 
-    def __init__(self, models: Iterable[nn.Module], layer: str | None = None, *,
-                 snapshots_on: Literal["device", "cpu"] = "device"):
+    def __init__(self, models: Iterable[nn.Module], layer: str | None = None, *, snapshots_on: Place = "device"):
         super().__init__()
-        if snapshots_on not in ("device", "cpu"):
-            raise ValueError(f"snapshots_on must be device or cpu, got {snapshots_on!r}")
+        if snapshots_on not in get_args(Place):
+            raise ValueError(f"snapshots_on must be device, cpu or ranks, got {snapshots_on!r}")
         if isinstance(models, nn.Module):
             raise TypeError(f"models must be a list of nn.Modules, got one {type(models).__name__}")
-        self.models = tuple(_frozen(model) for model in models)  # nn.Module does not look into tuples
-        if not self.models:
+        self._spread = Spread() if snapshots_on == "ranks" and distributed.size() > 1 else None
+        # nn.Module does not look into tuples
+        frozen = tuple(_frozen(model) for model in models)
+        if not frozen:
             raise ValueError("models must hold at least one nn.Module, got none")
+        self._count = len(frozen)
+        self.models = self._spread.share(frozen) if self._spread else frozen
         self.hashes: tuple[str, ...] = ()
         self._captures = tuple(LastFeatures(model, layer) for model in self.models)
         self._memory: list[Tensor | None] = [None, None]  # of logits, of features
@@ -167,7 +176,7 @@ class SnapshotEnsemble(nn.Module):
     @classmethod
     def load(cls, directory: str | Path, factory: Callable[[], nn.Module] | None = None,
              device: str | torch.device = "cpu", which: Sequence[int] | None = None, layer: str | None = None, *,
-             snapshots_on: Literal["device", "cpu"] = "device") -> "SnapshotEnsemble":
+             snapshots_on: Place = "device") -> "SnapshotEnsemble":
         """The snapshots that a SnapshotRecorder left in `directory`, each file checked against its hash.
 
         `factory()` makes the model; None builds it from the manifest's spec. (A spec may name a Python file,
@@ -203,8 +212,7 @@ class SnapshotEnsemble(nn.Module):
     @classmethod
     def from_files(cls, paths: Sequence[str | Path], factory: Callable[[], nn.Module],
                    device: str | torch.device = "cpu", layer: str | None = None, *,
-                   sha256: Sequence[str] | None = None,
-                   snapshots_on: Literal["device", "cpu"] = "device") -> "SnapshotEnsemble":
+                   sha256: Sequence[str] | None = None, snapshots_on: Place = "device") -> "SnapshotEnsemble":
         """Anybody's checkpoints of the model that `factory()` makes: .safetensors or files of `torch.save`.
 
         Nothing is unpickled; `eekd.checkpoint.load_weights` says where in a file the state_dict may lie.
@@ -231,7 +239,7 @@ class SnapshotEnsemble(nn.Module):
         return ensemble
 
     def __len__(self) -> int:
-        return len(self.models)
+        return self._count
 
     @property
     def feature_dim(self) -> int:
@@ -245,6 +253,12 @@ class SnapshotEnsemble(nn.Module):
         Both are views of buffers that the next call overwrites: use or clone them before. The buffers grow
         with the largest batch. ValueError where a snapshot differs in C or D.
         """
+        if self._spread:
+            return tuple(self._spread.back(own, self._count) for own in self._own(self._spread.all_images(x)))
+        return self._own(x)
+
+    def _own(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the models in this process say."""
         if self._swapped and x.device.type != "cpu":
             each = self._swapped(x)
         else:  # a GPU runs one model after another: nothing faster was measured yet
@@ -272,7 +286,7 @@ class SnapshotEnsemble(nn.Module):
         fits = memory is not None and (memory.shape[2], memory.dtype, memory.device) == kind
         if not fits or memory.shape[1] < len(rows):
             with torch.inference_mode(False):  # born in inference mode, it could never serve training
-                memory = torch.empty(len(self), *rows.shape, dtype=rows.dtype, device=rows.device)
+                memory = torch.empty(len(self.models), *rows.shape, dtype=rows.dtype, device=rows.device)
         return memory
 
     def _apply(self, fn, recurse=True):
@@ -357,10 +371,6 @@ def _number(name: str, value: float) -> float | None:
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a number, got {value!r}") from error
     return value if math.isfinite(value) else None
-
-
-def _first_process() -> bool:
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 def _frozen(model: nn.Module) -> nn.Module:

@@ -1,6 +1,7 @@
 """The command line of training: python -m eekd.train [teacher | student --teacher RUN] [--flag value ...]."""
 
 import math
+import os
 import signal
 import sys
 import warnings
@@ -10,6 +11,7 @@ from typing import Annotated, Literal, get_args, get_origin
 
 import torch
 
+from eekd import distributed
 from eekd.bank import LogitBank
 from eekd.checkpoint import read_json
 from eekd.config import TITLES, Config, nearest, preset
@@ -56,11 +58,14 @@ class Start:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command line and returns its exit code: 0, 130 or 143 when stopped by a signal, 2 for any mistake."""
+    """Runs a command line, in one process or under torchrun, and returns its exit code.
+
+    0, 130 or 143 when stopped by a signal, 2 for any mistake, 1 where another process ended first.
+    """
     shown = warnings.showwarning
     warnings.showwarning = _warn
     try:
-        with signals:
+        with signals, distributed.joined():
             return _main(sys.argv[1:] if argv is None else argv)
     except Stopped as stop:
         number = signal.Signals(stop.args[0])
@@ -72,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    console = Console()
+    console = Console(quiet=not distributed.first())
     try:
         flags = parse(argv)
         session = prepare(flags.settings)
@@ -91,6 +96,10 @@ def _main(argv: list[str]) -> int:
         return _error(error, "error: the device is out of memory, a smaller batch_size may fit: ")
     except (FloatingPointError, OSError, ValueError) as error:
         return _error(error)
+    except RuntimeError as error:
+        if distributed.size() == 1:
+            raise
+        return _fail(f"stopped, since another process ended or differs: {str(error).splitlines()[0]}", 1)
     summary = read_json(run / "summary.json")
     console.print(_results(summary["rows"]))
     console.print(f"{summary['seconds']:.0f} s in all; everything is in {run}", highlight=False)
@@ -111,6 +120,13 @@ def parse(argv: list[str]) -> Flags:
     with _literals():
         parsed = tyro.cli(Flags, prog="python -m eekd.train", args=flags, default=Flags(settings=settings))
     chosen = parsed.settings
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (parsed.out or parsed.resume):
+        raise ValueError("--out must be given under torchrun --max-restarts, which finds the run by it")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and Path(parsed.out or "", "config.json").exists():
+        changed = differences(read_settings(parsed.out), chosen)
+        if changed:
+            raise ValueError(f"{parsed.out} holds a run with another {', '.join(changed)}: choose another --out")
+        return replace(parsed, resume=parsed.out, out=None)
     if start.resume:
         other = next((name for name in ("preset", "config", "out") if getattr(parsed, name)), command)
         changed = other or ", ".join(differences(read_settings(start.resume), chosen))
@@ -242,7 +258,8 @@ def _size(count: float) -> str:
 
 
 def _warn(message: Warning, category: type, filename: str, lineno: int, file=None, line=None) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    if distributed.first():
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def _notes(error: BaseException) -> list[str]:
@@ -255,7 +272,8 @@ def _error(error: Exception, what: str = "error: ") -> int:
 
 
 def _fail(sentence: str, code: int) -> int:
-    print(sentence, file=sys.stderr)
+    who = f"process {distributed.rank()}: " if not distributed.first() else ""
+    print(who + sentence, file=sys.stderr)
     return code
 
 

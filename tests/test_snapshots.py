@@ -886,6 +886,6 @@ def test_host_snapshots_stay_there(nets, images):
 
 
 @pytest.mark.bad_input
-def test_snapshots_are_on_the_device_or_the_host(nets):
-    with pytest.raises(ValueError, match="snapshots_on must be device or cpu, got 'disk'"):
+def test_snapshots_are_on_the_device_the_host_or_the_ranks(nets):
+    with pytest.raises(ValueError, match="snapshots_on must be device, cpu or ranks, got 'disk'"):
         SnapshotEnsemble(nets, snapshots_on="disk")

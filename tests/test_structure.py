@@ -31,22 +31,25 @@ MAY_IMPORT = {
     "ops": {"_C", "kernels", "reference"},
     "attention": set(),
     "checkpoint": set(),
+    "distributed": set(),
     "features": set(),
     "topk": set(),
     "models": set(),
     "data": {"checkpoint"},
     "bank": {"checkpoint", "topk"},
-    "forwards": {"features"},
-    "snapshots": {"checkpoint", "features", "forwards", "models"},
+    "forwards": {"distributed", "features"},
+    "snapshots": {"checkpoint", "distributed", "features", "forwards", "models"},
     "losses": {"attention", "ops", "topk"},
     "config": set(),
     "info": {"_C"},
-    "trainers": {"bank", "checkpoint", "config", "data", "features", "info", "losses", "models", "snapshots"},
+    "trainers": {
+        "bank", "checkpoint", "config", "data", "distributed", "features", "info", "losses", "models", "snapshots"
+    },
     "charts": set(),
-    "train": {"bank", "checkpoint", "config", "trainers"},
-    "bank.__main__": {"bank", "checkpoint", "config", "data", "info", "snapshots", "topk", "trainers"},
+    "train": {"bank", "checkpoint", "config", "distributed", "trainers"},
+    "bank.__main__": {"bank", "checkpoint", "config", "data", "distributed", "info", "snapshots", "topk", "trainers"},
     "report": {"charts", "checkpoint", "config", "snapshots", "trainers"},
-    "compare": {"bank", "checkpoint", "config", "data", "info", "models", "snapshots", "trainers"},
+    "compare": {"bank", "checkpoint", "config", "data", "distributed", "info", "models", "snapshots", "trainers"},
 }
 COMMANDS = {"train", "report", "compare"}  # nobody imports them
 LEAVES = ("eekd.kernels.bench", "eekd.kernels.tune")  # of the kernels, what knows eekd

@@ -509,9 +509,9 @@ def test_a_damaged_teacher_is_refused(config, tmp_path):
 
 
 @pytest.mark.bad_input
-def test_several_processes_are_refused(config, tmp_path, monkeypatch):
+def test_processes_that_have_not_joined_are_refused(config, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE is 2, .* without torchrun"):
+    with pytest.raises(RuntimeError, match=r"torchrun started 2 processes, .* in eekd\.distributed\.joined\(\)"):
         train(config, tmp_path / "run")
     assert not list(tmp_path.iterdir())
 

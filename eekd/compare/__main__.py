@@ -8,6 +8,7 @@ from typing import Annotated
 
 import torch
 
+from eekd import distributed
 from eekd.compare import METHODS, method
 from eekd.compare.cells import Seed, keep_settings
 from eekd.compare.study import gather
@@ -28,7 +29,8 @@ VARIED = ("fusion", "attention_objective")  # and those of the student
 class Flags:
     """Compares ways to teach the same student, over seeds; run it again after a kill, or to add methods or seeds.
 
-    Finished cells are kept. Processes with other seeds may work on the same --out at the same time.
+    Finished cells are kept. Processes with other seeds may work on the same --out at the same time; those that
+    torchrun starts share the seeds.
     """
 
     methods: tuple[str, ...] = ()  # names of eekd.compare.METHODS, NAME-online without a bank (None: all)
@@ -103,7 +105,8 @@ def parse(argv: list[str]) -> Flags:
 
 def run(flags: Flags, command: list[str]) -> Path:
     """Makes the cells that are missing and writes study.json; returns its path."""
-    console, session = Console(), prepare(flags.settings)
+    rank, processes = distributed.started()
+    console, session = Console(quiet=rank > 0), prepare(flags.settings)
     augmented = session.loader("train", flags.settings.student, train=True).augment != "none"
     views = flags.views or (8 if augmented else 1)
     out = Path(flags.out or f"runs/compare-{Path(flags.settings.data).name}")
@@ -116,10 +119,11 @@ def run(flags: Flags, command: list[str]) -> Path:
         def say(line):
             console.print(line, highlight=False, soft_wrap=True)
 
-        for seed in range(flags.first_seed, flags.first_seed + flags.seeds):
+        for seed in range(flags.first_seed, flags.first_seed + flags.seeds)[rank::processes]:
             config = dataclasses.replace(flags.settings, seed=seed)
             Seed(out, config, flags.methods, views, augmented, session.data, say, progress).run()
-    path = gather(out, command, augmented)
+    distributed.wait_for_started()
+    path = gather(out, command, augmented) if rank == 0 else out / "study.json"
     console.print(f"everything is in {path.parent}", highlight=False, soft_wrap=True)
     return path
 

@@ -29,8 +29,9 @@ class Loader:
     by `workers` processes (0: by this one).
 
     Rank r of `world_size` takes every world_size-th sample from the r-th on, so that the k-th batches of all
-    ranks together are the k-th batch of one loader world_size times as large. In training every rank gets
-    equally many samples, which leaves out fewer than world_size of them, others in each epoch.
+    ranks together are the k-th batch of one loader world_size times as large, `rows(k)` samples. Every rank has
+    equally many batches: of a last one that is too small for all, training leaves the samples out, and else some
+    ranks get a batch of none.
 
     Raises TypeError or ValueError for impossible arguments, and for training without a single batch.
     """
@@ -87,20 +88,22 @@ class Loader:
         """Leaves out the first `batches` of the next iteration and of `indices`, until `set_epoch`."""
         self.first = check_int("batches", batches, 0)
 
-    def _num_samples(self) -> int:
-        each, rest = divmod(len(self.split), self.world_size)
-        return each + (not self.train and self.rank < rest)
-
     def __len__(self) -> int:
-        full, rest = divmod(self._num_samples(), self.batch_size)
-        return full + (rest > 0 and not self.drop_last)
+        full, rest = divmod(len(self.split), self.world_size * self.batch_size)
+        return full + (not self.drop_last and rest >= (self.world_size if self.train else 1))
+
+    def rows(self, batch: int) -> int:
+        """How many samples the batches of that number hold on all ranks together."""
+        whole = self.world_size * self.batch_size
+        return min(whole, len(self.split) - batch * whole)
 
     def indices(self, device: str | torch.device = "cpu") -> tuple[Tensor, ...]:
         """The samples of each of the epoch's batches that are not skipped, as `Batch.index` will name them."""
         order = torch.arange(len(self.split), device=device)
         if self.train:
             order = random_bits(self.seed, self.epoch, ORDER, order).argsort(stable=True)
-        return order[self.rank :: self.world_size][: self._num_samples()].split(self.batch_size)[self.first : len(self)]
+        parts = order[self.rank :: self.world_size].split(self.batch_size)
+        return (*parts, order[:0])[self.first : len(self)]  # the last one of none is beyond the end, mostly
 
     def __iter__(self) -> Iterator[Batch]:
         indices = self.indices("cpu" if self._encoded else self.device)
@@ -149,6 +152,7 @@ class _Decoder(Dataset):
             return self.images.decode(int(i), choose if self.crop else None)
 
         try:
-            return index, torch.stack([decode(i) for i in index])
+            images = [decode(i) for i in index]
+            return index, torch.stack(images) if images else torch.empty(0, *self.images.shape[1:], dtype=torch.uint8)
         except (ImportError, OSError, ValueError) as error:
             return index, error

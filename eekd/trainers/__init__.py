@@ -1,13 +1,12 @@
 """Training as a library: the whole of a run, its teacher, or one of its students."""
 
 import dataclasses
-import os
 import shlex
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from eekd import models
+from eekd import distributed, models
 from eekd.bank import LogitBank
 from eekd.checkpoint import read_json, write_json_atomic
 from eekd.config import Config
@@ -38,10 +37,12 @@ def train(
     wrong with the settings is raised by `prepare`, before anything is written; FileExistsError where `out` holds
     anything. `session` is what `prepare` returned for this config, to save doing it again.
     """
+    distributed.check_joined()
     session = session or prepare(config)
-    run = new_folder(out, Path(config.data).name)
-    with _resumable(run), locked(run):
-        write_settings(run, session.config, session.data, session.device)
+    run = Path(distributed.from_first(lambda: str(new_folder(out, Path(config.data).name))))
+    with _resumable(run), _alone(run):
+        if distributed.first():
+            write_settings(run, session.config, session.data, session.device)
         return _train(run, session, progress)
 
 
@@ -52,8 +53,9 @@ def resume(run: str | Path, *, session: Session | None = None, progress: Progres
     `prepare` returned for them. ValueError or FileNotFoundError names a file of the run that is damaged, missing or
     of another run, BlockingIOError another process that has it; else what `prepare` raises.
     """
+    distributed.check_joined()
     run, config = Path(run), read_settings(run)
-    with _resumable(run), locked(run):
+    with _resumable(run), _alone(run):
         session = session or prepare(config)
         check_data(session, run)
         return _train(run, session, progress)
@@ -70,10 +72,19 @@ def _train(run: Path, session: Session, progress: Progress) -> Path:
     students = {weighting: run / "students" / weighting for weighting in config.students}
     for weighting, folder in students.items():
         train_student(config, teacher, weighting, folder, session=session, progress=progress, resume=True)
-    if not (run / "summary.json").exists():
+    if distributed.first() and not (run / "summary.json").exists():
         rows, seconds = table(teacher, list(students.values())), time.perf_counter() - start
         write_json_atomic(run / "summary.json", {"format": FORMAT, "seconds": seconds, "rows": rows})
+    distributed.wait()
     return run
+
+
+@contextmanager
+def _alone(run: Path):
+    """The run's lock, which the first of several processes holds for all."""
+    with locked(run) if distributed.first() else nullcontext():
+        distributed.wait()
+        yield
 
 
 @contextmanager
@@ -92,8 +103,6 @@ def prepare(config: Config) -> Session:
 
     The teacher's settings become those of config.teacher_run, where there is one; a bank knows its teacher_run.
     """
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise ValueError(f"WORLD_SIZE is {processes}, and training runs in one process: start it without torchrun")
     if config.bank and not config.teacher_run:
         config = dataclasses.replace(config, teacher_run=str(LogitBank.open(config.bank).run))
     earlier = Path(config.teacher_run) if config.teacher_run else None
@@ -103,6 +112,7 @@ def prepare(config: Config) -> Session:
         summary_writer()
     session = Session(config)
     for phase in (config.teacher, config.student):
+        session.micro_batch(phase)
         LastFeatures(models.build(**session.spec(phase)))
     if earlier:
         if session.bank:

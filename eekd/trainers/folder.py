@@ -74,6 +74,7 @@ from pathlib import Path
 
 import torch
 
+from eekd import distributed
 from eekd.checkpoint import read_checked, read_json, sha256_of, write_atomic, write_json_atomic
 from eekd.config import Config
 from eekd.data import ImageData
@@ -84,7 +85,7 @@ METRICS = "metrics.jsonl", "metrics.csv"
 
 
 class Log:
-    """Writes a row per epoch to metrics.jsonl, metrics.csv and, when asked, TensorBoard events.
+    """Writes a row per epoch to metrics.jsonl, metrics.csv and, when asked, TensorBoard events; the first process does.
 
     With `rows` it goes on after them, whatever the files hold. FileExistsError without, where there are files.
     """
@@ -93,24 +94,29 @@ class Log:
         if rows is None and (folder / "metrics.jsonl").exists():
             raise FileExistsError(f"{folder} already holds a trained network; choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.rows = folder, list(rows or [])
+        self.folder, self.rows, self.events = folder, list(rows or []), None
+        if not distributed.first():
+            return
         for name, text in zip(METRICS, _metrics(self.rows), strict=True):
             if text:
                 write_atomic(folder / name, text.encode())
             else:
                 (folder / name).unlink(missing_ok=True)
-        self.events = summary_writer()(folder, purge_step=len(self.rows) + 1) if tensorboard else None
+        if tensorboard:
+            self.events = summary_writer()(folder, purge_step=len(self.rows) + 1)
 
     def write(self, row: dict) -> None:
         row = finite(row)
-        for name, text in zip(METRICS, _metrics([row], header=not self.rows), strict=True):
+        self.rows.append(row)
+        if not distributed.first():
+            return
+        for name, text in zip(METRICS, _metrics([row], header=len(self.rows) == 1), strict=True):
             try:
                 with open(self.folder / name, "a", newline="") as file:
                     file.write(text)
             except OSError as error:
                 error.filename = str(self.folder / name)  # a full disk does not say where
                 raise
-        self.rows.append(row)
         if self.events:
             for name, value in _flat(row).items():
                 if value is not None:
@@ -172,10 +178,14 @@ def summary_writer() -> type:
 
 
 def new_folder(out: str | Path | None, name: str) -> Path:
-    """Makes the folder `out`, or the first free runs/NAME-1, -2, ...; FileExistsError if it is not empty."""
+    """Makes the folder `out`, or the first free runs/NAME-1, -2, ...; FileExistsError if it is not empty.
+
+    What a kill left there before config.json was written does not count.
+    """
     if out is not None:
         out = Path(out)
-        if out.is_file() or out.is_dir() and any(out.iterdir()):
+        early = {".lock", "environment.json", ".environment.json.tmp", ".config.json.tmp"}
+        if out.is_file() or out.is_dir() and {path.name for path in out.iterdir()} - early:
             raise FileExistsError(f"{out} already holds something; choose another run folder with --out")
         out.mkdir(parents=True, exist_ok=True)
         return out

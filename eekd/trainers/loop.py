@@ -1,20 +1,23 @@
 """The one training loop: what a teacher's phase and every student's share."""
 
+import inspect
 import math
 import os
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from eekd import models
+from eekd import distributed, models
 from eekd.bank import LogitBank
 from eekd.config import Config, Phase, Teacher
 from eekd.data import ImageData, Loader, load
@@ -31,10 +34,16 @@ def quiet(phase: str, done: int, total: int, known: dict) -> None:
     """Shows no progress."""
 
 
+# Of DistributedDataParallel: whether each forward brings the first process's buffers; torch 2.14 renames it.
+_OWN_BUFFERS = next(name for name in ("forward_sync_buffers", "broadcast_buffers")
+                    if name in inspect.signature(DistributedDataParallel.__init__).parameters)  # fmt: skip
+
+
 class Session:
     """What the phases of a run share: settings, data, logit bank (or None), device and precision.
 
-    Sets torch's process-wide switches of determinism.
+    Of several processes (eekd.distributed.joined) each has its share of every batch; batch_size is that of a step, over
+    all of them and all micro-batches. Sets torch's process-wide switches of determinism.
     """
 
     def __init__(self, config: Config, data: ImageData | None = None):
@@ -59,24 +68,54 @@ class Session:
                     image_size=data.image_size)  # fmt: skip
 
     def network(self, phase: Phase, seed: int) -> nn.Module:
-        """A new network on the device; its weights, and all random numbers drawn after, are a function of the seed."""
+        """A new network on the device; its weights, and all random numbers drawn after, are a function of the seed.
+
+        The random numbers drawn after differ between processes.
+        """
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
-        return models.build(**self.spec(phase)).to(self.device, memory_format=self.layout)
+        network = models.build(**self.spec(phase)).to(self.device, memory_format=self.layout)
+        if not distributed.first():
+            torch.manual_seed(seed + (distributed.rank() << 32))
+        return synchronised(network) if self.config.sync_batchnorm else network
+
+    def parallel(self, network: nn.Module, kind: str | None = None) -> nn.Module:
+        """The network as all processes train it together, by config.parallel: replicas with one gradient, or shards."""
+        if distributed.size() == 1 or not any(p.requires_grad for p in network.parameters()):
+            return network
+        if (kind or self.config.parallel) == "fsdp":
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            return fully_shard(network, mesh=init_device_mesh(self.device.type, (distributed.size(),)))
+        # To look for unused parameters keeps the buckets of gradients as they are: else they, and with three processes
+        # the order of a sum, change after the first step, so that a resumed run would have other bits.
+        return DistributedDataParallel(network, gradient_as_bucket_view=True, **{_OWN_BUFFERS: False},
+                                       find_unused_parameters=self.config.deterministic)  # fmt: skip
+
+    def micro_batch(self, phase: Phase) -> int:
+        """How many samples of a step a process sees at once; ValueError where they cannot be shared out evenly."""
+        parts = distributed.size() * self.config.accumulate
+        if phase.batch_size % parts:
+            raise ValueError(f"{phase._prefix}batch_size must be a multiple of {parts} ({distributed.size()} processes "
+                             f"x accumulate {self.config.accumulate}), got {phase.batch_size}")  # fmt: skip
+        return phase.batch_size // parts
 
     def loader(self, split: str, phase: Phase, train: bool = False) -> Loader:
-        """Batches of a split; to train on: shuffled, augmented and never a last batch of one (batch norm).
+        """Batches of a split; to train on: shuffled, augmented and never a process's last one of one (batch norm).
 
         With a bank, epoch after epoch shows one of its views.
         """
         images = getattr(self.data, split)
         views = dict(views=self.bank.views, view_seed=self.bank.seed) if train and self.bank else {}
         augment = self.data.augment if self.config.augment == "auto" else self.config.augment
+        each, processes = self.micro_batch(phase), distributed.size()
+        rest = len(images) % (each * processes)
         return Loader(
-            images, batch_size=phase.batch_size, augment=augment if train else "none",
+            images, batch_size=each, augment=augment if train else "none",
             seed=self.config.seed, device=self.device, train=train, workers=self.config.workers,
-            drop_last=train and len(images) % phase.batch_size == 1, **views,
+            drop_last=train and 0 < rest < 2 * processes, rank=distributed.rank(), world_size=processes, **views,
         )  # fmt: skip
 
     def run(self, network: Callable, images: Tensor):
@@ -88,12 +127,13 @@ class Session:
         return torch.compile(network) if self.config.compile else network
 
 
-def fit(name: str, session: Session, phase: Phase, trained: nn.Module, objective: Callable,
-        validate: Callable, loader: Loader, folder: Path, progress: Progress,
+def fit(name: str, session: Session, phase: Phase, trained: nn.Module, parallel: Sequence[nn.Module],
+        objective: Callable, validate: Callable, loader: Loader, folder: Path, progress: Progress,
         begin: Callable[[int], Callable[[dict], object]] = lambda done: dict,
         resume: bool = False, taught_by: dict | None = None) -> list[dict]:  # fmt: skip
     """Trains for phase.epochs epochs on the batches of `loader` and returns the rows of metrics.jsonl.
 
+    `parallel` are the parts of `trained` as session.parallel made them, or what was to be trained where it did not.
     objective(batch, clock) gives what to minimise and detached measurements, validate() the val_ entries of a
     row; begin(epochs done) gives what is called with the row of an epoch when it is complete. FloatingPointError
     if the loss is not finite.
@@ -101,7 +141,7 @@ def fit(name: str, session: Session, phase: Phase, trained: nn.Module, objective
     The state is saved after every epoch, every config.save_every seconds, when a batch cannot be had and when
     `signals` are received; `resume` goes on from there, if only it has the same images, settings and `taught_by`.
     """
-    config, device = session.config, session.device
+    config, device, processes = session.config, session.device, distributed.size()
     checkpoints = Checkpoints(folder, setup_of(name, session, phase, taught_by), device)
     optimizer = _optimizer(phase, trained)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
@@ -113,7 +153,9 @@ def fit(name: str, session: Session, phase: Phase, trained: nn.Module, objective
     if saved:
         state.unpack(*saved)
     state.rows = log.rows
-    each, total, running, last = len(loader), phase.epochs * len(loader), math.nan, time.monotonic()
+    each = math.ceil(len(loader) / config.accumulate)
+    total, running, last = phase.epochs * each, math.nan, time.monotonic()
+    buffers = [buffer for buffer in trained.buffers() if not distributed.sharded(buffer)]
 
     def save() -> None:
         nonlocal last
@@ -125,27 +167,37 @@ def fit(name: str, session: Session, phase: Phase, trained: nn.Module, objective
         while state.epoch < phase.epochs:
             trained.train()
             loader.set_epoch(state.epoch)
-            loader.skip(state.batch)
+            loader.skip(state.batch * config.accumulate)
             batches, start = iter(loader), time.perf_counter() - state.seconds
             while state.batch < each:
                 step = state.epoch * each + state.batch
                 try:
-                    batch = next(batches)
+                    parts = list(islice(batches, config.accumulate))
                 except BaseException:  # between two steps
-                    save()
+                    if processes == 1:  # the others know nothing of it
+                        save()
                     raise
                 lr = learning_rate(phase, step, total)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                loss, measurements = objective(batch, state.clock)
+                optimizer.zero_grad()
+                rows = sum(loader.rows(state.batch * config.accumulate + i) for i in range(len(parts)))
+                for part in parts:
+                    _share_gradients(parallel, part is parts[-1])
+                    loss, measurements = objective(part, state.clock)
+                    with state.clock("backward"):
+                        # Gradients are averaged over processes and summed over parts: a mean over the step's samples.
+                        scaler.scale(loss * (processes * len(part.labels) / rows)).backward()
+                    state.means.add(len(part.labels), **measurements)
                 with state.clock("backward"):
-                    optimizer.zero_grad()
-                    scaler.scale(loss).backward()
                     scaler.step(optimizer)
                     scaler.update()
-                state.means.add(len(batch.labels), **measurements)
+                    distributed.mean_(buffers)
                 state.batch, step = state.batch + 1, step + 1
-                due = signals.received or (time.monotonic() - last >= config.save_every and state.batch < each)
+                if config.check_replicas and step % config.check_replicas == 0:
+                    distributed.check_replicas(trained)
+                due = time.monotonic() - last >= config.save_every and state.batch < each
+                signals.received, due = distributed.largest(signals.received, due or signals.received > 0)
                 if step % CHECK == 0 or state.batch == each or due:
                     running = state.means["loss"]
                     if not math.isfinite(running):
@@ -161,7 +213,7 @@ def fit(name: str, session: Session, phase: Phase, trained: nn.Module, objective
             row = {"epoch": state.epoch + 1, "step": step, "lr": learning_rate(phase, step - 1, total)}
             row |= {_TRAIN.get(key, key): value for key, value in state.means.all().items()}
             try:
-                with signals.held(False):
+                with signals.held(processes > 1):
                     row |= validate()
             except KeyboardInterrupt:
                 save()
@@ -176,15 +228,25 @@ def fit(name: str, session: Session, phase: Phase, trained: nn.Module, objective
             save()
             signals.check()
             progress(name, step, total, row | {"epochs": phase.epochs})
+    distributed.check_replicas(trained)
     return log.rows
+
+
+def _share_gradients(parallel: Sequence[nn.Module], now: bool) -> None:
+    """Whether the next backward exchanges gradients: of a step's parts the last one does, for all."""
+    for module in parallel:
+        if isinstance(module, DistributedDataParallel):
+            module.require_backward_grad_sync = now
+        elif hasattr(module, "set_requires_gradient_sync"):  # fully_shard
+            module.set_requires_gradient_sync(now)
 
 
 _TRAIN = {"loss": "train_loss", "accuracy": "train_accuracy", "attention_loss": "train_attention_loss"}
 
 
-def classify(session: Session, network: nn.Module, val: Loader) -> tuple[Callable, Callable]:
-    """Objective and validation without a teacher: cross-entropy."""
-    compiled = session.compiled(network)
+def classify(session: Session, network: nn.Module, parallel: nn.Module, val: Loader) -> tuple[Callable, Callable]:
+    """Objective and validation without a teacher, cross-entropy, of a network that session.parallel made `parallel`."""
+    compiled = session.compiled(parallel)
 
     def objective(batch, clock):
         with clock("forward"):
@@ -199,6 +261,54 @@ def classify(session: Session, network: nn.Module, val: Loader) -> tuple[Callabl
     return objective, validate
 
 
+def synchronised(network: nn.Module) -> nn.Module:
+    """The network with every batch norm taking its statistics over the batches of all processes."""
+    if next(network.parameters()).is_cuda:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    for module in network.modules():
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            module.__class__ = SyncBatchNorm
+    return network
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the batches of all processes on a CPU, where torch has none: E[x] and Var[x] of all of them."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or distributed.size() == 1:
+            return super().forward(x)
+        dims, x32 = [0, *range(2, x.ndim)], x.to(torch.promote_types(x.dtype, torch.float32))
+        count = x32.new_full((1,), x.numel() / x.shape[1])
+        count, mean = _Total.apply(torch.cat([count, x32.sum(dims)])).split([1, x.shape[1]])
+        shape = 1, -1, *[1] * (x.ndim - 2)
+        centred = x32 - (mean / count).view(shape)
+        variance = _Total.apply(centred.square().sum(dims)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean / count, share)
+            self.running_var.lerp_(variance * (count / (count - 1)), share)
+        y = centred * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        return y.to(x.dtype)
+
+
+class _Total(torch.autograd.Function):
+    """The sum over all processes, of the values and in the backward of their gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return distributed.total(x)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> Tensor:
+        return distributed.total(dy)
+
+
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     """Fraction of (B, C) logits that are highest at the label."""
     return (logits.argmax(1) == labels).double().mean()
@@ -206,7 +316,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(session: Session, network: nn.Module, loader: Loader) -> dict[str, float]:
-    """Mean cross-entropy and accuracy on all images of the loader."""
+    """Mean cross-entropy and accuracy on all images of all processes' loaders."""
     network.eval()
     means = Means()
     for images, labels, _ in loader:
@@ -230,13 +340,20 @@ def learning_rate(phase: Phase, step: int, total: int) -> float:
 def _optimizer(phase: Phase, trained: nn.Module) -> torch.optim.Optimizer:
     # fused: the one that GradScaler steps without asking the GPU for the gradients' state
     options = dict(lr=phase.lr, weight_decay=phase.weight_decay, fused=True)
+    kinds = {False: [], True: []}  # no fused optimiser takes sharded parameters
+    for parameter in trained.parameters():
+        kinds[distributed.sharded(parameter)].append(parameter)
+    groups = [{"params": kind, "fused": not sharded, "foreach": sharded} for sharded, kind in kinds.items() if kind]
     if phase.optimizer == "adamw":
-        return torch.optim.AdamW(trained.parameters(), **options)
-    return torch.optim.SGD(trained.parameters(), momentum=0.9, nesterov=phase.nesterov, **options)
+        return torch.optim.AdamW(groups, **options)
+    return torch.optim.SGD(groups, momentum=0.9, nesterov=phase.nesterov, **options)
 
 
 class Means:
-    """Means over samples of named measurements, summed on the device and read when asked."""
+    """Means over samples of named measurements, summed on the device and read when asked.
+
+    `means[name]` is of this process, `means.all()` of all processes, which must ask together.
+    """
 
     def __init__(self):
         self.sums, self.count = {}, 0
@@ -246,13 +363,23 @@ class Means:
         for name, mean in means.items():
             if name not in self.sums:
                 self.sums[name] = torch.zeros_like(mean, dtype=torch.float64)
-            self.sums[name].add_(mean, alpha=rows)
+            if rows:
+                self.sums[name].add_(mean, alpha=rows)
 
     def __getitem__(self, name: str) -> float | list[float]:
         return (self.sums[name] / self.count).tolist()
 
     def all(self) -> dict[str, float | list[float]]:
-        return {name: self[name] for name in self.sums}
+        if not self.sums:
+            return {}
+        sums, every = [*self.sums.values()], Means()
+        count = torch.tensor([self.count], dtype=torch.float64, device=sums[0].device)
+        count, *parts = distributed.total(torch.cat([count, *(x.flatten() for x in sums)])).split(
+            [1, *(x.numel() for x in sums)]
+        )
+        every.count = count.item()
+        every.sums = {name: x.view_as(own) for (name, own), x in zip(self.sums.items(), parts, strict=True)}
+        return {name: every[name] for name in every.sums}
 
 
 class Clock:

@@ -1,7 +1,8 @@
 """A phase in progress, kept so that it continues bit for bit, and the signals at which it is put down.
 
     PHASE/checkpoints/
-      N.safetensors    tensors: the network's, the optimiser's, the random generators', the sums of the epoch's means
+      N.safetensors    tensors: the network's and the optimiser's; of each process the states of its random generators
+                     and the sums of the epoch's means
       N.json           the rest (below), and the SHA-256 of N.safetensors; written last, so it marks a whole checkpoint
 
 The newest two are kept, and the newest that was waited for until it lay on the disk; when the phase has ended, none.
@@ -11,12 +12,13 @@ The newest two are kept, and the newest that was waited for until it lay on the 
     epoch, batch             epochs that are complete; batches done of the next one
     rows                     of metrics.jsonl, one for each complete epoch
     seconds, clock           of the epoch in progress: in all and by part
-    means, count             of the epoch in progress: names of its means in their order, and samples in them
-    scaler, optimizer, strides, random    what is no tensor in the states of each
+    means, counts            of the epoch in progress: names of its means in their order, and samples in them by process
+    scaler, optimizer, strides    what is no tensor in the states of each
 """
 
 import dataclasses
 import functools
+import math
 import os
 import random
 import shutil
@@ -32,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from eekd.checkpoint import load_state, load_tensors, read_json, save_tensors, write_json_atomic
+from eekd.distributed import first, from_all, placed, rank, size, wait, whole
 from eekd.info import environment
 
 FORMAT = 1
@@ -39,11 +42,15 @@ KEEP = 2
 SYNC = 10  # seconds: how much training a power cut may cost, where a kill costs what the last checkpoint lacks
 # Settings that leave the bits of a phase as they are, or that its `setup` knows by their content.
 _NO_BITS = {"data", "root", "teacher", "teacher_run", "bank", "student", "students", "workers", "device", "tensorboard",
-            "save_every"}  # fmt: skip
+            "save_every", "check_replicas"}  # fmt: skip
 
 
 class State:
-    """All that the next step of a phase depends on; `means` and `clock` are those of the epoch in progress."""
+    """All that the next step of a phase depends on; `means` and `clock` are those of the epoch in progress.
+
+    Of several processes each packs and unpacks together with the others, and what differs between them, the random
+    generators and the means, is stacked in the order of their ranks.
+    """
 
     def __init__(self, trained: nn.Module, optimizer: torch.optim.Optimizer, scaler, device: torch.device):
         self.trained, self.optimizer, self.scaler, self.device = trained, optimizer, scaler, device
@@ -53,10 +60,11 @@ class State:
 
     def pack(self) -> tuple[dict[str, Tensor], dict]:
         """The state as named tensors, and as JSON what is none."""
-        tensors = {f"network.{name}": tensor for name, tensor in self.trained.state_dict().items()}
-        tensors |= {f"means.{name}": tensor for name, tensor in self.means.sums.items()}
+        tensors = {f"network.{name}": whole(x) for name, x in self.trained.state_dict().items()}
+        tensors |= {f"means.{name}": from_all(tensor) for name, tensor in self.means.sums.items()}
         known = {"epoch": self.epoch, "batch": self.batch, "rows": self.rows, "seconds": self.seconds,
-                 "clock": self.clock.all(), "means": list(self.means.sums), "count": self.means.count,
+                 "clock": self.clock.all(), "means": list(self.means.sums),
+                 "counts": from_all(torch.tensor(self.means.count)).tolist(),
                  "scaler": self.scaler.state_dict(), "optimizer": {}, "strides": {}}  # fmt: skip
         for i, parameter in enumerate(self._parameters()):
             for name, value in self.optimizer.state.get(parameter, {}).items():
@@ -64,28 +72,28 @@ class State:
                 if not isinstance(value, Tensor):
                     known["optimizer"][name] = value
                     continue
-                tensors[name] = value
+                tensors[name] = value = whole(value)
                 if not value.is_contiguous():  # a fused optimiser reads memory in the parameter's order
                     known["strides"][name] = value.stride()
-        version, words, gauss = random.getstate()
-        kind, keys, *rest = np.random.get_state()
-        known["random"] = {"python": [version, gauss], "numpy": [kind, *rest]}
-        tensors["random.python"] = torch.tensor(words)
-        tensors["random.numpy"] = torch.from_numpy(keys.astype(np.int64))
-        tensors["random.torch"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["random.device"] = torch.cuda.get_rng_state(self.device)
+        tensors["random"] = from_all(random_state(self.device))
         return tensors, known
 
     def unpack(self, tensors: dict[str, Tensor], known: dict, source: Path) -> None:
         """Becomes what was packed; ValueError where it does not fit, `source` in it."""
         parts = {part: {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
                  for part in ("network.", "means.", "optimizer.")}  # fmt: skip
-        load_state(self.trained, parts["network."], source)
+        own = self.trained.state_dict()
+        network = {name: placed(x, own[name]) if name in own else x for name, x in parts["network."].items()}
+        load_state(self.trained, network, source)
         for name in ("epoch", "batch", "rows", "seconds"):
             setattr(self, name, known[name])
-        self.means.sums = {name: parts["means."][name].to(self.device) for name in known["means"]}
-        self.means.count, self.clock.before = known["count"], known["clock"]
+        sums, counts = {name: parts["means."][name].to(self.device) for name in known["means"]}, known["counts"]
+        if len(counts) == size():
+            self.means.sums, self.means.count = {name: x[rank()] for name, x in sums.items()}, counts[rank()]
+        else:  # once as many processes: what all of them had seen is the first one's
+            self.means.sums = {name: x.sum(0) * first() for name, x in sums.items()}
+            self.means.count = sum(counts) * first()
+        self.clock.before = known["clock"]
         if known["scaler"]:
             self.scaler.load_state_dict(known["scaler"])
         parameters = self._parameters()
@@ -94,18 +102,36 @@ class State:
             parameter = parameters[int(index)]
             if isinstance(value, Tensor):
                 strides = known["strides"].get(f"optimizer.{name}", value.stride())
-                placed = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=parameter.device)
-                value = placed.copy_(value)
+                laid = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=parameter.device)
+                value = placed(laid.copy_(value), parameter) if value.ndim else laid.copy_(value)
             self.optimizer.state[parameter][entry] = value
-        (version, gauss), (kind, *rest) = known["random"]["python"], known["random"]["numpy"]
-        random.setstate((version, tuple(tensors["random.python"].tolist()), gauss))
-        np.random.set_state((kind, tensors["random.numpy"].numpy().astype(np.uint32), *rest))
-        torch.set_rng_state(tensors["random.torch"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random.device"], self.device)
+        set_random_state(tensors["random"][rank() % len(tensors["random"])], self.device)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+def random_state(device: torch.device) -> Tensor:
+    """The states of the generators of torch, the device, Python and NumPy, as bytes (n,) uint8."""
+    _, words, gauss = random.getstate()
+    _, keys, place, kept, cached = np.random.get_state()
+    numbers = np.array([math.nan if gauss is None else gauss, place, kept, cached])
+    parts = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    arrays = np.array(words, np.uint32), keys.astype(np.uint32), numbers
+    return torch.cat([*parts, *(torch.from_numpy(array.view(np.uint8)) for array in arrays)])
+
+
+def set_random_state(state: Tensor, device: torch.device) -> None:
+    """Puts the generators into the states that `random_state` told."""
+    sizes = [len(torch.get_rng_state()), len(torch.cuda.get_rng_state(device)) if device.type == "cuda" else 0]
+    own, on_device, words, keys, numbers = state.split([*sizes, 4 * 625, 4 * 624, 8 * 4])
+    gauss, place, kept, cached = numbers.numpy().view(np.float64).tolist()
+    torch.set_rng_state(own.clone())
+    if len(on_device):
+        torch.cuda.set_rng_state(on_device.clone(), device)
+    words = words.numpy().view(np.uint32).tolist()
+    random.setstate((3, tuple(words), None if math.isnan(gauss) else gauss))
+    np.random.set_state(("MT19937", keys.numpy().view(np.uint32), int(place), int(kept), cached))
 
 
 class Checkpoints:
@@ -144,9 +170,11 @@ class Checkpoints:
 
     def save(self, state: State) -> None:
         """Writes a checkpoint, then removes those that it replaces and what a kill or damage left."""
+        tensors, known = state.pack()
+        if not first():
+            return
         number = max(self._numbers("json") + self._numbers("safetensors"), default=0) + 1
         path = self.folder / f"{number}.json"
-        tensors, known = state.pack()
         sync = time.monotonic() - self._sync_time >= SYNC
         sha256 = save_tensors(path.with_suffix(".safetensors"), tensors, sync=sync)
         head = {"format": FORMAT, "sha256": sha256, "setup": self.setup, "made_with": made_with(self.device)}
@@ -191,12 +219,15 @@ def made_with(device: torch.device) -> dict:
     """What the bits of a step depend on besides its setup."""
     facts = environment()
     chosen = {name: facts[name] for name in ("eekd", "commit", "torch", "cpu", "cpu_capability", "threads")}
-    return chosen | {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return chosen | {"device": name, "processes": size()}
 
 
 def forget(folder: Path) -> None:
     """Removes the checkpoints of a phase that has ended."""
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if first():
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    wait()
 
 
 def _flat(value, name: str = "") -> dict:
@@ -217,11 +248,11 @@ class Signals:
     """
 
     def __init__(self):
-        self.received: int | None = None
+        self.received = 0  # the signal's number
         self._held, self._before, self._process = False, {}, 0
 
     def __enter__(self) -> "Signals":
-        self.received, self._held, self._process = None, False, os.getpid()
+        self.received, self._held, self._process = 0, False, os.getpid()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) is not signal.SIG_IGN:
@@ -229,7 +260,7 @@ class Signals:
         return self
 
     def __exit__(self, *error) -> None:
-        self.received = None
+        self.received = 0
         self._restore()
 
     @contextmanager

@@ -1,5 +1,6 @@
 """A student: trained on labels alone, or taught by a teacher's snapshots under one of the weightings."""
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eekd import distributed
 from eekd.bank import LogitBank
 from eekd.checkpoint import read_checked, read_json, save_tensors, write_json_atomic
 from eekd.config import Config, Student, Weighting
@@ -46,18 +48,20 @@ def train_student(config: Config, teacher: str | Path | None, weighting: Weighti
     bank, loss, taught_by = session.bank, None, None
     if bank:
         check_bank(session, loader, teacher, [weighting])
+    parallel = [session.parallel(student)]
     if weighting == "ce":
-        trained, (objective, validate) = student, classify(session, student, val)
+        trained, (objective, validate) = student, classify(session, student, *parallel, val)
     else:
         which = [-1] if which is None and weighting == "last" else which
         ensemble = SnapshotEnsemble.load(
             teacher, device=session.device, which=which, snapshots_on=config.snapshots_on
         )
         ensemble.to(memory_format=session.layout)
-        capture = LastFeatures(session.compiled(student))
+        capture = LastFeatures(session.compiled(*parallel))
         options = _options(phase, weighting, capture.dim, bank.feature_dim if bank else ensemble.feature_dim)
         loss = EEKDLoss(weighting, **options).to(session.device)
         trained = nn.ModuleList([student, loss])
+        parallel.append(session.parallel(loss, "ddp"))
         manifest = read_manifest(teacher)
         entries = manifest["snapshots"] if which is None else [manifest["snapshots"][i] for i in which]
         taught_by = {
@@ -77,16 +81,18 @@ def train_student(config: Config, teacher: str | Path | None, weighting: Weighti
             def teach(batch):
                 return session.run(ensemble, batch.images)
 
-        objective, validate = distil(session, capture, teach, loss, val, known)
-    rows = fit(weighting, session, phase, trained, objective, validate, loader, folder, progress, resume=resume,
-               taught_by=taught_by)  # fmt: skip
+        objective, validate = distil(session, student, capture, teach, loss, parallel[1], val, known)
+    rows = fit(weighting, session, phase, trained, parallel, objective, validate, loader, folder, progress,
+               resume=resume, taught_by=taught_by)  # fmt: skip
+    test = evaluate(session, student, session.loader("test", phase))
     learned = loss.state_dict() if loss else {}
-    known = {
+    weights = {name: distributed.whole(x) for name, x in student.state_dict().items()}
+    known = distributed.first() and {
         "format": FORMAT,
         "weighting": weighting,
         "spec": session.spec(phase),
         "file": "student.safetensors",
-        "sha256": save_tensors(folder / "student.safetensors", student.state_dict()),
+        "sha256": save_tensors(folder / "student.safetensors", weights),
         "attention_sha256": save_tensors(folder / "attention.safetensors", learned) if learned else None,
         "loss": options if loss else None,
         "weights": rows[-1].get("weights"),
@@ -94,13 +100,14 @@ def train_student(config: Config, teacher: str | Path | None, weighting: Weighti
         "commit": commit(),
         "metrics": metrics_of(folder),
         "val": {"loss": rows[-1]["val_loss"], "accuracy": rows[-1]["val_accuracy"]},
-        "test": evaluate(session, student, session.loader("test", phase)),
+        "test": test,
         "seconds_per_epoch": sum(row["seconds"] for row in rows) / len(rows),
         "teacher": taught_by,
     }
-    write_json_atomic(folder / RECORD, finite(known))
+    if known:
+        write_json_atomic(folder / RECORD, finite(known))
     forget(folder)
-    return known
+    return read_json(folder / RECORD)
 
 
 def read_student(folder: Path, teacher: str | Path | None = None) -> dict:
@@ -157,26 +164,32 @@ class Replay:
     def skip(self, batches: int) -> None:
         self.loader.skip(batches)
 
+    def rows(self, batch: int) -> int:
+        return self.loader.rows(batch)
+
     def __iter__(self) -> Iterator[Batch]:
         loader = self.loader
         rows = self.bank.prefetch(loader.view, loader.indices(), loader.device, self.features)
-        with closing(rows) as self.rows:
+        with closing(rows) as self.said:
             yield from loader
 
     def teach(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        logits, features = next(self.rows)
+        logits, features = next(self.said)
         if self.which is None:
             return logits, features
         return logits[[*self.which]], None if features is None else features[[*self.which]]
 
 
-def distil(session: Session, capture: LastFeatures, teach: Callable, loss: EEKDLoss, val: Loader,
-           known: list) -> tuple[Callable, Callable]:  # fmt: skip
+def distil(session: Session, student: nn.Module, capture: LastFeatures, teach: Callable, loss: EEKDLoss,
+           criterion: nn.Module, val: Loader, known: list) -> tuple[Callable, Callable]:  # fmt: skip
     """Objective and validation with a teacher: teach(batch) gives the snapshots' logits and features.
 
+    `capture` and `criterion` are the student and the loss as they train, parallel and compiled.
     Validation, where they are `known` batch by batch, also asks whether uniform weights would have made a better
     target.
     """
+    alone = copy.copy(capture)
+    alone.model = student
     uniform = EEKDLoss("uniform", **{name: loss.options[name] for name in ("temperature", "alpha", "fusion")})
 
     def objective(batch, clock):
@@ -185,15 +198,15 @@ def distil(session: Session, capture: LastFeatures, teach: Callable, loss: EEKDL
         with clock("forward"):
             logits, features = session.run(capture, batch.images)
         with clock("backward"):
-            total, measured = loss(logits, snapshot_logits, batch.labels, features, snapshot_features)
+            total, measured = criterion(logits, snapshot_logits, batch.labels, features, snapshot_features)
         return total, measured | {"accuracy": accuracy(logits, batch.labels)}
 
     @torch.no_grad()
     def validate():
-        capture.model.eval()
+        student.eval()
         means = Means()
         for (images, labels, _), (snapshot_logits, snapshot_features) in zip(val, known, strict=True):
-            logits, features = session.run(capture, images)
+            logits, features = session.run(alone, images)
             _, weighted = loss(logits, snapshot_logits, labels, features, snapshot_features)
             _, equal = uniform(logits, snapshot_logits, labels)
             means.add(

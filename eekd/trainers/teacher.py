@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from eekd import distributed
 from eekd.checkpoint import read_checked, read_json, write_json_atomic
 from eekd.config import Config
 from eekd.data import Loader
@@ -39,7 +40,7 @@ def train_teacher(
     spec, val = session.spec(phase), session.loader("val", phase)
 
     def begin(done: int) -> Callable[[dict], None]:
-        if resume and not done:  # snapshots of an epoch that is done again
+        if resume and not done and distributed.first():  # snapshots of an epoch that is done again
             for path in (folder / MANIFEST, *folder.glob("snapshot-*.safetensors")):
                 path.unlink(missing_ok=True)
         recorder = SnapshotRecorder(folder, epochs=phase.epochs, snapshots=phase.snapshots, schedule=schedule,
@@ -50,14 +51,18 @@ def train_teacher(
 
         return record
 
-    loader, taught = session.loader("train", phase, train=True), classify(session, model, val)
-    fit("teacher", session, phase, model, *taught, loader, folder, progress, begin, resume)
-    ensemble = SnapshotEnsemble.load(folder, device=session.device).to(memory_format=session.layout)
+    loader, parallel = session.loader("train", phase, train=True), session.parallel(model)
+    objective, validate = classify(session, model, parallel, val)
+    fit("teacher", session, phase, model, [parallel], objective, validate, loader, folder, progress, begin, resume)
+    distributed.wait()  # until the last snapshot is written
+    ensemble = SnapshotEnsemble.load(folder, device=session.device, snapshots_on=session.config.snapshots_on)
+    ensemble.to(memory_format=session.layout)
     known = {split: diagnose(session, ensemble, session.loader(split, phase)) for split in ("val", "test")}
-    known = {"format": FORMAT} | known | {"metrics": metrics_of(folder)}
-    write_json_atomic(folder / RECORD, finite(known))
+    if distributed.first():
+        known = {"format": FORMAT} | known | {"metrics": metrics_of(folder)}
+        write_json_atomic(folder / RECORD, finite(known))
     forget(folder)
-    return known
+    return read_json(folder / RECORD)
 
 
 def read_teacher(folder: Path) -> dict:
@@ -90,6 +95,7 @@ def diagnose(session: Session, ensemble: SnapshotEnsemble, loader: Loader) -> di
         values = torch.stack([confidence, (predicted == labels).double(), torch.ones_like(confidence)])
         bins += torch.einsum("kmb,mbn->kmn", values, place)
         differ += (predicted[:m, None] != predicted[None, :m]).sum(-1)
+    likelihood, bins, differ = (distributed.total(x) for x in (likelihood, bins, differ))
     count = bins[2].sum(1)
     accuracy, ece = bins[1].sum(1) / count, (bins[1] - bins[0]).abs().sum(1) / count
     names = [f"snapshot {i}" for i in range(1, m + 1)] + ["ensemble"]

@@ -1,0 +1,179 @@
+"""The processes that torchrun started: who this one is, what all of them agree on, and what they hand each other.
+
+Without torchrun there is one process, and everything here gives back what it was given.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from torch import Tensor, distributed, nn
+
+
+@contextmanager
+def joined(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
+    """Joins the processes that torchrun started: gloo between CPUs, NCCL between GPUs, each process its own GPU.
+
+    `timeout` is how long one waits for another. RuntimeError where torchrun's environment is incomplete or fewer
+    GPUs are there than processes. Where the group is already joined, it is used and left as it is.
+    """
+    if distributed.is_initialized() or "WORLD_SIZE" not in os.environ:
+        yield
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        local, here = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= here:
+            raise RuntimeError(f"torchrun's process {local} of this machine needs a GPU of its own, and {here} are "
+                               "here: give --nproc-per-node gpu")  # fmt: skip
+        torch.cuda.set_device(local)
+        backend = "cpu:gloo,cuda:nccl"
+    store, number, count = next(distributed.rendezvous("env://", timeout=timeout))
+    # torchrun keeps one store over its restarts, where the addresses of dead processes would be found.
+    store = distributed.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def check_joined() -> None:
+    """RuntimeError where torchrun started several processes and this one has not joined them."""
+    if (processes := int(os.environ.get("WORLD_SIZE", 1))) != size():
+        raise RuntimeError(f"torchrun started {processes} processes, and this one has not joined them: wrap the call "
+                           "in eekd.distributed.joined()")  # fmt: skip
+
+
+def started() -> tuple[int, int]:
+    """This process's number and how many torchrun started, for those that share work without a group.
+
+    Each then has its own GPU, where there are any.
+    """
+    here = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if here[1] > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return here
+
+
+def wait_for_started() -> None:
+    """Returns when every process that torchrun started has come here, were it days."""
+    with joined(timedelta(days=30)):
+        wait()
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def size() -> int:
+    """How many processes there are."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def first() -> bool:
+    """Whether this process is the one that writes files."""
+    return rank() == 0
+
+
+def wait() -> None:
+    """Returns when every process has come here."""
+    if size() > 1:
+        distributed.barrier()
+
+
+def largest(*numbers: int) -> list[int]:
+    """The largest of each number over all processes."""
+    if size() == 1:
+        return [*numbers]
+    votes = torch.tensor(numbers)
+    distributed.all_reduce(votes, distributed.ReduceOp.MAX)
+    return votes.tolist()
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of `x` over all processes, in a new tensor."""
+    if size() == 1:
+        return x
+    x = x.clone()
+    distributed.all_reduce(x)
+    return x
+
+
+def from_all(x: Tensor) -> Tensor:
+    """(processes, *x.shape) on the CPU: the x of every process, in the order of their ranks."""
+    x = x.detach().cpu().contiguous()
+    if size() == 1:
+        return x[None].clone()
+    every = [torch.empty_like(x) for _ in range(size())]
+    distributed.all_gather(every, x)
+    return torch.stack(every)
+
+
+def from_first(make: Callable[[], str]) -> str:
+    """What `make()` gives in the first process, which alone calls it; RuntimeError in the others where it fails."""
+    text = b""
+    try:
+        if first():
+            text = make().encode() + b"\n"
+    finally:
+        [length] = largest(len(text))
+    if not length:
+        raise RuntimeError("the first process could not go on")
+    data = torch.frombuffer(bytearray(text or length), dtype=torch.uint8)
+    if size() > 1:
+        distributed.broadcast(data, 0)
+    return data.numpy().tobytes().decode().removesuffix("\n")
+
+
+def mean_(tensors: Iterable[Tensor]) -> None:
+    """Replaces floating-point tensors by their means over all processes, in one exchange."""
+    tensors = [x for x in tensors if x.is_floating_point()]
+    if size() == 1 or not tensors:
+        return
+    flat = torch.cat([x.flatten() for x in tensors])
+    distributed.all_reduce(flat)
+    flat /= size()
+    parts = flat.split([x.numel() for x in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(x) for part, x in zip(parts, tensors, strict=True)])
+
+
+def whole(x: Tensor) -> Tensor:
+    """`x`, or all of it where `x` is this process's part of a sharded tensor; every process must ask."""
+    return x.full_tensor() if sharded(x) else x
+
+
+def sharded(x: Tensor) -> bool:
+    """Whether a process holds a part of `x` only."""
+    return hasattr(x, "full_tensor")  # DTensor; importing its module takes half a second
+
+
+def placed(x: Tensor, like: Tensor) -> Tensor:
+    """This process's part of `x`, which is whole in every process, where `like` is a part; else `x`."""
+    if not sharded(like):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def check_replicas(module: nn.Module) -> None:
+    """RuntimeError, in every process, unless all have the same parameters and buffers, to the bit.
+
+    What is sharded has no replica, and is left out.
+    """
+    digest = hashlib.sha256()
+    for name, x in module.state_dict().items():
+        if not sharded(x):
+            digest.update(name.encode())
+            digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    hashes = from_all(torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8))
+    others = [r for r in range(size()) if not torch.equal(hashes[r], hashes[0])]
+    if others:
+        raise RuntimeError(f"the network of process {others[0]} differs from that of process 0 (hash "
+                           f"{hashes[others[0]].numpy().tobytes().hex()[:12]}, not "
+                           f"{hashes[0].numpy().tobytes().hex()[:12]}): they must be replicas")  # fmt: skip

@@ -1,0 +1,257 @@
+"""Several processes: they agree with one, and with each other, whatever is spread over them and whoever is killed."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from eekd import checkpoint, models
+from eekd.trainers.folder import read_metrics
+from eekd.trainers.loop import SyncBatchNorm, synchronised
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+SMALL = ["--train-limit", "155", "--teacher.model", "resnet8_w4", "--student.model", "resnet8_w4", "--teacher.epochs",
+         "2", "--student.epochs", "2", "--teacher.snapshots", "2", "--teacher.batch-size", "24", "--student.batch-size",
+         "24", "--deterministic", "--augment", "crop"]  # fmt: skip
+TIMES = {"seconds", "seconds_teacher", "seconds_forward", "seconds_backward"}
+
+
+def launch(processes: int, *command, **options) -> subprocess.CompletedProcess:
+    """`python command` in one process, or by torchrun in several."""
+    start = [sys.executable] if processes == 1 else [*TORCHRUN, "--nproc-per-node", str(processes)]
+    done = subprocess.run([*start, *map(str, command)], env=ENVIRONMENT, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def together(processes: int, tmp_path: Path, code: str) -> None:
+    """Runs code in processes that have joined; `rank` and `size` are their numbers."""
+    script = tmp_path / "script.py"
+    start = """
+        import torch
+        from torch import nn
+        from eekd import distributed
+        torch.manual_seed(0)
+        with distributed.joined():
+            rank, size = distributed.rank(), distributed.size()
+    """
+    script.write_text(textwrap.dedent(start) + textwrap.indent(textwrap.dedent(code), "    "))
+    launch(processes, script)
+
+
+def weights(run: Path, *folders: str) -> dict[str, torch.Tensor]:
+    """All that the run's networks learned."""
+    files = [path for folder in folders or [""] for path in sorted((run / folder).rglob("*.safetensors"))]
+    assert files
+    return {f"{path.relative_to(run)} {name}": tensor
+            for path in files for name, tensor in checkpoint.load_tensors(path).items()}  # fmt: skip
+
+
+def assert_close(run: Path, other: Path, tolerance: float) -> None:
+    """The same files in both, and in them numbers that are close."""
+    ours, theirs = weights(run), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        difference = (theirs[name] - tensor).abs().max().item()
+        assert difference <= tolerance * (1 + tensor.abs().max().item()), name
+
+
+def test_what_processes_hand_each_other(tmp_path):
+    together(3, tmp_path, """
+        assert distributed.largest(rank, -rank, 7) == [2, 0, 7]
+        assert distributed.total(torch.tensor([rank + 1.0, 1.0])).tolist() == [6, 3]
+        assert distributed.from_all(torch.tensor([rank])).tolist() == [[0], [1], [2]]
+        assert distributed.from_first(lambda: f"a folder of {rank} ünd more") == "a folder of 0 ünd more"
+        buffers = [torch.tensor([rank * 3.0]), torch.tensor(rank), torch.full((2, 2), float(rank))]
+        distributed.mean_(buffers)
+        assert buffers[0].tolist() == [3.0] and buffers[1] == rank and buffers[2].eq(1).all()
+        try:
+            distributed.from_first(lambda: 1 / 0)
+        except (ZeroDivisionError, RuntimeError) as error:
+            assert isinstance(error, ZeroDivisionError) == (rank == 0)
+        else:
+            raise AssertionError
+
+        network = nn.Linear(3, 2)
+        distributed.check_replicas(network)
+        with torch.no_grad():
+            network.bias[1] += 1e-7 * (rank == 1)
+        try:
+            distributed.check_replicas(network)
+        except RuntimeError as error:
+            assert "the network of process 1 differs from that of process 0" in str(error)
+        else:
+            raise AssertionError
+    """)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_synchronised_batch_norm_is_that_of_the_whole_batch(tmp_path, processes):
+    """Uneven shares; outputs, gradients and running statistics."""
+    together(processes, tmp_path, """
+        from eekd.trainers.loop import synchronised
+        for momentum in (0.1, None):
+            plain = nn.Sequential(nn.BatchNorm2d(3, momentum=momentum)).double()
+            nn.init.uniform_(plain[0].weight)
+            same = nn.Sequential(nn.BatchNorm2d(3, momentum=momentum)).double()
+            same.load_state_dict(plain.state_dict())
+            same = synchronised(same)
+            x = torch.randn(7, 3, 4, 4, dtype=torch.double)
+            whole, part = x.clone().requires_grad_(), x[rank::size].clone().requires_grad_()
+            direction = torch.randn_like(x)
+            for _ in range(2):
+                expected, got = plain(whole), same(part)
+            (expected * direction).sum().backward()
+            (got * direction[rank::size]).sum().backward()
+            torch.testing.assert_close(got, expected[rank::size])
+            torch.testing.assert_close(part.grad, whole.grad[rank::size])
+            torch.testing.assert_close(distributed.total(same[0].weight.grad), plain[0].weight.grad)
+            for name, buffer in plain.state_dict().items():
+                torch.testing.assert_close(same.state_dict()[name], buffer)
+            torch.testing.assert_close(same.eval()(x), plain.eval()(x))
+    """)
+
+
+def test_batch_norms_are_synchronised_in_place():
+    network = models.build("resnet8_w4", num_classes=10, in_channels=1, image_size=8)
+    names = list(network.state_dict())
+    assert list(synchronised(network).state_dict()) == names
+    assert any(isinstance(module, SyncBatchNorm) for module in network.modules())
+    assert not any(type(module) is nn.BatchNorm2d for module in network.modules())
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_snapshots_spread_over_processes_say_the_same(tmp_path, processes):
+    """Five and three of them, uneven batches, a batch of none."""
+    together(processes, tmp_path, """
+        from eekd import SnapshotEnsemble, models
+        for count in (5, 3):
+            torch.manual_seed(1)
+            networks = [models.build("resnet8_w4", num_classes=10, in_channels=1, image_size=8) for _ in range(count)]
+            everywhere, spread = SnapshotEnsemble(networks), SnapshotEnsemble(networks, snapshots_on="ranks")
+            assert len(spread) == count and len(spread.models) == max(1, len(range(rank, count, size)))
+            images = torch.randn(9, 1, 8, 8)
+            for mine in (images[rank::size], images[: 2 if rank else 0]):
+                for got, expected in zip(spread(mine), everywhere(mine), strict=True):
+                    assert got.shape == expected.shape
+                    torch.testing.assert_close(got, expected)
+    """)
+
+
+NORM_FREE = """
+from torch import nn
+
+def build(num_classes, in_channels, image_size):
+    return nn.Sequential(nn.Conv2d(in_channels, 8, 3), nn.GroupNorm(2, 8), nn.GELU(), nn.Flatten(),
+                         nn.Linear(8 * (image_size - 2) ** 2, 16), nn.GELU(), nn.Linear(16, num_classes))
+"""
+
+
+@pytest.fixture(scope="module")
+def norm_free(tmp_path_factory) -> list:
+    """Flags of a small run whose networks see every sample by itself, and its outcome in one process."""
+    folder = tmp_path_factory.mktemp("norm-free")
+    (folder / "net.py").write_text(NORM_FREE)
+    model = f"{folder / 'net.py'}:build"
+    flags = ["-m", "eekd.train", *SMALL, "--teacher.model", model, "--student.model", model, "--teacher.lr", "0.02",
+             "--student.lr", "0.02", "--students", "ce", "uniform", "attention"]  # fmt: skip
+    launch(1, *flags, "--out", folder / "one")
+    return [*flags, "--out"], folder / "one"
+
+
+@pytest.mark.parametrize("processes, flags", [
+    (1, ["--accumulate", 3]),
+    (2, ["--accumulate", 2, "--check-replicas", 1]),
+    (4, ["--snapshots-on", "ranks"]),
+    (2, ["--parallel", "fsdp", "--accumulate", 2]),
+])  # fmt: skip
+def test_the_same_batch_gives_the_same_networks(norm_free, tmp_path, processes, flags):
+    """155 images in batches of 24, the last one of 11: however they are shared out, the steps are the same."""
+    command, one = norm_free
+    launch(processes, *command, tmp_path / "run", *flags)
+    assert_close(one, tmp_path / "run", 2e-5)
+    for phase in ("teacher", "students/attention"):
+        ours, theirs = (read_metrics(run / phase, {}) for run in (one, tmp_path / "run"))
+        for row, other in zip(ours, theirs, strict=True):
+            assert row.keys() == other.keys()
+            for name in row.keys() - TIMES:
+                assert row[name] == pytest.approx(other[name], abs=1e-4), name
+
+
+def test_synchronised_batch_norm_makes_processes_agree(tmp_path):
+    command = ["-m", "eekd.train", *SMALL, "--students", "attention", "--sync-batchnorm", "--out"]
+    launch(1, *command, tmp_path / "one")
+    launch(2, *command, tmp_path / "two")
+    assert_close(tmp_path / "one", tmp_path / "two", 2e-3)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> tuple[list, Path]:
+    """Flags of a run of two processes, and its folder."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    command = ["-m", "eekd.train", *SMALL, "--students", "ce", "attention", "--save-every", "0.05", "--out"]
+    launch(2, *command, folder / "run")
+    return command, folder / "run"
+
+
+def same_outcome(run: Path, other: Path) -> None:
+    """Everything that was learned and measured, to the bit."""
+    ours, theirs = weights(run), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    for phase in ("teacher", "students/ce", "students/attention"):
+        for row, again in zip(*(read_metrics(r / phase, {}) for r in (run, other)), strict=True):
+            assert [(k, v) for k, v in row.items() if k not in TIMES] == [
+                (k, v) for k, v in again.items() if k not in TIMES
+            ]
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def kill_workers(command: list, run: Path, kills: int, rng: random.Random) -> int:
+    """Starts two workers by torchrun, which restarts them, and kills one at random after checkpoints.
+
+    Gives how often it did.
+    """
+    start = [*TORCHRUN, "--nproc-per-node", 2, "--max-restarts", kills, "--monitor-interval", 0.1, *command, run]
+    torchrun = subprocess.Popen([*map(str, start)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    killed, last = 0, 0.0
+    try:
+        while torchrun.poll() is None and killed < kills:
+            written = [path.stat().st_mtime for path in run.rglob("*.json") if path.exists()]
+            if max(written, default=0.0) > last:  # the new workers have come so far
+                time.sleep(rng.uniform(0, 0.6))
+                if workers := children(torchrun.pid):
+                    os.kill(rng.choice(workers), signal.SIGKILL)
+                    killed, last = killed + 1, time.time()
+            time.sleep(0.02)
+        told = torchrun.communicate(timeout=300)[1]
+    finally:
+        torchrun.kill()
+    assert torchrun.returncode == 0, told[-4000:]
+    return killed
+
+
+def test_a_killed_worker_changes_nothing(undisturbed, tmp_path):
+    command, run = undisturbed
+    assert kill_workers(command, tmp_path / "run", 1, random.Random(0)) == 1
+    same_outcome(run, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_killed_workers_change_nothing(undisturbed, tmp_path, seed):
+    command, run = undisturbed
+    assert kill_workers(command, tmp_path / "run", 1 + seed % 3, random.Random(seed))
+    same_outcome(run, tmp_path / "run")
