@@ -416,9 +416,7 @@ def test_processes_share_the_shards(run, tmp_path):
 
 @bad_input
 def test_a_shard_that_another_process_lost_is_named(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli.distributed, "init_process_group", lambda backend: None)
-    monkeypatch.setattr(cli.distributed, "barrier", lambda: None)
-    monkeypatch.setattr(cli.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(cli.distributed, "wait_for_started", lambda: None)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert cli.main(["--teacher", str(run), "--views", "1", "--out", str(tmp_path / "bank")]) == 2

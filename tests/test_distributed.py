@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ import torch
 from torch import nn
 
 from eekd import checkpoint, models
+from eekd.train import main
 from eekd.trainers.folder import read_metrics
 from eekd.trainers.loop import SyncBatchNorm, synchronised
 
+ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 SMALL = ["--train-limit", "155", "--teacher.model", "resnet8_w4", "--student.model", "resnet8_w4", "--teacher.epochs",
@@ -255,3 +258,55 @@ def test_killed_workers_change_nothing(undisturbed, tmp_path, seed):
     command, run = undisturbed
     assert kill_workers(command, tmp_path / "run", 1 + seed % 3, random.Random(seed))
     same_outcome(run, tmp_path / "run")
+
+
+def test_the_slurm_script_goes_on_after_preemption(undisturbed, tmp_path):
+    """With stand-ins for Slurm: SIGTERM saves and asks to be queued again, and the next start ends the run."""
+    command, run = undisturbed
+    for name, text in {"srun": 'exec "$@"', "scontrol": f'echo "$*" >> {tmp_path}/asked; echo localhost'}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2",
+             "SLURM_JOB_ID": str(os.getpid())}  # fmt: skip
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    flags = command[command.index("eekd.train") + 1 : command.index("--out")]
+    start = ["bash", ROOT / "docs" / "train.sbatch", tmp_path / "run", *flags]
+    job = subprocess.Popen(start, env=ENVIRONMENT | slurm | {"PATH": path}, stderr=subprocess.PIPE, text=True)
+    while job.poll() is None and not any((tmp_path / "run").rglob("checkpoints/*.json")):
+        time.sleep(0.02)
+    job.terminate()
+    told = job.communicate(timeout=100)[1]
+    assert told.count("stopped by SIGTERM; go on with: python -m eekd.train --resume") == 2, told
+    assert f"requeue {os.getpid()}" in (tmp_path / "asked").read_text()
+    assert not (tmp_path / "run" / "summary.json").exists()
+    subprocess.run(start, env=ENVIRONMENT | slurm | {"PATH": path}, check=True, capture_output=True)
+    same_outcome(run, tmp_path / "run")
+
+
+def test_a_comparison_shares_its_seeds(tmp_path):
+    flags = ["-m", "eekd.compare", "--train-limit", "155", "--teacher.epochs", "1", "--student.epochs", "1",
+             "--teacher.snapshots", "1", "--teacher.model", "resnet8_w4", "--methods", "ce", "--seeds", "2",
+             "--out"]  # fmt: skip
+    launch(2, *flags, tmp_path / "out")
+    assert checkpoint.read_json(tmp_path / "out" / "study.json")["seeds"] == [0, 1]
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("environment, flags, message", [
+    ({"TORCHELASTIC_MAX_RESTARTS": "3"}, [], "--out must be given under torchrun --max-restarts"),
+    ({}, ["--accumulate", "5"], r"teacher.batch_size must be a multiple of 5 \(1 processes x accumulate 5\), got 64"),
+    ({}, ["--parallel", "fsdp", "--precision", "fp16"], "parallel must be ddp when precision is fp16, got 'fsdp'"),
+])  # fmt: skip
+def test_mistakes(environment, flags, message, monkeypatch, capsys):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(flags) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.bad_input
+def test_a_restart_with_other_settings_is_refused(undisturbed, monkeypatch, capsys):
+    _, run = undisturbed
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main(["--out", str(run), "--seed", "1"]) == 2
+    assert f"{run} holds a run with another " in capsys.readouterr().err

@@ -14,9 +14,10 @@ from typing import Literal
 
 import safetensors.torch
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 import eekd
+from eekd import distributed
 from eekd.bank import DENSE, DTYPES, MANIFEST, TOP_K, images_of, projection, row_bytes, shard_names
 from eekd.checkpoint import read_checked, save_tensors, write_json_atomic
 from eekd.data import Batch
@@ -56,7 +57,7 @@ class Flags:
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line and returns its exit code: 0, 130 when interrupted, 2 for any mistake."""
     try:
-        write(parse(sys.argv[1:] if argv is None else argv), Console())
+        write(parse(sys.argv[1:] if argv is None else argv), Console(), *distributed.started())
         return 0
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
@@ -78,11 +79,8 @@ def parse(argv: list[str]) -> Flags:
     return flags
 
 
-def write(flags: Flags, console: Console) -> None:
-    """Writes the shards that are not there yet, then the manifest; of several processes each its share."""
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if world > 1 and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+def write(flags: Flags, console: Console, rank: int = 0, world: int = 1) -> None:
+    """Writes the shards that are not there yet, then the manifest; of `world` processes each its share."""
     console.quiet = rank > 0
     run, out = Path(flags.teacher), Path(flags.out or Path(flags.teacher, "bank"))
     # Deterministic: a shard that is made again has the same bytes.
@@ -130,9 +128,7 @@ def write(flags: Flags, console: Console) -> None:
             known = {"bank": json.dumps({**settings, "file": name, "sha256": _digest(tensors)})}
             hashes[name] = save_tensors(out / name, tensors, known)
     if world > 1:
-        distributed.init_process_group("gloo")
-        distributed.barrier()  # until every shard is written
-        distributed.destroy_process_group()
+        distributed.wait_for_started()  # until every shard is written
     if rank == 0:
         known = {name: hashes.get(name) or _whole(out / name, settings) for name, _ in shards}
         if lost := [name for name in known if not known[name]]:
