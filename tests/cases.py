@@ -1,54 +1,91 @@
-"""The shapes an op is tried on, each with its reason, the tensors of a shape, and the calls an op makes."""
+"""What ensemble_kd and sparse_ensemble_kd are tried on: shapes, each with its reason, their tensors and readings.
 
+Three numbers, (rows, snapshots, classes), are a size of ensemble_kd; a fourth, K, makes it one of sparse_ensemble_kd.
+"""
+
+import itertools
 import mmap
-from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from eekd import ensemble_kd, sparse_ensemble_kd
 
-class Shape(NamedTuple):
-    rows: int
-    snapshots: int
-    classes: int
-    reason: str
-
-
-SHAPES = (
-    Shape(65, 5, 1, "one class: every softmax is 1"),
-    Shape(65, 5, 2, "two classes"),
-    Shape(65, 5, 7, "less than a vector, rows unaligned"),
-    Shape(65, 5, 10, "CIFAR-10"),
-    Shape(65, 5, 100, "CIFAR-100"),
-    Shape(9, 5, 127, "one short of whole vectors"),
-    Shape(9, 5, 128, "whole vectors, whatever their width"),
-    Shape(9, 5, 129, "one more than whole vectors"),
-    Shape(9, 5, 1000, "ImageNet"),
-    Shape(9, 5, 1001, "ImageNet with a background class: odd strides"),
-    Shape(5, 5, 1023, "one short of a tile"),
-    Shape(5, 5, 1024, "a tile"),
-    Shape(5, 5, 1025, "a tile and one column"),
-    Shape(5, 3, 5000, "several tiles and a rest"),
-    Shape(1, 2, 262144, "the largest vocabulary, and fewer rows than threads"),
-    Shape(9, 1, 100, "plain knowledge distillation"),
-    Shape(9, 2, 100, "the least that is an ensemble"),
-    Shape(9, 17, 100, "more snapshots than a vector has lanes"),
-    Shape(9, 64, 100, "the most snapshots"),
-    Shape(2, 64, 1500, "the most snapshots, in tiles"),
-    Shape(0, 5, 100, "an empty batch"),
-    Shape(1, 5, 100, "a single row"),
-)
-
+NAN, INF = float("nan"), float("inf")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ATTENTIONS = ("uniform", "scores", "query")
+FUSIONS = ("probability", "logit")
+OBJECTIVES = ("label", "kl")
+READINGS = list(itertools.product(FUSIONS, OBJECTIVES))
+
+readings = pytest.mark.parametrize("fusion, objective", READINGS)
+fusions = pytest.mark.parametrize("fusion", FUSIONS)
+
+
+def sizes(*sizes: tuple[int, ...]):
+    """Runs a test on every size; "sparse" is in the names of those of sparse_ensemble_kd."""
+    ids = ["sparse" * (len(size) > 3) + "x".join(map(str, size)) for size in sizes]
+    return pytest.mark.parametrize("size", sizes, ids=ids)
+
+
+SIZES = {
+    (65, 5, 1): "one class: every softmax is 1",
+    (65, 5, 2): "two classes",
+    (65, 5, 7): "less than a vector, rows unaligned",
+    (65, 5, 10): "CIFAR-10",
+    (65, 5, 100): "CIFAR-100",
+    (9, 5, 127): "one short of whole vectors",
+    (9, 5, 128): "whole vectors, whatever their width",
+    (9, 5, 129): "one more than whole vectors",
+    (9, 5, 1000): "ImageNet",
+    (9, 5, 1001): "ImageNet with a background class: odd strides",
+    (5, 5, 1023): "one short of a tile",
+    (5, 5, 1024): "a tile",
+    (5, 5, 1025): "a tile and one column",
+    (5, 3, 5000): "several tiles and a rest",
+    (1, 2, 262144): "the largest vocabulary, and fewer rows than threads",
+    (9, 1, 100): "plain knowledge distillation",
+    (9, 2, 100): "the least that is an ensemble",
+    (9, 17, 100): "more snapshots than a vector has lanes",
+    (9, 64, 100): "the most snapshots",
+    (2, 64, 1500): "the most snapshots, in tiles",
+    (0, 5, 100): "an empty batch",
+    (1, 5, 100): "a single row",
+    (65, 1, 1, 1): "nothing is left out",
+    (65, 5, 2, 1): "a class inside and one outside",
+    (65, 5, 10, 1): "the least that is kept",
+    (65, 2, 100, 2): "as many snapshots as columns",
+    (65, 5, 100, 31): "the last that goes a row per lane",
+    (65, 5, 100, 32): "the first that does not",
+    (9, 17, 101, 33): "odd strides",
+    (9, 64, 100, 20): "the most snapshots",
+    (9, 5, 1000, 50): "ImageNet",
+    (9, 1, 1023, 100): "one snapshot, one short of a tile",
+    (9, 2, 1024, 1024): "a tile of student and columns, and one column more",
+    (5, 5, 1025, 100): "a tile and one column",
+    (33, 2, 2500, 15): "rows in lanes, in tiles",
+    (3, 3, 5000, 1000): "several tiles, and of columns almost one",
+    (2, 2, 3000, 3000): "several tiles of columns",
+    (1, 2, 128256, 100): "a large vocabulary",
+    (0, 5, 100, 10): "an empty batch",
+    (1, 5, 100, 10): "a single row",
+}
+
+
+def kd(**x):
+    """The op whose arguments these are."""
+    return (sparse_ensemble_kd if "indices" in x else ensemble_kd)(**x)
 
 
 def tensors(
     rows: int,
     snapshots: int,
     classes: int,
+    k: int | None = None,
     *,
+    temperature: float = 5.0,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     attention: str = "scores",
@@ -56,7 +93,7 @@ def tensors(
     labels: bool = True,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """The tensor arguments of ensemble_kd, by name."""
+    """The tensor arguments of an op, by name; the temperature is that of a tail."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size, scale=1.0):
@@ -73,11 +110,18 @@ def tensors(
     elif attention == "query":
         x["query"] = normal(rows, width)
         x["keys"] = normal(snapshots, rows, width)
-    return x
+    return sparse(x, k, temperature=temperature)
 
 
-def sparse(x: dict[str, Tensor], k: int, *, temperature: float = 5.0, seed: int = 0) -> dict[str, Tensor]:
-    """The arguments of sparse_ensemble_kd that keep k classes of each row of x: the labels of even rows among them."""
+def sparse(
+    x: dict[str, Tensor], k: int | None = None, *, temperature: float = 5.0, seed: int = 0
+) -> dict[str, Tensor]:
+    """The arguments of sparse_ensemble_kd that keep k classes of each row of x, the labels of even rows among them.
+
+    Without k, x as it is.
+    """
+    if k is None:
+        return x
     z = x["snapshot_logits"]
     order = torch.rand(z.shape[1:], generator=torch.Generator().manual_seed(seed))
     if "labels" in x:
@@ -94,6 +138,16 @@ def kept(z: Tensor, indices: Tensor, temperature: float) -> dict[str, Tensor]:
     tail = (z.double() / temperature).scatter(2, everywhere, -torch.inf).logsumexp(2)
     tail = tail.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
     return {"snapshot_logits": z.gather(2, everywhere), "snapshot_tail": tail, "indices": indices}
+
+
+def rows_first(name: str, value: Tensor) -> Tensor:
+    """A view of an argument or a result in which rows are the first dimension."""
+    return value.transpose(0, 1) if value.dim() == 3 or name == "snapshot_tail" else value
+
+
+def part(x: dict[str, Tensor], rows) -> dict[str, Tensor]:
+    """These rows of every tensor."""
+    return {name: rows_first(name, rows_first(name, value)[rows]) for name, value in x.items()}
 
 
 def spread(t: Tensor) -> Tensor:

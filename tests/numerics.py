@@ -11,6 +11,7 @@ from collections.abc import Callable
 from math import log
 
 import torch
+from cases import kd
 from torch import Tensor
 
 from eekd import reference
@@ -45,10 +46,19 @@ def double(x: dict) -> dict:
     return {name: widen(value) for name, value in x.items()}
 
 
-def assert_accurate(got: dict[str, Tensor], x: dict, *, formula: Callable = reference.ensemble_kd, **options) -> None:
-    """`got` is evaluate(op, x, **options) of the op under test, `formula` the op's in the reference."""
-    truth = evaluate(formula, double(x), **options)
-    torchs = evaluate(formula, x, **options)
+def formula(**x):
+    """The op whose arguments these are, as the reference has it."""
+    return (reference.sparse_ensemble_kd if "indices" in x else reference.ensemble_kd)(**x)
+
+
+def exact(x: dict, **options) -> dict[str, Tensor]:
+    """What evaluate(kd, x, **options) should be, in fp64."""
+    return evaluate(formula, double(x), **options)
+
+
+def check(x: dict, **options) -> dict[str, Tensor]:
+    """evaluate(kd, x, **options), which must be as exact as the reference."""
+    got, truth, torchs = evaluate(kd, x, **options), exact(x, **options), evaluate(formula, x, **options)
     assert got.keys() == truth.keys()
     temperature, student = options.get("temperature", 5.0), x["student_logits"].double()
     squared = temperature**2
@@ -70,6 +80,7 @@ def assert_accurate(got: dict[str, Tensor], x: dict, *, formula: Callable = refe
             terms = max(terms, temperature * probability / rows)
         floor = terms * ATOL[got["loss"].dtype]
         assert_close(name, value.double(), torchs[name].double(), truth[name].double(), ATOL[value.dtype], floor)
+    return got
 
 
 def assert_close(name: str, value: Tensor, torchs: Tensor, truth: Tensor, rtol: float, floor: float) -> None:

@@ -403,9 +403,10 @@ def test_more_views_are_added_to_a_bank(copy, bank):
     assert not torch.equal(more.rows(3, torch.arange(9))[0], more.rows(0, torch.arange(9))[0])
 
 
-def test_processes_share_the_shards(run, tmp_path):
+@pytest.mark.parametrize("kind", [(), ("--top-k", "3")], ids=["all classes", "top-k"])
+def test_processes_share_the_shards(run, tmp_path, kind):
     """By torchrun, two of them; the bytes are those of one."""
-    flags = ["-m", "eekd.bank", "--teacher", str(run), "--views", "3", "--out"]
+    flags = ["-m", "eekd.bank", "--teacher", str(run), "--views", "3", *kind, "--out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     told = subprocess.run([*launch, *flags, str(tmp_path / "two")], env=environment, check=True, capture_output=True)

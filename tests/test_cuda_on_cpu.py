@@ -12,20 +12,17 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_sparse_ensemble_kd
 import torch
-from cases import SHAPES, sparse, tensors
-from numerics import assert_same_bits, evaluate
+from cases import READINGS, SIZES, kd, kept, readings, sizes, tensors
+from numerics import assert_same_bits, check, evaluate
 from test_ensemble_kd import (  # noqa: F401  these run here once more
-    READINGS,
-    check,
-    readings,
     test_a_label_of_no_probability_in_fp32,
     test_a_label_on_a_masked_column,
     test_a_nan_in_the_attention_is_never_a_finite_loss,
     test_a_nan_that_is_read_is_never_a_finite_loss,
     test_a_row_of_nothing_but_masked_has_no_softmax,
     test_any_call_is_accurate,
+    test_any_integer_may_be_the_ignored_label,
     test_any_layout_gives_the_same_bits,
     test_columns_masked_in_some_snapshots,
     test_equals_the_formulas_of_the_method,
@@ -42,21 +39,19 @@ from test_ensemble_kd import (  # noqa: F401  these run here once more
     test_temperature_and_alpha,
     test_upstream_gradients_scale,
 )
+from test_sparse_ensemble_kd import (  # noqa: F401  and these
+    test_a_label_outside_counts_as_the_bucket,
+    test_a_nan_inside_or_outside_is_never_a_finite_loss,
+    test_a_tail_of_either_dtype,
+    test_a_tail_of_no_probability_has_a_logarithm,
+    test_a_tail_that_only_some_snapshots_or_the_student_have,
+    test_all_classes_in_any_order_are_ensemble_kd,
+    test_equals_the_columns_of_the_contract,
+    test_nothing_but_masked_outside,
+    test_padded_vocabulary_inside_and_outside,
+)
 
-from eekd import ensemble_kd, sparse_ensemble_kd
 from eekd.ops.ensemble_kd import DTYPES, MAX_SNAPSHOTS
-
-for _name in (
-    "a_label_outside_counts_as_the_bucket", "a_nan_that_is_read_is_never_a_finite_loss",
-    "a_row_of_nothing_but_masked_has_no_softmax", "a_tail_of_no_probability_has_a_logarithm",
-    "a_tail_that_only_some_snapshots_or_the_student_have", "all_classes_in_any_order_are_ensemble_kd",
-    "any_call_is_accurate", "any_layout_gives_the_same_bits", "equals_the_columns_of_the_contract",
-    "half_precision_is_fp32_arithmetic_rounded_once", "ignored_rows_count_for_nothing_and_are_not_read",
-    "logits_of_ten_thousand", "nothing_but_masked_outside", "offsets_beyond_32_bits", "padded_vocabulary",
-    "snapshots_of_no_weight_are_not_read", "student_and_snapshots_of_different_dtypes", "temperature_and_alpha",
-    "the_ignored_label_may_be_the_number_of_a_column", "upstream_gradients_scale",
-):  # fmt: skip
-    globals()[f"test_sparse_{_name}"] = getattr(test_sparse_ensemble_kd, f"test_{_name}")
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
@@ -240,11 +235,11 @@ def kernels(backend):
     return backend
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.rows}x{s.snapshots}x{s.classes}")
-def test_every_shape(backend, shape):
-    rows = min(shape.rows, 5) if shape.classes > 10 else shape.rows
+@sizes(*SIZES)
+def test_every_shape(backend, size):
+    rows = min(size[0], 5) if size[2] > 10 else size[0]
     for attention, (fusion, objective) in itertools.product(("uniform", "scores"), READINGS):
-        x = tensors(rows, *shape[1:3], attention=attention)
+        x = tensors(rows, *size[1:], attention=attention)
         check(x, fusion=fusion, attention_objective=objective)
 
 
@@ -257,23 +252,24 @@ def test_every_dtype_on_and_off_chip(backend, dtype, classes, fusion, objective)
         check(x, fusion=fusion, attention_objective=objective)
 
 
+@sizes((3, 3, 16), (3, 3, 1000), (3, 3, 3000), (2, 2, 1000, 50), (2, 2, 4104, 50), (2, 2, 20000, 50))
 @readings
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bits_do_not_depend_on_alignment(backend, dtype, fusion, objective):
-    for classes, attention in itertools.product((16, 1000, 3000), ("uniform", "scores")):
-        x = tensors(3, 3, classes, dtype=dtype, attention=attention)
+def test_bits_do_not_depend_on_alignment(backend, size, dtype, fusion, objective):
+    for attention in ("uniform", "scores"):
+        x = tensors(*size, dtype=dtype, attention=attention)
         options = {"fusion": fusion, "attention_objective": objective}
-        expected = evaluate(ensemble_kd, x, **options)
-        wide = torch.full((3, 3, classes + 16), torch.nan, dtype=dtype)
-        for name in ("student_logits", "snapshot_logits"):
-            z = wide[..., 5 : 5 + classes][: len(x[name])] if name == "snapshot_logits" else wide[0, :, 3 : 3 + classes]
-            moved = x | {name: z.copy_(x[name])}
-            assert_same_bits(evaluate(ensemble_kd, moved, **options), expected)
+        expected = evaluate(kd, x, **options)
+        for name, first in ("student_logits", 3), ("snapshot_logits", 5):
+            *rows, columns = x[name].shape
+            wide = torch.full((*rows, columns + 16), torch.nan, dtype=dtype)
+            moved = x | {name: wide[..., first : first + columns].copy_(x[name])}
+            assert_same_bits(evaluate(kd, moved, **options), expected)
 
 
 def ranks_of_rows(emulator, x, **options):
     emulator.launches()
-    ensemble_kd(**x, reduction="none", **options)
+    kd(**x, reduction="none", **options)
     (ranks,) = emulator.launches()
     return ranks
 
@@ -286,46 +282,32 @@ def test_a_row_too_long_for_a_block_is_split_over_a_cluster(emulator, backend, r
     assert tuple(found) == expected
 
 
-def test_launches(emulator, backend):
+@sizes((9, 2, 4), (9, 2, 4, 2))
+def test_launches(emulator, backend, size):
     for rows, reduction, expected in ((9, "none", 1), (9, "mean", 2), (2100, "sum", 2), (2100, "mean", 3)):
-        x = tensors(rows, 2, 4)
+        x = tensors(rows, *size[1:])
         emulator.launches()
         check(x, reduction=reduction)
         assert len(emulator.launches()) == expected
-
-
-@pytest.mark.parametrize("shape", test_sparse_ensemble_kd.SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_sparse_every_shape(backend, shape):
-    rows = min(shape[0], 5) if shape[2] > 10 else shape[0]
-    for attention, (fusion, objective) in zip(("uniform", "scores", "query", "scores"), READINGS, strict=True):
-        x = sparse(tensors(rows, *shape[1:3], attention=attention), shape[3])
-        test_sparse_ensemble_kd.check(x, fusion=fusion, attention_objective=objective)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("classes", [1000, 4104, 20000])
-def test_sparse_bits_do_not_depend_on_alignment(backend, dtype, classes):
-    x = sparse(tensors(2, 2, classes, dtype=dtype), 50)
-    wide = torch.full((2, classes + 16), torch.nan, dtype=dtype)
-    moved = x | {"student_logits": wide[:, 3 : 3 + classes].copy_(x["student_logits"])}
-    assert_same_bits(evaluate(sparse_ensemble_kd, moved), evaluate(sparse_ensemble_kd, x))
 
 
 @readings
 def test_sparse_row_of_more_classes_than_there_are_bits(emulator, fusion, objective, backend, request):
     if request.node.callspec.params["backend"] != "streaming":
         pytest.skip("their bits fit")
-    x = sparse(tensors(1, 2, 200003), 900)
-    assert x["indices"].max() > 190000
-    test_sparse_ensemble_kd.check(x, fusion=fusion, attention_objective=objective)
+    x = tensors(1, 2, 200003)
+    # Among them the first class of every segment: a thread has 8 classes of it at a time, a block 256 threads.
+    indices = torch.cat([torch.arange(0, 200003, 256 * 8), torch.arange(1, 200003, 250)])
+    x |= kept(x["snapshot_logits"], indices[None], 5.0)
+    check(x, fusion=fusion, attention_objective=objective)
 
 
 def test_sparse_index_that_is_no_class_makes_its_row_nan(backend):
     for classes, wrong in itertools.product((10, 1500), ("C", -1, 2**32, -(2**62))):
-        x = sparse(tensors(5, 2, classes), 4)
-        expected = evaluate(sparse_ensemble_kd, x, reduction="none")
+        x = tensors(5, 2, classes, 4)
+        expected = evaluate(kd, x, reduction="none")
         x["indices"][2, 1] = classes if wrong == "C" else wrong
-        got = evaluate(sparse_ensemble_kd, x, reduction="none")
+        got = evaluate(kd, x, reduction="none")
         for name in ("loss", "attention_loss", "d_student_logits", "d_scores"):
             assert got[name][2].isnan().all()
             assert torch.equal(got[name][[0, 1, 3, 4]], expected[name][[0, 1, 3, 4]])
@@ -333,18 +315,10 @@ def test_sparse_index_that_is_no_class_makes_its_row_nan(backend):
 
 def test_sparse_label_that_is_no_class_makes_its_row_nan(backend):
     for wrong in (10, -1, 2**40):
-        x = sparse(tensors(5, 2, 10), 4)
+        x = tensors(5, 2, 10, 4)
         x["labels"][2] = wrong
-        loss, _, attention_loss = sparse_ensemble_kd(**x, reduction="none")
+        loss, _, attention_loss = kd(**x, reduction="none")
         assert loss.isnan().tolist() == attention_loss.isnan().tolist() == [0, 0, 1, 0, 0]
-
-
-def test_sparse_launches(emulator, backend):
-    for rows, reduction, expected in ((9, "none", 1), (9, "mean", 2), (2100, "mean", 3)):
-        x = sparse(tensors(rows, 2, 4), 2)
-        emulator.launches()
-        test_sparse_ensemble_kd.check(x, reduction=reduction)
-        assert len(emulator.launches()) == expected
 
 
 @pytest.mark.parametrize("per_row", [False, True])

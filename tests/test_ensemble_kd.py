@@ -1,4 +1,7 @@
-"""ensemble_kd on every backend: its numbers, its gradients, what it reads, and how it behaves as a torch op."""
+"""ensemble_kd on every backend, and all in which sparse_ensemble_kd is like it.
+
+Its numbers, its gradients, what it reads, and how it behaves as a torch op.
+"""
 
 import itertools
 import threading
@@ -6,29 +9,34 @@ import threading
 import pytest
 import torch
 import torch._dynamo.testing
-from cases import ATTENTIONS, DTYPES, SHAPES, Calls, far, spread, tensors
+from cases import (
+    ATTENTIONS,
+    DTYPES,
+    FUSIONS,
+    INF,
+    NAN,
+    OBJECTIVES,
+    READINGS,
+    SIZES,
+    Calls,
+    far,
+    fusions,
+    kd,
+    part,
+    readings,
+    rows_first,
+    sizes,
+    sparse,
+    spread,
+    tensors,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numerics import DIFFERENTIABLE, assert_accurate, assert_same_bits, double, evaluate
+from numerics import DIFFERENTIABLE, assert_same_bits, check, double, evaluate, exact
 from torch.nn import functional as F
 
-from eekd import ensemble_kd, reference, use_backend
+from eekd import ensemble_kd, use_backend
 from eekd.kernels.timing import peak_extra_bytes
-
-NAN, INF = float("nan"), float("inf")
-FUSIONS = ("probability", "logit")
-OBJECTIVES = ("label", "kl")
-READINGS = list(itertools.product(FUSIONS, OBJECTIVES))
-
-readings = pytest.mark.parametrize("fusion, objective", READINGS)
-fusions = pytest.mark.parametrize("fusion", FUSIONS)
-
-
-def check(x, **options):
-    got = evaluate(ensemble_kd, x, **options)
-    assert_accurate(got, x, **options)
-    return got
-
 
 # Numbers
 
@@ -76,13 +84,13 @@ def test_equals_the_formulas_of_the_method(backend, device, fusion, objective):
         torch.testing.assert_close(got[name].cpu(), value, rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.rows}x{s.snapshots}x{s.classes}")
+@sizes(*SIZES)
 @readings
-def test_every_shape(backend, device, shape, fusion, objective):
-    check(tensors(*shape[:3], device=device), fusion=fusion, attention_objective=objective)
+def test_every_shape(backend, device, size, fusion, objective):
+    check(tensors(*size, device=device), fusion=fusion, attention_objective=objective)
 
 
-@pytest.mark.parametrize("size", [(9, 5, 100), (3, 3, 1500)], ids=str)
+@sizes((9, 5, 100), (3, 3, 1500), (9, 5, 100, 20), (3, 3, 1500, 40))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("labels", [True, False], ids=["labels", "pure"])
@@ -92,39 +100,42 @@ def test_every_dtype_and_kind_of_attention(backend, device, size, dtype, attenti
     check(x, fusion=fusion, attention_objective=objective)
 
 
+@sizes((9, 3, 100), (9, 3, 100, 20))
 @pytest.mark.parametrize("student, snapshots", list(itertools.permutations(DTYPES, 2)))
 @fusions
-def test_student_and_snapshots_of_different_dtypes(backend, device, student, snapshots, fusion):
-    x = tensors(9, 3, 100, device=device, attention="query")
+def test_student_and_snapshots_of_different_dtypes(backend, device, size, student, snapshots, fusion):
+    x = tensors(*size, device=device, attention="query")
     x["student_logits"] = x["student_logits"].to(student)
     x["snapshot_logits"] = x["snapshot_logits"].to(snapshots)
     x["query"], x["keys"] = x["query"].to(snapshots), x["keys"].to(student)
     check(x, fusion=fusion)
 
 
+@sizes((65, 3, 100), (65, 3, 100, 40))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @readings
-def test_half_precision_is_fp32_arithmetic_rounded_once(backend, device, dtype, fusion, objective):
-    x = tensors(65, 3, 100, device=device, dtype=dtype, attention="query")
+def test_half_precision_is_fp32_arithmetic_rounded_once(backend, device, size, dtype, fusion, objective):
+    x = tensors(*size, device=device, dtype=dtype, attention="query")
     options = {"fusion": fusion, "attention_objective": objective, "reduction": "sum"}
-    half = evaluate(ensemble_kd, x, **options)
-    full = evaluate(ensemble_kd, {k: v.float() if v.is_floating_point() else v for k, v in x.items()}, **options)
+    half = evaluate(kd, x, **options)
+    full = evaluate(kd, {k: v.float() if v.is_floating_point() else v for k, v in x.items()}, **options)
     assert_same_bits(half, {k: v.to(half[k].dtype) for k, v in full.items()})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s.rows and s.classes <= 1500], ids=lambda s: str(s[:3]))
-def test_every_instruction_set(isa, dtype, shape):
-    x = tensors(*shape[:3], dtype=dtype)
+@sizes(*(size for size in SIZES if size[0] and size[2] <= 2500))
+def test_every_instruction_set(isa, dtype, size):
+    x = tensors(*size, dtype=dtype)
     for fusion, objective in READINGS:
         check(x, fusion=fusion, attention_objective=objective)
 
 
+@sizes((9, 4, 100), (9, 4, 100, 30))
 @pytest.mark.parametrize("temperature", [0.25, 1, 2.5, 20])
 @pytest.mark.parametrize("alpha", [0, 0.1, 1])
 @readings
-def test_temperature_and_alpha(backend, device, temperature, alpha, fusion, objective):
-    x = tensors(9, 4, 100, device=device)
+def test_temperature_and_alpha(backend, device, size, temperature, alpha, fusion, objective):
+    x = tensors(*size, device=device, temperature=temperature)
     check(x, temperature=temperature, alpha=alpha, fusion=fusion, attention_objective=objective)
 
 
@@ -135,13 +146,15 @@ def test_every_embedding_width(backend, device, width):
     check(x)
 
 
+@sizes((9, 4, 100), (9, 4, 100, 20), (9, 4, 100, 60))
 @readings
-def test_logits_of_ten_thousand(backend, device, fusion, objective):
-    x = tensors(9, 4, 100, device=device)
+def test_logits_of_ten_thousand(backend, device, size, fusion, objective):
+    x = tensors(*size[:3], device=device)
     for name in ("student_logits", "snapshot_logits"):
         x[name] = torch.where(x[name] > 0, 1e4, -1e4) + x[name]
+    x = sparse(x, *size[3:])
     options = {"fusion": fusion, "attention_objective": objective, "reduction": "none"}
-    got, truth = evaluate(ensemble_kd, x, **options), evaluate(reference.ensemble_kd, double(x), **options)
+    got, truth = evaluate(kd, x, **options), exact(x, **options)
     for name, value in got.items():  # no closer: the KL is a small difference of numbers of this size
         torch.testing.assert_close(value.double(), truth[name].double(), rtol=1e-3, atol=2e-3 * truth[name].abs().max())
 
@@ -231,59 +244,69 @@ def test_a_label_on_a_masked_column(backend, device, fusion, objective):
         assert (got["d_scores"][1] == 0).all() and got["d_scores"].isfinite().all()
 
 
+@sizes((3, 2, 10), (3, 2, 40, 10))
 @pytest.mark.parametrize("who", ["student_logits", "snapshot_logits", "scores"])
 @fusions
-def test_a_row_of_nothing_but_masked_has_no_softmax(backend, device, who, fusion):
-    x = tensors(3, 2, 10, device=device)
-    x[who].view(-1, 3, x[who].shape[-1])[:, 1] = -INF
-    got = evaluate(ensemble_kd, x, fusion=fusion, reduction="none")
+def test_a_row_of_nothing_but_masked_has_no_softmax(backend, device, size, who, fusion):
+    x = tensors(*size, device=device)
+    for name in (who, "snapshot_tail") if who == "snapshot_logits" and "indices" in x else (who,):
+        rows_first(name, x[name])[1] = -INF
+    got = evaluate(kd, x, fusion=fusion, reduction="none")
     assert got["loss"].isnan().tolist() == [False, True, False]
-    fine = {name: value[:, [0, 2]] if value.dim() == 3 else value[[0, 2]] for name, value in x.items()}
-    fine = evaluate(ensemble_kd, fine, fusion=fusion, reduction="none")
-    for name, value in got.items():  # not to the bit: the rows lie elsewhere
-        torch.testing.assert_close(value[[0, 2]], fine[name], rtol=1e-5, atol=1e-6)
+    fine = evaluate(kd, part(x, [0, 2]), fusion=fusion, reduction="none")
+    for name, value in part(got, [0, 2]).items():  # not to the bit: the rows lie elsewhere
+        torch.testing.assert_close(value, fine[name], rtol=1e-5, atol=1e-6)
 
 
 # Memory
 
 
 def layouts(x):
-    """The same numbers in other memory, NaN wherever nothing must be read."""
-    s, z = x["student_logits"], x["snapshot_logits"]
-    rows_first = z.transpose(0, 1).contiguous().transpose(0, 1)
-    columns_first = s.t().contiguous().t()
-    yield "rows apart", x | {"student_logits": spread(s), "snapshot_logits": spread(z)}
-    yield "(B, M, C) memory", x | {"snapshot_logits": rows_first}
+    """The same numbers in other memory, NaN or an index out of range wherever nothing must be read."""
+    z = x["snapshot_logits"]
+
+    def turned(name, *axes):
+        return {name: x[name].transpose(*axes).contiguous().transpose(*axes)}
+
+    by_row = turned("snapshot_logits", 0, 1)
+    yield "rows apart", x | {name: spread(x[name]) for name in ("student_logits", "snapshot_logits")}
+    yield "(B, M, C) memory", x | by_row
     yield "(B, M, C) memory, rows apart", x | {"snapshot_logits": spread(z.transpose(0, 1)).transpose(0, 1)}
     yield "a list", x | {"snapshot_logits": list(z)}
-    yield "a tuple with strides of their own", x | {"snapshot_logits": (spread(z[0]), *rows_first[1:])}
-    yield "student by columns", x | {"student_logits": columns_first}
+    yield "a tuple with strides of their own", x | {"snapshot_logits": (spread(z[0]), *by_row["snapshot_logits"][1:])}
+    yield "student by columns", x | turned("student_logits", 0, 1)
+    if "indices" in x:
+        yield "tail and indices apart", x | {name: spread(x[name]) for name in ("snapshot_tail", "indices")}
+        yield "(B, M) tail", x | by_row | turned("snapshot_tail", 0, 1)
+        yield "indices by columns", x | turned("indices", 0, 1)
+        yield "indices in 32 bits", x | {"indices": x["indices"].int()}
+        yield "indices in 32 bits, apart", x | {"indices": spread(x["indices"].int())}
     if "scores" in x:
         yield "scores apart", x | {"scores": spread(x["scores"])}
-        yield "scores by columns", x | {"scores": x["scores"].t().contiguous().t()}
+        yield "scores by columns", x | turned("scores", 0, 1)
     if "query" in x:
         yield "query and keys apart", x | {"query": spread(x["query"]), "keys": spread(x["keys"])}
-        yield "keys by rows", x | {"keys": x["keys"].transpose(0, 1).contiguous().transpose(0, 1)}
-        yield "keys by columns", x | {"keys": x["keys"].transpose(1, 2).contiguous().transpose(1, 2)}
+        yield "keys by rows", x | turned("keys", 0, 1)
+        yield "keys by columns", x | turned("keys", 1, 2)
     if "labels" in x:
         yield "labels apart", x | {"labels": spread(x["labels"][:, None].double())[:, 0].nan_to_num(777).long()}
         yield "labels in 8 bits", x | {"labels": x["labels"].to(torch.uint8)}
         yield "labels strided", x | {"labels": x["labels"].repeat_interleave(2)[::2]}
 
 
+@sizes((6, 3, 13), (6, 3, 1030), (6, 3, 40, 13), (6, 3, 60, 50), (6, 3, 1030, 50), (6, 3, 1030, 1027))
 @pytest.mark.parametrize("attention", ["scores", "query"])
-@pytest.mark.parametrize("classes", [13, 1030])
 @readings
-def test_any_layout_gives_the_same_bits(backend, device, attention, classes, fusion, objective):
-    x = tensors(6, 3, classes, device=device, attention=attention)
+def test_any_layout_gives_the_same_bits(backend, device, size, attention, fusion, objective):
+    x = tensors(*size, device=device, attention=attention)
     x["labels"] %= 128
     options = {"fusion": fusion, "attention_objective": objective}
-    expected = evaluate(ensemble_kd, x, **options)
+    expected = evaluate(kd, x, **options)
     for layout, y in layouts(x):
         with pytest.MonkeyPatch.context() as patch:
             if backend != "reference":
                 patch.setattr(torch, "stack", lambda *_: pytest.fail("snapshots were stacked"))
-            got = evaluate(ensemble_kd, y, **options)
+            got = evaluate(kd, y, **options)
         for name in expected:
             if backend in ("reference", "triton"):  # where columns lie decides the order in which these two sum
                 torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-6)
@@ -291,42 +314,45 @@ def test_any_layout_gives_the_same_bits(backend, device, attention, classes, fus
                 assert torch.equal(got[name], expected[name]), f"{layout}: {name}"
 
 
+@sizes((6, 3, 40), (6, 3, 60, 10))
 @fusions
-def test_expanded_tensors_are_repeated_values(backend, device, fusion):
-    x = tensors(6, 3, 40, device=device)
-    x["student_logits"] = x["student_logits"][:1].expand(6, -1)
-    x["snapshot_logits"] = x["snapshot_logits"][:1, :1].expand(3, 6, -1)
+def test_expanded_tensors_are_repeated_values(backend, device, size, fusion):
+    x = tensors(*size, device=device)
+    x |= {name: x[name][:1].expand_as(x[name]) for name in ("student_logits", "indices") if name in x}
+    x |= {name: x[name][:1, :1].expand_as(x[name]) for name in ("snapshot_logits", "snapshot_tail") if name in x}
     for scores in (x["scores"][:1].expand(6, 3), x["scores"][:, :1].expand(6, 3)):
         x["scores"] = scores
         got = check(x, fusion=fusion)
-        assert_same_bits(got, evaluate(ensemble_kd, {k: v.contiguous() for k, v in x.items()}, fusion=fusion))
+        assert_same_bits(got, evaluate(kd, {k: v.contiguous() for k, v in x.items()}, fusion=fusion))
 
 
+@sizes((7, 3, 10), (7, 3, 1500), (7, 3, 30, 8), (7, 3, 100, 50), (7, 3, 1500, 8), (7, 3, 1500, 50))
 @readings
-def test_ignored_rows_count_for_nothing_and_are_not_read(backend, device, fusion, objective):
+def test_ignored_rows_count_for_nothing_and_are_not_read(backend, device, size, fusion, objective):
     options = {"fusion": fusion, "attention_objective": objective}
-    for attention, classes, reduction in itertools.product(ATTENTIONS, (10, 1500), ("mean", "sum", "none")):
-        x = tensors(7, 3, classes, device=device, attention=attention)
+    for attention, reduction in itertools.product(ATTENTIONS, ("mean", "sum", "none")):
+        x = tensors(*size, device=device, attention=attention)
         ignored = torch.tensor([1, 0, 0, 1, 0, 1, 0], dtype=torch.bool, device=device)
-        kept = {k: v[:, ~ignored] if v.dim() == 3 else v[~ignored] for k, v in x.items()}
-        for value in x.values():
-            value.view(-1, 7, *value.shape[value.dim() - (value.dim() > 1) :])[:, ignored] = (
-                NAN if value.is_floating_point() else -100
-            )
-        got = evaluate(ensemble_kd, x, reduction=reduction, **options)
-        expected = evaluate(ensemble_kd, kept, reduction=reduction, **options)
+        without = part(x, ~ignored)
+        for name, value in x.items():
+            unread = NAN if value.is_floating_point() else 2**40 if name == "indices" else -100
+            rows_first(name, value)[ignored] = unread
+        got = evaluate(kd, x, reduction=reduction, **options)
+        expected = evaluate(kd, without, reduction=reduction, **options)
         for name, value in got.items():
             if value.dim():
-                axis = int(value.dim() == 3)
-                assert (value.transpose(0, axis)[ignored] == 0).all(), name
-                value = value.transpose(0, axis)[~ignored].transpose(0, axis)
+                assert (rows_first(name, value)[ignored] == 0).all(), name
+                value = part({name: value}, ~ignored)[name]
             torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)
 
 
-def test_any_integer_may_be_the_ignored_label(backend, device):
-    x = tensors(30, 3, 4, device=device)
-    got = check(x, ignore_index=2, reduction="none")
-    assert torch.equal(got["loss"] == 0, x["labels"] == 2)
+@sizes((60, 3, 4), (60, 3, 50, 3), (60, 3, 50, 40))
+def test_any_integer_may_be_the_ignored_label(backend, device, size):
+    x = tensors(*size, device=device)
+    for ignored in (0, 2, size[-1]):  # also the number of a column, and one that no column has
+        x["labels"][:10] = ignored
+        got = check(x, ignore_index=ignored, reduction="none")
+        assert torch.equal(got["loss"] == 0, x["labels"] == ignored)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -337,19 +363,19 @@ def test_nothing_but_ignored_rows(backend, device, reduction):
         assert (value == 0).all(), name
 
 
+@sizes((4, 3, 10), (4, 3, 1500), (4, 3, 50, 10), (4, 3, 1500, 40))
 @readings
-def test_snapshots_of_no_weight_are_not_read(backend, device, fusion, objective):
-    for classes in (10, 1500):
-        x = tensors(4, 3, classes, device=device)
-        x["scores"][:, 1] = -INF
-        x["scores"][2, 0] = -INF
-        without = evaluate(ensemble_kd, x, fusion=fusion, attention_objective=objective)
-        x["snapshot_logits"][1] = NAN
-        x["snapshot_logits"][0, 2] = NAN
-        got = evaluate(ensemble_kd, x, fusion=fusion, attention_objective=objective)
-        assert_same_bits(got, without)
-        assert (got["d_scores"][:, 1] == 0).all() and (got["weights"][:, 1] == 0).all()
-        check({k: v[:, [0, 2]] if k == "scores" else v[[0, 2]] if k == "snapshot_logits" else v for k, v in x.items()})
+def test_snapshots_of_no_weight_are_not_read(backend, device, size, fusion, objective):
+    x = tensors(*size, device=device)
+    x["scores"][:, 1] = x["scores"][2, 0] = -INF
+    without = evaluate(kd, x, fusion=fusion, attention_objective=objective)
+    of_snapshots = [name for name in x if name.startswith("snapshot")]
+    for name in of_snapshots:
+        x[name][1] = x[name][0, 2] = NAN
+    got = evaluate(kd, x, fusion=fusion, attention_objective=objective)
+    assert_same_bits(got, without)
+    assert (got["d_scores"][:, 1] == 0).all() and (got["weights"][:, 1] == 0).all()
+    check(x | {name: x[name][[0, 2]] for name in of_snapshots} | {"scores": x["scores"][:, [0, 2]]})
 
 
 NANS = {"quiet": 0x7FC00000, "negative": -0x400000, "payload": 0x7FC00001, "all ones": -1, "signalling": 0x7F800001}
@@ -397,11 +423,12 @@ def test_a_nan_in_the_attention_is_never_a_finite_loss(backend, device, who, fus
     assert out["loss"].isnan().tolist() == out["attention_loss"].isnan().tolist() == [False, True, False]
 
 
+@sizes((3, 2, 10), (3, 2, 32, 16))  # the latter of whole vectors either way
 @pytest.mark.parametrize("attention", ["scores", "query"])
-def test_offsets_beyond_32_bits(backend, attention):
-    x = tensors(3, 2, 10, dtype=torch.float16, attention=attention)
+def test_offsets_beyond_32_bits(backend, size, attention):
+    x = tensors(*size, dtype=torch.float16, attention=attention)
     y = {name: value if name == "labels" else far(value) for name, value in x.items()}
-    assert_same_bits(evaluate(ensemble_kd, y), evaluate(ensemble_kd, x))
+    assert_same_bits(evaluate(kd, y), evaluate(kd, x))
 
 
 @fusions
@@ -518,11 +545,12 @@ def test_without_labels_alpha_means_nothing(backend, device):
 # Gradients
 
 
+@sizes((4, 3, 6), (4, 3, 6, 3))
 @pytest.mark.parametrize("attention", ["scores", "query"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @readings
-def test_gradcheck(backend, device, attention, reduction, fusion, objective):
-    x = tensors(4, 3, 6, device=device, dtype=torch.float64, attention=attention, width=2)
+def test_gradcheck(backend, device, size, attention, reduction, fusion, objective):
+    x = tensors(*size, device=device, dtype=torch.float64, attention=attention, width=2)
     x["labels"][1] = -100
     student = ["student_logits"]
     attention = [name for name in ("scores", "query", "keys") if name in x]
@@ -533,17 +561,18 @@ def test_gradcheck(backend, device, attention, reduction, fusion, objective):
         leaves = [x[name].clone().requires_grad_() for name in names]
 
         def f(*leaves, names=names, output=output):
-            return getattr(ensemble_kd(**x | dict(zip(names, leaves, strict=True)), **options), output)
+            return getattr(kd(**x | dict(zip(names, leaves, strict=True)), **options), output)
 
         assert torch.autograd.gradcheck(f, leaves)
 
 
+@sizes((9, 3, 100), (9, 3, 100, 30))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @readings
-def test_upstream_gradients_scale(backend, device, dtype, reduction, fusion, objective):
+def test_upstream_gradients_scale(backend, device, size, dtype, reduction, fusion, objective):
     for attention in ("scores", "query"):
-        x = tensors(9, 3, 100, device=device, dtype=dtype, attention=attention)
+        x = tensors(*size, device=device, dtype=dtype, attention=attention)
         x["labels"][4] = -100
         upstream = (0.37, -2.5)
         if reduction == "none":
@@ -556,7 +585,7 @@ def test_a_loss_scale_saves_the_small_gradients_of_fp16(backend, device, reducti
     x = tensors(1024, 1, 1000, device=device, dtype=torch.float16)
     options = {"reduction": reduction, "upstream": (2.0**14, 2.0**14) if reduction == "mean" else (8.0, 8.0)}
     got = evaluate(ensemble_kd, x, **options)["d_student_logits"].double()
-    truth = evaluate(reference.ensemble_kd, double(x), **options)["d_student_logits"]
+    truth = exact(x, **options)["d_student_logits"]
     others = F.one_hot(x["labels"], 1000) == 0  # the columns of the labels have large gradients
     assert (got - truth)[others].norm() < 1e-3 * truth[others].norm()
 
@@ -614,35 +643,38 @@ def test_backward_again_and_again(backend, device):
         assert torch.equal(leaf.grad, grad)
 
 
+@sizes((4, 3, 5), (4, 3, 20, 5))
 @pytest.mark.parametrize("of", ["loss", "attention_loss"])
-def test_the_second_derivative_is_refused(kernels, device, of):
-    x = tensors(4, 3, 5, device=device)
+def test_the_second_derivative_is_refused(kernels, device, size, of):
+    x = tensors(*size, device=device)
     leaf = x["student_logits" if of == "loss" else "scores"].requires_grad_()
     with pytest.raises(RuntimeError, match="second derivative.*create_graph"):
-        torch.autograd.grad(getattr(ensemble_kd(**x), of), leaf, create_graph=True)
+        torch.autograd.grad(getattr(kd(**x), of), leaf, create_graph=True)
 
 
 GRADIENTS = ("d_student", "d_scores", "d_query", "d_keys")
 
 
+@sizes((4, 3, 5), (4, 3, 20, 5))
 @pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("student", [True, False])
-@pytest.mark.parametrize("attends", [True, False])
 @readings
-def test_gradients_not_asked_for_are_not_computed(kernels, device, attention, student, attends, fusion, objective):
-    x = tensors(4, 3, 5, device=device, attention=attention)
-    x["student_logits"].requires_grad_(student)
+def test_gradients_not_asked_for_are_not_computed(kernels, device, size, attention, fusion, objective):
+    x = tensors(*size, device=device, attention=attention)
     names = [name for name in ("scores", "query", "keys") if name in x]
-    for name in names:
-        x[name].requires_grad_(attends)
-    for asked in (True, False):
+    for student, attends, asked in itertools.product((True, False), repeat=3):
+        x["student_logits"].requires_grad_(student)
+        for name in names:
+            x[name].requires_grad_(attends)
         with Calls() as calls, torch.set_grad_enabled(asked):
-            ensemble_kd(**x, fusion=fusion, attention_objective=objective)
-        ((_, args),) = calls.own
+            out = kd(**x, fusion=fusion, attention_objective=objective)
+        ((op, args),) = calls.own
         written = {name for name in GRADIENTS if args.get(name) is not None}
         expected = {"d_student"} if student else set()
         expected |= {f"d_{name}" for name in names} if attends else set()
+        assert op == ("sparse_" if "indices" in x else "") + "ensemble_kd_fwd"
         assert written == (expected if asked else set())
+        moved = student or (attends and bool(names) and objective == "kl")
+        assert out.loss.requires_grad == (asked and moved)
 
 
 def launches(kernels, device):
@@ -696,51 +728,52 @@ def test_a_loss_without_a_gradient_gives_none(kernels, device):
 # Bits
 
 
+@sizes((5, 3, 1500), (5, 3, 1001), (5, 3, 1500, 50), (5, 3, 1001, 20))  # the rows of 1001 begin at any element
 @readings
-def test_the_same_inputs_give_the_same_bits(backend, device, fusion, objective):
+def test_the_same_inputs_give_the_same_bits(backend, device, size, fusion, objective):
     options = {"fusion": fusion, "attention_objective": objective}
-    for classes in (1500, 1001):  # the rows of 1001 begin at any element
-        x = tensors(5, 3, classes, device=device, attention="query")
-        first = evaluate(ensemble_kd, x, **options)
-        for _ in range(3):
-            x = {name: value.clone() for name, value in x.items()}
-            assert_same_bits(evaluate(ensemble_kd, x, **options), first)
+    x = tensors(*size, device=device, attention="query")
+    first = evaluate(kd, x, **options)
+    for _ in range(3):
+        x = {name: value.clone() for name, value in x.items()}
+        assert_same_bits(evaluate(kd, x, **options), first)
 
 
-@pytest.mark.parametrize("size", [(64, 3, 1000), (3, 3, 5000), (1, 2, 100000)], ids=str)
+@sizes((64, 3, 1000), (3, 3, 5000), (1, 2, 100000), (129, 3, 1000, 20), (67, 3, 5000, 60), (1, 2, 100000, 60))
 @readings
 def test_threads_do_not_change_the_bits(kernels, threads, size, fusion, objective):
     x = tensors(*size)
     outs = []
     for count in (1, 2, 4):
         threads(count)
-        outs.append(evaluate(ensemble_kd, x, fusion=fusion, attention_objective=objective))
+        outs.append(evaluate(kd, x, fusion=fusion, attention_objective=objective))
     for out in outs[1:]:
         assert_same_bits(out, outs[0])
 
 
+@sizes((8, 3, 5000), (40, 3, 1100, 10), (40, 3, 1100, 60))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @readings
-def test_few_rows_with_many_columns_are_the_same_rows(kernels, device, threads, dtype, fusion, objective):
+def test_a_few_rows_are_the_same_rows(kernels, device, threads, size, dtype, fusion, objective):
     threads(4)
-    x = tensors(8, 3, 5000, device=device, dtype=dtype, attention="query")
+    x = tensors(*size, device=device, dtype=dtype, attention="query")
     x["labels"][1] = -100
     options = {"fusion": fusion, "attention_objective": objective, "reduction": "none"}
-    many = evaluate(ensemble_kd, x, **options)
-    few = evaluate(ensemble_kd, {k: v[:, :2] if v.dim() == 3 else v[:2] for k, v in x.items()}, **options)
-    assert_same_bits(few, {k: v[:, :2] if v.dim() == 3 else v[:2] for k, v in many.items()})
+    few = evaluate(kd, part(x, slice(3)), **options)
+    assert_same_bits(few, part(evaluate(kd, x, **options), slice(3)))
 
 
 def test_callers_in_several_threads(backend, device):
     if (backend, device) == ("triton", "cpu"):
         pytest.skip("Triton's interpreter runs in one thread")
-    xs = [tensors(20, 3, classes, device=device) for classes in (10, 1000, 3000)] * 2
-    expected = [evaluate(ensemble_kd, x) for x in xs]
+    sizes = (20, 3, 10), (20, 3, 1000), (20, 3, 3000), (20, 3, 40, 10), (20, 3, 1000, 50), (20, 3, 3000, 10)
+    xs = [tensors(*size, device=device) for size in sizes] * 2
+    expected = [evaluate(kd, x) for x in xs]
     got = [None] * len(xs)
 
     def work(i):
         for _ in range(20):
-            got[i] = evaluate(ensemble_kd, xs[i])
+            got[i] = evaluate(kd, xs[i])
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(len(xs))]
     for worker in workers:
@@ -754,36 +787,31 @@ def test_callers_in_several_threads(backend, device):
 # A citizen of torch
 
 
-def op_arguments(x, *, fusion="probability", objective="label", reduction="mean", grads=()):
-    """Arguments of torch.ops.eekd.ensemble_kd_fwd, which fills its outputs."""
+@sizes((4, 3, 5), (4, 3, 20, 5))
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("whole", [True, False], ids=["stacked", "list"])
+def test_opcheck(device, size, attention, whole):
+    x = tensors(*size, device=device, attention=attention, labels=whole)
     s, z = x["student_logits"], x["snapshot_logits"]
-    stacked = isinstance(z, torch.Tensor)
-    count = len(z)
-    shape = (s.shape[0],) if reduction == "none" else ()
-    outputs = {"d_student": s, "d_scores": x.get("scores"), "d_query": x.get("query"), "d_keys": x.get("keys")}
-    return (
-        s, [z] if stacked else z, x.get("labels"), x.get("scores"), x.get("query"), x.get("keys"),
-        5.0, 0.5, fusion == "logit", objective == "kl", reduction == "mean", -100,
-        s.new_zeros(shape), s.new_zeros(shape), s.new_zeros(s.shape[0], count),
-        *(torch.zeros_like(of) if name in grads else None for name, of in outputs.items()),
+    kept = [x[name] for name in ("snapshot_tail", "indices") if name in x]
+    given = [x.get(name) for name in ("labels", "scores", "query", "keys")]
+    loss, attention_loss = s.new_zeros(2, *() if whole else (4,))
+    gradients = (None if of is None else torch.zeros_like(of) for of in (s, *given[1:]))
+    ops = torch.ops.eekd
+    torch.library.opcheck(
+        (ops.sparse_ensemble_kd_fwd if kept else ops.ensemble_kd_fwd).default,
+        (
+            s, [z] if whole else list(z), *kept, *given, 5.0, 0.5, False, True, whole, -100,
+            loss, attention_loss, s.new_zeros(4, 3), *gradients,
+        ),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("whole", [True, False], ids=["stacked", "list"])
-def test_opcheck(device, attention, whole):
-    x = tensors(4, 3, 5, device=device, attention=attention, labels=whole)
-    if not whole:
-        x["snapshot_logits"] = list(x["snapshot_logits"])
-    grads = {"uniform": (), "scores": ("d_scores",), "query": ("d_query", "d_keys")}[attention]
-    options = {"objective": "kl", "reduction": "mean" if whole else "none", "grads": ("d_student", *grads)}
-    torch.library.opcheck(torch.ops.eekd.ensemble_kd_fwd.default, op_arguments(x, **options))
-
-
-def test_meta_tensors_have_the_shapes_and_dtypes():
-    x = tensors(4, 3, 5, dtype=torch.bfloat16)
-    expected = ensemble_kd(**x, reduction="none")
-    got = ensemble_kd(**{name: value.to("meta") for name, value in x.items()}, reduction="none")
+@sizes((4, 3, 5), (4, 3, 20, 5))
+def test_meta_tensors_have_the_shapes_and_dtypes(size):
+    x = tensors(*size, dtype=torch.bfloat16)
+    expected = kd(**x, reduction="none")
+    got = kd(**{name: value.to("meta") for name, value in x.items()}, reduction="none")
     for a, b in zip(got, expected, strict=True):
         assert a.device.type == "meta" and a.shape == b.shape and a.dtype == b.dtype
 
@@ -794,7 +822,7 @@ def compiled(compiler="aot_eager", dynamic=None):
     counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
 
     def step(**arguments):
-        out = ensemble_kd(**arguments)
+        out = kd(**arguments)
         return 2 * out.loss + out.attention_loss, out.weights, out.attention_loss
 
     return step, torch.compile(step, backend=counter, fullgraph=True, dynamic=dynamic), counter
@@ -806,12 +834,15 @@ def assert_compiled_agrees(step, fast, x, **options):
         torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("sizes", [
+    ((7, 3, 20), (9, 4, 30), (12, 2, 10)), ((7, 3, 20, 5), (9, 4, 30, 8), (12, 2, 50, 40)),
+], ids=["dense", "sparse"])  # fmt: skip
 @readings
-def test_compiles_whole_and_once_for_every_size(kernels, device, fusion, objective):
+def test_compiles_whole_and_once_for_every_size(kernels, device, sizes, fusion, objective):
     step, fast, counter = compiled(dynamic=True)
     frames = set()
-    for rows, snapshots, classes, width in ((7, 3, 20, 4), (9, 4, 30, 5), (12, 2, 10, 6)):
-        x = tensors(rows, snapshots, classes, device=device, attention="query", width=width)
+    for width, size in enumerate(sizes, 4):
+        x = tensors(*size, device=device, attention="query", width=width)
         assert_compiled_agrees(step, fast, x, fusion=fusion, attention_objective=objective)
         frames.add(counter.frame_count)
     assert len(frames) == 1
@@ -849,10 +880,13 @@ def test_another_backend_is_another_graph(kernels, device):
     assert counter.frame_count == 2
 
 
-def test_inductor(kernels, device):
+@sizes((6, 3, 20), (6, 3, 20, 5))
+def test_inductor(kernels, device, size):
     step, fast, _ = compiled("inductor", dynamic=True)
-    for rows in (6, 11):
-        assert_compiled_agrees(step, fast, tensors(rows, 3, 20, device=device))
+    for rows in (size[0], 11):
+        x = tensors(rows, *size[1:], device=device)
+        x |= {"indices": x["indices"].int()} if "indices" in x else {}
+        assert_compiled_agrees(step, fast, x)
 
 
 @fusions
@@ -878,10 +912,11 @@ def test_inference_mode_and_no_grad(backend, device):
         assert not out.loss.requires_grad and torch.equal(out.loss, expected.loss)
 
 
-def test_arguments_are_not_modified(backend, device):
-    x = tensors(9, 3, 20, device=device, attention="query")
+@sizes((9, 3, 20), (9, 3, 60, 20))
+def test_arguments_are_not_modified(backend, device, size):
+    x = tensors(*size, device=device, attention="query")
     before = {k: v.clone() for k, v in x.items()}
-    evaluate(ensemble_kd, x)
+    evaluate(kd, x)
     assert_same_bits(x, before)
 
 
@@ -891,8 +926,10 @@ def test_arguments_are_not_modified(backend, device):
 @st.composite
 def calls(draw):
     """A call: tensors and options."""
-    rows, snapshots = draw(st.integers(0, 6)), draw(st.integers(1, 7))
-    classes = draw(st.one_of(st.integers(1, 40), st.integers(1020, 1030)))
+    few = draw(st.booleans())  # of the classes are kept
+    rows, snapshots = draw(st.integers(0, 20 if few else 6)), draw(st.integers(1, 7))
+    classes = draw(st.one_of(st.integers(1, 60), st.integers(1020, 1030), st.integers(2040, 2060)))
+    k = draw(st.one_of(st.integers(1, min(classes, 40)), st.integers(max(1, classes - 3), classes))) if few else None
     labels = draw(st.booleans())
     x = tensors(
         rows, snapshots, classes,
@@ -915,11 +952,11 @@ def calls(draw):
         "attention_objective": draw(st.sampled_from(OBJECTIVES)),
         "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
     }
-    return x, options
+    return sparse(x, k, temperature=options["temperature"]), options
 
 
 fuzz = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -936,17 +973,21 @@ def test_rows_snapshots_and_classes_may_be_permuted(backend, device, call, seed)
     x, options = call
     x, options = {k: v.to(device) for k, v in double(x).items()}, options | {"reduction": "none"}
     generator = torch.Generator().manual_seed(seed)
-    count, rows, classes = x["snapshot_logits"].shape
-    b, m, c = (torch.randperm(n, generator=generator).to(device) for n in (rows, count, classes))
+    (count, rows, columns), classes = x["snapshot_logits"].shape, x["student_logits"].shape[1]
+    b, m, c, j = (torch.randperm(n, generator=generator).to(device) for n in (rows, count, classes, columns))
+    if "indices" not in x:
+        j = c
 
     def permuted(name, value):
         match name.removeprefix("d_"):
             case "student_logits":
                 return value[b][:, c]
             case "snapshot_logits":
-                return value[m][:, b][:, :, c]
-            case "keys":
+                return value[m][:, b][:, :, j]
+            case "snapshot_tail" | "keys":
                 return value[m][:, b]
+            case "indices":
+                return c.argsort()[value[b][:, j]]
             case "scores" | "weights":
                 return value[b][:, m]
         return value[b]
@@ -954,7 +995,7 @@ def test_rows_snapshots_and_classes_may_be_permuted(backend, device, call, seed)
     y = {name: permuted(name, value) for name, value in x.items()}
     if "labels" in y:
         y["labels"] = torch.where(y["labels"] < 0, y["labels"], c.argsort()[y["labels"].clamp(min=0)])
-    got, expected = evaluate(ensemble_kd, y, **options), evaluate(ensemble_kd, x, **options)
+    got, expected = evaluate(kd, y, **options), evaluate(kd, x, **options)
     for name in got:
         torch.testing.assert_close(got[name], permuted(name, expected[name]), rtol=1e-6, atol=1e-9)
 
@@ -964,12 +1005,13 @@ def test_rows_snapshots_and_classes_may_be_permuted(backend, device, call, seed)
 def test_what_holds_for_every_call(backend, device, call):
     x, options = call
     x = {k: v.to(device) for k, v in double(x).items()}
-    none, total, mean = (evaluate(ensemble_kd, x, **options | {"reduction": r}) for r in ("none", "sum", "mean"))
-    kept = x["labels"] != -100 if "labels" in x else torch.ones(len(none["loss"]), dtype=torch.bool, device=device)
-    count = kept.sum().clamp(min=1)
+    none, total, mean = (evaluate(kd, x, **options | {"reduction": r}) for r in ("none", "sum", "mean"))
+    counted = x["labels"] != -100 if "labels" in x else torch.ones_like(none["loss"], dtype=torch.bool)
+    count = counted.sum().clamp(min=1)
     close = {"rtol": 1e-9, "atol": 1e-10}
-    assert (none["loss"] >= -1e-9).all() and (none["attention_loss"] >= -1e-9).all()
-    torch.testing.assert_close(none["weights"].sum(1), kept.float(), rtol=1e-5, atol=1e-6)
+    # The tail is float32 but for fp64 logits, whose KL may fall below 0 by its rounding.
+    assert (none["loss"] >= (-1e-4 if "indices" in x else -1e-9)).all() and (none["attention_loss"] >= -1e-9).all()
+    torch.testing.assert_close(none["weights"].sum(1), counted.float(), rtol=1e-5, atol=1e-6)
     for name in ("loss", "attention_loss"):
         torch.testing.assert_close(total[name], none[name].sum(), **close)
         torch.testing.assert_close(mean[name], none[name].sum() / count, **close)

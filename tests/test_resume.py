@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import functools
 import itertools
 import json
 import os
@@ -41,6 +42,7 @@ class Noise(nn.Module):
 
 def net(num_classes, in_channels, image_size, width=12):
     body = [nn.Conv2d(in_channels, width, 3, stride=2), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(0.1), Noise()]
+    body.append(nn.Conv2d(width, width, 2))  # whose weights have an order in channels_last, which one channel has not
     return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
 
 def small(num_classes, in_channels, image_size):
@@ -62,6 +64,14 @@ def nets(tmp_path_factory):
     path = tmp_path_factory.mktemp("nets") / "nets.py"
     path.write_text(NETS)
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_scale_that_changes():
+    """The gradient scaler doubles its scale after every step until one overflows, which else takes thousands."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, growth_interval=1))
+        yield
 
 
 def config_of(nets, **more) -> Config:
@@ -321,6 +331,15 @@ def broken_off(run, out, step=6):
     with pytest.raises(Killed):
         train(session.config, out, session=session, progress=killer(step))
     return out
+
+
+def test_the_seconds_of_an_epoch_count_those_before_a_kill(run, tmp_path):
+    out = broken_off(run, tmp_path / "run", 3)  # of the 4 steps of an epoch
+    saved = read_json(out / "teacher/checkpoints/3.json")
+    resume(out, session=run[0])
+    row = json.loads((out / "teacher/metrics.jsonl").read_text().splitlines()[0])
+    assert row["seconds"] > saved["seconds"] > 0 and saved["clock"].keys() >= {"forward", "backward"}
+    assert all(row[f"seconds_{part}"] > seconds > 0 for part, seconds in saved["clock"].items())
 
 
 @pytest.mark.bad_input
