@@ -117,7 +117,7 @@ def read_json(path: str | Path):
         raise ValueError(f"{path} must have at most {LARGEST_JSON} bytes, as JSON, got {size}")
     data = read_checked(path)
     try:
-        value = json.loads(data, parse_constant=refuse)
+        value = json.loads(data.decode(), parse_constant=refuse)  # of bytes it would read UTF-16, which grep does not
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict) or not value:

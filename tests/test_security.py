@@ -10,8 +10,10 @@ import os
 import pickle
 import re
 import resource
+import shlex
 import shutil
 import struct
+import subprocess
 import tarfile
 import tomllib
 import zipfile
@@ -382,6 +384,35 @@ def test_a_factory_that_a_setting_names_is_code_by_intention(tmp_path):
     run = a_run(tmp_path / "run", evil(tmp_path, tmp_path / "ran"))
     SnapshotEnsemble.load(run / "teacher")
     assert (tmp_path / "ran").is_dir()
+
+
+@pytest.mark.parametrize("hide", [
+    lambda path: None,
+    lambda path: path.write_text(path.read_text().replace(".py:", r"\u002epy:")),
+    lambda path: path.write_text(path.read_text().replace(".py:", r".p\u0079:")),
+    lambda path: path.rename(path.with_suffix(".txt")) and path.symlink_to(path.with_suffix(".txt")),
+])
+def test_the_search_for_factories_in_security_md(tmp_path, hide):
+    command = re.search(r"```bash\n(grep .*) RUN\n```", (ROOT / "SECURITY.md").read_text())[1]
+    bad = a_run(tmp_path / "bad", evil(tmp_path, tmp_path / "ran"))
+    for name in ("config.json", "teacher/manifest.json"):
+        hide(bad / name)
+    good = a_run(tmp_path / "good")
+    found = [subprocess.run([*shlex.split(command), run], capture_output=True, text=True) for run in (bad, good)]
+    assert {"config.json", "manifest.json"} == set(re.findall(r"^/.*/(\w+.json)", found[0].stdout, re.MULTILINE))
+    assert not found[1].stdout and not found[0].stderr + found[1].stderr
+
+
+@bad_input
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "utf-8-sig"])
+def test_json_is_utf_8(tmp_path, encoding):
+    """Or that search would not see what is in it."""
+    run = a_run(tmp_path / "run", "evil+.py:f")
+    for name, read in (("teacher/manifest.json", lambda: read_manifest(run / "teacher")),
+                       ("config.json", lambda: Config.load(run / "config.json"))):
+        text = (run / name).read_text()
+        (run / name).write_bytes(text.encode(encoding))
+        refused(read, said=name)
 
 
 # ---- bombs ----
