@@ -139,7 +139,7 @@ def printable(text) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: Exception | str) -> str:
     """The first line of what a reader of damaged bytes says."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
@@ -189,7 +189,10 @@ def load_weights(path: str | Path, sha256: str | None = None) -> dict[str, Tenso
                     raise ValueError(f"it unpacks {len(data)} bytes to {size}")
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as tensors without unpickling: {first_line(error)}") from error
+        # The reader begins with the advice to do without its protection.
+        lines = [line for line in str(error).splitlines() if "Unpickler error: " in line or "GLOBAL" in line]
+        reason = first_line(lines[0] if lines else error)
+        raise ValueError(f"{path} cannot be read as tensors without unpickling: {reason}") from error
     state = content
     for _ in NESTS:  # a file can nest without end
         if isinstance(state, dict) and not _all_tensors(state):
