@@ -6,6 +6,7 @@ import signal
 import sys
 import warnings
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
 import torch
