@@ -5,14 +5,17 @@ import hashlib
 import io
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr  # a damaged file must not become a page of error
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 SEAL = "own_sha256"  # the last entry of a JSON object: SHA-256 of the file as it would be without this entry
+LARGEST_JSON = 1 << 25  # bytes: Python needs twenty times as many to hold them, and a manifest of a TB has fewer
 NESTS = "state_dict", "model_state_dict", "model", "module", "net"  # where others keep their state_dict
 
 
@@ -20,14 +23,16 @@ def write_atomic(path: str | Path, data: bytes, sync: bool = True) -> str:
     """Write `data` so that a crash at any moment leaves the old file or the new one; return its SHA-256.
 
     The bytes go to a hidden file beside `path`, reach the disk, and take the name in one step. Missing
-    folders are made. An error removes the hidden file; after a power cut the next write replaces it.
+    folders are made. An error removes the hidden file; after a power cut the next write replaces it, as it does a
+    link of that name, which could lead anywhere.
     `sync=False` saves the wait for the disk: the kill of a process harms as little, a power cut may.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             if sync:
@@ -51,12 +56,13 @@ def write_atomic(path: str | Path, data: bytes, sync: bool = True) -> str:
 def read_checked(path: str | Path, sha256: str | None = None) -> bytes:
     """The bytes of a file, with this SHA-256 where one is given.
 
-    Raises FileNotFoundError where there is no such file, ValueError where the hash differs.
+    Raises FileNotFoundError where there is no such file, ValueError where the hash differs or memory is too small.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing or not a file")
-    data = path.read_bytes()
+    path = _file(path)
+    try:
+        data = path.read_bytes()
+    except MemoryError:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than there is memory for") from None
     if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
         raise ValueError(f"{path} was changed or damaged: its SHA-256 must be {sha256}, got {found}")
     return data
@@ -64,7 +70,15 @@ def read_checked(path: str | Path, sha256: str | None = None) -> bytes:
 
 def sha256_of(path: str | Path) -> str:
     """SHA-256 of a file, in hexadecimal; FileNotFoundError where there is none."""
-    return hashlib.sha256(read_checked(path)).hexdigest()
+    with open(_file(path), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():  # nor a pipe or a device, which would be read for ever
+        raise FileNotFoundError(f"{path} is missing or not a file")
+    return path
 
 
 def write_json_atomic(path: str | Path, value, sync: bool = True) -> str:
@@ -74,8 +88,10 @@ def write_json_atomic(path: str | Path, value, sync: bool = True) -> str:
     """
     try:
         data = _sealed(value) if isinstance(value, dict) else _json(value)
-    except (TypeError, ValueError) as error:
+    except (RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be written as JSON: {error}") from error
+    if len(data) > LARGEST_JSON:
+        raise ValueError(f"{path} cannot be written as JSON: it would have {len(data)} bytes, more than {LARGEST_JSON}")
     return write_atomic(path, data, sync)
 
 
@@ -90,30 +106,42 @@ def _sealed(value: dict) -> bytes:
 def read_json(path: str | Path):
     """The value in a JSON file, without its seal.
 
-    ValueError where it is not JSON, or not strictly (NaN, Infinity), and where a seal is not that of the file.
+    ValueError where it is not JSON, or not strictly (NaN, Infinity), or larger than `LARGEST_JSON`, and where a seal
+    is not that of the file.
     """
 
     def refuse(constant: str):
         raise ValueError(f"{constant} is not a number")
 
+    if (size := _file(path).stat().st_size) > LARGEST_JSON:
+        raise ValueError(f"{path} must have at most {LARGEST_JSON} bytes, as JSON, got {size}")
     data = read_checked(path)
     try:
-        value = json.loads(data, parse_constant=refuse)
+        value = json.loads(data.decode(), parse_constant=refuse)  # of bytes it would read UTF-16, which grep does not
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict) or not value:
         return value
     last = list(value)[-1]
-    if SEAL not in value and difflib.SequenceMatcher(None, last, SEAL).ratio() < 0.8:  # a flip can hit its name
+    if SEAL not in value and not difflib.get_close_matches(last, [SEAL], 1, 0.8):  # a flip can hit its name
         return value  # written by something else
-    bare = {name: entry for name, entry in value.items() if name != last}
-    try:
-        whole = data == _sealed(bare)
-    except ValueError:  # a number beyond all bounds
-        whole = False
-    if not whole:
+    before, _, seal = data.rpartition(f'  "{SEAL}": "'.encode())
+    bare = b"{}\n" if before == b"{\n" else before.removesuffix(b",\n") + b"\n}\n"
+    if seal != hashlib.sha256(bare).hexdigest().encode() + b'"\n}\n':
         raise ValueError(f"{path} was changed or damaged: its {SEAL} is not that of what it holds")
-    return bare
+    return {name: entry for name, entry in value.items() if name != SEAL}
+
+
+def printable(text) -> str:
+    """A sentence with escapes in place of what a terminal obeys, and an end: names from a file may hold anything."""
+    text = str(text)
+    text = text if len(text) <= 2000 else f"{text[:2000]}…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def first_line(error: Exception | str) -> str:
+    """The first line of what a reader of damaged bytes says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor],
@@ -141,22 +169,29 @@ def load_tensors(path: str | Path, sha256: str | None = None) -> dict[str, Tenso
     try:
         return safetensors.torch.load(data)
     except Exception as error:  # damaged bytes make the reader raise whatever it stumbles over
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a whole safetensors file: {first_line(error)}") from error
 
 
 def load_weights(path: str | Path, sha256: str | None = None) -> dict[str, Tensor]:
     """The state_dict in a .safetensors file or, by any other ending, in a file of `torch.save`; on the CPU.
 
-    The latter is read with `weights_only=True`, so that nothing in it is run; the state_dict may lie in it
-    under "state_dict", "model_state_dict", "model", "module" or "net". Errors of `load_tensors`.
+    The latter is read with `weights_only=True`, so that nothing in it is run, and not where it unpacks to more than
+    its size; the state_dict may lie in it under "state_dict", "model_state_dict", "model", "module" or "net". Errors
+    of `load_tensors`.
     """
     if Path(path).suffix == ".safetensors":
         return load_tensors(path, sha256)
     data = read_checked(path, sha256)
     try:
+        if data.startswith(b"PK"):
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:  # torch.save packs nothing
+                if (size := sum(member.file_size for member in archive.infolist())) > len(data):
+                    raise ValueError(f"it unpacks {len(data)} bytes to {size}")
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # The reader begins with the advice to do without its protection.
+        lines = [line for line in str(error).splitlines() if "Unpickler error: " in line or "GLOBAL" in line]
+        reason = first_line(lines[0] if lines else error)
         raise ValueError(f"{path} cannot be read as tensors without unpickling: {reason}") from error
     state = content
     for _ in NESTS:  # a file can nest without end
@@ -211,4 +246,5 @@ def _kind(value) -> str:
 
 def _some(names) -> str:
     names = list(names)
-    return ", ".join(names[:3] or ["nothing"]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    shown = ", ".join(printable(name)[:100] for name in names[:3]) or "nothing"
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

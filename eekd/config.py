@@ -205,7 +205,7 @@ class Config(_Checked):
         """Reads what `to_json` wrote; absent fields keep their defaults, unknown ones are a ValueError."""
         try:
             return _read(cls, json.loads(text))
-        except json.JSONDecodeError as e:
+        except (json.JSONDecodeError, OverflowError, RecursionError) as e:
             raise ValueError(f"the config is not JSON: {e}") from None
 
     @classmethod

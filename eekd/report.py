@@ -12,9 +12,10 @@ import sys
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
+from reprlib import repr  # a damaged file must not become a page of error
 
 from eekd.charts import Chart, Html, Line, bars, heatmap, limits, lines, page, table, tag, ticks
-from eekd.checkpoint import read_json, write_atomic
+from eekd.checkpoint import printable, read_checked, read_json, write_atomic
 from eekd.config import TITLES, Config
 from eekd.snapshots import read_manifest
 from eekd.trainers.folder import FORMAT, check_metrics, read_settings
@@ -105,11 +106,11 @@ def _object(path: Path) -> dict | None:
 
 def _rows(path: Path) -> list[dict]:
     rows = []
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # the rest may be half a row
+    lines = read_checked(path).split(b"\n")[:-1] if path.exists() else []  # the rest may be half a row
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line, parse_constant=lambda constant: None))
-        except ValueError as error:
+        except (RecursionError, ValueError) as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
         if not isinstance(rows[-1], dict) or type(rows[-1].get("epoch")) is not int:
             raise ValueError(f"{path}, line {number} must be an object with an epoch")
@@ -123,8 +124,8 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
         sections = [tag("section", tag("h2", title), *draw(run), id=draw.__name__)
                     for title, draw in SECTIONS.items()]
         drawn = page(f"{Path(run.config.data).name} · eekd", header(run), *sections)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder} is not written as eekd.trainers.folder says: {error!r}") from error
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} is not written as eekd.trainers.folder says: {repr(error)}") from error
     write_atomic(out, drawn)
     return out
 
@@ -418,7 +419,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(report(given.run, given.out))
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 2
     return 0
 

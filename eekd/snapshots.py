@@ -202,8 +202,8 @@ class SnapshotEnsemble(nn.Module):
 
             try:
                 return models.build(**spec)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path} has a spec that cannot be built: {error}") from error
+            except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(f"{path} has a spec that cannot be built: {checkpoint.first_line(error)}") from error
 
         files = [path.with_name(entry["file"]) for entry in entries]
         hashes = [entry["sha256"] for entry in entries]

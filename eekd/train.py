@@ -13,7 +13,7 @@ import torch
 
 from eekd import distributed
 from eekd.bank import LogitBank
-from eekd.checkpoint import read_json
+from eekd.checkpoint import printable, read_json
 from eekd.config import TITLES, Config, nearest, preset
 from eekd.trainers import Session, prepare, resume, train
 from eekd.trainers.folder import read_settings
@@ -161,7 +161,7 @@ def _start(start: Start) -> Config:
     folder = start.teacher_run or (str(LogitBank.open(start.bank).run) if start.bank else None)
     if not folder:
         return settings
-    run = Config.load(Path(folder, "config.json"))
+    run = read_settings(folder)
     if not start.preset and not start.config:
         settings = replace(run, students=run.students or settings.students, bank=None)
     return replace(settings, teacher=run.teacher, teacher_run=folder)
@@ -259,7 +259,7 @@ def _size(count: float) -> str:
 
 def _warn(message: Warning, category: type, filename: str, lineno: int, file=None, line=None) -> None:
     if distributed.first():
-        print(f"warning: {message}", file=sys.stderr)
+        print(f"warning: {printable(message)}", file=sys.stderr)
 
 
 def _notes(error: BaseException) -> list[str]:
@@ -273,7 +273,7 @@ def _error(error: Exception, what: str = "error: ") -> int:
 
 def _fail(sentence: str, code: int) -> int:
     who = f"process {distributed.rank()}: " if not distributed.first() else ""
-    print(who + sentence, file=sys.stderr)
+    print(who + printable(sentence), file=sys.stderr)
     return code
 
 

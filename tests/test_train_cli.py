@@ -161,7 +161,7 @@ def test_out_of_memory_is_one_line(here, monkeypatch, capsys):
     ("--device cuda:77", "device 'cuda:77' is not there"),
     ("teach", "'teach' is no command; did you mean 'teacher'?"),
     ("student", "student needs --teacher run"),
-    ("student --teacher nowhere", "nowhere/config.json"),
+    ("student --teacher nowhere", "nowhere is not a run that has begun"),
     ("student --teacher RUN --teacher.epochs 3", "cannot be changed"),
     ("student --teacher RUN --split-seed 7", "was trained on other images"),
     ("--out RUN", "already holds something"),

@@ -38,10 +38,10 @@ from reprlib import repr  # a damaged manifest must not become a page of error
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from eekd.checkpoint import read_checked, read_json, sha256_of
+from eekd.checkpoint import printable, read_checked, read_json, sha256_of
 from eekd.topk import TopKLogits
 
 DENSE, TOP_K = 1, 2  # formats; older versions know the first one only
@@ -134,6 +134,9 @@ class LogitBank:
         """Features (…, D) of the snapshots as the bank stores them: unchanged, or u R in float32."""
         if not self.manifest["projection"]:
             return features
+        width = self.manifest["projection"]["width"]
+        if features.shape[-1] != width:
+            raise ValueError(f"{self.path} must be of a teacher with {width} features, got {features.shape[-1]}")
         return features.float() @ projection(**self.manifest["projection"], to=self.feature_dim).to(features.device)
 
     def check(self, data, loader, snapshots: Sequence[str] | None = None, **split) -> None:
@@ -162,10 +165,7 @@ class LogitBank:
         said = {kind: t.transpose(0, 1) for kind, t in x.items() if kind != "indices"}
         logits = said["logits"]
         if self.top_k:
-            ids = x["indices"].long()
-            if x["indices"].dtype == torch.int16:
-                ids &= 0xFFFF
-            logits = TopKLogits(logits, ids, said["atoms"], self.classes)
+            logits = TopKLogits(logits, self._classes(x["indices"]), said["atoms"], self.classes)
         return logits, said.get("features")
 
     def _gather(self, view: int, index: Tensor, kinds: Sequence[str], pinned: bool) -> dict[str, Tensor]:
@@ -174,26 +174,42 @@ class LogitBank:
             raise ValueError(f"view must be from 0 to {self.views - 1}, got {view}")
         if len(index) and (index.min() < 0 or index.max() >= len(self)):
             raise ValueError(f"index must be from 0 to {len(self) - 1}, got {index.min()} to {index.max()}")
-        out = {}
+        # By NumPy, in the thread that asks: torch would share such small work out to the cores that train.
+        shard, row = np.divmod(index.numpy(), self.manifest["shard_rows"])
+        contents = {number: self._shard(view, number) for number in np.unique(shard).tolist()}
+        out = {}  # after the shards, which tell whether the manifest's sizes are true
         for kind in kinds:
             dtype, shape = self._stored[kind]
             out[kind] = torch.empty(len(index), *shape, dtype=dtype, pin_memory=pinned)
-        # By NumPy, in the thread that asks: torch would share such small work out to the cores that train.
-        shard, row = np.divmod(index.numpy(), self.manifest["shard_rows"])
-        for number in np.unique(shard).tolist():
+        for number, content in contents.items():
             where = np.flatnonzero(shard == number)
-            content = self._shard(shard_name(view, number))
             for kind, memory in out.items():
                 memory.view(torch.int16).numpy()[where] = content[kind].take(row[where], 0)
         return out
 
-    def _shard(self, name: str) -> dict[str, np.ndarray]:
-        """The memory-mapped content of a shard, as int16; its hash is checked once."""
+    def _shard(self, view: int, number: int) -> dict[str, np.ndarray]:
+        """The memory-mapped content of a shard, as int16; that it is what the manifest says is checked once."""
+        name = shard_name(view, number)
         if name not in self._shards:
             read_checked(self.path / name, self.manifest["shards"][name])
-            with safe_open(self.path / name, "pt") as file:
-                self._shards[name] = {kind: file.get_tensor(kind).view(torch.int16).numpy() for kind in self._stored}
+            try:
+                with safe_open(self.path / name, "pt") as file:
+                    content = {kind: file.get_tensor(kind) for kind in self._stored}
+            except SafetensorError as error:
+                raise ValueError(f"{self.path / name} cannot be read: {printable(error)}") from None
+            rows = min(self.manifest["shard_rows"], len(self) - number * self.manifest["shard_rows"])
+            for kind, (dtype, shape) in self._stored.items():
+                if (got := (content[kind].dtype, *content[kind].shape)) != (dtype, rows, *shape):
+                    raise ValueError(f"{self.path / name} must have {kind} {(dtype, rows, *shape)}, got {got}")
+            if self.top_k and not ((ids := self._classes(content["indices"])).min() >= 0 and ids.max() < self.classes):
+                raise ValueError(f"{self.path / name} must have indices below {self.classes}, got {ids.max()}")
+            self._shards[name] = {kind: tensor.view(torch.int16).numpy() for kind, tensor in content.items()}
         return self._shards[name]
+
+    @staticmethod
+    def _classes(stored: Tensor) -> Tensor:
+        """The stored indices as int64."""
+        return stored.long() & 0xFFFF if stored.dtype == torch.int16 else stored.long()
 
 
 def stored(settings: Mapping) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -253,7 +269,7 @@ def _check(path: Path, manifest) -> None:
     manifest = {"top_k": None, "atoms": None} | manifest
 
     def counts(*values, least=1):
-        return all(type(value) is int and value >= least for value in values)
+        return all(type(value) is int and least <= value < 1 << 31 for value in values)
 
     def hashes(values):
         return all(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in values)
@@ -268,7 +284,8 @@ def _check(path: Path, manifest) -> None:
         "dtype": lambda value: value in list(DTYPES),
         "projection": lambda value: value is None or value.keys() == {"width", "seed"} and counts(value["width"])
         and counts(value["seed"], least=0),
-        "teacher": lambda value: len(value["sha256"]) == manifest["snapshots"] and hashes(value["sha256"]),
+        "teacher": lambda value: isinstance(value["sha256"], list)
+        and len(value["sha256"]) == manifest["snapshots"] and hashes(value["sha256"]),
         "images": lambda value: {"fingerprint", "augment", "augmented_sha256"} <= value.keys()
         and counts(value["seed"], least=0),
         "shards": lambda value: counts(*sizes) and len(value) == sizes[0] * -(-sizes[1] // sizes[2])

@@ -3,11 +3,15 @@
 import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .formats import read_bytes
+
+# What Pillow may take bytes for, whatever their name: for others it starts programs, for EPS Ghostscript.
+KINDS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
 
 
 class Encoded:
@@ -40,10 +44,12 @@ class Encoded:
         row = int(self.rows[i])
         item = self.items[row]
         if isinstance(item, dict):
-            item = item["bytes"] or item["path"]
+            item = item.get("bytes") or item.get("path")
         if not item:
             raise ValueError(f"image {row} is empty")
-        return (item, f"image {row}") if isinstance(item, bytes) else (Path(item).read_bytes(), item)
+        if not isinstance(item, bytes | str):
+            raise ValueError(f"image {row} is of type {type(item).__name__}, wanted bytes or the path of a file")
+        return (item, f"image {row}") if isinstance(item, bytes) else (read_bytes(item), item)
 
     def decode(self, i: int, choose: Callable[[int, int], Sequence[int]] | None = None) -> Tensor:
         """Image i, or its box (top, left, height, width) = choose(height, width), as (C, S, S) uint8.
@@ -76,7 +82,7 @@ def open_image(data: bytes, name: str, mode: str | None = None):
     except ImportError:
         raise ImportError("reading image files needs Pillow: pip install 'eekd[data]'") from None
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=KINDS)
         return image.convert(mode) if mode else image
     except Exception as error:  # a damaged file can make a decoder raise anything
         raise ValueError(f"{name} is damaged or no image ({type(error).__name__})") from None

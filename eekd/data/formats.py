@@ -1,12 +1,21 @@
-"""The archives small image sets come in: bytes in, uint8 images and int64 labels out, nothing trusted."""
+"""The archives small image sets come in: bytes in, uint8 images and int64 labels out, nothing trusted.
+
+No name in an archive becomes a path, nothing in a pickle is run, and what a file can cost is bounded by its size and
+by `LARGEST`, whatever its headers say.
+"""
 
 import gzip
 import io
 import math
+import os
 import pickle
-import tarfile
+import re
+import stat
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -14,41 +23,94 @@ from torch import Tensor
 
 CIFAR_SHAPE = (3, 32, 32)
 CIFAR_BYTES = math.prod(CIFAR_SHAPE)
+LARGEST = 1 << 30  # bytes of a file, and of all that an archive unpacks to: CIFAR is a fifth of it
+STEPS = 2_000_000  # of a pickle; the batch of CIFAR-100 takes 450,000
+BLOCK = 512  # bytes: what tar archives are made of
 
 
-def read_bytes(path: Path) -> bytes:
-    """The content of a file, unpacked where it is gzip (told by its first two bytes, not by its name)."""
-    data = Path(path).read_bytes()
-    if not data.startswith(b"\x1f\x8b"):
-        return data
+@contextmanager
+def unpacked(path: str | Path) -> Iterator[BinaryIO]:
+    """A file open to be read, unpacked where it is gzip (told by its first two bytes, not by its name).
+
+    Raises what `open` does, and ValueError where it is no regular file (a pipe would be waited for) or too large.
+    """
+    known = os.stat(path)
+    if not stat.S_ISREG(known.st_mode) or known.st_size > LARGEST:
+        raise ValueError(f"{path} must be a file of at most {LARGEST} bytes")
+    with open(path, "rb") as file:
+        if file.peek(2)[:2] == b"\x1f\x8b":
+            with gzip.GzipFile(fileobj=file) as inside:
+                yield inside
+        else:
+            yield file
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a file, unpacked where it is gzip; raises what `unpacked` does, ValueError where damaged."""
     try:
-        return gzip.decompress(data)
-    except (EOFError, OSError, zlib.error) as error:
+        with unpacked(path) as file:
+            data = _read(file, LARGEST + 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is a damaged gzip file: {error}") from None
+    if len(data) > LARGEST:
+        raise ValueError(f"{path} unpacks to more than {LARGEST} bytes")
+    return data
+
+
+def _read(file: BinaryIO, count: int) -> bytes:
+    """The next `count` bytes or what there is of them, in memory for no more than that."""
+    data = io.BytesIO()
+    while count and (part := file.read(min(count, 1 << 20))):
+        data.write(part)
+        count -= len(part)
+    return data.getvalue()
 
 
 def read_members(path: Path, names: set[str]) -> dict[str, bytes]:
-    """Those of the named files that a folder or a tar archive holds; the archive is never unpacked to disk.
+    """Those of the named files that a folder or a tar archive, packed by gzip or not, holds, by their last name.
 
-    Raises ValueError for a damaged archive, and for one with links, devices or names that lead out of it.
+    Raises what `unpacked` does, and ValueError for a damaged archive, and for one with links, devices or names that
+    lead out of it.
     """
     if path.is_dir():
-        return {name: (path / name).read_bytes() for name in names if (path / name).is_file()}
-    found, strange = {}, []
+        return {name: read_bytes(path / name) for name in names if (path / name).is_file()}
+    found, total = {}, 0
     try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                name = PurePosixPath(member.name)
-                plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE)
-                if name.is_absolute() or ".." in name.parts or not plain:
-                    strange.append(member.name)
-                elif member.isfile() and name.name in names:
-                    found[name.name] = tar.extractfile(member).read()
-    except Exception as error:  # a damaged header can make tarfile raise anything
-        raise ValueError(f"{path} is damaged or no tar archive ({type(error).__name__})") from None
-    if strange:
-        raise ValueError(f"{path} is refused: {strange[0]!r} is no plain file or folder in it")
+        with unpacked(path) as file:
+            while (header := _read(file, BLOCK)).strip(b"\0") or not header and not total:
+                name, kind, size = _member(header)
+                padded = -(-size // BLOCK) * BLOCK
+                total += BLOCK + padded
+                if total > LARGEST:
+                    raise ValueError(f"{path} unpacks to more than {LARGEST} bytes")
+                if kind in b"xgLK":  # more about the next member, and no part of what is read of it
+                    kind, name = b"5", ""
+                place = PurePosixPath(name)
+                if kind not in (b"0", b"\0", b"5") or place.is_absolute() or ".." in place.parts:
+                    raise ValueError(f"{path} is refused: {name!r} is no plain file or folder in it")
+                if kind == b"5" or place.name not in names:
+                    file.seek(padded, os.SEEK_CUR)
+                elif len(data := _read(file, padded)) < size:
+                    raise EOFError(f"{name!r} is cut off")
+                else:
+                    found[place.name] = data[:size]
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged or no tar archive: {error}") from None
     return found
+
+
+def _member(header: bytes) -> tuple[str, bytes, int]:
+    """Name, kind and size that a block of a tar archive announces; EOFError where it is none.
+
+    Source: POSIX.1-2017, pax, "ustar Interchange Format".
+    """
+    size, checksum = (re.fullmatch(rb"[ \0]*([0-7]+)[ \0]*", header[a:b]) for a, b in ((124, 136), (148, 156)))
+    summed = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    if len(header) < BLOCK or not size or not checksum or int(checksum[1], 8) != summed:
+        raise EOFError("a header of it is none")
+    parts = [header[:100], header[345:500]] if header[257:263] == b"ustar\0" else [header[:100]]
+    names = [part.partition(b"\0")[0].decode(errors="backslashreplace") for part in parts]
+    return "/".join(filter(None, reversed(names))), header[156:157], int(size[1], 8)
 
 
 def parse_idx(data: bytes, source: str) -> Tensor:
@@ -106,6 +168,7 @@ def check_labels(labels: list[int], num_classes: int, source: str) -> Tensor:
     """`labels` as int64, or ValueError where one lies outside [0, num_classes)."""
     low, high = min(labels), max(labels)
     if low < 0 or high >= num_classes:
+        low, high = (min(max(y, -(10**40)), 10**40) for y in (low, high))  # Python writes out no number without end
         raise ValueError(f"{source} has labels from {low} to {high}, wanted 0 to {num_classes - 1}")
     return torch.tensor(labels)
 
@@ -131,35 +194,93 @@ class _Array:
     def __setstate__(self, state):
         _, shape, dtype, fortran, data = state
         data = data.encode("latin1") if isinstance(data, str) else data
-        if dtype.code not in ("u1", "|u1") or fortran or len(data) != math.prod(shape):
+        sizes = isinstance(shape, tuple) and len(shape) < 4 and all(type(n) is int and 0 <= n < 1 << 31 for n in shape)
+        if not sizes or dtype.code not in ("u1", "|u1") or fortran or len(data) != math.prod(shape):
             raise pickle.UnpicklingError("its array is not one of bytes in C order")
         self.shape, self.data = shape, data
 
 
+class _Latin1(bytes):
+    """Stands in for _codecs.encode, by which Python 3 writes bytes in protocol 2; a number would be a size."""
+
+    def __new__(cls, text, *_):
+        return bytes(text, "latin1")
+
+
+class _Dict(dict):
+    """A dict without keys that are containers: the hash of nested tuples can take for ever, or all of the stack."""
+
+    def __setitem__(self, key, value):
+        if not isinstance(key, str | bytes | int):
+            raise pickle.UnpicklingError(f"a {type(key).__name__} is a key in it")
+        super().__setitem__(key, value)
+
+
+class _Steps(io.BytesIO):
+    """Bytes that are read in at most `STEPS` pieces."""
+
+    left = STEPS
+
+    def read(self, size=-1):
+        self.left -= 1
+        if self.left < 0:
+            raise pickle.UnpicklingError(f"it takes more than {STEPS} steps")
+        return super().read(size)
+
+
 class _Unpickler(pickle._Unpickler):
-    """Builds plain values and `_Array`: a pickle finds nothing else to call.
+    """Builds plain values and `_Array`: a pickle finds nothing else to call, and costs as much as it is long.
 
     Python's own unpickler, not the C one, whose memo is an array that a forged index makes fill the memory.
     """
 
-    allowed = {
+    known = {
         ("numpy.core.multiarray", "_reconstruct"): _Array,
         ("numpy._core.multiarray", "_reconstruct"): _Array,
         ("numpy", "ndarray"): _Array,
         ("numpy", "dtype"): _Dtype,
-        ("_codecs", "encode"): bytes,  # how Python 3 writes bytes in protocol 2
+        ("_codecs", "encode"): _Latin1,
     }
+    codes = re.findall(r"\w+", """
+        PROTO FRAME STOP MARK PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET NONE NEWTRUE NEWFALSE INT BININT
+        BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE
+        SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE
+        TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT DICT SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE BUILD
+    """)
+
+    def __init__(self, data: bytes):
+        super().__init__(_Steps(data), encoding="latin1")
 
     def find_class(self, module, name):
-        if (module, name) not in self.allowed:
+        if (module, name) not in self.known:
             raise pickle.UnpicklingError(f"it asks for {f'{module}.{name}'[:80]!r}")
-        return self.allowed[module, name]
+        return self.known[module, name]
+
+    def load_frame(self):
+        self.read(8)  # a hint at what may be read ahead
+
+    def load_dict(self):
+        if self.pop_mark():
+            raise pickle.UnpicklingError("a dict in it is not built entry by entry")
+        self.append(_Dict())
+
+    def load_empty_dictionary(self):
+        self.append(_Dict())
+
+    def load_build(self):
+        state = self.stack.pop()
+        self.stack[-1].__setstate__(state)  # only a stand-in has it: pickle would set attributes, of classes too
+
+    dispatch = {getattr(pickle, code)[0]: pickle._Unpickler.dispatch[getattr(pickle, code)[0]] for code in codes} | {
+        pickle.FRAME[0]: load_frame, pickle.DICT[0]: load_dict, pickle.EMPTY_DICT[0]: load_empty_dictionary,
+        pickle.BUILD[0]: load_build,
+    }  # fmt: skip
 
 
 def read_pickle(data: bytes, source: str) -> dict:
     """The dict in a pickle of plain values and arrays of bytes; ValueError, and nothing run, for all else."""
     try:
-        value = _Unpickler(io.BytesIO(data), encoding="latin1").load()
+        value = _Unpickler(data).load()
     except Exception as error:  # a forged pickle can make the reader raise anything
         reason = str(error) if isinstance(error, pickle.UnpicklingError) else type(error).__name__
         raise ValueError(f"{source} is no pickle of plain values and arrays of bytes: {reason}") from None

@@ -109,8 +109,8 @@ class _Cifar(NamedTuple):
             names = members[text].decode("utf-8", "replace").split()
         elif pickled in members:
             names = formats.read_pickle(members[pickled], f"{place}/{pickled}").get(self.names_key)
-        named = isinstance(names, list) and len(names) == self.num_classes
-        return [str(name) for name in (names if named else range(self.num_classes))]
+        named = isinstance(names, list) and len(names) == self.num_classes and all(type(name) is str for name in names)
+        return names if named else [str(number) for number in range(self.num_classes)]
 
 
 _CIFAR = {
@@ -192,9 +192,9 @@ def _hugging_face(source: str | Path, image_size: int | None, problem: str) -> F
     if not images or not labels:
         raise ValueError(f"{source} has the columns {', '.join(features)}, wanted image and label")
     image, label = images[0], labels[0]
-    values = set(found["train"][label])
-    if {type(y) for y in values} not in ({int}, {str}):
+    if {type(y) for y in found["train"][label]} not in ({int}, {str}):
         raise ValueError(f"{source} has mixed or missing values in {label}, wanted integers or strings")
+    values = set(found["train"][label])
     names = getattr(features[label], "names", None)
     number = {y: i for i, y in enumerate(range(len(names)) if names else sorted(values))}
     parts = {}

@@ -125,7 +125,9 @@ def prepare(config: Config) -> Session:
 
 def check_data(session: Session, run: Path) -> None:
     """ValueError unless the session has the images that `run` was trained on."""
-    if read_json(run / "environment.json")["data"]["fingerprint"] != session.data.fingerprint:
+    known = read_json(run / "environment.json")
+    images = known.get("data") if isinstance(known, dict) else None
+    if not isinstance(images, dict) or images.get("fingerprint") != session.data.fingerprint:
         raise ValueError(f"{run} was trained on other images than {session.config.data} gives now")
 
 

@@ -71,6 +71,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from reprlib import repr  # a damaged file must not become a page of error
 
 import torch
 
@@ -150,7 +151,10 @@ def metrics_of(folder: Path) -> dict[str, str]:
 
 def check_metrics(folder: Path, record: dict) -> None:
     """ValueError or FileNotFoundError where a metrics file is not the one in `record`, the end of its phase."""
-    for name, sha256 in record.get("metrics", {}).items():
+    known = record.get("metrics", {})
+    if not isinstance(known, dict) or not known.keys() <= set(METRICS):
+        raise ValueError(f"{folder} must have a record with metrics of {' and '.join(METRICS)}, got {repr(known)}")
+    for name, sha256 in known.items():
         read_checked(folder / name, sha256)
 
 
@@ -221,7 +225,10 @@ def read_settings(run: str | Path) -> Config:
     if not path.is_file():
         raise FileNotFoundError(f"{run} is not a run that has begun: there is no config.json in it")
     noted = path.with_name("environment.json")
-    made = read_json(noted).get("config_sha256") if noted.exists() else None
+    known = read_json(noted) if noted.exists() else {}
+    if not isinstance(known, dict):
+        raise ValueError(f"{noted} must be an object, got a {type(known).__name__}")
+    made = known.get("config_sha256")
     if made and made != sha256_of(path):
         raise ValueError(f"{path} was changed or damaged since the run began: copy it and give the copy by --config to "
                          "run other settings")  # fmt: skip
@@ -235,7 +242,7 @@ def locked(run: Path, wait: bool = False):
     The lock is the kernel's (flock), so it ends with the process however that ends.
     """
     path = run / ".lock"
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)  # a link may lead anywhere
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
