@@ -5,7 +5,7 @@ import os
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from eekd import models
 from eekd.bank import LogitBank
 from eekd.config import Config, Phase, Teacher
-from eekd.data import ImageData, Loader, load
+from eekd.data import Batch, ImageData, Loader, load
 from eekd.trainers.folder import Log
+from eekd.trainers.numbers import Guard
 from eekd.trainers.state import Checkpoints, State, setup_of, signals
 
 SPLIT = ("train_limit", "val_fraction", "split_seed")  # settings that decide which images there are
-CHECK = 50  # look at the loss every so many steps: each look makes the GPU wait
+CHECK = 50  # look at the loss, and whether all is finite, every so many steps: each look makes the GPU wait
 
 Progress = Callable[[str, int, int, dict], object]  # phase, steps done, steps in all, what is known so far
 
@@ -96,7 +97,7 @@ def fit(name: str, session: Session, phase: Phase, trained: nn.Module, objective
 
     objective(batch, clock) gives what to minimise and detached measurements, validate() the val_ entries of a
     row; begin(epochs done) gives what is called with the row of an epoch when it is complete. FloatingPointError
-    if the loss is not finite.
+    if loss or gradients are not finite, see `Guard`.
 
     The state is saved after every epoch, every config.save_every seconds, when a batch cannot be had and when
     `signals` are received; `resume` goes on from there, if only it has the same images, settings and `taught_by`.
@@ -109,14 +110,22 @@ def fit(name: str, session: Session, phase: Phase, trained: nn.Module, objective
     state.means, state.clock = Means(), Clock(device)
     saved = checkpoints.load() if resume else None
     after_epoch = begin(saved[1]["epoch"] if saved else 0)
-    log = Log(folder, config.tensorboard, (saved[1]["rows"] if saved else []) if resume else None)
+    each, total, running, last = len(loader), phase.epochs * len(loader), math.nan, time.monotonic()
+
+    def batches_from(step: int) -> Iterator[Batch]:
+        loader.set_epoch(step // each)
+        loader.skip(step % each)
+        return iter(loader)
+
+    guard = Guard(name, session, phase, state, folder, objective, batches_from)
+    log = Log(folder, config.tensorboard, guard.rows(saved[1]["rows"] if saved else []) if resume else None)
     if saved:
         state.unpack(*saved)
     state.rows = log.rows
-    each, total, running, last = len(loader), phase.epochs * len(loader), math.nan, time.monotonic()
 
     def save() -> None:
         nonlocal last
+        guard.left_out()  # raises where what would be saved is not to be gone on from
         state.seconds = time.perf_counter() - start
         checkpoints.save(state)
         last = time.monotonic()
@@ -124,9 +133,8 @@ def fit(name: str, session: Session, phase: Phase, trained: nn.Module, objective
     with signals.held():
         while state.epoch < phase.epochs:
             trained.train()
-            loader.set_epoch(state.epoch)
-            loader.skip(state.batch)
-            batches, start = iter(loader), time.perf_counter() - state.seconds
+            batches = batches_from(state.epoch * each + state.batch)
+            start = time.perf_counter() - state.seconds
             while state.batch < each:
                 step = state.epoch * each + state.batch
                 try:
@@ -137,20 +145,24 @@ def fit(name: str, session: Session, phase: Phase, trained: nn.Module, objective
                 lr = learning_rate(phase, step, total)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
+                guard.begin(step, lr)
                 loss, measurements = objective(batch, state.clock)
+                guard.see(loss)
                 with state.clock("backward"):
                     optimizer.zero_grad()
                     scaler.scale(loss).backward()
                     scaler.step(optimizer)
                     scaler.update()
-                state.means.add(len(batch.labels), **measurements)
                 state.batch, step = state.batch + 1, step + 1
                 due = signals.received or (time.monotonic() - last >= config.save_every and state.batch < each)
-                if step % CHECK == 0 or state.batch == each or due:
+                pause = step % CHECK == 0 or state.batch == each or due
+                if guard.left_out(pause):
+                    state.means.add(0, **{key: torch.zeros_like(value) for key, value in measurements.items()})
+                    batches = batches_from(step)
+                else:
+                    state.means.add(len(batch.labels), **measurements)
+                if pause:
                     running = state.means["loss"]
-                    if not math.isfinite(running):
-                        what = f"the loss became {running} in epoch {state.epoch + 1} at learning rate {lr:.3g}"
-                        raise FloatingPointError(f"{name}: {what}; try a lower lr or precision fp32")
                 if due:
                     save()
                     signals.check()
@@ -168,6 +180,7 @@ def fit(name: str, session: Session, phase: Phase, trained: nn.Module, objective
                 raise
             row |= {"seconds": seconds}
             row |= {f"seconds_{part}": state.clock.seconds(part) for part in ("teacher", "forward", "backward")}
+            row |= guard.row(log.rows)
             log.write(row)
             after_epoch(row)
             state.epoch, state.batch, state.seconds = state.epoch + 1, 0, 0.0
@@ -232,7 +245,10 @@ def _optimizer(phase: Phase, trained: nn.Module) -> torch.optim.Optimizer:
     options = dict(lr=phase.lr, weight_decay=phase.weight_decay, fused=True)
     if phase.optimizer == "adamw":
         return torch.optim.AdamW(trained.parameters(), **options)
-    return torch.optim.SGD(trained.parameters(), momentum=0.9, nesterov=phase.nesterov, **options)
+    optimizer = torch.optim.SGD(trained.parameters(), momentum=0.9, nesterov=phase.nesterov, **options)
+    for parameter in trained.parameters():  # else, where the first step is skipped, torch takes what lies in memory
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 class Means:

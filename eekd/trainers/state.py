@@ -12,6 +12,7 @@ The newest two are kept, and the newest that was waited for until it lay on the 
     rows                     of metrics.jsonl, one for each complete epoch
     seconds, clock           of the epoch in progress: in all and by part
     means, count             of the epoch in progress: names of its means in their order, and samples in them
+    skips                    steps of the phase that were left out
     scaler, optimizer, strides, random    what is no tensor in the states of each
 """
 
@@ -39,7 +40,7 @@ KEEP = 2
 SYNC = 10  # seconds: how much training a power cut may cost, where a kill costs what the last checkpoint lacks
 # Settings that leave the bits of a phase as they are, or that its `setup` knows by their content.
 _NO_BITS = {"data", "root", "teacher", "teacher_run", "bank", "student", "students", "workers", "device", "tensorboard",
-            "save_every"}  # fmt: skip
+            "save_every", "non_finite", "skip_budget", "verify_loss"}  # fmt: skip
 
 
 class State:
@@ -47,7 +48,7 @@ class State:
 
     def __init__(self, trained: nn.Module, optimizer: torch.optim.Optimizer, scaler, device: torch.device):
         self.trained, self.optimizer, self.scaler, self.device = trained, optimizer, scaler, device
-        self.epoch, self.batch, self.rows = 0, 0, []
+        self.epoch, self.batch, self.rows, self.skips = 0, 0, [], 0
         self.means = self.clock = None
         self.seconds = 0.0
 
@@ -55,7 +56,8 @@ class State:
         """The state as named tensors, and as JSON what is none."""
         tensors = {f"network.{name}": tensor for name, tensor in self.trained.state_dict().items()}
         tensors |= {f"means.{name}": tensor for name, tensor in self.means.sums.items()}
-        known = {"epoch": self.epoch, "batch": self.batch, "rows": self.rows, "seconds": self.seconds,
+        known = {"epoch": self.epoch, "batch": self.batch, "rows": self.rows, "skips": self.skips,
+                 "seconds": self.seconds,
                  "clock": self.clock.all(), "means": list(self.means.sums), "count": self.means.count,
                  "scaler": self.scaler.state_dict(), "optimizer": {}, "strides": {}}  # fmt: skip
         for i, parameter in enumerate(self._parameters()):
@@ -67,22 +69,15 @@ class State:
                 tensors[name] = value
                 if not value.is_contiguous():  # a fused optimiser reads memory in the parameter's order
                     known["strides"][name] = value.stride()
-        version, words, gauss = random.getstate()
-        kind, keys, *rest = np.random.get_state()
-        known["random"] = {"python": [version, gauss], "numpy": [kind, *rest]}
-        tensors["random.python"] = torch.tensor(words)
-        tensors["random.numpy"] = torch.from_numpy(keys.astype(np.int64))
-        tensors["random.torch"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["random.device"] = torch.cuda.get_rng_state(self.device)
-        return tensors, known
+        generators, known["random"] = pack_random(self.device)
+        return tensors | generators, known
 
     def unpack(self, tensors: dict[str, Tensor], known: dict, source: Path) -> None:
         """Becomes what was packed; ValueError where it does not fit, `source` in it."""
         parts = {part: {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
                  for part in ("network.", "means.", "optimizer.")}  # fmt: skip
         load_state(self.trained, parts["network."], source)
-        for name in ("epoch", "batch", "rows", "seconds"):
+        for name in ("epoch", "batch", "rows", "skips", "seconds"):
             setattr(self, name, known[name])
         self.means.sums = {name: parts["means."][name].to(self.device) for name in known["means"]}
         self.means.count, self.clock.before = known["count"], known["clock"]
@@ -97,15 +92,31 @@ class State:
                 placed = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=parameter.device)
                 value = placed.copy_(value)
             self.optimizer.state[parameter][entry] = value
-        (version, gauss), (kind, *rest) = known["random"]["python"], known["random"]["numpy"]
-        random.setstate((version, tuple(tensors["random.python"].tolist()), gauss))
-        np.random.set_state((kind, tensors["random.numpy"].numpy().astype(np.uint32), *rest))
-        torch.set_rng_state(tensors["random.torch"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random.device"], self.device)
+        unpack_random(tensors, known["random"], self.device)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+def pack_random(device: torch.device) -> tuple[dict[str, Tensor], dict]:
+    """The states of the random generators as tensors named random.*, and as JSON what is none."""
+    version, words, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state()
+    tensors = {"random.python": torch.tensor(words), "random.numpy": torch.from_numpy(keys.astype(np.int64)),
+               "random.torch": torch.get_rng_state()}  # fmt: skip
+    if device.type == "cuda":
+        tensors["random.device"] = torch.cuda.get_rng_state(device)
+    return tensors, {"python": [version, gauss], "numpy": [kind, *rest]}
+
+
+def unpack_random(tensors: dict[str, Tensor], known: dict, device: torch.device) -> None:
+    """Sets the random generators to what was packed; a device that had none keeps its own."""
+    (version, gauss), (kind, *rest) = known["python"], known["numpy"]
+    random.setstate((version, tuple(tensors["random.python"].tolist()), gauss))
+    np.random.set_state((kind, tensors["random.numpy"].numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(tensors["random.torch"])
+    if device.type == "cuda" and "random.device" in tensors:
+        torch.cuda.set_rng_state(tensors["random.device"], device)
 
 
 class Checkpoints:

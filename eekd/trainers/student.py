@@ -19,6 +19,7 @@ from eekd.losses import EEKDLoss
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.trainers.folder import FORMAT, finite, metrics_of, read_metrics
 from eekd.trainers.loop import SPLIT, Means, Progress, Session, accuracy, classify, evaluate, fit, quiet
+from eekd.trainers.numbers import Verifier
 from eekd.trainers.state import forget
 
 RECORD = "student.json"
@@ -31,10 +32,10 @@ def train_student(config: Config, teacher: str | Path | None, weighting: Weighti
 
     "ce" trains on labels alone and needs no teacher; "last" is plain knowledge distillation and runs the last
     snapshot only. `which` picks the snapshots by index. With config.bank they run on validation images only.
-    Returns the content of student.json, see eekd.trainers.folder. FloatingPointError if the loss is not finite,
-    FileExistsError if the folder holds a network, and what SnapshotEnsemble.load and LogitBank.check raise.
-    `resume` goes on from what the folder holds, whatever that is: ValueError or FileNotFoundError names what is
-    damaged or of another student.
+    Returns the content of student.json, see eekd.trainers.folder. FloatingPointError if the loss is not finite, or not
+    what its formula says, FileExistsError if the folder holds a network, and what SnapshotEnsemble.load and
+    LogitBank.check raise. `resume` goes on from what the folder holds, whatever that is: ValueError or
+    FileNotFoundError names what is damaged or of another student.
     """
     folder, session, phase = Path(folder), session or Session(config), config.student
     if resume and (folder / RECORD).exists():
@@ -77,7 +78,8 @@ def train_student(config: Config, teacher: str | Path | None, weighting: Weighti
             def teach(batch):
                 return session.run(ensemble, batch.images)
 
-        objective, validate = distil(session, capture, teach, loss, val, known)
+        verify = Verifier(weighting, loss, session, folder)
+        objective, validate = distil(session, capture, teach, loss, verify, val, known)
     rows = fit(weighting, session, phase, trained, objective, validate, loader, folder, progress, resume=resume,
                taught_by=taught_by)  # fmt: skip
     learned = loss.state_dict() if loss else {}
@@ -170,9 +172,11 @@ class Replay:
         return logits[[*self.which]], None if features is None else features[[*self.which]]
 
 
-def distil(session: Session, capture: LastFeatures, teach: Callable, loss: EEKDLoss, val: Loader,
+def distil(session: Session, capture: LastFeatures, teach: Callable, loss: EEKDLoss, verify: Callable, val: Loader,
            known: list) -> tuple[Callable, Callable]:  # fmt: skip
     """Objective and validation with a teacher: teach(batch) gives the snapshots' logits and features.
+
+    verify(*what the loss was given) looks at the first of them.
 
     Validation, where they are `known` batch by batch, also asks whether uniform weights would have made a better
     target.
@@ -186,6 +190,7 @@ def distil(session: Session, capture: LastFeatures, teach: Callable, loss: EEKDL
             logits, features = session.run(capture, batch.images)
         with clock("backward"):
             total, measured = loss(logits, snapshot_logits, batch.labels, features, snapshot_features)
+        verify(logits, snapshot_logits, batch.labels, features, snapshot_features)
         return total, measured | {"accuracy": accuracy(logits, batch.labels)}
 
     @torch.no_grad()
