@@ -1,5 +1,6 @@
 """Steps that are not finite move nothing, a wrong loss is found, and the same seed gives the same bits."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -27,7 +28,8 @@ from eekd.snapshots import SnapshotEnsemble
 from eekd.topk import top_k_logits
 from eekd.trainers import loop, prepare, train, train_student, train_teacher
 from eekd.trainers.loop import Session, learning_rate
-from eekd.trainers.numbers import Guard, Verifier, differs, replay
+from eekd.trainers.numbers import Guard, Verifier, Watch, differs, replay
+from eekd.trainers.state import State
 
 NETS = """
 import random
@@ -288,10 +290,17 @@ def test_fp16_leaves_gradients_to_its_scaler_and_no_loss(run, tmp_path, mark):
         start(session, name, tmp_path / "scaled", run[1] / "teacher")
     assert [row["skipped"] for row in untimed(tmp_path / "scaled")] == [0, 0]
     assert_same(by_hand(session, name, teacher=run[1] / "teacher")[0], after(tmp_path / "scaled", name))
-    session, name, value = faulty(run, "logits", non_finite="skip", precision="fp16")
+    session, name, value = faulty(run, "logits", non_finite="skip", precision="fp16", save_every=EVERY_STEP)
     mark(session, value, 2)
+    scales = []
+
+    def progress(phase, done, total, known):
+        for path in (tmp_path / "phase/checkpoints").glob("*.json"):
+            scales.append(read_json(path)["scaler"]["scale"])
+
     with pytest.warns(RuntimeWarning, match=r"the loss became nan in epoch 1 .* snapshot_logits of 1 \(EEKDLoss\)"):
-        start(session, name, tmp_path / "phase", run[1] / "teacher")
+        start(session, name, tmp_path / "phase", run[1] / "teacher", progress=progress)
+    assert set(scales) == {65536.0}
     assert_same(by_hand(session, name, [2], run[1] / "teacher")[0], after(tmp_path / "phase", name))
 
 
@@ -372,7 +381,7 @@ def test_weights_that_are_not_finite_are_never_saved(run, tmp_path, monkeypatch)
             self.param_groups[0]["params"][0].data.view(-1)[0] = math.inf
 
     monkeypatch.setattr(torch.optim.SGD, "step", overflow)
-    with pytest.raises(FloatingPointError, match=r"^teacher: weights are not finite after step 8; try a lower lr$"):
+    with pytest.raises(FloatingPointError, match=r"^teacher: the parameter body.0.weight is not finite after step 8"):
         start(session, name, tmp_path / "phase", None)
     saved = {path.stem for path in (tmp_path / "phase").rglob("*.safetensors")}
     assert "snapshot-1" in saved and "snapshot-2" not in saved
@@ -427,6 +436,39 @@ def test_compiled_networks_are_watched_too(run, tmp_path, mark, monkeypatch):
     mark(session, value, 1)
     with pytest.raises(FloatingPointError, match=re.escape(TOLD["overflow"][1])):
         start(session, name, tmp_path / "phase", run[1] / "teacher")
+
+
+def test_a_step_of_several_batches_is_watched_to_the_bad_one(run, tmp_path, mark):
+    session, name, value = faulty(run, "image")
+    network = session.network(session.config.teacher, 0)
+    state = State(network, loop._optimizer(session.config.teacher, network), torch.amp.GradScaler(enabled=False),
+                  session.device)  # fmt: skip
+    loader = session.loader("train", session.config.teacher, train=True)
+    objective, _ = loop.classify(session, network, None)
+    [sample] = mark(session, value, 1)
+    guard = Guard(name, session, session.config.teacher, state, tmp_path, objective, lambda step: iter(loader), parts=2)
+    guard.begin(0, 0.1)
+    for batch in itertools.islice(loader, 2):
+        loss, _ = objective(batch, lambda name: contextlib.nullcontext())
+        guard.see(loss)
+        loss.backward()
+    before = {name: parameter.clone() for name, parameter in network.named_parameters()}
+    state.optimizer.step()
+    assert_same(before, dict(network.named_parameters()))
+    with pytest.raises(FloatingPointError, match=f"step 1, .*: the first bad tensor is the images.* sample {sample};"):
+        guard.left_out()
+    assert replay(tmp_path / "non-finite-1.json").name == "the images"
+
+
+def test_a_class_that_does_not_exist_is_not_bad():
+    loss = criterion("attention")
+    logits, z, labels, v, u = inputs()
+    logits[:, 3] = z[..., 3] = -math.inf
+    labels[labels == 3] = 4
+    u[1, 5, 2] = math.nan
+    with Watch(loss, len(labels)) as watch:
+        watch.run(loss(logits.requires_grad_(), z, labels, v, u)[0])
+    assert watch.found.name == "the snapshot_features of the network (EEKDLoss)" and watch.found.rows == [5]
 
 
 @pytest.mark.bad_input

@@ -14,6 +14,7 @@ What was wrong lies in PHASE/non-finite-STEP.json and PHASE/loss-differs.json, t
 import copy
 import dataclasses
 import inspect
+import itertools
 import math
 import random
 import warnings
@@ -58,14 +59,16 @@ class Guard:
     "stop" it stays, so that a GPU need be asked only now and then. In precision fp16 gradients are the scaler's
     business, and a loss that is not finite is bad: no scale mends it.
 
-    objective(batch, clock) gives a loss, batches_from(step) the batches from that of `step` on, as often as asked.
-    agree(flag) makes a number on the device the largest of all processes, so that all leave out, or end, as one.
+    objective(batch, clock) gives a loss, batches_from(step) the batches from the first of `step` on, as often as
+    asked; a step takes `parts` of them. agree(flag) makes a number on the device the largest of all processes, so that
+    all leave out, or end, as one.
     """
 
     def __init__(self, name: str, session, phase: Phase, state: State, folder: Path, objective: Callable,
-                 batches_from: Callable[[int], Iterator], agree: Callable[[Tensor], Tensor] = alone):  # fmt: skip
+                 batches_from: Callable[[int], Iterator], parts: int = 1,
+                 agree: Callable[[Tensor], Tensor] = alone):  # fmt: skip
         self.name, self.session, self.phase, self.state, self.folder = name, session, phase, state, folder
-        self.objective, self.batches_from, self.agree = objective, batches_from, agree
+        self.objective, self.batches_from, self.parts, self.agree = objective, batches_from, parts, agree
         self.skip, self.budget = session.config.non_finite == "skip", session.config.skip_budget
         self.looks = self.skip or state.device.type == "cpu"
         self.step, self.begun = 0, {}  # what is known of the steps that were not looked at yet
@@ -109,7 +112,8 @@ class Guard:
         if pause:
             weights = [p for p in self.state.trained.parameters() if p.is_floating_point()]
             if not nn.utils.get_total_norm(weights, 1.0).isfinite().item():
-                raise FloatingPointError(f"{self.name}: weights are not finite after step {self.step + 1}; "
+                bad = next((name for name, p in self.state.trained.named_parameters() if not p.isfinite().all()), "all")
+                raise FloatingPointError(f"{self.name}: the parameter {bad} is not finite after step {self.step + 1}; "
                                          "try a lower lr")  # fmt: skip
         return False
 
@@ -164,18 +168,19 @@ class Guard:
         warnings.warn(f"{told}; the step is left out", RuntimeWarning, stacklevel=4)
 
     def _find(self, known: dict) -> tuple["Found | None", Tensor, Path]:
-        """Runs the batch of a step again, and keeps all that this takes."""
+        """Runs the batches of a step again until one is bad, and keeps all that this takes."""
         session, trained = self.session, self.state.trained
-        batches = self.batches_from(known["step"] - 1)
-        batch = next(batches)
-        tensors = {f"network.{name}": tensor.clone() for name, tensor in trained.state_dict().items()}
-        generators, numbers = pack_random(self.state.device)
+        for batch in itertools.islice(self.batches_from(known["step"] - 1), self.parts):
+            tensors = {f"network.{name}": tensor.clone() for name, tensor in trained.state_dict().items()}
+            generators, numbers = pack_random(self.state.device)
+            # Compiled code does not run what watches.
+            eager = torch.compiler.set_stance("force_eager") if session.config.compile else nullcontext()
+            with eager, Watch(trained, len(batch.index)) as watch:
+                watch.look("the images", batch.images)
+                watch.run(self.objective(batch, lambda name: nullcontext())[0])
+            if watch.found:
+                break
         tensors |= generators | batch._asdict()
-        # Compiled code does not run what watches.
-        eager = torch.compiler.set_stance("force_eager") if session.config.compile else nullcontext()
-        with eager, Watch(trained, len(batch.index)) as watch:
-            watch.look("the images", batch.images)
-            watch.run(self.objective(batch, lambda name: nullcontext())[0])
         loss = next((module for module in trained.modules() if isinstance(module, EEKDLoss)), None)
         if loss:
             tensors |= _said(watch.given["snapshot_logits"], watch.given["snapshot_features"])
