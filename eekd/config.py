@@ -182,6 +182,9 @@ class Config(_Checked):
     deterministic: bool = False  # same bits on every run of the same machine; slower on a GPU
     tensorboard: bool = False  # write events for TensorBoard too
     save_every: float = 300.0  # seconds between checkpoints within an epoch; each epoch ends with one
+    non_finite: Literal["stop", "skip"] = "stop"  # what to do at a step whose loss or gradients are NaN or infinite
+    skip_budget: int = 10  # steps of a phase that may be skipped
+    verify_loss: int = 1  # first batches of a student whose loss is checked against its formula in fp64; 0: none
 
     def _rules(self):
         yield "image_size", self.image_size is None or self.image_size >= 1, "at least 1"
@@ -195,6 +198,8 @@ class Config(_Checked):
         yield "check_replicas", self.check_replicas >= 0, "at least 0"
         yield "parallel", self.parallel == "ddp" or self.precision != "fp16", "ddp when precision is fp16"
         yield "save_every", self.save_every > 0, "above 0"
+        yield "skip_budget", self.skip_budget >= 0, "at least 0"
+        yield "verify_loss", self.verify_loss >= 0, "at least 0"
         yield "seed", 0 <= self.seed < 2**31, "from 0 to 2**31 - 1"
 
     def to_json(self) -> str:

@@ -88,11 +88,16 @@ def wait() -> None:
 
 def largest(*numbers: int) -> list[int]:
     """The largest of each number over all processes."""
+    return [*numbers] if size() == 1 else most(torch.tensor(numbers)).tolist()
+
+
+def most(x: Tensor) -> Tensor:
+    """The largest of `x` over all processes, entry by entry."""
     if size() == 1:
-        return [*numbers]
-    votes = torch.tensor(numbers)
-    distributed.all_reduce(votes, distributed.ReduceOp.MAX)
-    return votes.tolist()
+        return x
+    x = x.clone()
+    distributed.all_reduce(x, distributed.ReduceOp.MAX)
+    return x
 
 
 def total(x: Tensor) -> Tensor:
@@ -150,6 +155,11 @@ def whole(x: Tensor) -> Tensor:
 def sharded(x: Tensor) -> bool:
     """Whether a process holds a part of `x` only."""
     return hasattr(x, "full_tensor")  # DTensor; importing its module takes half a second
+
+
+def part(x: Tensor) -> Tensor:
+    """What this process holds of `x`."""
+    return x.to_local() if sharded(x) else x
 
 
 def placed(x: Tensor, like: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ try:
 except ImportError as error:
     raise SystemExit(f"python -m eekd.train needs {error.name}: pip install 'eekd[train]'") from None
 
+WATCHES = "non_finite", "skip_budget", "verify_loss"  # settings that a run may go on with others of
+
 
 @dataclass(frozen=True)
 class Flags:
@@ -129,7 +131,7 @@ def parse(argv: list[str]) -> Flags:
         return replace(parsed, resume=parsed.out, out=None)
     if start.resume:
         other = next((name for name in ("preset", "config", "out") if getattr(parsed, name)), command)
-        changed = other or ", ".join(differences(read_settings(start.resume), chosen))
+        changed = other or ", ".join(differences(read_settings(start.resume), chosen, besides=WATCHES))
         if changed:
             raise ValueError(f"--resume {start.resume} goes on with the run as it was begun, and cannot be given with "
                              f"another {changed}")  # fmt: skip
@@ -140,15 +142,15 @@ def parse(argv: list[str]) -> Flags:
     return parsed
 
 
-def differences(one: Config, other: Config) -> list[str]:
-    """The names of the settings in which two differ."""
+def differences(one: Config, other: Config, besides: tuple[str, ...] = ()) -> list[str]:
+    """The names of the settings in which two differ, `besides` some."""
     def flat(config):
         phases = {"teacher": asdict(config.teacher), "student": asdict(config.student)}
         rest = {name: value for name, value in vars(config).items() if name not in phases}
         return rest | {f"{phase}.{name}": value for phase in phases for name, value in phases[phase].items()}
 
     one, other = flat(one), flat(other)
-    return [name for name in one if one[name] != other[name]]
+    return [name for name in one if one[name] != other[name] and name not in besides]
 
 
 def _start(start: Start) -> Config:

@@ -197,6 +197,37 @@ def test_synchronised_batch_norm_makes_processes_agree(tmp_path):
     assert_close(tmp_path / "one", tmp_path / "two", 2e-3)
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_processes_leave_out_the_same_steps(tmp_path, parallel):
+    """A batch is bad in one process: by policy "stop" all end, by "skip" all go on without it."""
+    together(2, tmp_path, f"""
+        from pathlib import Path
+        from eekd.config import Config, Student, Teacher
+        from eekd.trainers import Session, train_teacher
+        from eekd.trainers.folder import read_metrics
+        shape = dict(model="resnet8_w4", epochs=1, batch_size=24)
+        for policy in ("stop", "skip"):
+            config = Config(train_limit=155, teacher=Teacher(**shape, snapshots=1), student=Student(**shape),
+                            accumulate=2, parallel="{parallel}", non_finite=policy)
+            session, folder, seen = Session(config), Path("{tmp_path}", policy), []
+
+            def run(network, images, run=session.run, seen=seen):
+                seen.append(images.sum().item())
+                return run(network, images) * (float("nan") if rank == 1 and seen[-1] == seen[min(4, len(seen) - 1)]
+                                               and len(seen) > 4 else 1)
+
+            session.run = run
+            try:
+                train_teacher(config, folder, session=session)
+            except FloatingPointError as error:
+                where = "the loss" if rank else "nothing was bad when the batch was run again by this process"
+                assert policy == "stop" and "step 3, " in str(error) and where in str(error), error
+                assert (folder / ("non-finite-3" + "-process-1" * rank + ".json")).exists()
+            else:
+                assert policy == "skip" and read_metrics(folder, {{}})[0]["skipped"] == 1
+    """)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> tuple[list, Path]:
     """Flags of a run of two processes, and its folder."""

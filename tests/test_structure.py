@@ -43,7 +43,8 @@ MAY_IMPORT = {
     "config": set(),
     "info": {"_C"},
     "trainers": {
-        "bank", "checkpoint", "config", "data", "distributed", "features", "info", "losses", "models", "snapshots"
+        "bank", "checkpoint", "config", "data", "distributed", "features", "info", "losses", "models", "ops",
+        "snapshots", "topk",
     },
     "charts": set(),
     "train": {"bank", "checkpoint", "config", "distributed", "trainers"},

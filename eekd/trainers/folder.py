@@ -15,6 +15,7 @@
         student.json                     provenance (below); written last, so it marks a finished student
         attention.safetensors            the attention's own weights, where the weighting is attention
         metrics.jsonl metrics.csv checkpoints/
+      **/non-finite-STEP.*, loss-differs.*   what was wrong with a step or a loss (eekd.trainers.numbers)
       .lock                   held by the process that trains
       **/events.out.tfevents.*           TensorBoard events, only when asked for
 
@@ -29,6 +30,7 @@ metrics.jsonl has one object per epoch; metrics.csv the same, a list spread over
     seconds_teacher         forward of the snapshots (0 where there are none), or the wait for their logit bank
     seconds_forward         forward of the network being trained
     seconds_backward        loss, backward and optimiser step; what remains of `seconds` is the wait for data
+    skipped                 steps left out since they were not finite, counted in `step`; where non_finite is skip
 
 and for a student with snapshots also:
 

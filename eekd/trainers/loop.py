@@ -6,7 +6,7 @@ import os
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -20,8 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from eekd import distributed, models
 from eekd.bank import LogitBank
 from eekd.config import Config, Phase, Teacher
-from eekd.data import ImageData, Loader, load
+from eekd.data import Batch, ImageData, Loader, load
 from eekd.trainers.folder import Log
+from eekd.trainers.numbers import Guard
 from eekd.trainers.state import Checkpoints, State, setup_of, signals
 
 SPLIT = ("train_limit", "val_fraction", "split_seed")  # settings that decide which images there are
@@ -136,7 +137,7 @@ def fit(name: str, session: Session, phase: Phase, trained: nn.Module, parallel:
     `parallel` are the parts of `trained` as session.parallel made them, or what was to be trained where it did not.
     objective(batch, clock) gives what to minimise and detached measurements, validate() the val_ entries of a
     row; begin(epochs done) gives what is called with the row of an epoch when it is complete. FloatingPointError
-    if the loss is not finite.
+    if loss or gradients are not finite, see `Guard`.
 
     The state is saved after every epoch, every config.save_every seconds, when a batch cannot be had and when
     `signals` are received; `resume` goes on from there, if only it has the same images, settings and `taught_by`.
@@ -149,16 +150,24 @@ def fit(name: str, session: Session, phase: Phase, trained: nn.Module, parallel:
     state.means, state.clock = Means(), Clock(device)
     saved = checkpoints.load() if resume else None
     after_epoch = begin(saved[1]["epoch"] if saved else 0)
-    log = Log(folder, config.tensorboard, (saved[1]["rows"] if saved else []) if resume else None)
+    each = math.ceil(len(loader) / config.accumulate)
+    total, running, last = phase.epochs * each, math.nan, time.monotonic()
+
+    def batches_from(step: int) -> Iterator[Batch]:
+        loader.set_epoch(step // each)
+        loader.skip(step % each * config.accumulate)
+        return iter(loader)
+
+    guard = Guard(name, session, phase, state, folder, objective, batches_from)
+    log = Log(folder, config.tensorboard, guard.rows(saved[1]["rows"] if saved else []) if resume else None)
     if saved:
         state.unpack(*saved)
     state.rows = log.rows
-    each = math.ceil(len(loader) / config.accumulate)
-    total, running, last = phase.epochs * each, math.nan, time.monotonic()
     buffers = [buffer for buffer in trained.buffers() if not distributed.sharded(buffer)]
 
     def save() -> None:
         nonlocal last
+        guard.left_out()  # raises where what would be saved is not to be gone on from
         state.seconds = time.perf_counter() - start
         checkpoints.save(state)
         last = time.monotonic()
@@ -166,9 +175,8 @@ def fit(name: str, session: Session, phase: Phase, trained: nn.Module, parallel:
     with signals.held():
         while state.epoch < phase.epochs:
             trained.train()
-            loader.set_epoch(state.epoch)
-            loader.skip(state.batch * config.accumulate)
-            batches, start = iter(loader), time.perf_counter() - state.seconds
+            batches = batches_from(state.epoch * each + state.batch)
+            start = time.perf_counter() - state.seconds
             while state.batch < each:
                 step = state.epoch * each + state.batch
                 try:
@@ -180,29 +188,34 @@ def fit(name: str, session: Session, phase: Phase, trained: nn.Module, parallel:
                 lr = learning_rate(phase, step, total)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
+                guard.begin(step, lr)
                 optimizer.zero_grad()
+                seen = []
                 rows = sum(loader.rows(state.batch * config.accumulate + i) for i in range(len(parts)))
                 for part in parts:
                     _share_gradients(parallel, part is parts[-1])
                     loss, measurements = objective(part, state.clock)
+                    guard.see(loss)
+                    seen.append((len(part.labels), measurements))
                     with state.clock("backward"):
                         # Gradients are averaged over processes and summed over parts: a mean over the step's samples.
                         scaler.scale(loss * (processes * len(part.labels) / rows)).backward()
-                    state.means.add(len(part.labels), **measurements)
                 with state.clock("backward"):
-                    scaler.step(optimizer)
-                    scaler.update()
+                    guard.update()
                     distributed.mean_(buffers)
                 state.batch, step = state.batch + 1, step + 1
                 if config.check_replicas and step % config.check_replicas == 0:
                     distributed.check_replicas(trained)
                 due = time.monotonic() - last >= config.save_every and state.batch < each
                 signals.received, due = distributed.largest(signals.received, due or signals.received > 0)
-                if step % CHECK == 0 or state.batch == each or due:
+                pause = step % CHECK == 0 or state.batch == each or due
+                left_out = guard.left_out(pause)
+                if left_out:
+                    batches = batches_from(step)
+                for count, measurements in seen:
+                    state.means.add(0 if left_out else count, **measurements)
+                if pause:
                     running = state.means["loss"]
-                    if not math.isfinite(running):
-                        what = f"the loss became {running} in epoch {state.epoch + 1} at learning rate {lr:.3g}"
-                        raise FloatingPointError(f"{name}: {what}; try a lower lr or precision fp32")
                 if due:
                     save()
                     signals.check()
@@ -220,6 +233,7 @@ def fit(name: str, session: Session, phase: Phase, trained: nn.Module, parallel:
                 raise
             row |= {"seconds": seconds}
             row |= {f"seconds_{part}": state.clock.seconds(part) for part in ("teacher", "forward", "backward")}
+            row |= guard.row(log.rows)
             log.write(row)
             after_epoch(row)
             state.epoch, state.batch, state.seconds = state.epoch + 1, 0, 0.0
@@ -346,7 +360,10 @@ def _optimizer(phase: Phase, trained: nn.Module) -> torch.optim.Optimizer:
     groups = [{"params": kind, "fused": not sharded, "foreach": sharded} for sharded, kind in kinds.items() if kind]
     if phase.optimizer == "adamw":
         return torch.optim.AdamW(groups, **options)
-    return torch.optim.SGD(groups, momentum=0.9, nesterov=phase.nesterov, **options)
+    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=phase.nesterov, **options)
+    for parameter in trained.parameters():  # else, where the first step is skipped, torch takes what lies in memory
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 class Means:

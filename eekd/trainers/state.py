@@ -13,6 +13,7 @@ The newest two are kept, and the newest that was waited for until it lay on the 
     rows                     of metrics.jsonl, one for each complete epoch
     seconds, clock           of the epoch in progress: in all and by part
     means, counts            of the epoch in progress: names of its means in their order, and samples in them by process
+    skips                    steps of the phase that were left out
     scaler, optimizer, strides    what is no tensor in the states of each
 """
 
@@ -42,7 +43,7 @@ KEEP = 2
 SYNC = 10  # seconds: how much training a power cut may cost, where a kill costs what the last checkpoint lacks
 # Settings that leave the bits of a phase as they are, or that its `setup` knows by their content.
 _NO_BITS = {"data", "root", "teacher", "teacher_run", "bank", "student", "students", "workers", "device", "tensorboard",
-            "save_every", "check_replicas"}  # fmt: skip
+            "save_every", "check_replicas", "non_finite", "skip_budget", "verify_loss"}  # fmt: skip
 
 
 class State:
@@ -54,7 +55,7 @@ class State:
 
     def __init__(self, trained: nn.Module, optimizer: torch.optim.Optimizer, scaler, device: torch.device):
         self.trained, self.optimizer, self.scaler, self.device = trained, optimizer, scaler, device
-        self.epoch, self.batch, self.rows = 0, 0, []
+        self.epoch, self.batch, self.rows, self.skips = 0, 0, [], 0
         self.means = self.clock = None
         self.seconds = 0.0
 
@@ -62,8 +63,8 @@ class State:
         """The state as named tensors, and as JSON what is none."""
         tensors = {f"network.{name}": whole(x) for name, x in self.trained.state_dict().items()}
         tensors |= {f"means.{name}": from_all(tensor) for name, tensor in self.means.sums.items()}
-        known = {"epoch": self.epoch, "batch": self.batch, "rows": self.rows, "seconds": self.seconds,
-                 "clock": self.clock.all(), "means": list(self.means.sums),
+        known = {"epoch": self.epoch, "batch": self.batch, "rows": self.rows, "skips": self.skips,
+                 "seconds": self.seconds, "clock": self.clock.all(), "means": list(self.means.sums),
                  "counts": from_all(torch.tensor(self.means.count)).tolist(),
                  "scaler": self.scaler.state_dict(), "optimizer": {}, "strides": {}}  # fmt: skip
         for i, parameter in enumerate(self._parameters()):
@@ -85,7 +86,7 @@ class State:
         own = self.trained.state_dict()
         network = {name: placed(x, own[name]) if name in own else x for name, x in parts["network."].items()}
         load_state(self.trained, network, source)
-        for name in ("epoch", "batch", "rows", "seconds"):
+        for name in ("epoch", "batch", "rows", "skips", "seconds"):
             setattr(self, name, known[name])
         sums, counts = {name: parts["means."][name].to(self.device) for name in known["means"]}, known["counts"]
         if len(counts) == size():
@@ -112,22 +113,22 @@ class State:
 
 
 def random_state(device: torch.device) -> Tensor:
-    """The states of the generators of torch, the device, Python and NumPy, as bytes (n,) uint8."""
+    """The states of the generators of torch, Python, NumPy and the device, as bytes (n,) uint8."""
     _, words, gauss = random.getstate()
     _, keys, place, kept, cached = np.random.get_state()
     numbers = np.array([math.nan if gauss is None else gauss, place, kept, cached])
-    parts = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
     arrays = np.array(words, np.uint32), keys.astype(np.uint32), numbers
-    return torch.cat([*parts, *(torch.from_numpy(array.view(np.uint8)) for array in arrays)])
+    states = [torch.get_rng_state(), *(torch.from_numpy(array.view(np.uint8)) for array in arrays)]
+    return torch.cat([*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states)
 
 
 def set_random_state(state: Tensor, device: torch.device) -> None:
-    """Puts the generators into the states that `random_state` told."""
-    sizes = [len(torch.get_rng_state()), len(torch.cuda.get_rng_state(device)) if device.type == "cuda" else 0]
-    own, on_device, words, keys, numbers = state.split([*sizes, 4 * 625, 4 * 624, 8 * 4])
+    """Puts the generators into the states that `random_state` told, that of a device where both had one."""
+    sizes = [len(torch.get_rng_state()), 4 * 625, 4 * 624, 8 * 4]
+    own, words, keys, numbers, on_device = state.split([*sizes, len(state) - sum(sizes)])
     gauss, place, kept, cached = numbers.numpy().view(np.float64).tolist()
     torch.set_rng_state(own.clone())
-    if len(on_device):
+    if len(on_device) and device.type == "cuda":
         torch.cuda.set_rng_state(on_device.clone(), device)
     words = words.numpy().view(np.uint32).tolist()
     random.setstate((3, tuple(words), None if math.isnan(gauss) else gauss))

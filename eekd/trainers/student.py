@@ -21,6 +21,7 @@ from eekd.losses import EEKDLoss
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.trainers.folder import FORMAT, finite, metrics_of, read_metrics
 from eekd.trainers.loop import SPLIT, Means, Progress, Session, accuracy, classify, evaluate, fit, quiet
+from eekd.trainers.numbers import Verifier
 from eekd.trainers.state import forget
 
 RECORD = "student.json"
@@ -81,7 +82,8 @@ def train_student(config: Config, teacher: str | Path | None, weighting: Weighti
             def teach(batch):
                 return session.run(ensemble, batch.images)
 
-        objective, validate = distil(session, student, capture, teach, loss, parallel[1], val, known)
+        verify = Verifier(weighting, loss, session, folder)
+        objective, validate = distil(session, student, capture, teach, loss, parallel[1], verify, val, known)
     rows = fit(weighting, session, phase, trained, parallel, objective, validate, loader, folder, progress,
                resume=resume, taught_by=taught_by)  # fmt: skip
     test = evaluate(session, student, session.loader("test", phase))
@@ -181,10 +183,11 @@ class Replay:
 
 
 def distil(session: Session, student: nn.Module, capture: LastFeatures, teach: Callable, loss: EEKDLoss,
-           criterion: nn.Module, val: Loader, known: list) -> tuple[Callable, Callable]:  # fmt: skip
+           criterion: nn.Module, verify: Callable, val: Loader, known: list) -> tuple[Callable, Callable]:  # fmt: skip
     """Objective and validation with a teacher: teach(batch) gives the snapshots' logits and features.
 
-    `capture` and `criterion` are the student and the loss as they train, parallel and compiled.
+    `capture` and `criterion` are the student and the loss as they train, parallel and compiled; verify(*what the loss
+    was given) looks at the first of them.
     Validation, where they are `known` batch by batch, also asks whether uniform weights would have made a better
     target.
     """
@@ -199,6 +202,7 @@ def distil(session: Session, student: nn.Module, capture: LastFeatures, teach: C
             logits, features = session.run(capture, batch.images)
         with clock("backward"):
             total, measured = criterion(logits, snapshot_logits, batch.labels, features, snapshot_features)
+        verify(logits, snapshot_logits, batch.labels, features, snapshot_features)
         return total, measured | {"accuracy": accuracy(logits, batch.labels)}
 
     @torch.no_grad()
