@@ -141,6 +141,20 @@ def cost(record: dict) -> str:
     return "\n".join([*lines, f"{note}. {provenance(record)}"])
 
 
+def scaling(record: dict) -> str:
+    """Seconds of an epoch by the number of processes, and what of the ideal that is."""
+    lines = _head("student", "s, 1 process", "s, 2 processes", "images/s, 1", "images/s, 2", "efficiency, %")
+    for way in record["ways"]:
+        one, two = (way["seconds"][n] for n in ("1", "2"))
+        speeds = (f"{record['images'] / s:,.0f}" for s in (one, two))
+        lines.append(_row(way["name"], f"{one:.2f}", f"{two:.2f}", *speeds, f"{100 * one / (2 * two):.0f}"))
+    note = (
+        f"An epoch of {record['model']} on {record['images']:,} images of {record['image_size']} × "
+        f"{record['image_size']}, {record['batch']} a step, medians; one core for each process."
+    )
+    return "\n".join([*lines, "", f"{note} {provenance(record)}"])
+
+
 def online(record: dict) -> str:
     """Students from a bank against the same ones beside running snapshots."""
     config = record["config"]
@@ -337,7 +351,8 @@ def main(argv: list[str]) -> int:
             if part:
                 table = attention(record, part)
             else:
-                kinds = {"rows": bench, "forwards": forwards, "pairs": cost, "claims": online, "runs": seeds}
+                kinds = {"rows": bench, "forwards": forwards, "pairs": cost, "ways": scaling, "claims": online,
+                         "runs": seeds}  # fmt: skip
                 table = next(table for key, table in kinds.items() if key in record)(record)
             return f"<!-- table:{match[1]} -->\n{table}\n<!-- end -->"
 

@@ -150,6 +150,24 @@ def test_snapshots_spread_over_processes_say_the_same(tmp_path, processes):
     """)
 
 
+def test_ignored_rows_weigh_nothing_wherever_they_are(tmp_path):
+    """The mean over the labelled rows of all processes, as docs/scale.md weighs the loss."""
+    together(2, tmp_path, """
+        from torch.nn.parallel import DistributedDataParallel
+        from eekd import EEKDLoss
+        student, criterion = nn.Linear(6, 5), EEKDLoss("confidence")
+        x, z, labels = torch.randn(9, 6), torch.randn(3, 9, 5), torch.randint(5, (9,))
+        labels[[0, 2, 4, 5]] = -100
+        (expected,) = torch.autograd.grad(criterion(student(x), z, labels)[0], student.weight)
+        mine = slice(rank, None, size)
+        replica = DistributedDataParallel(student)
+        loss, _ = criterion(replica(x[mine]), z[:, mine].contiguous(), labels[mine])
+        rows = (labels[mine] != -100).sum()
+        (loss * (size * rows / distributed.total(rows))).backward()
+        torch.testing.assert_close(student.weight.grad, expected)
+    """)
+
+
 NORM_FREE = """
 from torch import nn
 
