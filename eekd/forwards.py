@@ -129,7 +129,7 @@ class Spread:
         padded = x.new_zeros(self.most, *x.shape[1:])
         padded[: len(x)] = x
         every = padded.new_empty(distributed.size() * self.most, *x.shape[1:])
-        torch.distributed.all_gather_into_tensor(every, padded)
+        torch.distributed.all_gather([*every.chunk(distributed.size())], padded)
         return _channels_last(every) if x.is_contiguous(memory_format=torch.channels_last) else every
 
     def back(self, own: Tensor, count: int) -> Tensor:
