@@ -54,7 +54,7 @@ def test_the_examples_of_a_page_run(page, request, tmp_path, monkeypatch):
     if "LogitBank" in page.read_text():
         Path("runs").symlink_to(request.getfixturevalue("runs"))
     names = a_users_names()
-    if "init_process_group" in page.read_text():
+    if "DistributedDataParallel" in "".join(blocks(page, "python")):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -68,8 +68,10 @@ def test_the_examples_of_a_page_run(page, request, tmp_path, monkeypatch):
 
 
 def commands() -> list[str]:
+    """By `python` or `torchrun`: the part from "-m" on."""
     lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
-    return [line for line in lines if re.match(r"python -m eekd\.(train|bank|compare)", line)]
+    found = (re.match(r"(?:python|torchrun .*?) (-m eekd\.(?:train|bank|compare)\b.*)", line) for line in lines)
+    return ["python " + match[1] for match in found if match]
 
 
 @pytest.mark.parametrize("command", commands())
