@@ -12,8 +12,8 @@ import triton.language as tl
 from triton import next_power_of_2
 
 # A tile of R rows is held in registers as fp32: M snapshots, rounded up to a power of two, and three lines of the
-# student, all by a block of columns. These limits keep every variant free of spills on sm_80 to sm_120, which
-# tests/test_triton_aot.py asserts.
+# student, all by a block of columns. These limits keep every variant all but free of spills on sm_80 to sm_120,
+# which tests/test_triton_aot.py asserts.
 PER_THREAD = 112  # numbers of a tile, of 255 registers
 ON_CHIP = 32768  # numbers of a tile that is read once and kept
 STREAMED = 11264  # numbers of a tile that is read, used and dropped, by STREAMING_WARPS

@@ -29,8 +29,10 @@ WAYS = {  # students and flags
 
 def run(processes: int, *flags) -> None:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(launch if processes > 1 else []), "-m", "eekd.train", *map(str, flags)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    subprocess.run(
+        [sys.executable, *(launch if processes > 1 else []), "-m", "eekd.train", *map(str, flags)],
+        check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
 
 
 def main() -> None:
