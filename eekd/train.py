@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    console = Console(quiet=not distributed.first())
+    console = Console(quiet=not distributed.first(), markup=False)
     try:
         flags = parse(argv)
         session = prepare(flags.settings)

@@ -889,7 +889,7 @@ def rewritten(value):
                 if isinstance(at, dict) and draw(st.integers(0, 4)) == 0:
                     at[draw(st.text(max_size=8))] = at.pop(key)
                 else:
-                    at[key] = draw(VALUES)
+                    at[key] = json.loads(json.dumps(draw(VALUES)))  # a copy: what is drawn is drawn again
                 break
         return json.dumps(copy).encode()
 

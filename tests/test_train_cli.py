@@ -67,10 +67,11 @@ def test_the_halves(run, here):
     assert [row["name"] for row in rows] == ["teacher", "snapshot 1", "snapshot 2", "ensemble", *two.students]
 
 
-def test_a_run_runs_again_from_its_own_config(run, here):
-    assert cli.main(["--config", str(run / "config.json"), "--out", "again"]) == 0
+def test_a_run_runs_again_from_its_own_config(run, here, capsys):
+    assert cli.main(["--config", str(run / "config.json"), "--out", "again[b]"]) == 0
+    assert "everything is in again[b]" in sentence(capsys)  # brackets are no markup
     for snapshot in run.glob("teacher/*.safetensors"):
-        assert sha256_of(snapshot) == sha256_of(here / "again" / "teacher" / snapshot.name)
+        assert sha256_of(snapshot) == sha256_of(here / "again[b]" / "teacher" / snapshot.name)
 
 
 def test_flags_override_presets():

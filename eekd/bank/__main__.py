@@ -57,7 +57,7 @@ class Flags:
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line and returns its exit code: 0, 130 when interrupted, 2 for any mistake."""
     try:
-        write(parse(sys.argv[1:] if argv is None else argv), Console(), *distributed.started())
+        write(parse(sys.argv[1:] if argv is None else argv), Console(markup=False), *distributed.started())
         return 0
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)

@@ -107,7 +107,7 @@ def parse(argv: list[str]) -> Flags:
 def run(flags: Flags, command: list[str]) -> Path:
     """Makes the cells that are missing and writes study.json; returns its path."""
     rank, processes = distributed.started()
-    console, session = Console(quiet=rank > 0), prepare(flags.settings)
+    console, session = Console(quiet=rank > 0, markup=False), prepare(flags.settings)
     augmented = session.loader("train", flags.settings.student, train=True).augment != "none"
     views = flags.views or (8 if augmented else 1)
     out = Path(flags.out or f"runs/compare-{Path(flags.settings.data).name}")

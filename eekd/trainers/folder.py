@@ -46,7 +46,7 @@ then their ensemble: the uniform mean of probabilities) of `name`, `accuracy`, `
 all at temperature 1, and with `disagreement`, M x M: the fraction of images on which two snapshots predict
 different classes; metrics: SHA-256 of the metrics files.
 
-student.json: format, weighting, spec (of eekd.models.build), file, sha256, attention_sha256 (or null), loss
+student.json: format, weighting, spec (of eekd.models.build), sha256, attention_sha256 (or null), loss
 (its settings), weights (at the end, or null), seed, commit, metrics (SHA-256 of its files), val and test (loss,
 accuracy), seconds_per_epoch, and teacher: null for ce, else run (relative to this folder), spec, snapshots: file,
 sha256 and step of each that taught, and bank: null, or path (relative to this folder) and sha256 of the manifest

@@ -93,7 +93,6 @@ def train_student(config: Config, teacher: str | Path | None, weighting: Weighti
         "format": FORMAT,
         "weighting": weighting,
         "spec": session.spec(phase),
-        "file": "student.safetensors",
         "sha256": save_tensors(folder / "student.safetensors", weights),
         "attention_sha256": save_tensors(folder / "attention.safetensors", learned) if learned else None,
         "loss": options if loss else None,
@@ -118,7 +117,7 @@ def read_student(folder: Path, teacher: str | Path | None = None) -> dict:
     With `teacher`, its snapshots must be those that taught.
     """
     known = read_json(folder / RECORD)
-    read_checked(folder / known["file"], known["sha256"])
+    read_checked(folder / "student.safetensors", known["sha256"])
     if known["attention_sha256"]:
         read_checked(folder / "attention.safetensors", known["attention_sha256"])
     if teacher and known["teacher"]:
