@@ -238,6 +238,18 @@ def _read(cls: type, values: Any, prefix: str = "") -> Any:
     return cls(**read)
 
 
+def differences(one: dict, other: dict, prefix: str = "") -> dict[str, tuple]:
+    """Where two nested dicts differ: {dotted name: (value in one, value in the other)}, None for what is absent."""
+    found = {}
+    for name in one | other:
+        a, b = one.get(name), other.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found[prefix + name] = a, b
+    return found
+
+
 def digits() -> Config:
     """scikit-learn's 8 x 8 digits: the whole method in a minute.
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from reprlib import repr  # a damaged file must not become a page of error
 
 from eekd.charts import Chart, Html, Line, bars, heatmap, limits, lines, page, table, tag, ticks
-from eekd.checkpoint import printable, read_checked, read_json, write_atomic
+from eekd.checkpoint import printable, read_checked, write_atomic
 from eekd.config import TITLES, Config
 from eekd.snapshots import read_manifest
-from eekd.trainers.folder import FORMAT, check_metrics, read_settings
+from eekd.trainers.folder import check_metrics, read_record, read_settings
 
 PER_SAMPLE = "attention", "entropy", "confidence"
 NLL = "−log p of the true label, nats"
@@ -74,8 +74,9 @@ def read(folder: str | Path) -> Run:
     config = read_settings(folder)
 
     def network(name, phase, own, record):
-        known = _object(own / record)
-        check_metrics(own, known or {})
+        known = _record(own / record)
+        if known:
+            check_metrics(own, known)
         return Network(name, phase.model, phase.epochs, _rows(own / "metrics.jsonl"), known)
 
     found = sorted(path.parent.name for path in folder.glob("students/*/metrics.jsonl"))
@@ -91,17 +92,12 @@ def read(folder: str | Path) -> Run:
     own = next(filter(Path.is_dir, teachers), teachers[-1])
     manifest = read_manifest(own)["snapshots"] if (own / "manifest.json").exists() else []
     teacher = network("teacher", config.teacher, own, "snapshots.json")
-    environment, summary = _object(folder / "environment.json"), _object(folder / "summary.json")
+    environment, summary = _record(folder / "environment.json"), _record(folder / "summary.json")
     return Run(config, environment, summary, manifest, teacher, students)
 
 
-def _object(path: Path) -> dict | None:
-    if not path.exists():
-        return None
-    value = read_json(path)
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise ValueError(f"{path} must be an object with format {FORMAT}")
-    return value
+def _record(path: Path) -> dict | None:
+    return read_record(path) if path.exists() else None
 
 
 def _rows(path: Path) -> list[dict]:

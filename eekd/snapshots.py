@@ -184,16 +184,7 @@ class SnapshotEnsemble(nn.Module):
         the last; None takes all of a finished run. FileNotFoundError or ValueError names the file that is
         missing, damaged, of another architecture, or the manifest of a run that has not ended.
         """
-        manifest = read_manifest(directory)
-        path, entries, spec = Path(directory) / MANIFEST, manifest["snapshots"], manifest["spec"]
-        if which is None and len(entries) < (wanted := len(manifest["schedule"])):
-            raise ValueError(f"{path} lists {len(entries)} of {wanted} snapshots: let its run end, or pick "
-                             "some with which=")
-        if which is not None:
-            indices = list(which) if isinstance(which, Sequence) else []
-            if not indices or any(index not in range(-len(entries), len(entries)) for index in indices):
-                raise ValueError(f"which must index the {len(entries)} snapshots in {path}, got {which!r}")
-            entries = [entries[index] for index in indices]
+        path, (entries, spec) = Path(directory) / MANIFEST, read_entries(directory, which)
         if factory is None and spec is None:
             raise ValueError(f"{path} names no architecture (its spec is null): give a factory")
 
@@ -295,6 +286,21 @@ class SnapshotEnsemble(nn.Module):
             if self._swapped:
                 pinned(model)
         return super()._apply(fn, recurse)
+
+
+def read_entries(directory: str | Path, which: Sequence[int] | None = None) -> tuple[list[dict], dict | None]:
+    """The manifest's entries of the snapshots `which`, by index, or of all of a finished run; and its spec."""
+    manifest = read_manifest(directory)
+    path, entries, spec = Path(directory) / MANIFEST, manifest["snapshots"], manifest["spec"]
+    if which is None:
+        if len(entries) < (wanted := len(manifest["schedule"])):
+            raise ValueError(f"{path} lists {len(entries)} of {wanted} snapshots: let its run end, or pick "
+                             "some with which=")
+        return entries, spec
+    indices = list(which) if isinstance(which, Sequence) else []
+    if not indices or any(index not in range(-len(entries), len(entries)) for index in indices):
+        raise ValueError(f"which must index the {len(entries)} snapshots in {path}, got {which!r}")
+    return [entries[index] for index in indices], spec
 
 
 def read_manifest(directory: str | Path) -> dict:

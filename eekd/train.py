@@ -13,10 +13,10 @@ import torch
 
 from eekd import distributed
 from eekd.bank import LogitBank
-from eekd.checkpoint import printable, read_json
-from eekd.config import TITLES, Config, nearest, preset
+from eekd.checkpoint import printable
+from eekd.config import TITLES, Config, differences, nearest, preset
 from eekd.trainers import Session, prepare, resume, train
-from eekd.trainers.folder import read_settings
+from eekd.trainers.folder import read_record, read_settings
 from eekd.trainers.plan import plan
 from eekd.trainers.state import Stopped, signals
 
@@ -102,7 +102,7 @@ def _main(argv: list[str]) -> int:
         if distributed.size() == 1:
             raise
         return _fail(f"stopped, since another process ended or differs: {str(error).splitlines()[0]}", 1)
-    summary = read_json(run / "summary.json")
+    summary = read_record(run / "summary.json", "seconds", "rows")
     console.print(_results(summary["rows"]))
     console.print(f"{summary['seconds']:.0f} s in all; everything is in {run}", highlight=False)
     return 0
@@ -125,13 +125,14 @@ def parse(argv: list[str]) -> Flags:
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (parsed.out or parsed.resume):
         raise ValueError("--out must be given under torchrun --max-restarts, which finds the run by it")
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and Path(parsed.out or "", "config.json").exists():
-        changed = differences(read_settings(parsed.out), chosen)
+        changed = differences(asdict(read_settings(parsed.out)), asdict(chosen))
         if changed:
             raise ValueError(f"{parsed.out} holds a run with another {', '.join(changed)}: choose another --out")
         return replace(parsed, resume=parsed.out, out=None)
     if start.resume:
         other = next((name for name in ("preset", "config", "out") if getattr(parsed, name)), command)
-        changed = other or ", ".join(differences(read_settings(start.resume), chosen, besides=WATCHES))
+        settings = differences(asdict(read_settings(start.resume)), asdict(chosen))
+        changed = other or ", ".join(name for name in settings if name not in WATCHES)
         if changed:
             raise ValueError(f"--resume {start.resume} goes on with the run as it was begun, and cannot be given with "
                              f"another {changed}")  # fmt: skip
@@ -140,17 +141,6 @@ def parse(argv: list[str]) -> Flags:
     if chosen.teacher_run and chosen.teacher != settings.teacher:
         raise ValueError(f"the teacher's settings are those of {chosen.teacher_run} and cannot be changed")
     return parsed
-
-
-def differences(one: Config, other: Config, besides: tuple[str, ...] = ()) -> list[str]:
-    """The names of the settings in which two differ, `besides` some."""
-    def flat(config):
-        phases = {"teacher": asdict(config.teacher), "student": asdict(config.student)}
-        rest = {name: value for name, value in vars(config).items() if name not in phases}
-        return rest | {f"{phase}.{name}": value for phase in phases for name, value in phases[phase].items()}
-
-    one, other = flat(one), flat(other)
-    return [name for name in one if one[name] != other[name] and name not in besides]
 
 
 def _start(start: Start) -> Config:

@@ -445,7 +445,7 @@ def test_data_that_vanished_or_changed_before_going_on(nets, tmp_path, capsys):
 @pytest.mark.bad_input
 @pytest.mark.parametrize(("typed", "told"), [
     ("--seed 3", "another seed"),
-    ("--teacher.lr 0.2 --students ce", "another students, teacher.lr"),
+    ("--teacher.lr 0.2 --students ce", "another teacher.lr, students"),
     ("--preset digits", "another preset"),
     ("--out elsewhere", "another out"),
     ("teacher", "another teacher"),
@@ -471,6 +471,96 @@ def test_what_cannot_go_on_says_why(run, tmp_path, capsys):
     session = Session(dataclasses.replace(run[0].config, seed=1), run[0].data)
     with pytest.raises(ValueError, match=r"checkpoints/\d.json was written with settings.seed 0, and .* with 1"):
         train_teacher(session.config, out / "teacher", session=session, resume=True)
+
+
+@pytest.mark.bad_input
+def test_what_is_finished_is_not_taken_for_another(run, tmp_path):
+    session, undisturbed = run
+    other = Session(dataclasses.replace(session.config, teacher=Teacher(lr=0.5)), session.data)
+    with pytest.raises(ValueError, match=r"snapshots.json was written with settings.\S+ .*, and cannot go on with"):
+        train_teacher(other.config, undisturbed / "teacher", session=other, resume=True)
+    with pytest.raises(ValueError, match="snapshots.json was written with schedule 'uniform'"):
+        train_teacher(session.config, undisturbed / "teacher", session=session, resume=True, schedule=[2])
+    students = undisturbed / "students"
+    with pytest.raises(ValueError, match="student.json was written with phase 'ce'"):
+        train_student(session.config, undisturbed / "teacher", "uniform", students / "ce", session=session, resume=True)
+    with pytest.raises(ValueError, match="student.json was written with snapshots "):
+        train_student(session.config, undisturbed / "teacher", "attention", students / "attention", session=session,
+                      which=[1], resume=True)  # fmt: skip
+
+
+@pytest.mark.bad_input
+def test_a_student_does_not_go_on_under_a_teacher_that_was_trained_again(run, tmp_path):
+    out = broken_off(run, tmp_path / "run", 22)
+    assert (out / "students/attention/checkpoints").is_dir()
+    shutil.rmtree(out / "teacher")
+    session = Session(dataclasses.replace(run[0].config, seed=1), run[0].data)
+    train_teacher(session.config, out / "teacher", session=session)
+    with pytest.raises(ValueError, match=r"checkpoints/\d+.json was written with snapshots \["):
+        train_student(run[0].config, out / "teacher", "attention", out / "students/attention", session=run[0],
+                      resume=True)  # fmt: skip
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("record", ["teacher/snapshots.json", "students/ce/student.json"])
+def test_what_was_finished_is_not_trained_again_for_a_lost_record(run, tmp_path, record):
+    copy = shutil.copytree(run[1], tmp_path / "run")
+    (copy / record).unlink()
+    before = {path: sha256_of(path) for path in copy.rglob("*.safetensors")}
+    with pytest.raises(ValueError, match=r"metrics.jsonl tells of 2 epochs, and neither a checkpoint nor a record of "):
+        resume(copy, session=run[0])
+    assert before == {path: sha256_of(path) for path in copy.rglob("*.safetensors")}
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"format": 1}', '{"format": 1, "setup": []}'])
+@pytest.mark.parametrize("record", ["summary.json", "teacher/snapshots.json", "students/ce/student.json"])
+def test_a_record_of_something_else(run, tmp_path, capsys, record, text):
+    copy = shutil.copytree(run[1], tmp_path / "run")
+    (copy / record).write_text(text)
+    assert cli.main(["--resume", str(copy)]) == 2
+    told = capsys.readouterr().err
+    assert f"{copy / record} must be an object with format 1 and " in told and told.count("\n") == 1
+
+
+def test_nothing_but_checkpoints_is_removed(run, tmp_path):
+    out = broken_off(run, tmp_path / "run")
+    folder = out / "teacher/checkpoints"
+    (folder / "backup").mkdir()
+    (folder / "7.txt").write_text("mine")
+    resume(out, session=run[0])
+    assert sorted(path.name for path in folder.iterdir()) == ["7.txt", "backup"]
+
+
+@pytest.mark.bad_input
+def test_checkpoints_behind_a_link(run, tmp_path):
+    out = broken_off(run, tmp_path / "run")
+    folder = (out / "teacher/checkpoints").rename(tmp_path / "elsewhere")
+    (out / "teacher/checkpoints").symlink_to(folder)
+    there = sorted(folder.iterdir())
+    with pytest.raises(ValueError, match=r"teacher/checkpoints must be a folder, got a link to .*elsewhere"):
+        resume(out, session=run[0])
+    assert sorted(folder.iterdir()) == there
+
+
+def test_validation_that_is_broken_off_draws_its_numbers_again(nets, tmp_path, monkeypatch):
+    nets.with_name("noisy.py").write_text(NETS.replace(" if self.training else x", ""))
+    config = config_of(nets)
+    noisy = dataclasses.replace(config.teacher, model=f"{nets.with_name('noisy.py')}:net")
+    config = dataclasses.replace(config, teacher=noisy)
+    session = Session(config)
+
+    def broken(*args, then=loop.evaluate):
+        then(*args)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    train_teacher(config, tmp_path / "one", session=session)
+    monkeypatch.setattr(loop, "evaluate", broken)
+    with pytest.raises(KeyboardInterrupt):
+        train_teacher(config, tmp_path / "two", session=session)
+    train_teacher(config, tmp_path / "two", session=session, resume=True)
+    assert sha256_of(tmp_path / "one/snapshot-2.safetensors") == sha256_of(tmp_path / "two/snapshot-2.safetensors")
 
 
 def test_another_setup_is_told(run, tmp_path, monkeypatch):

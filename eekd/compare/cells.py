@@ -15,14 +15,14 @@ from rich.console import Console
 
 from eekd.bank import LogitBank
 from eekd.bank import __main__ as bank
-from eekd.checkpoint import read_json, write_json_atomic
+from eekd.checkpoint import write_json_atomic
 from eekd.compare import FORMAT, Method, method, stage_ends
-from eekd.config import Config
+from eekd.config import Config, differences
 from eekd.data import ImageData
 from eekd.snapshots import MANIFEST as SNAPSHOTS
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.trainers import Session, train_student, train_teacher
-from eekd.trainers.folder import finite, locked, write_settings
+from eekd.trainers.folder import finite, locked, read_record, write_settings
 from eekd.trainers.loop import Progress, quiet
 from eekd.trainers.teacher import diagnose
 
@@ -49,18 +49,10 @@ def keep_settings(out: Path, config: Config, views: int, fingerprint: str) -> No
     with alone(out, wait=True):
         if not (out / "settings.json").exists():
             write_json_atomic(out / "settings.json", now)
-        made, now = _flat(read_json(out / "settings.json")), _flat(now)
-    for name in now | made:
-        if (was := made.get(name)) != (got := now.get(name)):
-            raise ValueError(f"{out} was made with {name} {was!r}, got {got!r}: choose another --out")
-
-
-def _flat(value: dict, prefix: str = "") -> dict:
-    found = {}
-    for name, inner in value.items():
-        name = f"{prefix}{name}".removeprefix("config.")
-        found |= _flat(inner, f"{name}.") if isinstance(inner, dict) else {name: inner}
-    return found
+        changed = differences(read_record(out / "settings.json"), now)
+    for name, (was, got) in changed.items():
+        raise ValueError(f"{out} was made with {name.removeprefix('config.')} {was!r}, got {got!r}: choose another "
+                         "--out")  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -190,10 +182,10 @@ def cell_made(folder: Path, how: Method) -> dict | None:
     """The cell.json of a finished cell, None where there is none; ValueError where the method was another."""
     if not (folder / "cell.json").exists():
         return None
-    cell = read_json(folder / "cell.json")
-    for name, now in dataclasses.asdict(how).items():
-        if (was := cell["method"].get(name)) != now and name != "title":
-            raise ValueError(f"{folder} was made with {name} {was!r}, got {now!r}: choose another --out")
+    cell = read_record(folder / "cell.json", "method", "epochs", "seconds", "threads")
+    for name, (was, got) in differences({"": cell["method"]}, {"": dataclasses.asdict(how)}).items():
+        if name != ".title":
+            raise ValueError(f"{folder} was made with {name.strip('.')} {was!r}, got {got!r}: choose another --out")
     return cell
 
 

@@ -37,11 +37,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eekd import models
 from eekd.checkpoint import read_json, write_json_atomic
-from eekd.compare import FORMAT, KINDS, METHODS, SWEEP, Method, page
-from eekd.compare.cells import alone
+from eekd.compare import FORMAT, KINDS, METHODS, SWEEP, Method, method, page
+from eekd.compare.cells import alone, cell_made
 from eekd.config import Config
 from eekd.info import environment
-from eekd.trainers.folder import finite, read_metrics
+from eekd.trainers.folder import finite, read_metrics, read_record
 
 HOLDS, CONTRADICTED, UNDECIDED, MISSING = "holds", "contradicted", "undecided", "not measured"
 
@@ -57,13 +57,13 @@ def gather(out: Path, command: list[str], augmented: bool) -> Path:
 
 def study(out: Path, command: list[str], augmented: bool) -> dict:
     """The content of study.json."""
-    settings = read_json(out / "settings.json")
+    settings = read_record(out / "settings.json", "config", "views")
     config = Config.from_json(json.dumps(settings["config"]))
     folders = sorted(out.glob("seed-*"), key=lambda path: int(path.name[5:]))
     cells = [_cell(path.parent) for folder in folders for path in _by_table(folder.glob("students/*/cell.json"))]
     teachers = [_teacher(path.parent) for folder in folders for path in sorted(folder.glob("*/teacher.json"))]
     images = next(iter(out.glob("seed-*/*/environment.json")), None)
-    images = read_json(images)["data"]["train"] if images else None
+    images = read_record(images, "data")["data"]["train"] if images else None
     record = {
         "format": FORMAT, "command": command, "environment": environment(), "config": settings["config"],
         "views": settings["views"], "augmented": augmented, "images": images,
@@ -85,24 +85,25 @@ def _by_table(paths) -> list[Path]:
 
 
 def _cell(folder: Path) -> dict:
-    cell, known = read_json(folder / "cell.json"), read_json(folder / "student.json")
+    cell = cell_made(folder, method(folder.name))
+    same = "seed", "val", "test", "seconds_per_epoch", "commit", "spec", "sha256"
+    known = read_record(folder / "student.json", *same)
     last = read_metrics(folder, known)[-1]
     kept = "weights", "weight_entropy", "val_target_nll", "val_target_nll_uniform"
     return {
-        "seed": known["seed"], "name": folder.name, "method": cell["method"], "epochs": cell["epochs"],
-        "val": known["val"], "test": known["test"], **{name: last.get(name) for name in kept},
-        "seconds": cell["seconds"], "seconds_per_epoch": known["seconds_per_epoch"], "threads": cell["threads"],
-        "commit": known["commit"], "spec": known["spec"], "sha256": known["sha256"],
+        "name": folder.name, "method": cell["method"], "epochs": cell["epochs"], "seconds": cell["seconds"],
+        "threads": cell["threads"], **{name: known[name] for name in same}, **{name: last.get(name) for name in kept},
     }  # fmt: skip
 
 
 def _teacher(run: Path) -> dict:
-    bank = read_json(run / "bank.json")["seconds"] if (run / "bank.json").exists() else None
+    bank = read_record(run / "bank.json", "seconds")["seconds"] if (run / "bank.json").exists() else None
     seed, stored = int(run.parent.name[5:]), None
     if (run / "bank" / "manifest.json").exists():
         stored = read_json(run / "bank" / "manifest.json")["snapshots"]
-    return {"seed": seed, "kind": run.name, "bank_seconds": bank, "bank_snapshots": stored,
-            **{name: value for name, value in read_json(run / "teacher.json").items() if name != "format"}}  # fmt: skip
+    known = read_record(run / "teacher.json")
+    del known["format"]
+    return {"seed": seed, "kind": run.name, "bank_seconds": bank, "bank_snapshots": stored, **known}
 
 
 def forward_flops(config: Config, cells: list[dict]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from eekd import distributed, models
 from eekd.bank import LogitBank
-from eekd.checkpoint import read_json, write_json_atomic
+from eekd.checkpoint import write_json_atomic
 from eekd.config import Config
 from eekd.features import LastFeatures
 from eekd.snapshots import SnapshotEnsemble, read_manifest
@@ -17,6 +17,7 @@ from eekd.trainers.folder import (
     locked,
     new_folder,
     read_metrics,
+    read_record,
     read_settings,
     summary_writer,
     write_settings,
@@ -64,7 +65,7 @@ def resume(run: str | Path, *, session: Session | None = None, progress: Progres
 def _train(run: Path, session: Session, progress: Progress) -> Path:
     start, config, teacher = time.perf_counter(), session.config, run / "teacher"
     if (run / "summary.json").exists():
-        read_json(run / "summary.json")
+        read_record(run / "summary.json", "seconds", "rows")
     if config.teacher_run:
         teacher = Path(config.teacher_run, "teacher")
     else:
@@ -125,8 +126,7 @@ def prepare(config: Config) -> Session:
 
 def check_data(session: Session, run: Path) -> None:
     """ValueError unless the session has the images that `run` was trained on."""
-    known = read_json(run / "environment.json")
-    images = known.get("data") if isinstance(known, dict) else None
+    images = read_record(run / "environment.json", "data")["data"]
     if not isinstance(images, dict) or images.get("fingerprint") != session.data.fingerprint:
         raise ValueError(f"{run} was trained on other images than {session.config.data} gives now")
 

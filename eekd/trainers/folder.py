@@ -40,13 +40,13 @@ and for a student with snapshots also:
     val_target_nll, val_target_nll_uniform   the same on validation images, under these weights and under 1/M
     val_kd_loss, val_kd_loss_uniform         alpha CE + (1 - alpha) temperature^2 KL to either target
 
-snapshots.json: format, val and test, each with `members`, a list of M + 1 objects (the snapshots in order,
-then their ensemble: the uniform mean of probabilities) of `name`, `accuracy`, `nll`, `ece` and `reliability`
-(lists `confidence`, `accuracy` and `count` over 15 equal bins of the confidence, null where a bin is empty),
-all at temperature 1, and with `disagreement`, M x M: the fraction of images on which two snapshots predict
-different classes; metrics: SHA-256 of the metrics files.
+snapshots.json: format, setup (see eekd.trainers.state), val and test, each with `members`, a list of M + 1 objects
+(the snapshots in order, then their ensemble: the uniform mean of probabilities) of `name`, `accuracy`, `nll`, `ece`
+and `reliability` (lists `confidence`, `accuracy` and `count` over 15 equal bins of the confidence, null where a bin
+is empty), all at temperature 1, and with `disagreement`, M x M: the fraction of images on which two snapshots
+predict different classes; metrics: SHA-256 of the metrics files.
 
-student.json: format, weighting, spec (of eekd.models.build), sha256, attention_sha256 (or null), loss
+student.json: format, setup, weighting, spec (of eekd.models.build), sha256, attention_sha256 (or null), loss
 (its settings), weights (at the end, or null), seed, commit, metrics (SHA-256 of its files), val and test (loss,
 accuracy), seconds_per_epoch, and teacher: null for ce, else run (relative to this folder), spec, snapshots: file,
 sha256 and step of each that taught, and bank: null, or path (relative to this folder) and sha256 of the manifest
@@ -151,10 +151,21 @@ def metrics_of(folder: Path) -> dict[str, str]:
     return {name: sha256_of(folder / name) for name in METRICS}
 
 
+def read_record(path: Path, *keys: str) -> dict:
+    """The object in a JSON file that has these keys; ValueError where it has not, or another format."""
+    known = read_json(path)
+    if not isinstance(known, dict) or known.get("format") != FORMAT or not known.keys() >= set(keys):
+        wanted = f"an object with format {FORMAT}" + f" and {', '.join(keys)}" * bool(keys)
+        raise ValueError(f"{path} must be {wanted}, got {repr(known)}")
+    return known
+
+
 def check_metrics(folder: Path, record: dict) -> None:
-    """ValueError or FileNotFoundError where a metrics file is not the one in `record`, the end of its phase."""
-    known = record.get("metrics", {})
-    if not isinstance(known, dict) or not known.keys() <= set(METRICS):
+    """ValueError or FileNotFoundError where a metrics file is not the one that `record` of its phase names."""
+    if "metrics" not in record:
+        return
+    known = record["metrics"]
+    if not isinstance(known, dict) or known.keys() != set(METRICS):
         raise ValueError(f"{folder} must have a record with metrics of {' and '.join(METRICS)}, got {repr(known)}")
     for name, sha256 in known.items():
         read_checked(folder / name, sha256)

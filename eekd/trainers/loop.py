@@ -23,7 +23,7 @@ from eekd.config import Config, Phase, Teacher
 from eekd.data import Batch, ImageData, Loader, load
 from eekd.trainers.folder import Log
 from eekd.trainers.numbers import Guard
-from eekd.trainers.state import Checkpoints, State, setup_of, signals
+from eekd.trainers.state import Checkpoints, State, random_state, set_random_state, signals
 
 SPLIT = ("train_limit", "val_fraction", "split_seed")  # settings that decide which images there are
 CHECK = 50  # look at the loss every so many steps: each look makes the GPU wait
@@ -128,10 +128,10 @@ class Session:
         return torch.compile(network) if self.config.compile else network
 
 
-def fit(name: str, session: Session, phase: Phase, trained: nn.Module, parallel: Sequence[nn.Module],
+def fit(setup: dict, session: Session, phase: Phase, trained: nn.Module, parallel: Sequence[nn.Module],
         objective: Callable, validate: Callable, loader: Loader, folder: Path, progress: Progress,
         begin: Callable[[int], Callable[[dict], object]] = lambda done: dict,
-        resume: bool = False, taught_by: dict | None = None) -> list[dict]:  # fmt: skip
+        resume: bool = False) -> list[dict]:  # fmt: skip
     """Trains for phase.epochs epochs on the batches of `loader` and returns the rows of metrics.jsonl.
 
     `parallel` are the parts of `trained` as session.parallel made them, or what was to be trained where it did not.
@@ -140,10 +140,10 @@ def fit(name: str, session: Session, phase: Phase, trained: nn.Module, parallel:
     if loss or gradients are not finite, see `Guard`.
 
     The state is saved after every epoch, every config.save_every seconds, when a batch cannot be had and when
-    `signals` are received; `resume` goes on from there, if only it has the same images, settings and `taught_by`.
+    `signals` are received; `resume` goes on from there, if only `setup`, made by `setup_of`, is the same.
     """
-    config, device, processes = session.config, session.device, distributed.size()
-    checkpoints = Checkpoints(folder, setup_of(name, session, phase, taught_by), device)
+    config, device, processes, name = session.config, session.device, distributed.size(), setup["phase"]
+    checkpoints = Checkpoints(folder, setup, device)
     optimizer = _optimizer(phase, trained)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     state = State(trained, optimizer, scaler, device)
@@ -225,10 +225,12 @@ def fit(name: str, session: Session, phase: Phase, trained: nn.Module, parallel:
             step = (state.epoch + 1) * each
             row = {"epoch": state.epoch + 1, "step": step, "lr": learning_rate(phase, step - 1, total)}
             row |= {_TRAIN.get(key, key): value for key, value in state.means.all().items()}
+            generators = random_state(device)
             try:
                 with signals.held(processes > 1):
                     row |= validate()
             except KeyboardInterrupt:
+                set_random_state(generators, device)  # validation begins again
                 save()
                 raise
             row |= {"seconds": seconds}

@@ -22,12 +22,12 @@ import functools
 import math
 import os
 import random
-import shutil
+import re
 import signal
 import threading
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from eekd.checkpoint import load_state, load_tensors, read_json, save_tensors, write_json_atomic
+from eekd.config import differences
 from eekd.distributed import first, from_all, placed, rank, size, wait, whole
 from eekd.info import environment
 
@@ -136,17 +137,19 @@ def set_random_state(state: Tensor, device: torch.device) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of the phase in `folder`, begun with `setup`."""
+    """The checkpoints of the phase in `folder`, begun with `setup`. ValueError where they would lie behind a link."""
 
     def __init__(self, folder: Path, setup: dict, device: torch.device):
         self.folder, self.setup, self.device = folder / "checkpoints", setup, device
+        if self.folder.is_symlink():  # from which nothing may be removed
+            raise ValueError(f"{self.folder} must be a folder, got a link to {self.folder.readlink()}")
         self._newest, self._synced, self._sync_time = [], None, -SYNC
 
     def load(self) -> tuple[dict[str, Tensor], dict, Path] | None:
         """The newest whole checkpoint and the path of its JSON, None where none was made.
 
         One that is damaged is passed over with a warning that names the file. ValueError where all are damaged,
-        and where the phase was begun with another setup.
+        where the phase was begun with another setup, and where there is none but the metrics of several epochs.
         """
         damaged = []
         for number in sorted(self._numbers("json"), reverse=True):
@@ -167,6 +170,10 @@ class Checkpoints:
         if damaged:
             raise ValueError(f"no checkpoint in {self.folder} is whole: {damaged[0]}; remove {self.folder.parent} to "
                              "train this phase from its start")  # fmt: skip
+        metrics = self.folder.with_name("metrics.jsonl")
+        if metrics.exists() and (epochs := metrics.read_bytes().count(b"\n")) > 1:
+            raise ValueError(f"{metrics} tells of {epochs} epochs, and neither a checkpoint nor a record of their end "
+                             f"is there: remove {self.folder.parent} to train this phase again")  # fmt: skip
         return None
 
     def save(self, state: State) -> None:
@@ -185,7 +192,7 @@ class Checkpoints:
         self._newest = [*self._newest, number][-KEEP:]
         kept = {str(number) for number in (*self._newest, self._synced)}
         # The JSON goes first, so that what a kill leaves is not taken for a damaged checkpoint.
-        for old in sorted(self.folder.iterdir(), key=lambda old: old.suffix != ".json"):
+        for old in sorted(_own(self.folder), key=lambda old: old.suffix != ".json"):
             if old.stem not in kept:
                 old.unlink()
 
@@ -193,11 +200,7 @@ class Checkpoints:
         return [int(path.stem) for path in self.folder.glob(f"*.{kind}") if path.stem.isdecimal()]
 
     def _check(self, path: Path, known: dict) -> None:
-        was, now = _flat(known["setup"]), _flat(self.setup)
-        for name in now | was:
-            if was.get(name) != now.get(name):
-                raise ValueError(f"{path} was written with {name} {was.get(name)!r}, and cannot go on with "
-                                 f"{now.get(name)!r}")  # fmt: skip
+        check_setup(path, known, self.setup)
         was, now = known["made_with"], made_with(self.device)
         changed = [f"{name} {now[name]!r} for {was.get(name)!r}" for name in now if was.get(name) != now[name]]
         if changed:
@@ -205,14 +208,19 @@ class Checkpoints:
                           "that was not interrupted", RuntimeWarning, stacklevel=3)  # fmt: skip
 
 
-def setup_of(name: str, session, phase, taught_by: dict | None) -> dict:
-    """What decides the bits of a phase: its name, images and settings, and the files that teach."""
+def setup_of(name: str, session, phase, snapshots: list[str] | None = None) -> dict:
+    """What decides the bits of a phase: its name, images and settings, and hashes of the snapshots and the bank."""
     config = {key: value for key, value in dataclasses.asdict(session.config).items() if key not in _NO_BITS}
     settings = {key: list(value) if isinstance(value, tuple) else value
                 for key, value in (config | dataclasses.asdict(phase)).items()}  # fmt: skip
-    teacher = taught_by and {"snapshots": [entry["sha256"] for entry in taught_by["snapshots"]],
-                             "bank": taught_by["bank"] and taught_by["bank"]["sha256"]}  # fmt: skip
-    return {"phase": name, "images": session.data.fingerprint, "settings": settings, "teacher": teacher}
+    return {"phase": name, "images": session.data.fingerprint, "settings": settings, "snapshots": snapshots,
+            "bank": session.bank and session.bank.sha256}  # fmt: skip
+
+
+def check_setup(path: Path, known: dict, setup: dict) -> None:
+    """ValueError unless what `path` holds was made with this setup."""
+    for name, (was, now) in differences({"": known["setup"]}, {"": setup}).items():
+        raise ValueError(f"{path} was written with {name.strip('.') or 'setup'} {was!r}, and cannot go on with {now!r}")
 
 
 @functools.cache
@@ -226,16 +234,19 @@ def made_with(device: torch.device) -> dict:
 
 def forget(folder: Path) -> None:
     """Removes the checkpoints of a phase that has ended."""
-    if first():
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    folder = folder / "checkpoints"
+    if first() and folder.is_dir() and not folder.is_symlink():
+        for path in _own(folder):
+            path.unlink()
+        with suppress(OSError):  # where there is something else
+            folder.rmdir()
     wait()
 
 
-def _flat(value, name: str = "") -> dict:
-    if not isinstance(value, dict):
-        return {name: value}
-    parts = (_flat(part, f"{name}.{key}" if name else key) for key, part in value.items())
-    return {key: entry for part in parts for key, entry in part.items()}
+def _own(folder: Path) -> list[Path]:
+    """The files of checkpoints, whole or not, in their folder, and nothing that somebody put there."""
+    name = re.compile(r"\d+\.(json|safetensors)|\.\d+\.(json|safetensors)\.tmp")
+    return [path for path in folder.iterdir() if name.fullmatch(path.name)]
 
 
 class Stopped(KeyboardInterrupt):

@@ -18,11 +18,11 @@ from eekd.data import Batch, Loader
 from eekd.features import LastFeatures
 from eekd.info import commit
 from eekd.losses import EEKDLoss
-from eekd.snapshots import SnapshotEnsemble, read_manifest
-from eekd.trainers.folder import FORMAT, finite, metrics_of, read_metrics
+from eekd.snapshots import SnapshotEnsemble, read_entries, read_manifest
+from eekd.trainers.folder import FORMAT, finite, metrics_of, read_metrics, read_record
 from eekd.trainers.loop import SPLIT, Means, Progress, Session, accuracy, classify, evaluate, fit, quiet
 from eekd.trainers.numbers import Verifier
-from eekd.trainers.state import forget
+from eekd.trainers.state import check_setup, forget, setup_of
 
 RECORD = "student.json"
 
@@ -40,8 +40,12 @@ def train_student(config: Config, teacher: str | Path | None, weighting: Weighti
     damaged or of another student.
     """
     folder, session, phase = Path(folder), session or Session(config), config.student
+    which = [-1] if which is None and weighting == "last" else which
+    entries, spec = (None, None) if weighting == "ce" else read_entries(teacher, which)
+    setup = setup_of(weighting, session, phase, entries and [entry["sha256"] for entry in entries])
     if resume and (folder / RECORD).exists():
-        known = read_student(folder, teacher)
+        known = read_student(folder)
+        check_setup(folder / RECORD, known, setup)
         forget(folder)
         return known
     student = session.network(phase, 2 * config.seed + 1)  # not the teacher's first weights
@@ -53,7 +57,6 @@ def train_student(config: Config, teacher: str | Path | None, weighting: Weighti
     if weighting == "ce":
         trained, (objective, validate) = student, classify(session, student, *parallel, val)
     else:
-        which = [-1] if which is None and weighting == "last" else which
         ensemble = SnapshotEnsemble.load(
             teacher, device=session.device, which=which, snapshots_on=config.snapshots_on
         )
@@ -63,11 +66,9 @@ def train_student(config: Config, teacher: str | Path | None, weighting: Weighti
         loss = EEKDLoss(weighting, **options).to(session.device)
         trained = nn.ModuleList([student, loss])
         parallel.append(session.parallel(loss, "ddp"))
-        manifest = read_manifest(teacher)
-        entries = manifest["snapshots"] if which is None else [manifest["snapshots"][i] for i in which]
         taught_by = {
             "run": os.path.relpath(teacher, folder),
-            "spec": manifest["spec"],
+            "spec": spec,
             "snapshots": [{key: entry[key] for key in ("file", "sha256", "step")} for entry in entries],
             "bank": {"path": os.path.relpath(bank.path, folder), "sha256": bank.sha256} if bank else None,
         }
@@ -84,13 +85,13 @@ def train_student(config: Config, teacher: str | Path | None, weighting: Weighti
 
         verify = Verifier(weighting, loss, session, folder)
         objective, validate = distil(session, student, capture, teach, loss, parallel[1], verify, val, known)
-    rows = fit(weighting, session, phase, trained, parallel, objective, validate, loader, folder, progress,
-               resume=resume, taught_by=taught_by)  # fmt: skip
+    rows = fit(setup, session, phase, trained, parallel, objective, validate, loader, folder, progress, resume=resume)
     test = evaluate(session, student, session.loader("test", phase))
     learned = loss.state_dict() if loss else {}
     weights = {name: distributed.whole(x) for name, x in student.state_dict().items()}
     known = distributed.first() and {
         "format": FORMAT,
+        "setup": setup,
         "weighting": weighting,
         "spec": session.spec(phase),
         "sha256": save_tensors(folder / "student.safetensors", weights),
@@ -111,19 +112,13 @@ def train_student(config: Config, teacher: str | Path | None, weighting: Weighti
     return read_json(folder / RECORD)
 
 
-def read_student(folder: Path, teacher: str | Path | None = None) -> dict:
-    """The content of student.json of a finished student, all files checked; ValueError names the one at fault.
-
-    With `teacher`, its snapshots must be those that taught.
-    """
-    known = read_json(folder / RECORD)
+def read_student(folder: Path) -> dict:
+    """The content of student.json of a finished student, all files checked; ValueError names the one at fault."""
+    keys = "setup", "weighting", "spec", "sha256", "attention_sha256", "seconds_per_epoch", "val", "test", "metrics"
+    known = read_record(folder / RECORD, *keys)
     read_checked(folder / "student.safetensors", known["sha256"])
     if known["attention_sha256"]:
         read_checked(folder / "attention.safetensors", known["attention_sha256"])
-    if teacher and known["teacher"]:
-        taught = [entry["sha256"] for entry in known["teacher"]["snapshots"]]
-        if not set(taught) <= {entry["sha256"] for entry in read_manifest(teacher)["snapshots"]}:
-            raise ValueError(f"{folder} was taught by other snapshots than those in {teacher}")
     read_metrics(folder, known)
     return known
 

@@ -12,9 +12,9 @@ from eekd.checkpoint import read_checked, read_json, write_json_atomic
 from eekd.config import Config
 from eekd.data import Loader
 from eekd.snapshots import MANIFEST, SnapshotEnsemble, SnapshotRecorder, read_manifest
-from eekd.trainers.folder import FORMAT, finite, metrics_of, read_metrics
+from eekd.trainers.folder import FORMAT, finite, metrics_of, read_metrics, read_record
 from eekd.trainers.loop import Progress, Session, classify, fit, quiet
-from eekd.trainers.state import forget
+from eekd.trainers.state import check_setup, forget, setup_of
 
 BINS = 15
 RECORD = "snapshots.json"
@@ -32,8 +32,11 @@ def train_teacher(
     that is: ValueError or FileNotFoundError names what is damaged, missing or of another teacher.
     """
     folder, session, phase = Path(folder), session or Session(config), config.teacher
+    setup = setup_of("teacher", session, phase)
+    setup["schedule"] = schedule if isinstance(schedule, str) else [*schedule]
     if resume and (folder / RECORD).exists():
         known = read_teacher(folder)
+        check_setup(folder / RECORD, known, setup)
         forget(folder)
         return known
     model = session.network(phase, 2 * config.seed)
@@ -53,13 +56,13 @@ def train_teacher(
 
     loader, parallel = session.loader("train", phase, train=True), session.parallel(model)
     objective, validate = classify(session, model, parallel, val)
-    fit("teacher", session, phase, model, [parallel], objective, validate, loader, folder, progress, begin, resume)
+    fit(setup, session, phase, model, [parallel], objective, validate, loader, folder, progress, begin, resume)
     distributed.wait()  # until the last snapshot is written
     ensemble = SnapshotEnsemble.load(folder, device=session.device, snapshots_on=session.config.snapshots_on)
     ensemble.to(memory_format=session.layout)
     known = {split: diagnose(session, ensemble, session.loader(split, phase)) for split in ("val", "test")}
     if distributed.first():
-        known = {"format": FORMAT} | known | {"metrics": metrics_of(folder)}
+        known = {"format": FORMAT, "setup": setup} | known | {"metrics": metrics_of(folder)}
         write_json_atomic(folder / RECORD, finite(known))
     forget(folder)
     return read_json(folder / RECORD)
@@ -67,7 +70,7 @@ def train_teacher(
 
 def read_teacher(folder: Path) -> dict:
     """The content of snapshots.json of a finished teacher, all files checked; ValueError names the damaged one."""
-    known = read_json(folder / RECORD)
+    known = read_record(folder / RECORD, "setup", "val", "test", "metrics")
     for entry in read_manifest(folder)["snapshots"]:
         read_checked(folder / entry["file"], entry["sha256"])
     read_metrics(folder, known)
