@@ -86,6 +86,11 @@ def wait() -> None:
         distributed.barrier()
 
 
+def lost(error: RuntimeError) -> bool:
+    """Whether it tells that another process ended or differs; gloo has no class of error for that."""
+    return isinstance(error, distributed.DistError) or "gloo" in str(error)
+
+
 def largest(*numbers: int) -> list[int]:
     """The largest of each number over all processes."""
     return [*numbers] if size() == 1 else most(torch.tensor(numbers)).tolist()
@@ -128,7 +133,7 @@ def from_first(make: Callable[[], str]) -> str:
     finally:
         [length] = largest(len(text))
     if not length:
-        raise RuntimeError("the first process could not go on")
+        raise distributed.DistError("the first process could not go on")
     data = torch.frombuffer(bytearray(text or length), dtype=torch.uint8)
     if size() > 1:
         distributed.broadcast(data, 0)
@@ -184,6 +189,6 @@ def check_replicas(module: nn.Module) -> None:
     hashes = from_all(torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8))
     others = [r for r in range(size()) if not torch.equal(hashes[r], hashes[0])]
     if others:
-        raise RuntimeError(f"the network of process {others[0]} differs from that of process 0 (hash "
+        raise distributed.DistError(f"the network of process {others[0]} differs from that of process 0 (hash "
                            f"{hashes[others[0]].numpy().tobytes().hex()[:12]}, not "
                            f"{hashes[0].numpy().tobytes().hex()[:12]}): they must be replicas")  # fmt: skip

@@ -99,7 +99,9 @@ def _main(argv: list[str]) -> int:
     except (FloatingPointError, OSError, ValueError) as error:
         return _error(error)
     except RuntimeError as error:
-        if distributed.size() == 1:
+        if signals.received and distributed.size() > 1:  # by all processes, of which another was faster
+            raise Stopped(signals.received) from error
+        if not distributed.lost(error):
             raise
         return _fail(f"stopped, since another process ended or differs: {str(error).splitlines()[0]}", 1)
     summary = read_record(run / "summary.json", "seconds", "rows")
@@ -122,10 +124,14 @@ def parse(argv: list[str]) -> Flags:
     with _literals():
         parsed = tyro.cli(Flags, prog="python -m eekd.train", args=flags, default=Flags(settings=settings))
     chosen = parsed.settings
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (parsed.out or parsed.resume):
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and not (parsed.out or parsed.resume):
         raise ValueError("--out must be given under torchrun --max-restarts, which finds the run by it")
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and Path(parsed.out or "", "config.json").exists():
+    # The first process decides for all, for it may have begun the run when another comes here.
+    if restarts and parsed.out and distributed.from_first(lambda: "begun" * Path(parsed.out, "config.json").exists()):
         changed = differences(asdict(read_settings(parsed.out)), asdict(chosen))
+        if chosen.bank and not chosen.teacher_run:  # which the run has from its bank
+            changed.pop("teacher_run", None)
         if changed:
             raise ValueError(f"{parsed.out} holds a run with another {', '.join(changed)}: choose another --out")
         return replace(parsed, resume=parsed.out, out=None)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from eekd import checkpoint, models
+from eekd import checkpoint, distributed, models
 from eekd.train import main
 from eekd.trainers.folder import read_metrics
 from eekd.trainers.loop import SyncBatchNorm, synchronised
@@ -356,6 +356,15 @@ def test_mistakes(environment, flags, message, monkeypatch, capsys):
 @pytest.mark.bad_input
 def test_a_restart_with_other_settings_is_refused(undisturbed, monkeypatch, capsys):
     _, run = undisturbed
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
     assert main(["--out", str(run), "--seed", "1"]) == 2
     assert f"{run} holds a run with another " in capsys.readouterr().err
+    monkeypatch.chdir(run)  # where there is a config.json, which is not that of --out
+    assert main(["--resume", "elsewhere"]) == 2
+    assert "elsewhere is not a run that has begun" in capsys.readouterr().err
+
+
+def test_only_what_the_exchange_raises_is_laid_on_another_process():
+    gloo = "[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:48769"
+    assert distributed.lost(RuntimeError(gloo)) and distributed.lost(torch.distributed.DistBackendError("NCCL"))
+    assert not distributed.lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

@@ -288,6 +288,31 @@ def test_a_signal_saves_and_says_how_to_go_on(run, tmp_path, monkeypatch, capsys
     check_same(undisturbed, out)
 
 
+@pytest.mark.parametrize("when", ["while agreeing", "in another process", "in another at the end of an epoch"])
+def test_a_signal_is_agreed_on_and_not_lost(run, tmp_path, monkeypatch, when):
+    session, undisturbed = run
+    (tmp_path / "config.json").write_text(dataclasses.replace(session.config, save_every=300.0).to_json())
+    sent = []
+
+    def largest(*numbers):
+        here = numbers == ((0,) if "epoch" in when else (0, False))
+        if here and not sent:
+            sent.append(here)
+            if "another" in when:
+                return [signal.SIGTERM, *numbers[1:]]
+            shout(signal.SIGTERM)
+        return [*numbers]
+
+    monkeypatch.setattr(loop.distributed, "largest", largest)
+    out = tmp_path / "run"
+    assert cli.main(["--config", str(tmp_path / "config.json"), "--out", str(out)]) == 128 + signal.SIGTERM
+    [known] = map(read_json, (out / "teacher/checkpoints").glob("*.json"))
+    place = {"while agreeing": (0, 2), "in another process": (0, 1)}.get(when, (1, 0))
+    assert (known["epoch"], known["batch"]) == place
+    assert cli.main(["--resume", str(out)]) == 0
+    check_same(undisturbed, out)
+
+
 def test_a_second_signal_is_not_held():
     with pytest.raises(KeyboardInterrupt), signals, signals.held():
         shout(signal.SIGINT)

@@ -4,11 +4,13 @@ import csv
 import dataclasses
 import json
 import math
+import random
 import subprocess
 import sys
 import time
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ from eekd.config import Config, Student, Teacher, Weighting
 from eekd.data import Loader
 from eekd.features import LastFeatures
 from eekd.snapshots import SnapshotEnsemble, read_manifest
-from eekd.trainers import prepare, table, train, train_student, train_teacher
+from eekd.trainers import loop, prepare, table, train, train_student, train_teacher
 from eekd.trainers.folder import Log, new_folder
 from eekd.trainers.loop import Clock, Means, Session, evaluate, learning_rate
 from eekd.trainers.plan import plan
@@ -78,6 +80,34 @@ def test_learning_rate_steps_down_at_its_milestones():
     phase = Teacher(lr=0.5, epochs=10, milestones=(0.3, 0.6, 0.9))
     rates = [learning_rate(phase, step, 50) for step in range(50)]
     assert rates == pytest.approx([0.5] * 15 + [0.05] * 15 + [0.005] * 15 + [0.0005] * 5)
+
+
+def test_processes_start_from_the_same_weights_and_draw_other_numbers(tiny, monkeypatch):
+    session, drawn, weights = prepare(small(tiny)), [], None
+    for rank in range(3):
+        monkeypatch.setattr(loop.distributed, "rank", lambda rank=rank: rank)
+        network = session.network(session.config.teacher, 0)
+        drawn.append((torch.rand(()).item(), random.random(), np.random.rand()))
+        weights = weights or network.state_dict()
+        assert all(map(torch.equal, weights.values(), network.state_dict().values()))
+    assert all(len(set(numbers)) == 3 for numbers in zip(*drawn, strict=True))
+
+
+@pytest.mark.bad_input
+def test_sync_batchnorm_of_another_class_is_refused(tiny, tmp_path):
+    (tmp_path / "net.py").write_text("""
+from torch import nn
+
+class NormAct(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+def net(num_classes, in_channels, image_size):
+    return nn.Sequential(NormAct(in_channels), nn.Flatten(), nn.Linear(in_channels * image_size**2, num_classes))
+""")
+    config = small(tiny, student=dict(model=f"{tmp_path / 'net.py'}:net"), sync_batchnorm=True)
+    with pytest.raises(ValueError, match="sync_batchnorm wants nn.BatchNorm1d, 2d or 3d, got NormAct as 0"):
+        prepare(config)
 
 
 def test_learning_rate_cosine():

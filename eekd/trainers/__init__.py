@@ -22,7 +22,7 @@ from eekd.trainers.folder import (
     summary_writer,
     write_settings,
 )
-from eekd.trainers.loop import Progress, Session, quiet
+from eekd.trainers.loop import Progress, Session, quiet, synchronised
 from eekd.trainers.student import check_bank, read_student, train_student
 from eekd.trainers.teacher import read_teacher, train_teacher
 
@@ -114,7 +114,10 @@ def prepare(config: Config) -> Session:
     session = Session(config)
     for phase in (config.teacher, config.student):
         session.micro_batch(phase)
-        LastFeatures(models.build(**session.spec(phase)))
+        network = models.build(**session.spec(phase))
+        LastFeatures(network)
+        if config.sync_batchnorm:
+            synchronised(network)
     if earlier:
         if session.bank:
             loader = session.loader("train", config.student, train=True)

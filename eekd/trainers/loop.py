@@ -73,12 +73,10 @@ class Session:
 
         The random numbers drawn after differ between processes.
         """
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
+        _seed(seed)
         network = models.build(**self.spec(phase)).to(self.device, memory_format=self.layout)
         if not distributed.first():
-            torch.manual_seed(seed + (distributed.rank() << 32))
+            _seed(int(np.random.SeedSequence((seed, distributed.rank())).generate_state(1)[0]))
         return synchronised(network) if self.config.sync_batchnorm else network
 
     def parallel(self, network: nn.Module, kind: str | None = None) -> nn.Module:
@@ -207,7 +205,8 @@ def fit(setup: dict, session: Session, phase: Phase, trained: nn.Module, paralle
                 if config.check_replicas and step % config.check_replicas == 0:
                     distributed.check_replicas(trained)
                 due = time.monotonic() - last >= config.save_every and state.batch < each
-                signals.received, due = distributed.largest(signals.received, due or signals.received > 0)
+                stop, due = distributed.largest(signals.received, due)
+                due = due or stop
                 pause = step % CHECK == 0 or state.batch == each or due
                 left_out = guard.left_out(pause)
                 if left_out:
@@ -218,7 +217,7 @@ def fit(setup: dict, session: Session, phase: Phase, trained: nn.Module, paralle
                     running = state.means["loss"]
                 if due:
                     save()
-                    signals.check()
+                    signals.check(stop)
                 known = {"epoch": state.epoch + 1, "epochs": phase.epochs, "train_loss": running}
                 progress(name, step, total, known)
             seconds = time.perf_counter() - start
@@ -242,7 +241,7 @@ def fit(setup: dict, session: Session, phase: Phase, trained: nn.Module, paralle
             state.means, state.clock = Means(), Clock(device)
             start = time.perf_counter()
             save()
-            signals.check()
+            signals.check(*distributed.largest(signals.received))
             progress(name, step, total, row | {"epochs": phase.epochs})
     distributed.check_replicas(trained)
     return log.rows
@@ -255,6 +254,12 @@ def _share_gradients(parallel: Sequence[nn.Module], now: bool) -> None:
             module.require_backward_grad_sync = now
         elif hasattr(module, "set_requires_gradient_sync"):  # fully_shard
             module.set_requires_gradient_sync(now)
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 _TRAIN = {"loss": "train_loss", "accuracy": "train_accuracy", "attention_loss": "train_attention_loss"}
@@ -277,12 +282,21 @@ def classify(session: Session, network: nn.Module, parallel: nn.Module, val: Loa
     return objective, validate
 
 
+_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
+
+
 def synchronised(network: nn.Module) -> nn.Module:
-    """The network with every batch norm taking its statistics over the batches of all processes."""
+    """The network with every batch norm taking its statistics over the batches of all processes.
+
+    ValueError where one is of another class than torch's three, whose further doings would be lost.
+    """
+    for name, module in network.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in _NORMS:
+            raise ValueError(f"sync_batchnorm wants nn.BatchNorm1d, 2d or 3d, got {type(module).__name__} as {name}")
     if next(network.parameters()).is_cuda:
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     for module in network.modules():
-        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        if type(module) in _NORMS:
             module.__class__ = SyncBatchNorm
     return network
 

@@ -288,10 +288,11 @@ class Signals:
         if not before:
             self.check()
 
-    def check(self) -> None:
-        """Raises Stopped where a signal came."""
-        if self.received:
-            raise Stopped(self.received)
+    def check(self, number: int | None = None) -> None:
+        """Raises Stopped where a signal came, here or, if `number` is given, in any process."""
+        number = self.received if number is None else number
+        if number:
+            raise Stopped(number)
 
     def _take(self, number: int, frame) -> None:
         if os.getpid() != self._process:  # a worker of the loader, which inherited this: its parent decides
