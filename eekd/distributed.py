@@ -153,8 +153,18 @@ def mean_(tensors: Iterable[Tensor]) -> None:
 
 
 def whole(x: Tensor) -> Tensor:
-    """`x`, or all of it where `x` is this process's part of a sharded tensor; every process must ask."""
-    return x.full_tensor() if sharded(x) else x
+    """`x`, or where `x` is this process's part of a sharded tensor all of it, on the CPU; every process must ask."""
+    return x.full_tensor().cpu() if sharded(x) else x
+
+
+def whole_in_first(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors, `whole` one after another, in the first process; none in the others, which must ask too."""
+    kept = {}
+    for name, x in tensors:
+        x = whole(x)
+        if first():
+            kept[name] = x
+    return kept
 
 
 def sharded(x: Tensor) -> bool:

@@ -90,7 +90,7 @@ class SnapshotRecorder:
         step, entry = self.done + 1, None
         if step in self.schedule:
             numbers = {name: _number(f"metrics[{name!r}]", value) for name, value in (metrics or {}).items()}
-            state = {name: distributed.whole(x) for name, x in checkpoint.bare_names(model.state_dict()).items()}
+            state = distributed.whole_in_first(checkpoint.bare_names(model.state_dict()).items())
         if step in self.schedule and distributed.first():
             file = f"snapshot-{self.schedule.index(step) + 1}.safetensors"
             sha256 = checkpoint.save_tensors(self.directory / file, state)

@@ -364,6 +364,13 @@ def test_a_restart_with_other_settings_is_refused(undisturbed, monkeypatch, caps
     assert "elsewhere is not a run that has begun" in capsys.readouterr().err
 
 
+def test_only_the_first_process_keeps_what_all_gather(monkeypatch):
+    tensors = {"a": torch.ones(2), "b": torch.zeros(3)}
+    assert distributed.whole_in_first(tensors.items()) == tensors
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert distributed.whole_in_first(tensors.items()) == {}
+
+
 def test_only_what_the_exchange_raises_is_laid_on_another_process():
     gloo = "[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:48769"
     assert distributed.lost(RuntimeError(gloo)) and distributed.lost(torch.distributed.DistBackendError("NCCL"))

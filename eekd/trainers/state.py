@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from eekd.checkpoint import load_state, load_tensors, read_json, save_tensors, write_json_atomic
 from eekd.config import differences
-from eekd.distributed import first, from_all, placed, rank, size, wait, whole
+from eekd.distributed import first, from_all, placed, rank, size, wait, whole_in_first
 from eekd.info import environment
 
 FORMAT = 1
@@ -61,22 +61,19 @@ class State:
         self.seconds = 0.0
 
     def pack(self) -> tuple[dict[str, Tensor], dict]:
-        """The state as named tensors, and as JSON what is none."""
-        tensors = {f"network.{name}": whole(x) for name, x in self.trained.state_dict().items()}
+        """The state as named tensors, those of the network and the optimiser in the first process only, and as JSON."""
+        states = [(f"network.{name}", x) for name, x in self.trained.state_dict().items()]
+        for i, parameter in enumerate(self._parameters()):
+            states += [(f"optimizer.{i}.{name}", x) for name, x in self.optimizer.state.get(parameter, {}).items()]
+        tensors = whole_in_first((name, x) for name, x in states if isinstance(x, Tensor))
+        rest = {name.removeprefix("optimizer."): x for name, x in states if not isinstance(x, Tensor)}
+        # A fused optimiser reads memory in the parameter's order.
+        strides = {name: x.stride() for name, x in tensors.items() if name[:1] == "o" and not x.is_contiguous()}
         tensors |= {f"means.{name}": from_all(tensor) for name, tensor in self.means.sums.items()}
         known = {"epoch": self.epoch, "batch": self.batch, "rows": self.rows, "skips": self.skips,
                  "seconds": self.seconds, "clock": self.clock.all(), "means": list(self.means.sums),
                  "counts": from_all(torch.tensor(self.means.count)).tolist(),
-                 "scaler": self.scaler.state_dict(), "optimizer": {}, "strides": {}}  # fmt: skip
-        for i, parameter in enumerate(self._parameters()):
-            for name, value in self.optimizer.state.get(parameter, {}).items():
-                name = f"optimizer.{i}.{name}"
-                if not isinstance(value, Tensor):
-                    known["optimizer"][name] = value
-                    continue
-                tensors[name] = value = whole(value)
-                if not value.is_contiguous():  # a fused optimiser reads memory in the parameter's order
-                    known["strides"][name] = value.stride()
+                 "scaler": self.scaler.state_dict(), "optimizer": rest, "strides": strides}  # fmt: skip
         tensors["random"] = from_all(random_state(self.device))
         return tensors, known
 

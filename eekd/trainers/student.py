@@ -88,7 +88,7 @@ def train_student(config: Config, teacher: str | Path | None, weighting: Weighti
     rows = fit(setup, session, phase, trained, parallel, objective, validate, loader, folder, progress, resume=resume)
     test = evaluate(session, student, session.loader("test", phase))
     learned = loss.state_dict() if loss else {}
-    weights = {name: distributed.whole(x) for name, x in student.state_dict().items()}
+    weights = distributed.whole_in_first(student.state_dict().items())
     known = distributed.first() and {
         "format": FORMAT,
         "setup": setup,
