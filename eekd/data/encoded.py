@@ -76,13 +76,15 @@ class Encoded:
 
 
 def open_image(data: bytes, name: str, mode: str | None = None):
-    """The PIL image in `data`, decoded to `mode` if given; ValueError with its name if there is none."""
+    """The PIL image in `data`, decoded to `mode` if given; ValueError with its name if there is none of 8 bits."""
     try:
         from PIL import Image
     except ImportError:
         raise ImportError("reading image files needs Pillow: pip install 'eekd[data]'") from None
     try:
         image = Image.open(io.BytesIO(data), formats=KINDS)
-        return image.convert(mode) if mode else image
+        if image.mode[0] not in "IF":  # I, I;16, I;16B, F: convert would clip them
+            return image.convert(mode) if mode else image
     except Exception as error:  # a damaged file can make a decoder raise anything
         raise ValueError(f"{name} is damaged or no image ({type(error).__name__})") from None
+    raise ValueError(f"{name} has 16 or 32 bits a pixel, wanted 8")
