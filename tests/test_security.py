@@ -730,6 +730,52 @@ def test_cells_that_are_no_image(item):
 # ---- lies and ways out ----
 
 
+def a_table(folder, path):
+    """Parquet of 40 images that lie in one file."""
+    datasets = pytest.importorskip("datasets")
+    table = {"image": [{"bytes": None, "path": path}] * 40, "label": [0, 1] * 20}
+    folder.mkdir()
+    datasets.Dataset.from_dict(table).to_parquet(str(folder / "t.parquet"))
+    return folder
+
+
+def an_image():
+    from PIL import Image
+
+    data = io.BytesIO()
+    Image.new("L", (8, 8), 7).save(data, "PNG")
+    return data.getvalue()
+
+
+@bad_input
+@pytest.mark.parametrize("path", ["../secret.png", "/secret.png", "x/../../secret.png"])
+def test_a_table_reads_no_file_outside_its_folder(tmp_path, monkeypatch, path):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(an_image())
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    path = str(secret) if path.startswith("/") else path
+    evil, good = a_table(tmp_path / "evil", path), a_table(tmp_path / "good", "mine.png")
+    (evil / "x").mkdir()
+    monkeypatch.chdir(evil)
+    for source in (evil, evil / "t.parquet"):
+        refused(lambda source=source: load(str(source)), said=f"is '{path}', wanted bytes or a path in {evil}")
+    (good / "mine.png").write_bytes(an_image())
+    assert len(load(str(good / "t.parquet")).train) > 0
+
+
+@bad_input
+def test_a_table_of_the_hub_reads_files_of_the_cache_only(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    evil = a_table(tmp_path / "evil", str(tmp_path / "evil" / "mine.png"))
+    (evil / "mine.png").write_bytes(an_image())
+    table = datasets.Dataset.from_parquet(str(evil / "t.parquet"), cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(train=table.select(range(20))))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "elsewhere"))
+    refused(lambda: load("some/thing"), said=f"mine.png', wanted bytes or a path in {tmp_path}/elsewhere")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(evil))
+    assert len(load("some/thing").train) > 0
+
+
 @bad_input
 @pytest.mark.parametrize("file", [
     "../snapshot-1.safetensors", "/etc/passwd.safetensors", "a/b.safetensors", "..safetensors", ".safetensors", "x.pt",
