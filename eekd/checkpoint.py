@@ -103,6 +103,13 @@ def _sealed(value: dict) -> bytes:
     return _json({**value, SEAL: hashlib.sha256(_json(value)).hexdigest()})
 
 
+def json_bytes(path: str | Path) -> bytes:
+    """The bytes of a file of JSON; errors of `read_checked`, ValueError where there are more than `LARGEST_JSON`."""
+    if (size := _file(path).stat().st_size) > LARGEST_JSON:
+        raise ValueError(f"{path} must have at most {LARGEST_JSON} bytes, as JSON, got {size}")
+    return read_checked(path)
+
+
 def read_json(path: str | Path):
     """The value in a JSON file, without its seal.
 
@@ -113,9 +120,7 @@ def read_json(path: str | Path):
     def refuse(constant: str):
         raise ValueError(f"{constant} is not a number")
 
-    if (size := _file(path).stat().st_size) > LARGEST_JSON:
-        raise ValueError(f"{path} must have at most {LARGEST_JSON} bytes, as JSON, got {size}")
-    data = read_checked(path)
+    data = json_bytes(path)
     try:
         value = json.loads(data.decode(), parse_constant=refuse)  # of bytes it would read UTF-16, which grep does not
     except (ValueError, RecursionError) as error:

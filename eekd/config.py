@@ -14,6 +14,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
+from eekd.checkpoint import json_bytes
+
 Weighting = Literal["ce", "last", "uniform", "linear_increase", "linear_decrease", "entropy", "confidence", "attention"]
 
 # What tables and plots call a network.
@@ -218,8 +220,9 @@ class Config(_Checked):
         """The config in a file; FileNotFoundError or a ValueError that names the file."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"no config file at {path}")
+        data = json_bytes(path)
         try:
-            return cls.from_json(Path(path).read_text())
+            return cls.from_json(data.decode())
         except ValueError as e:
             raise ValueError(f"{path}: {e}") from None
 

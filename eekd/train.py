@@ -106,7 +106,7 @@ def _main(argv: list[str]) -> int:
         return _fail(f"stopped, since another process ended or differs: {str(error).splitlines()[0]}", 1)
     summary = read_record(run / "summary.json", "seconds", "rows")
     console.print(_results(summary["rows"]))
-    console.print(f"{summary['seconds']:.0f} s in all; everything is in {run}", highlight=False)
+    console.print(f"{summary['seconds']:.0f} s in all; everything is in {printable(run)}", highlight=False)
     return 0
 
 
@@ -225,7 +225,7 @@ def _plan(session: Session) -> Table:
     for row in rows:
         numbers = f"{row['parameters']:,}", str(row["epochs"]), f"{row['steps']:,}"
         sizes = _size(row["memory"]), _size(row["disk"])
-        table.add_row(TITLES.get(row["name"], row["name"]), row["model"], *numbers, *sizes)
+        table.add_row(TITLES.get(row["name"], row["name"]), printable(row["model"]), *numbers, *sizes)
     return table
 
 
@@ -235,7 +235,8 @@ def _results(rows: list[dict]) -> Table:
     for row in rows:
         gain, seconds = row["gain"], row["seconds_per_epoch"]
         table.add_row(
-            TITLES.get(row["name"], row["name"]), row["model"], f"{row['parameters']:,}", str(row["epochs"]),
+            printable(TITLES.get(row["name"], row["name"])), printable(row["model"]), f"{row['parameters']:,}",
+            printable(row["epochs"]),
             f"{100 * row['val_accuracy']:.2f}", f"{100 * row['test_accuracy']:.2f}",
             "" if gain is None or row["name"] == "ce" else f"{100 * gain:+.2f}",
             "" if seconds is None else f"{seconds:.2f}", end_section=row["kind"] in ("teacher", "ensemble"),
@@ -244,7 +245,7 @@ def _results(rows: list[dict]) -> Table:
 
 
 def _table(columns: tuple[str, ...], caption: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=printable(caption), caption_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
     return table

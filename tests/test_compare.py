@@ -6,6 +6,7 @@ import math
 import os
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 import torch
 from scipy import stats
 
-from eekd.checkpoint import read_json, sha256_of
+from eekd.checkpoint import printable, read_json, sha256_of, write_json_atomic
 from eekd.compare import METHODS, method, page, stage_ends
 from eekd.compare import __main__ as cli
 from eekd.compare.cells import alone
@@ -379,6 +380,49 @@ def test_the_page_in_docs_is_made_from_the_results(out, tmp_path):
 
 def test_the_page_of_an_empty_comparison_says_so():
     assert "No cell is finished yet" in page.page({"methods": []})
+
+
+def test_a_copy_of_a_folder_is_no_seed_and_no_cell(out, record, tmp_path):
+    copied = Path(shutil.copytree(out, tmp_path / "out"))
+    shutil.copytree(copied / "seed-0", copied / "seed-0.bak")
+    for name in ("uniform.bak", "uniform.partial"):
+        shutil.copytree(copied / "seed-0/students/uniform", copied / "seed-0/students" / name)
+    assert compare(copied) == 0
+    assert without_time(read_json(copied / "study.json")) == without_time(record)
+
+
+HOSTILE = "a|b<img src=x>`c`\n# d ![e](//f) \x1b*g*"
+
+
+def test_the_page_holds_no_markup_of_a_file(out, record, tmp_path):
+    copied = Path(shutil.copytree(out, tmp_path / "out"))
+    path = copied / "seed-0/students/ce/cell.json"
+    cell = read_json(path)
+    write_json_atomic(path, cell | {"method": cell["method"] | {"title": HOSTILE}})
+    assert compare(copied) == 0
+    assert all(row["title"] == method(row["name"]).title for row in read_json(copied / "study.json")["methods"])
+    told = copy.deepcopy(record)
+    told["command"] = ["python", HOSTILE, "x y"]
+    told["config"]["data"] = told["environment"]["cpu"] = told["environment"]["torch"] = HOSTILE
+    told["config"]["teacher"]["model"] = told["config"]["student"]["model"] = HOSTILE
+    told["commits"] = [HOSTILE]
+    text = page.page(told)
+    line = next(line for line in text.splitlines() if line.startswith("``python"))
+    code, _, rest = line[2:].partition("`` on ")
+    assert code == printable(shlex.join(told["command"])) and "`" not in rest
+    assert len(text.splitlines()) == len(page.page(record).splitlines())
+    assert not re.search(r"a\||<img|!\[|\*g\*", text.replace(code, "")) and "a&#124;b&#60;img" in text
+
+
+def test_a_plot_replaces_a_link(out, record, tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    (tmp_path / "study-methods.svg").symlink_to(mine)
+    page.plots(record, tmp_path)
+    assert mine.read_text() == "mine"
+    for path in tmp_path.glob("*.svg"):
+        assert path.read_bytes() == (out / path.name).read_bytes() and not path.is_symlink()
+    assert len(list(tmp_path.iterdir())) == 5
 
 
 def test_flops_are_counted(record):

@@ -567,6 +567,19 @@ def test_an_impossible_folder_is_refused(tmp_path, break_, said):
         load(str(tmp_path))
 
 
+@bad_input
+@pytest.mark.parametrize("number", ["000", "003"])
+@pytest.mark.parametrize(("kind", "dtype"), [
+    ("png", "uint16"), ("ppm", "uint16"), ("tiff", "uint16"), ("tiff", ">u2"), ("tiff", "int32"), ("tiff", "float32"),
+])  # fmt: skip
+def test_images_of_more_than_8_bits_are_refused(tmp_path, kind, dtype, number):
+    image = pytest.importorskip("PIL.Image")
+    wide = folder(tmp_path, ["train"], each=5, grey=True) / "train" / "cat" / f"{number}.png"
+    image.fromarray(np.full((32, 32), 200, dtype)).save(wide, kind)
+    with pytest.raises(ValueError, match=f"{number}.png has 16 or 32 bits a pixel, wanted 8"):
+        load(str(tmp_path))
+
+
 def test_parquet_files(tmp_path, hub):
     parquet(hub, tmp_path / "one" / "all.parquet")
     data = load(str(tmp_path / "one" / "all.parquet"))

@@ -1,6 +1,8 @@
 """Nothing in a data file is run, and a hostile one ends in a sentence, in bounded memory and time: SECURITY.md."""
 
 import ast
+import contextlib
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -18,6 +20,7 @@ import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +29,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from packaging.requirements import Requirement
+from rich.console import Console
 from torch import nn
 
 from eekd import report, train
@@ -36,14 +40,17 @@ from eekd.checkpoint import (
     printable,
     read_checked,
     read_json,
+    save_tensors,
     write_atomic,
     write_json_atomic,
 )
+from eekd.compare import __main__ as compare
 from eekd.config import Config, Student, Teacher
 from eekd.data import formats, load
 from eekd.data.encoded import open_image
 from eekd.snapshots import SnapshotEnsemble, SnapshotRecorder, read_manifest
 from eekd.trainers.folder import check_metrics, locked, read_settings
+from eekd.trainers.numbers import replay
 
 ROOT = Path(__file__).resolve().parent.parent
 bad_input = pytest.mark.bad_input
@@ -386,6 +393,25 @@ def test_a_factory_that_a_setting_names_is_code_by_intention(tmp_path):
     assert (tmp_path / "ran").is_dir()
 
 
+def test_replay_runs_the_factory_that_was_trained(tmp_path):
+    """As SECURITY.md says, whose search finds it."""
+    spec = {"name": evil(tmp_path, tmp_path / "ran"), "num_classes": 2, "in_channels": 1, "image_size": 2}
+    path = tmp_path / "run" / "teacher" / "non-finite-1.json"
+    sha256 = save_tensors(path.with_suffix(".safetensors"), {"images": torch.zeros(1, 1, 2, 2)})
+    write_json_atomic(path, {"sha256": sha256, "criterion": None, "spec": spec, "settings": {"channels_last": False}})
+    assert search(path.parent.parent).returncode == 0
+    with contextlib.suppress(ValueError):  # of weights that are not there
+        replay(path)
+    assert (tmp_path / "ran").is_dir()
+    assert "eekd.trainers.numbers.replay" in (ROOT / "SECURITY.md").read_text()
+
+
+def search(folder):
+    """The search that SECURITY.md advises."""
+    command = re.search(r"```bash\n(grep .*) RUN\n```", (ROOT / "SECURITY.md").read_text())[1]
+    return subprocess.run([*shlex.split(command), folder], capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("hide", [
     lambda path: None,
     lambda path: path.write_text(path.read_text().replace(".py:", r"\u002epy:")),
@@ -393,12 +419,11 @@ def test_a_factory_that_a_setting_names_is_code_by_intention(tmp_path):
     lambda path: path.rename(path.with_suffix(".txt")) and path.symlink_to(path.with_suffix(".txt")),
 ])
 def test_the_search_for_factories_in_security_md(tmp_path, hide):
-    command = re.search(r"```bash\n(grep .*) RUN\n```", (ROOT / "SECURITY.md").read_text())[1]
     bad = a_run(tmp_path / "bad", evil(tmp_path, tmp_path / "ran"))
     for name in ("config.json", "teacher/manifest.json"):
         hide(bad / name)
     good = a_run(tmp_path / "good")
-    found = [subprocess.run([*shlex.split(command), run], capture_output=True, text=True) for run in (bad, good)]
+    found = [search(run) for run in (bad, good)]
     assert {"config.json", "manifest.json"} == set(re.findall(r"^/.*/(\w+.json)", found[0].stdout, re.MULTILINE))
     assert not found[1].stdout and not found[0].stderr + found[1].stderr
 
@@ -657,10 +682,12 @@ def test_json_bombs(tmp_path, reader):
 
 @bad_input
 def test_json_too_large(tmp_path):
-    with open(tmp_path / "manifest.json", "wb") as file:
-        file.truncate(1 << 40)
+    for name in ("manifest.json", "config.json"):
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, 1 << 40)
     for read in (read_manifest, LogitBank.open):
         refused(read, tmp_path, said="manifest.json must have at most 33554432 bytes, as JSON, got 1099511627776")
+    refused(Config.load, tmp_path / "config.json", said="^.*/config.json must have at most 33554432 bytes")
 
 
 @bad_input
@@ -728,6 +755,52 @@ def test_cells_that_are_no_image(item):
 
 
 # ---- lies and ways out ----
+
+
+def a_table(folder, path):
+    """Parquet of 40 images that lie in one file."""
+    datasets = pytest.importorskip("datasets")
+    table = {"image": [{"bytes": None, "path": path}] * 40, "label": [0, 1] * 20}
+    folder.mkdir()
+    datasets.Dataset.from_dict(table).to_parquet(str(folder / "t.parquet"))
+    return folder
+
+
+def an_image():
+    from PIL import Image
+
+    data = io.BytesIO()
+    Image.new("L", (8, 8), 7).save(data, "PNG")
+    return data.getvalue()
+
+
+@bad_input
+@pytest.mark.parametrize("path", ["../secret.png", "/secret.png", "x/../../secret.png"])
+def test_a_table_reads_no_file_outside_its_folder(tmp_path, monkeypatch, path):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(an_image())
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    path = str(secret) if path.startswith("/") else path
+    evil, good = a_table(tmp_path / "evil", path), a_table(tmp_path / "good", "mine.png")
+    (evil / "x").mkdir()
+    monkeypatch.chdir(evil)
+    for source in (evil, evil / "t.parquet"):
+        refused(lambda source=source: load(str(source)), said=f"is '{path}', wanted bytes or a path in {evil}")
+    (good / "mine.png").write_bytes(an_image())
+    assert len(load(str(good / "t.parquet")).train) > 0
+
+
+@bad_input
+def test_a_table_of_the_hub_reads_files_of_the_cache_only(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    evil = a_table(tmp_path / "evil", str(tmp_path / "evil" / "mine.png"))
+    (evil / "mine.png").write_bytes(an_image())
+    table = datasets.Dataset.from_parquet(str(evil / "t.parquet"), cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(train=table.select(range(20))))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "elsewhere"))
+    refused(lambda: load("some/thing"), said=f"mine.png', wanted bytes or a path in {tmp_path}/elsewhere")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(evil))
+    assert len(load("some/thing").train) > 0
 
 
 @bad_input
@@ -821,6 +894,39 @@ def test_what_a_file_says_does_not_speak_to_the_terminal(tmp_path, capsys, flags
     assert command(arguments) == 2
     out, error = capsys.readouterr()
     assert not out and error.endswith("\n") and error[:-1].isprintable() and r"a\x1b]0;title\x07\u202e\x9b2J\n" in error
+
+
+HOSTILE = "a\x1b]0;title\x07\u202e\x9b2J\nb"
+
+
+def printed(what):
+    console = Console(file=io.StringIO(), width=999)
+    console.print(what)
+    return console.file.getvalue()
+
+
+def test_tables_do_not_speak_to_the_terminal(monkeypatch):
+    scores = {"val_accuracy": 0.5, "test_accuracy": 0.5, "gain": None, "seconds_per_epoch": None}
+    rows = [{"kind": "student", "name": HOSTILE, "model": HOSTILE, "parameters": 1, "epochs": HOSTILE, **scores}]
+    found = printed(train._results(rows))
+    assert found.count(printable(HOSTILE)) == 3 and all(line.isprintable() for line in found.splitlines())
+    row = {"name": "ce", "model": HOSTILE, "parameters": 1, "epochs": 1, "steps": 1, "memory": 1, "disk": 1}
+    monkeypatch.setattr(train, "plan", lambda session: [row])
+    found = printed(train._plan(SimpleNamespace(data=dataclasses.replace(load("digits"), name=HOSTILE))))
+    assert found.count(printable(HOSTILE)) == 2 and all(line.isprintable() for line in found.splitlines())
+
+
+def test_lines_do_not_speak_to_the_terminal(tmp_path, monkeypatch, capsys):
+    class Seed:
+        def __init__(self, out, config, names, views, augmented, data, say, progress):
+            self.run = lambda: say(HOSTILE)
+
+    monkeypatch.setattr(compare, "keep_settings", lambda *known: None)
+    monkeypatch.setattr(compare, "Seed", Seed)
+    monkeypatch.setattr(compare, "gather", lambda out, *known: out / "study.json")
+    compare.run(compare.Flags(methods=("ce",), seeds=1, settings=Config(data="digits"), out=HOSTILE), [])
+    found = capsys.readouterr().out
+    assert found.count(printable(HOSTILE)) == 2 and all(line.isprintable() for line in found.splitlines())
 
 
 @bad_input

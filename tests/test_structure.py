@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "forwards": {"distributed", "features"},
     "snapshots": {"checkpoint", "distributed", "features", "forwards", "models"},
     "losses": {"attention", "ops", "topk"},
-    "config": set(),
+    "config": {"checkpoint"},
     "info": {"_C"},
     "trainers": {
         "bank", "checkpoint", "config", "data", "distributed", "features", "info", "losses", "models", "ops",

@@ -135,7 +135,7 @@ def write(flags: Flags, console: Console, rank: int = 0, world: int = 1) -> None
             raise OSError(f"{out / lost[0]} is missing or damaged: start again to write it")
         place = {"run": os.path.relpath(run, out), "views": flags.views}
         write_json_atomic(out / MANIFEST, {**settings, "commit": commit(), **place, "shards": known})
-        console.print(f"{out} is whole", highlight=False, soft_wrap=True)
+        console.print(f"{printable(out)} is whole", highlight=False, soft_wrap=True)
 
 
 def _settings(flags: Flags, session: Session, ensemble: SnapshotEnsemble, loader, spec: dict) -> dict:

@@ -118,14 +118,14 @@ def run(flags: Flags, command: list[str]) -> Path:
             status.update(f"{phase}: epoch {known['epoch']} of {known['epochs']}, loss {known['train_loss']:.3f}")
 
         def say(line):
-            console.print(line, highlight=False, soft_wrap=True)
+            console.print(printable(line), highlight=False, soft_wrap=True)
 
         for seed in range(flags.first_seed, flags.first_seed + flags.seeds)[rank::processes]:
             config = dataclasses.replace(flags.settings, seed=seed)
             Seed(out, config, flags.methods, views, augmented, session.data, say, progress).run()
     distributed.wait_for_started()
     path = gather(out, command, augmented) if rank == 0 else out / "study.json"
-    console.print(f"everything is in {path.parent}", highlight=False, soft_wrap=True)
+    console.print(f"everything is in {printable(path.parent)}", highlight=False, soft_wrap=True)
     return path
 
 

@@ -1,10 +1,13 @@
 """study.json as a page: Markdown whose every number and verdict comes from the record, and its plots."""
 
 import importlib.util
+import io
 import math
+import re
+import shlex
 from pathlib import Path
 
-from eekd.checkpoint import write_atomic
+from eekd.checkpoint import printable, write_atomic
 from eekd.compare import KINDS
 
 PRINCIPLES = {
@@ -59,8 +62,9 @@ def _setting(record: dict) -> list[str]:
     teacher, student = config["teacher"], config["student"]
     views = f"{record['views']} augmented views in a bank" if record["augmented"] else "no augmentation"
     return [
-        f"{Path(config['data']).name}, {record['images']:,} training images, {views}; teacher {teacher['model']} "
-        f"({teacher['epochs']} epochs), student {student['model']} ({student['epochs']} epochs), "
+        f"{plain(Path(config['data']).name)}, {record['images']:,} training images, {views}; teacher "
+        f"{plain(teacher['model'])} ({teacher['epochs']} epochs), student {plain(student['model'])} "
+        f"({student['epochs']} epochs), "
         f"M = {teacher['snapshots']} unless stated, τ = {student['temperature']:g}, α = {student['alpha']:g}, "
         f"{seeds} seed{'s' * (seeds > 1)}.",
         "",
@@ -185,12 +189,23 @@ def _parts(row: dict) -> list[str]:
 def _made(record: dict) -> list[str]:
     env = record["environment"]
     commits = _one([commit[:9] + "+" * commit.endswith("+") for commit in record["commits"]])
-    return [f"`{' '.join(record['command'])}` on {env['cpu']}, {_one(record['threads'])} thread(s) a process, torch "
-            f"{env['torch']}, commit {commits}; seeds {_one(record['seeds'])}.", ""]  # fmt: skip
+    return [f"{_code(shlex.join(record['command']))} on {plain(env['cpu'])}, {_one(record['threads'])} thread(s) a "
+            f"process, torch {plain(env['torch'])}, commit {commits}; seeds {_one(record['seeds'])}.", ""]  # fmt: skip
+
+
+def plain(value) -> str:
+    """What comes from a file, with nothing in it that is Markdown or HTML."""
+    return re.sub(r"[&<|`*\[\\]", lambda found: f"&#{ord(found[0])};", printable(value))
+
+
+def _code(line: str) -> str:
+    """Code between more backticks than it holds in a row."""
+    ticks = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{ticks}{printable(line)}{ticks}"
 
 
 def _one(values: list) -> str:
-    return ", ".join(map(str, values))
+    return ", ".join(map(plain, values))
 
 
 def percent(value: dict) -> str:
@@ -247,8 +262,10 @@ def plots(record: dict, folder: Path, stem: str = "study") -> None:
         for axes in figure.axes:
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.3, axis="x" if name == "methods" else "both")
-        figure.savefig(folder / f"{stem}-{name}.svg", metadata={"Date": None})
+        data = io.BytesIO()
+        figure.savefig(data, format="svg", metadata={"Date": None})
         plt.close(figure)
+        write_atomic(folder / f"{stem}-{name}.svg", data.getvalue())
 
 
 def _tests(record: dict, name: str) -> dict[int, float]:

@@ -59,10 +59,11 @@ def study(out: Path, command: list[str], augmented: bool) -> dict:
     """The content of study.json."""
     settings = read_record(out / "settings.json", "config", "views")
     config = Config.from_json(json.dumps(settings["config"]))
-    folders = sorted(out.glob("seed-*"), key=lambda path: int(path.name[5:]))
+    folders = [path for path in out.glob("seed-*") if path.name[5:].isdecimal()]
+    folders.sort(key=lambda path: int(path.name[5:]))
     cells = [_cell(path.parent) for folder in folders for path in _by_table(folder.glob("students/*/cell.json"))]
     teachers = [_teacher(path.parent) for folder in folders for path in sorted(folder.glob("*/teacher.json"))]
-    images = next(iter(out.glob("seed-*/*/environment.json")), None)
+    images = next((path for folder in folders for path in folder.glob("*/environment.json")), None)
     images = read_record(images, "data")["data"]["train"] if images else None
     record = {
         "format": FORMAT, "command": command, "environment": environment(), "config": settings["config"],
@@ -75,13 +76,13 @@ def study(out: Path, command: list[str], augmented: bool) -> dict:
 
 
 def _by_table(paths) -> list[Path]:
+    """Of the methods there are: another folder is a copy, or unfinished."""
     order = {name: place for place, name in enumerate(METHODS)}
 
     def place(path):
-        name = path.parent.name
-        return order.get(name.removesuffix("-online"), len(order)), name
+        return order.get(path.parent.name.removesuffix("-online"), -1), path.parent.name
 
-    return sorted(paths, key=place)
+    return sorted((path for path in paths if place(path)[0] >= 0), key=place)
 
 
 def _cell(folder: Path) -> dict:
@@ -138,7 +139,8 @@ def summarise(record: dict, config: Config, flops: dict[str, int]) -> dict:
         first = several[0]
         how = Method(**first["method"])
         methods.append({
-            "name": name, **first["method"], "epochs": first["epochs"], "n": len(several),
+            "name": name, **first["method"], "title": method(name).title, "epochs": first["epochs"],
+            "n": len(several),
             "val": mean_std([cell["val"]["accuracy"] for cell in several]), "test": mean_std(list(test[name].values())),
             "over_ce": paired(test[name], test.get("ce", {})) if name != "ce" else None,
             "over_uniform": paired(test[name], test.get("uniform", {})) if name != "uniform" else None,

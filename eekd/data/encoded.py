@@ -1,8 +1,10 @@
 """Images that stay encoded, in files or in a Hugging Face dataset, until they are asked for."""
 
+import copy
 import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,12 +19,15 @@ KINDS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
 class Encoded:
     """A sequence of images, each decoded on demand to (C, S, S) uint8.
 
-    items  paths, encoded bytes, or the {"bytes", "path"} cells of a Hugging Face image column
-    zoom   the side of the centred square that is shown, as a fraction of the image's shorter side
+    items    paths, encoded bytes, or the {"bytes", "path"} cells of a Hugging Face image column
+    zoom     the side of the centred square that is shown, as a fraction of the image's shorter side
+    folders  where the files must lie whose paths are data, as those in a table are; None: anywhere
     """
 
-    def __init__(self, items: Sequence, *, channels: int, image_size: int, zoom: float = 1.0):
+    def __init__(self, items: Sequence, *, channels: int, image_size: int, zoom: float = 1.0,
+                 folders: Sequence[Path] | None = None):  # fmt: skip
         self.items, self.channels, self.image_size, self.zoom = items, channels, image_size, zoom
+        self.folders = folders
         self.rows = np.arange(len(items))
 
     def __len__(self) -> int:
@@ -35,7 +40,7 @@ class Encoded:
 
     def subset(self, index: Tensor) -> "Encoded":
         """The images `index` (n,) int64 of this sequence."""
-        part = Encoded(self.items, channels=self.channels, image_size=self.image_size, zoom=self.zoom)
+        part = copy.copy(self)
         part.rows = self.rows[index.numpy()]
         return part
 
@@ -49,7 +54,14 @@ class Encoded:
             raise ValueError(f"image {row} is empty")
         if not isinstance(item, bytes | str):
             raise ValueError(f"image {row} is of type {type(item).__name__}, wanted bytes or the path of a file")
-        return (item, f"image {row}") if isinstance(item, bytes) else (read_bytes(item), item)
+        if isinstance(item, bytes):
+            return item, f"image {row}"
+        if self.folders is not None:
+            places = [folder / item for folder in self.folders if (folder / item).is_relative_to(folder)]
+            if not places or ".." in Path(item).parts:
+                raise ValueError(f"image {row} is {item!r}, wanted bytes or a path in {self.folders[0]}")
+            item = str(places[0])
+        return read_bytes(item), item
 
     def decode(self, i: int, choose: Callable[[int, int], Sequence[int]] | None = None) -> Tensor:
         """Image i, or its box (top, left, height, width) = choose(height, width), as (C, S, S) uint8.
@@ -76,13 +88,15 @@ class Encoded:
 
 
 def open_image(data: bytes, name: str, mode: str | None = None):
-    """The PIL image in `data`, decoded to `mode` if given; ValueError with its name if there is none."""
+    """The PIL image in `data`, decoded to `mode` if given; ValueError with its name if there is none of 8 bits."""
     try:
         from PIL import Image
     except ImportError:
         raise ImportError("reading image files needs Pillow: pip install 'eekd[data]'") from None
     try:
         image = Image.open(io.BytesIO(data), formats=KINDS)
-        return image.convert(mode) if mode else image
+        if image.mode[0] not in "IF":  # I, I;16, I;16B, F: convert would clip them
+            return image.convert(mode) if mode else image
     except Exception as error:  # a damaged file can make a decoder raise anything
         raise ValueError(f"{name} is damaged or no image ({type(error).__name__})") from None
+    raise ValueError(f"{name} has 16 or 32 bits a pixel, wanted 8")

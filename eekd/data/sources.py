@@ -172,12 +172,15 @@ def _hugging_face(source: str | Path, image_size: int | None, problem: str) -> F
     """A dataset of the hub by its id, or local parquet by its path; `problem` begins the error."""
     try:
         from datasets import Image, load_dataset
+        from datasets.config import HF_DATASETS_CACHE
+        from huggingface_hub.constants import HF_HUB_CACHE
     except ImportError:
         raise ImportError(f"{problem}: that needs the package datasets, pip install 'eekd[data]'") from None
     try:
         if isinstance(source, str):
-            found = load_dataset(source)
+            found, folders = load_dataset(source), (HF_DATASETS_CACHE, HF_HUB_CACHE)
         else:
+            folders = [source if source.is_dir() else source.parent]
             key = "data_files" if source.is_file() else "data_dir"
             found = load_dataset("parquet", **{key: str(source)})
     except Exception as error:  # network, hub, file system and parquet each have their own
@@ -208,16 +211,20 @@ def _hugging_face(source: str | Path, image_size: int | None, problem: str) -> F
         if isinstance(features[image], Image):
             split = split.cast_column(image, Image(decode=False))
         parts[part] = split[image], [number[value] for value in y]
-    return _encoded(parts, names or [str(y) for y in number], image_size)
+    folders = [Path(folder).absolute() for folder in folders]
+    return _encoded(parts, names or [str(y) for y in number], image_size, folders)
 
 
-def _encoded(parts: dict[str, tuple[Sequence, list]], classes: list[str], image_size: int | None) -> Found:
+def _encoded(
+    parts: dict[str, tuple[Sequence, list]], classes: list[str], image_size: int | None,
+    folders: list[Path] | None = None,
+) -> Found:  # fmt: skip
     """Images to decode, with labels; the first one tells grey from colour, and small from large."""
-    image = open_image(*Encoded(parts["train"][0], channels=3, image_size=1).read(0))
+    image = open_image(*Encoded(parts["train"][0], channels=3, image_size=1, folders=folders).read(0))
     channels = 1 if image.mode in ("1", "L") else 3
     size = image_size or (image.width if image.width == image.height <= 64 else 224)
     encoded = {
-        part: (Encoded(images, channels=channels, image_size=size), torch.tensor(labels))
+        part: (Encoded(images, channels=channels, image_size=size, folders=folders), torch.tensor(labels))
         for part, (images, labels) in parts.items()
     }
     return Found(encoded, classes, "imagenet" if size > 64 else "crop" if channels == 1 else "crop-flip")
