@@ -18,7 +18,7 @@ from test_resume import EVERY_STEP, Killed, check_same, killer, untimed
 from eekd import losses
 from eekd import train as cli
 from eekd.bank import __main__ as bank
-from eekd.checkpoint import load_tensors, read_json, sha256_of
+from eekd.checkpoint import load_tensors, read_json, sha256_of, write_json_atomic
 from eekd.config import Config, Student, Teacher
 from eekd.data import Loader, load
 from eekd.features import LastFeatures
@@ -27,6 +27,7 @@ from eekd.ops.backend import backend_for
 from eekd.snapshots import SnapshotEnsemble
 from eekd.topk import top_k_logits
 from eekd.trainers import loop, prepare, train, train_student, train_teacher
+from eekd.trainers.forward import Forward
 from eekd.trainers.loop import Session, learning_rate
 from eekd.trainers.numbers import Guard, Verifier, Watch, differs, replay
 from eekd.trainers.state import State
@@ -428,6 +429,31 @@ def test_what_was_kept_shows_the_bad_tensor(run, tmp_path, mark, fault):
     path.with_suffix(".safetensors").write_bytes(data)
     with pytest.raises(ValueError, match="non-finite-2.safetensors was changed or damaged"):
         replay(path)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("content, told", [
+    ([], "must be an object, got a list"), ("x", "must be an object, got a str"), ({}, "must have format 1, got None"),
+    ({"format": 2}, "must have format 1, got 2"), ({"format": 1}, "must have sha256, classes, criterion, settings"),
+], ids=str)  # fmt: skip
+def test_a_file_that_cannot_be_replayed_is_named(tmp_path, content, told):
+    write_json_atomic(tmp_path / "kept.json", content)
+    with pytest.raises(ValueError) as caught:
+        replay(tmp_path / "kept.json")
+    assert str(caught.value).startswith(f"{tmp_path}/kept.json {told}")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_replay_runs_as_the_training_did(run, tmp_path, mark, monkeypatch, precision):
+    session, name, value = faulty(run, "overflow", precision=precision, channels_last=True)
+    mark(session, value, 1)
+    ran = []
+    monkeypatch.setattr(Forward, "run", lambda self, *args, then=Forward.run: ran.append(self) or then(self, *args))
+    with pytest.raises(FloatingPointError):
+        start(session, name, tmp_path / "phase", run[1] / "teacher")
+    ran.clear()
+    assert replay(tmp_path / "phase/non-finite-2.json").name.startswith("the output of 0.trap")
+    assert [(forward.dtype, forward.layout) for forward in ran] == [(session.dtype, torch.channels_last)]
 
 
 def test_compiled_networks_are_watched_too(run, tmp_path, mark, monkeypatch):

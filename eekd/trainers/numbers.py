@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eekd import distributed, models
+from eekd import distributed
 from eekd.checkpoint import load_state, load_tensors, read_json, save_tensors, write_json_atomic
 from eekd.config import Phase
 from eekd.features import LastFeatures
@@ -35,6 +35,7 @@ from eekd.losses import EEKDLoss
 from eekd.ops import use_backend
 from eekd.ops.backend import backend_for
 from eekd.topk import TopKLogits
+from eekd.trainers.forward import Forward
 from eekd.trainers.state import State, made_with, random_state, set_random_state
 
 FORMAT = 1
@@ -352,7 +353,7 @@ def differs(loss: EEKDLoss, *given) -> str | None:
 def replay(path: str | Path, device: str = "cpu") -> "Found | str | None":
     """What is wrong with what was kept in `path`, on this machine: the first bad tensor, or what of the loss differs.
 
-    None where nothing is. ValueError or FileNotFoundError where a file is damaged or missing.
+    None where nothing is. ValueError or FileNotFoundError where a file is damaged, missing or of another format.
     """
     generators = random_state(torch.device(device))
     try:
@@ -363,6 +364,12 @@ def replay(path: str | Path, device: str = "cpu") -> "Found | str | None":
 
 def _replay(path: Path, device: str) -> "Found | str | None":
     known = read_json(path)
+    if not isinstance(known, dict):
+        raise ValueError(f"{path} must be an object, got a {type(known).__name__}")
+    if known.get("format") != FORMAT:
+        raise ValueError(f"{path} must have format {FORMAT}, got {known.get('format')!r:.100}")
+    if missing := [name for name in ("sha256", "classes", "criterion", "settings") if name not in known]:
+        raise ValueError(f"{path} must have {', '.join(missing)}, got {', '.join(known):.100}")
     tensors = load_tensors(path.with_suffix(".safetensors"), known["sha256"])
     weights = {name.removeprefix("network."): tensors.pop(name) for name in [*tensors] if name.startswith("network.")}
     generators = tensors.pop("random", None)
@@ -377,17 +384,15 @@ def _replay(path: Path, device: str) -> "Found | str | None":
         load_state(loss, weights, path)
         given = tensors["student_logits"], snapshot_logits, tensors.get("labels"), tensors.get("student_features")
         return differs(loss, *given, snapshot_features)
-    layout = torch.channels_last if settings["channels_last"] else torch.contiguous_format
-    network = models.build(**known["spec"]).to(device, memory_format=layout)
+    forward = Forward(settings["precision"], settings["channels_last"], torch.device(device))
+    network = forward.build(known["spec"])
     trained = nn.ModuleList([network, loss]) if loss else network
     load_state(trained, weights, path)
     capture = LastFeatures(network.train()) if loss else network
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings["precision"]]
     set_random_state(generators, torch.device(device))
     with Watch(trained.train(), len(tensors["images"])) as watch:
         watch.look("the images", tensors["images"])
-        with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None):
-            output = capture(tensors["images"].contiguous(memory_format=layout))
+        output = forward.run(capture, tensors["images"])
         if loss:
             logits, features = output
             watch.run(loss(logits, snapshot_logits, tensors["labels"], features, snapshot_features)[0])
