@@ -29,7 +29,7 @@ from eekd.topk import top_k_logits
 from eekd.trainers import loop, prepare, train, train_student, train_teacher
 from eekd.trainers.forward import Forward
 from eekd.trainers.loop import Session, learning_rate
-from eekd.trainers.numbers import Guard, Verifier, Watch, differs, replay
+from eekd.trainers.numbers import Guard, Verifier, Watch, _overflow, differs, replay
 from eekd.trainers.state import State
 
 NETS = """
@@ -67,6 +67,7 @@ class Net(nn.Module):
         self.fault = fault
 
     def forward(self, x):
+        x = x.to(self.head.weight.dtype)
         marked = x.amax((1, 2, 3)) > (500 if self.fault == "logits" else 100)
         x = self.body(torch.where(marked[:, None, None, None], 0, x))
         if self.training and self.fault == "gradient":
@@ -87,6 +88,20 @@ def bursting(num_classes, in_channels, image_size):
 
 def overflowing(num_classes, in_channels, image_size):
     return net(num_classes, in_channels, image_size, width=5, fault="overflow")
+
+def doubled(num_classes, in_channels, image_size):
+    return net(num_classes, in_channels, image_size, width=5).double()
+
+def halves(num_classes, in_channels, image_size):
+    made = net(num_classes, in_channels, image_size, width=5)
+    made.many = nn.Parameter(torch.full((70000,), 2.0, dtype=torch.half))  # finite, but not their sum
+    made.register_forward_hook(lambda made, args, output: output + made.many.float().mean())
+    return made
+
+def scripted(num_classes, in_channels, image_size):
+    made = overflowing(num_classes, in_channels, image_size)
+    made.body[0] = torch.jit.script(made.body[0])
+    return made
 
 def blowing(num_classes, in_channels, image_size):
     return net(num_classes, in_channels, image_size, fault="logits")
@@ -204,9 +219,15 @@ def parameters(state: dict) -> dict:
 
 def faulty(run, fault: str, **more):
     """A session, the name of a phase that takes that fault from a marked image, and what to mark it with."""
-    (session, _), (name, model, value) = run, FAULTS[fault]
-    student = dataclasses.replace(session.config.student, model=session.config.student.model.replace("small", model))
-    return Session(dataclasses.replace(session.config, student=student, **more), session.data), name, value
+    name, model, value = FAULTS[fault]
+    return taught(run, model, **more), name, value
+
+
+def taught(run, model: str, **more) -> Session:
+    """A session whose student is that model."""
+    config = run[0].config
+    student = dataclasses.replace(config.student, model=config.student.model.replace("small", model))
+    return Session(dataclasses.replace(config, student=student, **more), run[0].data)
 
 
 def start(session, name: str, folder, teacher, **more):
@@ -357,6 +378,20 @@ def test_what_was_skipped_survives_a_kill(run, tmp_path, mark, budget):
     assert [row["skipped"] for row in untimed(tmp_path / "phase")] == [1, 1]
 
 
+def test_epochs_count_their_own_skips_whatever_the_policy(run, tmp_path, mark):
+    session, name, value = faulty(run, "image", save_every=EVERY_STEP)
+    mark(session, value, 1)
+    for policy, kill in (("skip", 3), ("stop", 3), ("skip", 99)):
+        session.config = dataclasses.replace(session.config, non_finite=policy)
+        ends = contextlib.nullcontext() if kill == 99 else pytest.raises(Killed)
+        with ends, warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            start(session, name, tmp_path / "phase", None, resume=True, progress=killer(kill))
+    assert [row["skipped"] for row in untimed(tmp_path / "phase")] == [1, 0]
+    lines = (tmp_path / "phase/metrics.csv").read_text().splitlines()
+    assert [line.rsplit(",", 1)[1] for line in lines] == ["skipped", "1", "0"]
+
+
 def test_processes_leave_out_the_same_steps(run, tmp_path, monkeypatch):
     """Here nothing is bad, but elsewhere."""
     session, name, _ = faulty(run, "image", non_finite="skip")
@@ -387,6 +422,22 @@ def test_weights_that_are_not_finite_are_never_saved(run, tmp_path, monkeypatch)
         start(session, name, tmp_path / "phase", None)
     saved = {path.stem for path in (tmp_path / "phase").rglob("*.safetensors")}
     assert "snapshot-1" in saved and "snapshot-2" not in saved
+
+
+@pytest.mark.parametrize("model", ["halves", "doubled"])
+def test_networks_of_another_dtype_are_finite_too(run, tmp_path, model):
+    session = taught(run, model, verify_loss=2)
+    for name in ("ce", "attention"):
+        start(session, name, tmp_path / name, run[1] / "teacher")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_largest_number_is_finite_and_none_beyond(dtype):
+    large = torch.full((1000,), torch.finfo(dtype).max, dtype=dtype)
+    assert not _overflow([None, large, -large, torch.ones(3), large[:0]])
+    for value, place in itertools.product((NAN, math.inf, -math.inf), (0, 500, 999)):
+        bad = large.index_fill(0, torch.tensor(place), value)
+        assert _overflow([large, bad, torch.ones(3)])
 
 
 @pytest.mark.bad_input
@@ -488,6 +539,14 @@ def test_a_step_of_several_batches_is_watched_to_the_bad_one(run, tmp_path, mark
     with pytest.raises(FloatingPointError, match=f"step 1, .*: the first bad tensor is the images.* sample {sample};"):
         guard.left_out()
     assert replay(tmp_path / "non-finite-1.json").name == "the images"
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.script:FutureWarning", "ignore:.*jit.script:DeprecationWarning")
+def test_scripted_modules_are_passed_over(run, tmp_path, mark):
+    session = taught(run, "scripted")
+    mark(session, 200.0, 1)
+    with pytest.raises(FloatingPointError, match=r"the first bad tensor is the output of 0.trap \(Trap\), "):
+        start(session, "attention", tmp_path / "phase", run[1] / "teacher")
 
 
 def test_a_class_that_does_not_exist_is_not_bad():
