@@ -72,6 +72,8 @@ class Net(nn.Module):
         x = self.body(torch.where(marked[:, None, None, None], 0, x))
         if self.training and self.fault == "gradient":
             x = Burst.apply(x, marked)
+        if self.training and self.fault == "root":
+            x = x + 0 * (x - x.detach()).abs().sqrt()  # whose gradient is NaN
         if self.training and self.fault == "overflow":
             x = self.trap(x, marked)
         x = self.head(x)
@@ -97,6 +99,9 @@ def halves(num_classes, in_channels, image_size):
     made.many = nn.Parameter(torch.full((70000,), 2.0, dtype=torch.half))  # finite, but not their sum
     made.register_forward_hook(lambda made, args, output: output + made.many.float().mean())
     return made
+
+def rooted(num_classes, in_channels, image_size):
+    return net(num_classes, in_channels, image_size, width=5, fault="root")
 
 def scripted(num_classes, in_channels, image_size):
     made = overflowing(num_classes, in_channels, image_size)
@@ -327,6 +332,22 @@ def test_fp16_leaves_gradients_to_its_scaler_and_no_loss(run, tmp_path, mark):
     assert_same(by_hand(session, name, [2], run[1] / "teacher")[0], after(tmp_path / "phase", name))
 
 
+@pytest.mark.bad_input
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+@pytest.mark.parametrize("rows, step, scale", [(60, 8, "2.6e+02"), (4, 31, "3.1e-05")], ids=["short", "long"])
+def test_fp16_ends_where_no_scale_mends_the_gradients(run, tmp_path, policy, rows, step, scale):
+    session = taught(run, "rooted", precision="fp16", non_finite=policy, save_every=EVERY_STEP)
+    student = dataclasses.replace(session.config.student, batch_size=rows)
+    session.config = dataclasses.replace(session.config, student=student)
+    told = rf"^ce: a gradient is not finite at loss [\d.]+ in epoch \d .* step {step}, .*: the first bad tensor is the "
+    told += rf"gradient of the output of body.6 \(Flatten\), nan in .*no scale of the loss down to {re.escape(scale)} "
+    for kill, ends in ((5, Killed), (99, FloatingPointError)):
+        with pytest.raises(ends) as caught:
+            start(session, "ce", tmp_path / "phase", None, resume=True, progress=killer(kill))
+    assert re.match(told, str(caught.value)) and str(caught.value).endswith("try a lower lr or precision bf16 or fp32")
+    assert replay(tmp_path / f"phase/non-finite-{step}.json").name == "the gradient of the output of body.6 (Flatten)"
+
+
 def test_a_first_step_that_is_skipped_leaves_a_momentum_of_nothing(run):
     """torch takes what lies in memory."""
     network = Session(run[0].config, run[0].data).network(run[0].config.teacher, 0)
@@ -527,7 +548,7 @@ def test_a_step_of_several_batches_is_watched_to_the_bad_one(run, tmp_path, mark
     loader = session.loader("train", session.config.teacher, train=True)
     objective, _ = loop.classify(session, network, network, None)
     [sample] = mark(session, value, 1)
-    guard = Guard(name, session, session.config.teacher, state, tmp_path, objective, lambda step: iter(loader))
+    guard = Guard(name, session, session.config.teacher, state, tmp_path, objective, lambda step: iter(loader), 8)
     guard.begin(0, 0.1)
     for batch in itertools.islice(loader, 2):
         loss, _ = objective(batch, lambda name: contextlib.nullcontext())

@@ -152,7 +152,7 @@ def fit(name: str, session: Session, phase: Phase, trained: nn.Module, parallel:
         loader.skip(step % each * config.accumulate)
         return iter(loader)
 
-    guard = Guard(name, session, phase, state, folder, objective, batches_from)
+    guard = Guard(name, session, phase, state, folder, objective, batches_from, total)
     log = Log(folder, config.tensorboard, guard.rows(saved[1]["rows"] if saved else []) if resume else None)
     if saved:
         state.unpack(*saved)

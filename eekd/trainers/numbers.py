@@ -44,6 +44,9 @@ FORMAT = 1
 # its seven digits at most, and a kernel that is wrong is further off; of float64 too, in which not all is computed.
 RTOL = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 
+# Of a loss in fp16: the first scale, torch's own, and the least, at which a gradient of 1 is still a normal number.
+SCALES = 2.0**16, 2.0**-14
+
 
 class Guard:
     """Keeps a step whose loss or gradients are not finite from the weights, then ends the phase or leaves the step out.
@@ -51,16 +54,17 @@ class Guard:
     The loop calls `begin`, `see` for each loss it differentiates, `update`, and `left_out`. Whether the step is bad is
     a number on the device, the largest of all processes, which the fused optimizers obey as they do a GradScaler's; by
     policy "stop" it stays, so that a GPU need be asked only now and then (at every step where parameters are sharded,
-    for no fused optimizer takes these). In precision fp16 gradients are the scaler's business, and a loss that is not
-    finite is bad: no scale mends it.
+    for no fused optimizer takes these). In precision fp16 gradients are the scaler's business until no scale mends
+    them, which ends the phase by either policy; no scale mends a loss that is not finite.
 
     objective(batch, clock) gives a loss, batches_from(step) the batches from the first of `step` on, as often as
-    asked; a step takes config.accumulate of them.
+    asked; a step takes config.accumulate of them, and the phase takes `total` steps.
     """
 
     def __init__(self, name: str, session, phase: Phase, state: State, folder: Path, objective: Callable,
-                 batches_from: Callable[[int], Iterator]):  # fmt: skip
+                 batches_from: Callable[[int], Iterator], total: int):  # fmt: skip
         self.name, self.session, self.phase, self.state, self.folder = name, session, phase, state, folder
+        self.total = total
         self.objective, self.batches_from, self.agree = objective, batches_from, distributed.most
         self.skip, self.budget = session.config.non_finite == "skip", session.config.skip_budget
         self.fused = all(group["fused"] for group in state.optimizer.param_groups)
@@ -108,21 +112,30 @@ class Guard:
         """After a step, or where a state shall be saved (a `pause`): whether the step was bad and did not happen.
 
         All is then as before it, but for the place in the data. FloatingPointError, one sentence, by policy "stop",
-        where the budget is used up, and where weights have left the range of their dtype.
+        where the budget is used up, and where weights have left the range of their dtype or gradients every scale.
         """
         if not (pause or self.looks):
             return False
         if self.bad.item():
             self._tell()
             return True
-        self.begun.clear()
         if pause:
+            if self.begun and self.state.scaler.is_enabled() and self._unscalable():
+                self._tell(self.state.scaler.get_scale())
             weights = dict(self.state.trained.named_parameters())
             if distributed.most(_overflow(p for p in weights.values() if p.is_floating_point())).item():
                 bad = (f"the parameter {x}" for x, p in weights.items() if not distributed.part(p).isfinite().all())
                 bad = next(bad, "a parameter in another process")
                 raise FloatingPointError(f"{self.name}: {bad} is not finite after step {self.step + 1}; try a lower lr")
+        self.begun.clear()
         return False
+
+    def _unscalable(self) -> bool:
+        """Whether scaled gradients were out of range at every scale worth a try, or at every step of the phase."""
+        first, least = SCALES
+        if self.step + 1 == self.total:  # each step out of range has halved the scale
+            least = max(least, first * 0.5 ** (self.total - self.state.skips) * 2)
+        return bool(distributed.largest(self.state.scaler.get_scale() < least)[0])
 
     def rows(self, rows: list[dict]) -> list[dict]:
         """The rows of a phase that may have gone on with another policy, all with the same columns."""
@@ -150,8 +163,8 @@ class Guard:
             if scaler:
                 self.state.scaler.load_state_dict(scaler)
 
-    def _tell(self) -> None:
-        step, loss = self.first.item(), self.loss.item()
+    def _tell(self, scale: float | None = None) -> None:
+        step, loss = self.first.item() if scale is None else self.step, self.loss.item()
         lr, generators = self.begun[step]
         self._restore(generators)
         known = {"phase": self.name, "step": step + 1, "epoch": self.state.epoch + 1, "lr": lr, "loss": str(loss)}
@@ -165,6 +178,9 @@ class Guard:
         else:
             first = "nothing was bad when the batch was run again" + " by this process" * (distributed.size() > 1)
         told = f"{self.name}: {what} in {where}: {first}; saved in {path}"
+        if scale is not None:
+            raise FloatingPointError(f"{told}; no scale of the loss down to {scale:.2g} mends it: try a lower lr or "
+                                     "precision bf16 or fp32")  # fmt: skip
         if not self.skip:
             raise FloatingPointError(f"{told}; try a lower lr or precision fp32, or leave such steps out by "
                                      "non_finite skip")  # fmt: skip
