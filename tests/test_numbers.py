@@ -18,7 +18,7 @@ from test_resume import EVERY_STEP, Killed, check_same, killer, untimed
 from eekd import losses
 from eekd import train as cli
 from eekd.bank import __main__ as bank
-from eekd.checkpoint import load_tensors, read_json, sha256_of
+from eekd.checkpoint import load_tensors, read_json, sha256_of, write_json_atomic
 from eekd.config import Config, Student, Teacher
 from eekd.data import Loader, load
 from eekd.features import LastFeatures
@@ -27,8 +27,9 @@ from eekd.ops.backend import backend_for
 from eekd.snapshots import SnapshotEnsemble
 from eekd.topk import top_k_logits
 from eekd.trainers import loop, prepare, train, train_student, train_teacher
+from eekd.trainers.forward import Forward
 from eekd.trainers.loop import Session, learning_rate
-from eekd.trainers.numbers import Guard, Verifier, Watch, differs, replay
+from eekd.trainers.numbers import Guard, Verifier, Watch, _overflow, differs, replay
 from eekd.trainers.state import State
 
 NETS = """
@@ -66,10 +67,13 @@ class Net(nn.Module):
         self.fault = fault
 
     def forward(self, x):
+        x = x.to(self.head.weight.dtype)
         marked = x.amax((1, 2, 3)) > (500 if self.fault == "logits" else 100)
         x = self.body(torch.where(marked[:, None, None, None], 0, x))
         if self.training and self.fault == "gradient":
             x = Burst.apply(x, marked)
+        if self.training and self.fault == "root":
+            x = x + 0 * (x - x.detach()).abs().sqrt()  # whose gradient is NaN
         if self.training and self.fault == "overflow":
             x = self.trap(x, marked)
         x = self.head(x)
@@ -86,6 +90,23 @@ def bursting(num_classes, in_channels, image_size):
 
 def overflowing(num_classes, in_channels, image_size):
     return net(num_classes, in_channels, image_size, width=5, fault="overflow")
+
+def doubled(num_classes, in_channels, image_size):
+    return net(num_classes, in_channels, image_size, width=5).double()
+
+def halves(num_classes, in_channels, image_size):
+    made = net(num_classes, in_channels, image_size, width=5)
+    made.many = nn.Parameter(torch.full((70000,), 2.0, dtype=torch.half))  # finite, but not their sum
+    made.register_forward_hook(lambda made, args, output: output + made.many.float().mean())
+    return made
+
+def rooted(num_classes, in_channels, image_size):
+    return net(num_classes, in_channels, image_size, width=5, fault="root")
+
+def scripted(num_classes, in_channels, image_size):
+    made = overflowing(num_classes, in_channels, image_size)
+    made.body[0] = torch.jit.script(made.body[0])
+    return made
 
 def blowing(num_classes, in_channels, image_size):
     return net(num_classes, in_channels, image_size, fault="logits")
@@ -203,9 +224,15 @@ def parameters(state: dict) -> dict:
 
 def faulty(run, fault: str, **more):
     """A session, the name of a phase that takes that fault from a marked image, and what to mark it with."""
-    (session, _), (name, model, value) = run, FAULTS[fault]
-    student = dataclasses.replace(session.config.student, model=session.config.student.model.replace("small", model))
-    return Session(dataclasses.replace(session.config, student=student, **more), session.data), name, value
+    name, model, value = FAULTS[fault]
+    return taught(run, model, **more), name, value
+
+
+def taught(run, model: str, **more) -> Session:
+    """A session whose student is that model."""
+    config = run[0].config
+    student = dataclasses.replace(config.student, model=config.student.model.replace("small", model))
+    return Session(dataclasses.replace(config, student=student, **more), run[0].data)
 
 
 def start(session, name: str, folder, teacher, **more):
@@ -305,6 +332,22 @@ def test_fp16_leaves_gradients_to_its_scaler_and_no_loss(run, tmp_path, mark):
     assert_same(by_hand(session, name, [2], run[1] / "teacher")[0], after(tmp_path / "phase", name))
 
 
+@pytest.mark.bad_input
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+@pytest.mark.parametrize("rows, step, scale", [(60, 8, "2.6e+02"), (4, 31, "3.1e-05")], ids=["short", "long"])
+def test_fp16_ends_where_no_scale_mends_the_gradients(run, tmp_path, policy, rows, step, scale):
+    session = taught(run, "rooted", precision="fp16", non_finite=policy, save_every=EVERY_STEP)
+    student = dataclasses.replace(session.config.student, batch_size=rows)
+    session.config = dataclasses.replace(session.config, student=student)
+    told = rf"^ce: a gradient is not finite at loss [\d.]+ in epoch \d .* step {step}, .*: the first bad tensor is the "
+    told += rf"gradient of the output of body.6 \(Flatten\), nan in .*no scale of the loss down to {re.escape(scale)} "
+    for kill, ends in ((5, Killed), (99, FloatingPointError)):
+        with pytest.raises(ends) as caught:
+            start(session, "ce", tmp_path / "phase", None, resume=True, progress=killer(kill))
+    assert re.match(told, str(caught.value)) and str(caught.value).endswith("try a lower lr or precision bf16 or fp32")
+    assert replay(tmp_path / f"phase/non-finite-{step}.json").name == "the gradient of the output of body.6 (Flatten)"
+
+
 def test_a_first_step_that_is_skipped_leaves_a_momentum_of_nothing(run):
     """torch takes what lies in memory."""
     network = Session(run[0].config, run[0].data).network(run[0].config.teacher, 0)
@@ -356,6 +399,20 @@ def test_what_was_skipped_survives_a_kill(run, tmp_path, mark, budget):
     assert [row["skipped"] for row in untimed(tmp_path / "phase")] == [1, 1]
 
 
+def test_epochs_count_their_own_skips_whatever_the_policy(run, tmp_path, mark):
+    session, name, value = faulty(run, "image", save_every=EVERY_STEP)
+    mark(session, value, 1)
+    for policy, kill in (("skip", 3), ("stop", 3), ("skip", 99)):
+        session.config = dataclasses.replace(session.config, non_finite=policy)
+        ends = contextlib.nullcontext() if kill == 99 else pytest.raises(Killed)
+        with ends, warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            start(session, name, tmp_path / "phase", None, resume=True, progress=killer(kill))
+    assert [row["skipped"] for row in untimed(tmp_path / "phase")] == [1, 0]
+    lines = (tmp_path / "phase/metrics.csv").read_text().splitlines()
+    assert [line.rsplit(",", 1)[1] for line in lines] == ["skipped", "1", "0"]
+
+
 def test_processes_leave_out_the_same_steps(run, tmp_path, monkeypatch):
     """Here nothing is bad, but elsewhere."""
     session, name, _ = faulty(run, "image", non_finite="skip")
@@ -386,6 +443,22 @@ def test_weights_that_are_not_finite_are_never_saved(run, tmp_path, monkeypatch)
         start(session, name, tmp_path / "phase", None)
     saved = {path.stem for path in (tmp_path / "phase").rglob("*.safetensors")}
     assert "snapshot-1" in saved and "snapshot-2" not in saved
+
+
+@pytest.mark.parametrize("model", ["halves", "doubled"])
+def test_networks_of_another_dtype_are_finite_too(run, tmp_path, model):
+    session = taught(run, model, verify_loss=2)
+    for name in ("ce", "attention"):
+        start(session, name, tmp_path / name, run[1] / "teacher")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_largest_number_is_finite_and_none_beyond(dtype):
+    large = torch.full((1000,), torch.finfo(dtype).max, dtype=dtype)
+    assert not _overflow([None, large, -large, torch.ones(3), large[:0]])
+    for value, place in itertools.product((NAN, math.inf, -math.inf), (0, 500, 999)):
+        bad = large.index_fill(0, torch.tensor(place), value)
+        assert _overflow([large, bad, torch.ones(3)])
 
 
 @pytest.mark.bad_input
@@ -430,6 +503,31 @@ def test_what_was_kept_shows_the_bad_tensor(run, tmp_path, mark, fault):
         replay(path)
 
 
+@pytest.mark.bad_input
+@pytest.mark.parametrize("content, told", [
+    ([], "must be an object, got a list"), ("x", "must be an object, got a str"), ({}, "must have format 1, got None"),
+    ({"format": 2}, "must have format 1, got 2"), ({"format": 1}, "must have sha256, classes, criterion, settings"),
+], ids=str)  # fmt: skip
+def test_a_file_that_cannot_be_replayed_is_named(tmp_path, content, told):
+    write_json_atomic(tmp_path / "kept.json", content)
+    with pytest.raises(ValueError) as caught:
+        replay(tmp_path / "kept.json")
+    assert str(caught.value).startswith(f"{tmp_path}/kept.json {told}")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_replay_runs_as_the_training_did(run, tmp_path, mark, monkeypatch, precision):
+    session, name, value = faulty(run, "overflow", precision=precision, channels_last=True)
+    mark(session, value, 1)
+    ran = []
+    monkeypatch.setattr(Forward, "run", lambda self, *args, then=Forward.run: ran.append(self) or then(self, *args))
+    with pytest.raises(FloatingPointError):
+        start(session, name, tmp_path / "phase", run[1] / "teacher")
+    ran.clear()
+    assert replay(tmp_path / "phase/non-finite-2.json").name.startswith("the output of 0.trap")
+    assert [(forward.dtype, forward.layout) for forward in ran] == [(session.dtype, torch.channels_last)]
+
+
 def test_compiled_networks_are_watched_too(run, tmp_path, mark, monkeypatch):
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda network: compiler(network, backend="eager"))
@@ -450,7 +548,7 @@ def test_a_step_of_several_batches_is_watched_to_the_bad_one(run, tmp_path, mark
     loader = session.loader("train", session.config.teacher, train=True)
     objective, _ = loop.classify(session, network, network, None)
     [sample] = mark(session, value, 1)
-    guard = Guard(name, session, session.config.teacher, state, tmp_path, objective, lambda step: iter(loader))
+    guard = Guard(name, session, session.config.teacher, state, tmp_path, objective, lambda step: iter(loader), 8)
     guard.begin(0, 0.1)
     for batch in itertools.islice(loader, 2):
         loss, _ = objective(batch, lambda name: contextlib.nullcontext())
@@ -462,6 +560,14 @@ def test_a_step_of_several_batches_is_watched_to_the_bad_one(run, tmp_path, mark
     with pytest.raises(FloatingPointError, match=f"step 1, .*: the first bad tensor is the images.* sample {sample};"):
         guard.left_out()
     assert replay(tmp_path / "non-finite-1.json").name == "the images"
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.script:FutureWarning", "ignore:.*jit.script:DeprecationWarning")
+def test_scripted_modules_are_passed_over(run, tmp_path, mark):
+    session = taught(run, "scripted")
+    mark(session, 200.0, 1)
+    with pytest.raises(FloatingPointError, match=r"the first bad tensor is the output of 0.trap \(Trap\), "):
+        start(session, "attention", tmp_path / "phase", run[1] / "teacher")
 
 
 def test_a_class_that_does_not_exist_is_not_bad():

@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from eekd import distributed, models
+from eekd import distributed
 from eekd.bank import LogitBank
 from eekd.config import Config, Phase, Teacher
 from eekd.data import Batch, ImageData, Loader, load
 from eekd.trainers.folder import Log
+from eekd.trainers.forward import Forward
 from eekd.trainers.numbers import Guard
 from eekd.trainers.state import Checkpoints, State, random_state, set_random_state, signals
 
@@ -40,7 +41,7 @@ _OWN_BUFFERS = next(name for name in ("forward_sync_buffers", "broadcast_buffers
                     if name in inspect.signature(DistributedDataParallel.__init__).parameters)  # fmt: skip
 
 
-class Session:
+class Session(Forward):
     """What the phases of a run share: settings, data, logit bank (or None), device and precision.
 
     Of several processes (eekd.distributed.joined) each has its share of every batch; batch_size is that of a step, over
@@ -48,8 +49,8 @@ class Session:
     """
 
     def __init__(self, config: Config, data: ImageData | None = None):
+        super().__init__(config.precision, config.channels_last, _device(config.device))
         self.config = config
-        self.device = _device(config.device)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
         torch.use_deterministic_algorithms(config.deterministic)
@@ -59,8 +60,6 @@ class Session:
             train_limit=config.train_limit, image_size=config.image_size,
         )  # fmt: skip
         self.bank = LogitBank.open(config.bank) if config.bank else None
-        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
 
     def spec(self, phase: Phase) -> dict:
         """The arguments of eekd.models.build for this data."""
@@ -74,7 +73,7 @@ class Session:
         The random numbers drawn after differ between processes.
         """
         _seed(seed)
-        network = models.build(**self.spec(phase)).to(self.device, memory_format=self.layout)
+        network = self.build(self.spec(phase))
         if not distributed.first():
             _seed(int(np.random.SeedSequence((seed, distributed.rank())).generate_state(1)[0]))
         return synchronised(network) if self.config.sync_batchnorm else network
@@ -117,11 +116,6 @@ class Session:
             drop_last=train and 0 < rest < 2 * processes, rank=distributed.rank(), world_size=processes, **views,
         )  # fmt: skip
 
-    def run(self, network: Callable, images: Tensor):
-        """The network's output under this session's precision and memory format."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-            return network(images.contiguous(memory_format=self.layout))
-
     def compiled(self, network: nn.Module) -> nn.Module:
         return torch.compile(network) if self.config.compile else network
 
@@ -156,7 +150,7 @@ def fit(setup: dict, session: Session, phase: Phase, trained: nn.Module, paralle
         loader.skip(step % each * config.accumulate)
         return iter(loader)
 
-    guard = Guard(name, session, phase, state, folder, objective, batches_from)
+    guard = Guard(name, session, phase, state, folder, objective, batches_from, total)
     log = Log(folder, config.tensorboard, guard.rows(saved[1]["rows"] if saved else []) if resume else None)
     if saved:
         state.unpack(*saved)

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eekd import distributed, models
+from eekd import distributed
 from eekd.checkpoint import load_state, load_tensors, read_json, save_tensors, write_json_atomic
 from eekd.config import Phase
 from eekd.features import LastFeatures
@@ -35,13 +35,17 @@ from eekd.losses import EEKDLoss
 from eekd.ops import use_backend
 from eekd.ops.backend import backend_for
 from eekd.topk import TopKLogits
+from eekd.trainers.forward import Forward
 from eekd.trainers.state import State, made_with, random_state, set_random_state
 
 FORMAT = 1
 # How far a loss may be from its formula, of the largest true value. What is kept in 16 bits was rounded when it was
 # written and again when it was scaled: four units in the last place. Sums over classes and rows cost float32 three of
-# its seven digits at most, and a kernel that is wrong is further off.
-RTOL = {torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.float16: 2**-9}
+# its seven digits at most, and a kernel that is wrong is further off; of float64 too, in which not all is computed.
+RTOL = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.float16: 2**-9}
+
+# Of a loss in fp16: the first scale, torch's own, and the least, at which a gradient of 1 is still a normal number.
+SCALES = 2.0**16, 2.0**-14
 
 
 class Guard:
@@ -50,16 +54,17 @@ class Guard:
     The loop calls `begin`, `see` for each loss it differentiates, `update`, and `left_out`. Whether the step is bad is
     a number on the device, the largest of all processes, which the fused optimizers obey as they do a GradScaler's; by
     policy "stop" it stays, so that a GPU need be asked only now and then (at every step where parameters are sharded,
-    for no fused optimizer takes these). In precision fp16 gradients are the scaler's business, and a loss that is not
-    finite is bad: no scale mends it.
+    for no fused optimizer takes these). In precision fp16 gradients are the scaler's business until no scale mends
+    them, which ends the phase by either policy; no scale mends a loss that is not finite.
 
     objective(batch, clock) gives a loss, batches_from(step) the batches from the first of `step` on, as often as
-    asked; a step takes config.accumulate of them.
+    asked; a step takes config.accumulate of them, and the phase takes `total` steps.
     """
 
     def __init__(self, name: str, session, phase: Phase, state: State, folder: Path, objective: Callable,
-                 batches_from: Callable[[int], Iterator]):  # fmt: skip
+                 batches_from: Callable[[int], Iterator], total: int):  # fmt: skip
         self.name, self.session, self.phase, self.state, self.folder = name, session, phase, state, folder
+        self.total = total
         self.objective, self.batches_from, self.agree = objective, batches_from, distributed.most
         self.skip, self.budget = session.config.non_finite == "skip", session.config.skip_budget
         self.fused = all(group["fused"] for group in state.optimizer.param_groups)
@@ -107,21 +112,30 @@ class Guard:
         """After a step, or where a state shall be saved (a `pause`): whether the step was bad and did not happen.
 
         All is then as before it, but for the place in the data. FloatingPointError, one sentence, by policy "stop",
-        where the budget is used up, and where weights have left the range of their dtype.
+        where the budget is used up, and where weights have left the range of their dtype or gradients every scale.
         """
         if not (pause or self.looks):
             return False
         if self.bad.item():
             self._tell()
             return True
-        self.begun.clear()
         if pause:
+            if self.begun and self.state.scaler.is_enabled() and self._unscalable():
+                self._tell(self.state.scaler.get_scale())
             weights = dict(self.state.trained.named_parameters())
             if distributed.most(_overflow(p for p in weights.values() if p.is_floating_point())).item():
-                bad = next((name for name, p in weights.items() if not distributed.part(p).isfinite().all()), "all")
-                raise FloatingPointError(f"{self.name}: the parameter {bad} is not finite after step {self.step + 1}; "
-                                         "try a lower lr")  # fmt: skip
+                bad = (f"the parameter {x}" for x, p in weights.items() if not distributed.part(p).isfinite().all())
+                bad = next(bad, "a parameter in another process")
+                raise FloatingPointError(f"{self.name}: {bad} is not finite after step {self.step + 1}; try a lower lr")
+        self.begun.clear()
         return False
+
+    def _unscalable(self) -> bool:
+        """Whether scaled gradients were out of range at every scale worth a try, or at every step of the phase."""
+        first, least = SCALES
+        if self.step + 1 == self.total:  # each step out of range has halved the scale
+            least = max(least, first * 0.5 ** (self.total - self.state.skips) * 2)
+        return bool(distributed.largest(self.state.scaler.get_scale() < least)[0])
 
     def rows(self, rows: list[dict]) -> list[dict]:
         """The rows of a phase that may have gone on with another policy, all with the same columns."""
@@ -129,7 +143,7 @@ class Guard:
 
     def row(self, rows: list[dict]) -> dict:
         """What the row of an epoch says of the steps left out, where any may be; `rows` are those before."""
-        if self.skip or any("skipped" in row for row in rows):
+        if self.skip or self.state.skips or any("skipped" in row for row in rows):
             return {"skipped": self.state.skips - sum(row.get("skipped", 0) for row in rows)}
         return {}
 
@@ -149,8 +163,8 @@ class Guard:
             if scaler:
                 self.state.scaler.load_state_dict(scaler)
 
-    def _tell(self) -> None:
-        step, loss = self.first.item(), self.loss.item()
+    def _tell(self, scale: float | None = None) -> None:
+        step, loss = self.first.item() if scale is None else self.step, self.loss.item()
         lr, generators = self.begun[step]
         self._restore(generators)
         known = {"phase": self.name, "step": step + 1, "epoch": self.state.epoch + 1, "lr": lr, "loss": str(loss)}
@@ -164,6 +178,9 @@ class Guard:
         else:
             first = "nothing was bad when the batch was run again" + " by this process" * (distributed.size() > 1)
         told = f"{self.name}: {what} in {where}: {first}; saved in {path}"
+        if scale is not None:
+            raise FloatingPointError(f"{told}; no scale of the loss down to {scale:.2g} mends it: try a lower lr or "
+                                     "precision bf16 or fp32")  # fmt: skip
         if not self.skip:
             raise FloatingPointError(f"{told}; try a lower lr or precision fp32, or leave such steps out by "
                                      "non_finite skip")  # fmt: skip
@@ -226,6 +243,8 @@ class Watch:
             if parameter.requires_grad:
                 self._watch_gradient(name, parameter, size=0)
         for name, module in self.trained.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no such hooks
+                continue
             title = f"{name} ({type(module).__name__})" if name else f"the network ({type(module).__name__})"
             before, after = partial(self._before, title), partial(self._after, title)
             self._handles += [module.register_forward_pre_hook(before, with_kwargs=True),
@@ -352,7 +371,7 @@ def differs(loss: EEKDLoss, *given) -> str | None:
 def replay(path: str | Path, device: str = "cpu") -> "Found | str | None":
     """What is wrong with what was kept in `path`, on this machine: the first bad tensor, or what of the loss differs.
 
-    None where nothing is. ValueError or FileNotFoundError where a file is damaged or missing.
+    None where nothing is. ValueError or FileNotFoundError where a file is damaged, missing or of another format.
     """
     generators = random_state(torch.device(device))
     try:
@@ -363,6 +382,12 @@ def replay(path: str | Path, device: str = "cpu") -> "Found | str | None":
 
 def _replay(path: Path, device: str) -> "Found | str | None":
     known = read_json(path)
+    if not isinstance(known, dict):
+        raise ValueError(f"{path} must be an object, got a {type(known).__name__}")
+    if known.get("format") != FORMAT:
+        raise ValueError(f"{path} must have format {FORMAT}, got {known.get('format')!r:.100}")
+    if missing := [name for name in ("sha256", "classes", "criterion", "settings") if name not in known]:
+        raise ValueError(f"{path} must have {', '.join(missing)}, got {', '.join(known):.100}")
     tensors = load_tensors(path.with_suffix(".safetensors"), known["sha256"])
     weights = {name.removeprefix("network."): tensors.pop(name) for name in [*tensors] if name.startswith("network.")}
     generators = tensors.pop("random", None)
@@ -377,17 +402,15 @@ def _replay(path: Path, device: str) -> "Found | str | None":
         load_state(loss, weights, path)
         given = tensors["student_logits"], snapshot_logits, tensors.get("labels"), tensors.get("student_features")
         return differs(loss, *given, snapshot_features)
-    layout = torch.channels_last if settings["channels_last"] else torch.contiguous_format
-    network = models.build(**known["spec"]).to(device, memory_format=layout)
+    forward = Forward(settings["precision"], settings["channels_last"], torch.device(device))
+    network = forward.build(known["spec"])
     trained = nn.ModuleList([network, loss]) if loss else network
     load_state(trained, weights, path)
     capture = LastFeatures(network.train()) if loss else network
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings["precision"]]
     set_random_state(generators, torch.device(device))
     with Watch(trained.train(), len(tensors["images"])) as watch:
         watch.look("the images", tensors["images"])
-        with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None):
-            output = capture(tensors["images"].contiguous(memory_format=layout))
+        output = forward.run(capture, tensors["images"])
         if loss:
             logits, features = output
             watch.run(loss(logits, snapshot_logits, tensors["labels"], features, snapshot_features)[0])
@@ -477,6 +500,6 @@ def _some(index: Tensor) -> str:
 
 def _overflow(tensors: Iterable[Tensor | None]) -> Tensor:
     """1 where any number in them, as far as this process holds them, is not finite, else 0."""
-    parts = [distributed.part(x) for x in tensors if x is not None]
-    # The sum of absolute values: squares overflow long before what they are of.
-    return (~nn.utils.get_total_norm(parts, 1.0).isfinite()).float()
+    parts = [part for x in tensors if x is not None and (part := distributed.part(x)).numel()]
+    # The largest absolute value: a sum can leave the range of what it is of.
+    return (~nn.utils.get_total_norm(parts, math.inf).isfinite()).float()
