@@ -398,7 +398,9 @@ def test_replay_runs_the_factory_that_was_trained(tmp_path):
     spec = {"name": evil(tmp_path, tmp_path / "ran"), "num_classes": 2, "in_channels": 1, "image_size": 2}
     path = tmp_path / "run" / "teacher" / "non-finite-1.json"
     sha256 = save_tensors(path.with_suffix(".safetensors"), {"images": torch.zeros(1, 1, 2, 2)})
-    write_json_atomic(path, {"sha256": sha256, "criterion": None, "spec": spec, "settings": {"channels_last": False}})
+    settings = {"channels_last": False, "precision": "fp32"}
+    write_json_atomic(path, {"format": 1, "sha256": sha256, "classes": 2, "criterion": None, "spec": spec,
+                             "settings": settings})  # fmt: skip
     assert search(path.parent.parent).returncode == 0
     with contextlib.suppress(ValueError):  # of weights that are not there
         replay(path)
