@@ -312,8 +312,18 @@ def test_killed_workers_change_nothing(undisturbed, tmp_path, seed):
 def test_the_slurm_script_goes_on_after_preemption(undisturbed, tmp_path):
     """With stand-ins for Slurm: SIGTERM saves and asks to be queued again, and the next start ends the run."""
     command, run = undisturbed
-    for name, text in {"srun": 'exec "$@"', "scontrol": f'echo "$*" >> {tmp_path}/asked; echo localhost'}.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+    commands = {
+        # As Slurm's own does, it kills its task, and here what that started, when it is told to end.
+        "srun": """
+            "$@" & task=$!
+            echo $task > FOLDER/task
+            trap 'kill -KILL $(cat /proc/$task/task/$task/children) $task; exit 137' TERM
+            wait $task""",
+        "scancel": '[ "$*" = "--signal=TERM $SLURM_JOB_ID" ] && kill -TERM $(cat FOLDER/task)',
+        "scontrol": 'echo "$*" >> FOLDER/asked; echo localhost',
+    }
+    for name, text in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{textwrap.dedent(text)}\n".replace("FOLDER", str(tmp_path)))
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2",
              "SLURM_JOB_ID": str(os.getpid())}  # fmt: skip

@@ -655,7 +655,7 @@ BROKEN = {
     "attention_loss": ("loss with", lambda result: result._replace(attention_loss=result.attention_loss + 1e-2)),
     "weights": ("weight", lambda result: result._replace(weights=result.weights**2)),
     "student's gradient": ("d_student_logits", lambda result: result._replace(
-        loss=result.loss.detach() + 1.01 * (result.loss - result.loss.detach()))),
+        loss=result.loss.detach() + 1.05 * (result.loss - result.loss.detach()))),
     "attention's gradient": ("d_attention", lambda result: result._replace(
         attention_loss=0.02 * result.attention_loss.detach() + 0.98 * result.attention_loss)),
 }  # fmt: skip
@@ -671,9 +671,10 @@ def broken(op, damage):
 
 
 @pytest.mark.bad_input
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("wrong", BROKEN)
-def test_a_wrong_loss_ends_the_phase(run, tmp_path, monkeypatch, wrong):
-    session, whole = run
+def test_a_wrong_loss_ends_the_phase(run, tmp_path, monkeypatch, wrong, precision):
+    session, whole = taught(run, "small", precision=precision), run[1]
     named, damage = BROKEN[wrong]
     monkeypatch.setattr(losses, "ensemble_kd", broken(losses.ensemble_kd, damage))
     with pytest.raises(FloatingPointError) as caught:
@@ -688,6 +689,20 @@ def test_a_wrong_loss_ends_the_phase(run, tmp_path, monkeypatch, wrong):
     assert replay(path) is None
 
 
+@pytest.mark.parametrize("dtype, by", [
+    (torch.float64, 5e-4), (torch.float32, 5e-4), (torch.bfloat16, 0.05), (torch.float16, 0.01),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_a_wrong_gradient_is_found_in_every_precision(monkeypatch, weighting, dtype, by):
+    for name in ("ensemble_kd", "sparse_ensemble_kd"):
+        monkeypatch.setattr(losses, name, broken(getattr(losses, name), lambda result: result._replace(
+            loss=result.loss.detach() + (1 + by) * (result.loss - result.loss.detach()))))  # fmt: skip
+    for seed, (k, fusion) in enumerate(itertools.product((None, 4), ("probability", "logit"))):
+        for rows, classes, scale in ((16, 10, 3.0), (64, 200, 1.0), (257, 7, 10.0)):
+            given = inputs(rows, classes, scale=scale, dtype=dtype, seed=seed, k=k)
+            assert (differs(criterion(weighting, fusion=fusion), *given) or "").startswith("d_student_logits is ")
+
+
 def test_the_first_batches_of_a_student_are_verified(run, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr("eekd.trainers.numbers.differs", lambda loss, *given: calls.append(given))
@@ -699,9 +714,30 @@ def test_the_first_batches_of_a_student_are_verified(run, tmp_path, monkeypatch)
     assert Config().verify_loss == 1
 
 
+def test_a_bad_batch_is_run_again_while_losses_are_verified(run, tmp_path, mark):
+    session, name, value = faulty(run, "gradient", non_finite="skip", verify_loss=9)
+    mark(session, value, 1, 6)
+    with pytest.warns(RuntimeWarning, match="the gradient of the output of 0.body.6 .*; the step is left out$"):
+        start(session, name, tmp_path / "phase", run[1] / "teacher")
+    assert_same(by_hand(session, name, (1, 6), run[1] / "teacher")[0], after(tmp_path / "phase", name))
+
+
+@pytest.mark.bad_input
+def test_a_batch_that_is_not_finite_does_not_count_as_verified(run, tmp_path, mark, monkeypatch):
+    session = taught(run, "small", non_finite="skip")
+    mark(session, NAN, 0, 1)
+    monkeypatch.setattr(losses, "ensemble_kd", broken(losses.ensemble_kd, BROKEN["loss"][1]))
+    with (pytest.warns(RuntimeWarning, match="; the step is left out$") as told,
+          pytest.raises(FloatingPointError, match="^attention: loss with the attention's is")):  # fmt: skip
+        start(session, "attention", tmp_path / "phase", run[1] / "teacher")
+    assert len(told) == 2
+
+
 def test_processes_stop_as_one_at_a_wrong_loss(run, tmp_path):
     verify = Verifier("uniform", criterion("uniform"), run[0], tmp_path)
-    verify.agree = lambda flag: torch.ones(())
+    verify.agree = lambda flags: torch.tensor([0.0, 1.0])  # elsewhere the loss is not finite
+    verify(*inputs())
+    verify.agree = lambda flags: torch.tensor([1.0, 0.0])
     with pytest.raises(FloatingPointError, match="^uniform: in another process the loss differs from its formula$"):
         verify(*inputs())
 
