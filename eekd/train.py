@@ -137,8 +137,8 @@ def parse(argv: list[str]) -> Flags:
         return replace(parsed, resume=parsed.out, out=None)
     if start.resume:
         other = next((name for name in ("preset", "config", "out") if getattr(parsed, name)), command)
-        settings = differences(asdict(read_settings(start.resume)), asdict(chosen))
-        changed = other or ", ".join(name for name in settings if name not in WATCHES)
+        changed = differences(asdict(read_settings(start.resume)), asdict(chosen))
+        changed = other or ", ".join(name for name in changed if name not in WATCHES)
         if changed:
             raise ValueError(f"--resume {start.resume} goes on with the run as it was begun, and cannot be given with "
                              f"another {changed}")  # fmt: skip

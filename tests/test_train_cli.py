@@ -67,6 +67,11 @@ def test_the_halves(run, here):
     assert [row["name"] for row in rows] == ["teacher", "snapshot 1", "snapshot 2", "ensemble", *two.students]
 
 
+def test_students_of_an_earlier_teacher_go_on(run, here):
+    assert cli.main(["student", "--teacher", str(run), "--students", "uniform", "--out", "one"]) == 0
+    assert cli.main(["--resume", "one"]) == 0
+
+
 def test_a_run_runs_again_from_its_own_config(run, here, capsys):
     assert cli.main(["--config", str(run / "config.json"), "--out", "again[b]"]) == 0
     assert "everything is in again[b]" in sentence(capsys)  # brackets are no markup
