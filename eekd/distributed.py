@@ -199,6 +199,6 @@ def check_replicas(module: nn.Module) -> None:
     hashes = from_all(torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8))
     others = [r for r in range(size()) if not torch.equal(hashes[r], hashes[0])]
     if others:
-        raise distributed.DistError(f"the network of process {others[0]} differs from that of process 0 (hash "
-                           f"{hashes[others[0]].numpy().tobytes().hex()[:12]}, not "
-                           f"{hashes[0].numpy().tobytes().hex()[:12]}): they must be replicas")  # fmt: skip
+        one, other = (hashes[r].numpy().tobytes().hex()[:12] for r in (0, others[0]))
+        raise distributed.DistError(f"the network of process {others[0]} differs from that of process 0 (hash {other}, "
+                                    f"not {one}): they must be replicas")  # fmt: skip

@@ -75,8 +75,7 @@ def read(folder: str | Path) -> Run:
 
     def network(name, phase, own, record):
         known = _record(own / record)
-        if known:
-            check_metrics(own, known)
+        check_metrics(own, known or {})
         return Network(name, phase.model, phase.epochs, _rows(own / "metrics.jsonl"), known)
 
     found = sorted(path.parent.name for path in folder.glob("students/*/metrics.jsonl"))

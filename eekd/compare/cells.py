@@ -179,14 +179,17 @@ class Seed:
 
 
 def cell_made(folder: Path, how: Method) -> dict | None:
-    """The cell.json of a finished cell, None where there is none; ValueError where the method was another."""
+    """The cell.json of a finished cell, with the method as it is now; None where there is none.
+
+    ValueError where the method was another.
+    """
     if not (folder / "cell.json").exists():
         return None
     cell = read_record(folder / "cell.json", "method", "epochs", "seconds", "threads")
     for name, (was, got) in differences({"": cell["method"]}, {"": dataclasses.asdict(how)}).items():
         if name != ".title":
             raise ValueError(f"{folder} was made with {name.strip('.')} {was!r}, got {got!r}: choose another --out")
-    return cell
+    return cell | {"method": dataclasses.asdict(how)}
 
 
 def picked(run: Path, how: Method, config: Config) -> list[int] | None:

@@ -139,8 +139,7 @@ def summarise(record: dict, config: Config, flops: dict[str, int]) -> dict:
         first = several[0]
         how = Method(**first["method"])
         methods.append({
-            "name": name, **first["method"], "title": method(name).title, "epochs": first["epochs"],
-            "n": len(several),
+            "name": name, **first["method"], "epochs": first["epochs"], "n": len(several),
             "val": mean_std([cell["val"]["accuracy"] for cell in several]), "test": mean_std(list(test[name].values())),
             "over_ce": paired(test[name], test.get("ce", {})) if name != "ce" else None,
             "over_uniform": paired(test[name], test.get("uniform", {})) if name != "uniform" else None,
