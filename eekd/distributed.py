@@ -5,6 +5,8 @@ Without torchrun there is one process, and everything here gives back what it wa
 
 import hashlib
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -32,13 +34,36 @@ def joined(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     store, number, count = next(distributed.rendezvous("env://", timeout=timeout))
-    # torchrun keeps one store over its restarts, where the addresses of dead processes would be found.
-    store = distributed.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = _of_the_living(store, number, count, timeout)
     distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
     try:
         yield
     finally:
         distributed.destroy_process_group()
+
+
+def _of_the_living(store: distributed.Store, number: int, count: int, timeout: timedelta) -> distributed.Store:
+    """A part of the store in which dead processes have left nothing.
+
+    torchrun keeps one store over its restarts, which each machine counts for itself. So the first process names a new
+    part, the others put new words there, and go on when it has seen theirs.
+    """
+    word, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    try:
+        if number == 0:
+            store.set("part", word)
+            words = [store.get(f"{word}/{other}") for other in range(1, count)]
+            store.set(f"{word}/seen", b" ".join(words))
+            return distributed.PrefixStore(word, store)
+        while time.monotonic() < end:
+            part = store.get("part").decode()  # perhaps that of a dead process
+            store.set(f"{part}/{number}", word)
+            if store.check([f"{part}/seen"]) and word in store.get(f"{part}/seen").decode():
+                return distributed.PrefixStore(part, store)
+            time.sleep(0.05)
+    except distributed.DistStoreError:  # nobody came
+        pass
+    raise RuntimeError(f"process {number} of {count} waited {timeout} for the others, and not all came")
 
 
 def check_joined() -> None:

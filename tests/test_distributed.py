@@ -4,10 +4,13 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ import torch
 from torch import nn
 
 from eekd import checkpoint, models
+from eekd.distributed import _of_the_living
 from eekd.train import main
 from eekd.trainers.folder import read_metrics
 from eekd.trainers.loop import SyncBatchNorm, synchronised
@@ -95,6 +99,60 @@ def test_what_processes_hand_each_other(tmp_path):
         else:
             raise AssertionError
     """)
+
+
+def test_the_living_meet_among_what_the_dead_left():
+    """Dead first processes have left a part with everything in it, and one that was not done."""
+    store = torch.distributed.HashStore()
+    for left in ({"part": "old", "old/1": "x", "old/2": "y", "old/seen": "x y"}, {"part": "new", "new/2": "z"}, {}):
+        for key, value in left.items():
+            store.set(key, value)
+        with ThreadPoolExecutor(3) as pool:
+            parts = []
+            for number in (2, 1, 0):  # the first process comes last
+                parts.append(pool.submit(_of_the_living, store, number, 3, timedelta(seconds=30)))
+                time.sleep(0.1)
+        assert [part.result().add("here", 1) for part in parts] == [1, 2, 3]
+    store.set_timeout(timedelta(seconds=0.2))
+    for number in (0, 1):
+        with pytest.raises(RuntimeError, match=f"process {number} of 2 waited 0:00:01 for the others, and not all"):
+            _of_the_living(store, number, 2, timedelta(seconds=1))
+
+
+def test_machines_that_count_their_restarts_apart_go_on(tmp_path):
+    """A killed worker's machine counts a restart, the other, whose worker is still busy, none."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent("""
+        import os, signal, sys, time
+        from datetime import timedelta
+        from pathlib import Path
+        from eekd import distributed
+        died = Path(sys.argv[1], "died")
+        before = died.exists()
+        with distributed.joined(timedelta(seconds=60)):
+            distributed.wait()
+            if not before and distributed.first():
+                died.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif not before:
+                time.sleep(90)
+            assert distributed.largest(distributed.rank()) == [1]
+            restarts = os.environ["TORCHELASTIC_RESTART_COUNT"]
+            Path(sys.argv[1], f"went-on-{distributed.rank()}").write_text(restarts)
+    """))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    start = [*TORCHRUN[:-1], "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2", "--rdzv-backend", "c10d",
+             "--rdzv-endpoint", endpoint, "--monitor-interval", "0.1", script, tmp_path]  # fmt: skip
+    machines = [subprocess.Popen(start, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        told = [machine.communicate(timeout=200)[1] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.terminate()
+    assert [machine.returncode for machine in machines] == [0, 0], told
+    assert sorted((tmp_path / f"went-on-{rank}").read_text() for rank in range(2)) == ["0", "1"]
 
 
 @pytest.mark.parametrize("processes", [2, 3])
