@@ -20,7 +20,8 @@ def joined(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
     """Joins the processes that torchrun started: gloo between CPUs, NCCL between GPUs, each process its own GPU.
 
     `timeout` is how long one waits for another. RuntimeError where torchrun's environment is incomplete or fewer
-    GPUs are there than processes. Where the group is already joined, it is used and left as it is.
+    GPUs are there than processes. Where the group is already joined, it is used and left as it is. After an error
+    it stays joined: NCCL would wait for the others to leave.
     """
     if distributed.is_initialized() or "WORLD_SIZE" not in os.environ:
         yield
@@ -36,10 +37,8 @@ def joined(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
     store, number, count = next(distributed.rendezvous("env://", timeout=timeout))
     store = _of_the_living(store, number, count, timeout)
     distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
+    yield
+    distributed.destroy_process_group()
 
 
 def _of_the_living(store: distributed.Store, number: int, count: int, timeout: timedelta) -> distributed.Store:

@@ -101,6 +101,28 @@ def test_what_processes_hand_each_other(tmp_path):
     """)
 
 
+def test_only_who_ends_well_leaves_the_group(tmp_path):
+    """Joined twice; then an error in one, which NCCL would make wait for the other."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent("""
+        import torch
+        from eekd import distributed
+        for _ in range(2):
+            with distributed.joined():
+                assert distributed.largest(distributed.rank()) == [1]
+            assert not torch.distributed.is_initialized()
+        try:
+            with distributed.joined():
+                distributed.wait()
+                if distributed.rank() == 1:
+                    raise KeyError
+        except KeyError:
+            assert torch.distributed.is_initialized()
+    """))
+    told = launch(2, script).stderr
+    assert not re.sub(r".*OMP_NUM_THREADS.*|\*+|\s", "", told), told
+
+
 def test_the_living_meet_among_what_the_dead_left():
     """Dead first processes have left a part with everything in it, and one that was not done."""
     store = torch.distributed.HashStore()
