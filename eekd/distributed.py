@@ -14,31 +14,41 @@ from datetime import timedelta
 import torch
 from torch import Tensor, distributed, nn
 
+# What joined() needs of torchrun's environment.
+TORCHRUN = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+
 
 @contextmanager
 def joined(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
-    """Joins the processes that torchrun started: gloo between CPUs, NCCL between GPUs, each process its own GPU.
+    """Joins the processes that torchrun started: gloo between CPUs, NCCL between GPUs where each has its own.
 
-    `timeout` is how long one waits for another. RuntimeError where torchrun's environment is incomplete or fewer
-    GPUs are there than processes. Where the group is already joined, it is used and left as it is. After an error
-    it stays joined: NCCL would wait for the others to leave.
+    `timeout` is how long one waits for another. RuntimeError where torchrun's environment is incomplete. Where the
+    group is already joined, it is used and left as it is. After an error it stays joined: NCCL would wait for the
+    others to leave.
     """
     if distributed.is_initialized() or "WORLD_SIZE" not in os.environ:
         yield
         return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        local, here = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local >= here:
-            raise RuntimeError(f"torchrun's process {local} of this machine needs a GPU of its own, and {here} are "
-                               "here: give --nproc-per-node gpu")  # fmt: skip
-        torch.cuda.set_device(local)
-        backend = "cpu:gloo,cuda:nccl"
+    if missing := [name for name in TORCHRUN if name not in os.environ]:
+        raise RuntimeError(f"WORLD_SIZE is set, and {', '.join(missing)} not: let torchrun start the processes")
+    _take_gpu()
+    backend = "cpu:gloo,cuda:nccl" if enough_gpus() else "gloo"
     store, number, count = next(distributed.rendezvous("env://", timeout=timeout))
     store = _of_the_living(store, number, count, timeout)
     distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
     yield
     distributed.destroy_process_group()
+
+
+def enough_gpus() -> bool:
+    """Whether each of the processes that torchrun started on this machine has a GPU of its own."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= torch.cuda.device_count()
+
+
+def _take_gpu() -> None:
+    """Makes the GPU that is this process's own, if there is one, the current one."""
+    if (local := int(os.environ.get("LOCAL_RANK", 0))) < torch.cuda.device_count():
+        torch.cuda.set_device(local)
 
 
 def _of_the_living(store: distributed.Store, number: int, count: int, timeout: timedelta) -> distributed.Store:
@@ -75,11 +85,11 @@ def check_joined() -> None:
 def started() -> tuple[int, int]:
     """This process's number and how many torchrun started, for those that share work without a group.
 
-    Each then has its own GPU, where there are any.
+    Each then has its own GPU, where there are enough.
     """
     here = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if here[1] > 1 and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if here[1] > 1:
+        _take_gpu()
     return here
 
 

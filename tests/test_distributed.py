@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from eekd import checkpoint, models
+from eekd import checkpoint, distributed, models
 from eekd.distributed import _of_the_living
 from eekd.train import main
 from eekd.trainers.folder import read_metrics
@@ -25,7 +25,7 @@ from eekd.trainers.loop import SyncBatchNorm, synchronised
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # GPUs may be too few
 SMALL = ["--train-limit", "155", "--teacher.model", "resnet8_w4", "--student.model", "resnet8_w4", "--teacher.epochs",
          "2", "--student.epochs", "2", "--teacher.snapshots", "2", "--teacher.batch-size", "24", "--student.batch-size",
          "24", "--deterministic", "--augment", "crop"]  # fmt: skip
@@ -121,6 +121,31 @@ def test_only_who_ends_well_leaves_the_group(tmp_path):
     """))
     told = launch(2, script).stderr
     assert not re.sub(r".*OMP_NUM_THREADS.*|\*+|\s", "", told), told
+
+
+@pytest.mark.parametrize("local, processes, gpus, backend, taken", [
+    (0, 1, 0, "gloo", []),
+    (1, 2, 2, "cpu:gloo,cuda:nccl", [1]),
+    (0, 2, 1, "gloo", [0]),
+    (1, 2, 1, "gloo", []),
+])  # fmt: skip
+def test_nccl_needs_a_gpu_for_each_process(local, processes, gpus, backend, taken, monkeypatch):
+    seen, devices = [], []
+    for name in distributed.TORCHRUN:
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    group = torch.distributed
+    monkeypatch.setattr(group, "rendezvous", lambda *_, **__: iter([(group.HashStore(), 0, 1)]))
+    monkeypatch.setattr(group, "init_process_group", lambda backend, **_: seen.append(backend))
+    monkeypatch.setattr(group, "destroy_process_group", lambda: seen.append("left"))
+    with distributed.joined():
+        assert seen == [backend] and devices == taken
+    assert seen[1:] == ["left"]
+    monkeypatch.setattr("eekd.train._main", lambda argv: 2)
+    assert main([]) == 2 and seen[2:] == [backend]  # this one failed, and stays
 
 
 def test_the_living_meet_among_what_the_dead_left():
@@ -432,6 +457,8 @@ def test_a_comparison_shares_its_seeds(tmp_path):
 
 @pytest.mark.bad_input
 @pytest.mark.parametrize("environment, flags, message", [
+    ({"WORLD_SIZE": "2", "RANK": "1"}, [],
+     "error: WORLD_SIZE is set, and LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT not: let torchrun start"),
     ({"TORCHELASTIC_MAX_RESTARTS": "3"}, [], "--out must be given under torchrun --max-restarts"),
     ({}, ["--accumulate", "5"], r"teacher.batch_size must be a multiple of 5 \(1 processes x accumulate 5\), got 64"),
     ({}, ["--parallel", "fsdp", "--precision", "fp16"], "parallel must be ddp when precision is fp16, got 'fsdp'"),
