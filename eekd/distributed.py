@@ -3,6 +3,7 @@
 Without torchrun there is one process, and everything here gives back what it was given.
 """
 
+import functools
 import hashlib
 import os
 import time
@@ -120,6 +121,18 @@ def wait() -> None:
         distributed.barrier()
 
 
+def group_of(x: Tensor) -> distributed.ProcessGroup | None:
+    """The group that exchanges `x`: the default one (None), or gloo for the CPU where a loop of its own joined NCCL."""
+    if x.is_cuda or "cpu:" in distributed.get_backend_config():
+        return None
+    return _gloo(distributed.group.WORLD)
+
+
+@functools.cache
+def _gloo(world: distributed.ProcessGroup) -> distributed.ProcessGroup:
+    return distributed.new_group(backend="gloo")
+
+
 def largest(*numbers: int) -> list[int]:
     """The largest of each number over all processes."""
     return [*numbers] if size() == 1 else most(torch.tensor(numbers)).tolist()
@@ -130,7 +143,7 @@ def most(x: Tensor) -> Tensor:
     if size() == 1:
         return x
     x = x.clone()
-    distributed.all_reduce(x, distributed.ReduceOp.MAX)
+    distributed.all_reduce(x, distributed.ReduceOp.MAX, group_of(x))
     return x
 
 
@@ -139,7 +152,7 @@ def total(x: Tensor) -> Tensor:
     if size() == 1:
         return x
     x = x.clone()
-    distributed.all_reduce(x)
+    distributed.all_reduce(x, group=group_of(x))
     return x
 
 
@@ -149,7 +162,7 @@ def from_all(x: Tensor) -> Tensor:
     if size() == 1:
         return x[None].clone()
     every = [torch.empty_like(x) for _ in range(size())]
-    distributed.all_gather(every, x)
+    distributed.all_gather(every, x, group_of(x))
     return torch.stack(every)
 
 
@@ -165,7 +178,7 @@ def from_first(make: Callable[[], str]) -> str:
         raise RuntimeError("the first process could not go on")
     data = torch.frombuffer(bytearray(text or length), dtype=torch.uint8)
     if size() > 1:
-        distributed.broadcast(data, 0)
+        distributed.broadcast(data, 0, group_of(data))
     return data.numpy().tobytes().decode().removesuffix("\n")
 
 
@@ -175,7 +188,7 @@ def mean_(tensors: Iterable[Tensor]) -> None:
     if size() == 1 or not tensors:
         return
     flat = torch.cat([x.flatten() for x in tensors])
-    distributed.all_reduce(flat)
+    distributed.all_reduce(flat, group=group_of(flat))
     flat /= size()
     parts = flat.split([x.numel() for x in tensors])
     torch._foreach_copy_(tensors, [part.view_as(x) for part, x in zip(parts, tensors, strict=True)])

@@ -255,6 +255,33 @@ def test_snapshots_spread_over_processes_say_the_same(tmp_path, processes):
     """)
 
 
+def test_a_loop_that_joined_gpus_only_exchanges_tensors_of_the_cpu_too(tmp_path):
+    """NCCL has no CPU; here it is gloo that was told to take none."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent("""
+        import torch
+        from torch import nn
+        from eekd import SnapshotEnsemble, distributed
+        torch.distributed.init_process_group("cuda:gloo")
+        rank = distributed.rank()
+        assert distributed.largest(rank) == [1]
+        assert distributed.total(torch.tensor(rank + 1)) == 3
+        assert distributed.from_all(torch.tensor(rank)).tolist() == [0, 1]
+        assert distributed.from_first(lambda: "word") == "word"
+        buffer = torch.tensor([2.0 * rank])
+        distributed.mean_([buffer])
+        assert buffer == 1
+        networks, x = [nn.Sequential(nn.Linear(3, 2)) for _ in range(2)], torch.randn(5, 3)
+        for network in networks:
+            for p in network.parameters():
+                torch.distributed.broadcast(p.detach(), 0, distributed.group_of(p))
+        for got, expected in zip(SnapshotEnsemble(networks, snapshots_on="ranks")(x), SnapshotEnsemble(networks)(x)):
+            torch.testing.assert_close(got, expected)
+        torch.distributed.destroy_process_group()
+    """))
+    launch(2, script)
+
+
 def test_ignored_rows_weigh_nothing_wherever_they_are(tmp_path):
     """The mean over the labelled rows of all processes, as docs/scale.md weighs the loss."""
     together(2, tmp_path, """
