@@ -3,8 +3,11 @@
 Without torchrun there is one process, and everything here gives back what it was given.
 """
 
+import functools
 import hashlib
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,33 +15,69 @@ from datetime import timedelta
 import torch
 from torch import Tensor, distributed, nn
 
+# What joined() needs of torchrun's environment.
+TORCHRUN = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+
 
 @contextmanager
 def joined(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
-    """Joins the processes that torchrun started: gloo between CPUs, NCCL between GPUs, each process its own GPU.
+    """Joins the processes that torchrun started: gloo between CPUs, NCCL between GPUs where each has its own.
 
-    `timeout` is how long one waits for another. RuntimeError where torchrun's environment is incomplete or fewer
-    GPUs are there than processes. Where the group is already joined, it is used and left as it is.
+    `timeout` is how long one waits for another. ValueError where torchrun's environment is incomplete. Where the
+    group is already joined, it is used and left as it is. After an error it stays joined: NCCL would wait for the
+    others to leave.
     """
     if distributed.is_initialized() or "WORLD_SIZE" not in os.environ:
         yield
         return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        local, here = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local >= here:
-            raise RuntimeError(f"torchrun's process {local} of this machine needs a GPU of its own, and {here} are "
-                               "here: give --nproc-per-node gpu")  # fmt: skip
-        torch.cuda.set_device(local)
-        backend = "cpu:gloo,cuda:nccl"
+    _check_environment()
+    _take_gpu()
+    backend = "cpu:gloo,cuda:nccl" if enough_gpus() else "gloo"
     store, number, count = next(distributed.rendezvous("env://", timeout=timeout))
-    # torchrun keeps one store over its restarts, where the addresses of dead processes would be found.
-    store = distributed.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = _of_the_living(store, number, count, timeout)
     distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
+    yield
+    distributed.destroy_process_group()
+
+
+def enough_gpus() -> bool:
+    """Whether each of the processes that torchrun started on this machine has a GPU of its own."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= torch.cuda.device_count()
+
+
+def _check_environment() -> None:
+    if missing := [name for name in TORCHRUN if name not in os.environ]:
+        raise ValueError(f"WORLD_SIZE is set, and {', '.join(missing)} not: let torchrun start the processes")
+
+
+def _take_gpu() -> None:
+    """Makes the GPU that is this process's own, if there is one, the current one."""
+    if (local := int(os.environ.get("LOCAL_RANK", 0))) < torch.cuda.device_count():
+        torch.cuda.set_device(local)
+
+
+def _of_the_living(store: distributed.Store, number: int, count: int, timeout: timedelta) -> distributed.Store:
+    """A part of the store in which dead processes have left nothing.
+
+    torchrun keeps one store over its restarts, which each machine counts for itself. So the first process names a new
+    part, the others put new words there, and go on when it has seen theirs.
+    """
+    word, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     try:
-        yield
-    finally:
-        distributed.destroy_process_group()
+        if number == 0:
+            store.set("part", word)
+            words = [store.get(f"{word}/{other}") for other in range(1, count)]
+            store.set(f"{word}/seen", b" ".join(words))
+            return distributed.PrefixStore(word, store)
+        while time.monotonic() < end:
+            part = store.get("part").decode()  # perhaps that of a dead process
+            store.set(f"{part}/{number}", word)
+            if store.check([f"{part}/seen"]) and word in store.get(f"{part}/seen").decode():
+                return distributed.PrefixStore(part, store)
+            time.sleep(0.05)
+    except distributed.DistStoreError:  # nobody came
+        pass
+    raise RuntimeError(f"process {number} of {count} waited {timeout} for the others, and not all came")
 
 
 def check_joined() -> None:
@@ -51,12 +90,13 @@ def check_joined() -> None:
 def started() -> tuple[int, int]:
     """This process's number and how many torchrun started, for those that share work without a group.
 
-    Each then has its own GPU, where there are any.
+    Each then has its own GPU, where there are enough. ValueError where torchrun's environment is incomplete.
     """
-    here = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if here[1] > 1 and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return here
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    _check_environment()
+    _take_gpu()
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def wait_for_started() -> None:
@@ -91,6 +131,18 @@ def lost(error: RuntimeError) -> bool:
     return isinstance(error, distributed.DistError) or "gloo" in str(error)
 
 
+def group_of(x: Tensor) -> distributed.ProcessGroup | None:
+    """The group that exchanges `x`: the default one (None), or gloo for the CPU where a loop of its own joined NCCL."""
+    if x.is_cuda or "cpu:" in distributed.get_backend_config():
+        return None
+    return _gloo(distributed.group.WORLD)
+
+
+@functools.cache
+def _gloo(world: distributed.ProcessGroup) -> distributed.ProcessGroup:
+    return distributed.new_group(backend="gloo")
+
+
 def largest(*numbers: int) -> list[int]:
     """The largest of each number over all processes."""
     return [*numbers] if size() == 1 else most(torch.tensor(numbers)).tolist()
@@ -101,7 +153,7 @@ def most(x: Tensor) -> Tensor:
     if size() == 1:
         return x
     x = x.clone()
-    distributed.all_reduce(x, distributed.ReduceOp.MAX)
+    distributed.all_reduce(x, distributed.ReduceOp.MAX, group_of(x))
     return x
 
 
@@ -110,7 +162,7 @@ def total(x: Tensor) -> Tensor:
     if size() == 1:
         return x
     x = x.clone()
-    distributed.all_reduce(x)
+    distributed.all_reduce(x, group=group_of(x))
     return x
 
 
@@ -120,7 +172,7 @@ def from_all(x: Tensor) -> Tensor:
     if size() == 1:
         return x[None].clone()
     every = [torch.empty_like(x) for _ in range(size())]
-    distributed.all_gather(every, x)
+    distributed.all_gather(every, x, group_of(x))
     return torch.stack(every)
 
 
@@ -136,7 +188,7 @@ def from_first(make: Callable[[], str]) -> str:
         raise distributed.DistError("the first process could not go on")
     data = torch.frombuffer(bytearray(text or length), dtype=torch.uint8)
     if size() > 1:
-        distributed.broadcast(data, 0)
+        distributed.broadcast(data, 0, group_of(data))
     return data.numpy().tobytes().decode().removesuffix("\n")
 
 
@@ -146,7 +198,7 @@ def mean_(tensors: Iterable[Tensor]) -> None:
     if size() == 1 or not tensors:
         return
     flat = torch.cat([x.flatten() for x in tensors])
-    distributed.all_reduce(flat)
+    distributed.all_reduce(flat, group=group_of(flat))
     flat /= size()
     parts = flat.split([x.numel() for x in tensors])
     torch._foreach_copy_(tensors, [part.view_as(x) for part, x in zip(parts, tensors, strict=True)])

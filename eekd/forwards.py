@@ -129,7 +129,7 @@ class Spread:
         padded = x.new_zeros(self.most, *x.shape[1:])
         padded[: len(x)] = x
         every = padded.new_empty(distributed.size() * self.most, *x.shape[1:])
-        torch.distributed.all_gather([*every.chunk(distributed.size())], padded)
+        torch.distributed.all_gather([*every.chunk(distributed.size())], padded, distributed.group_of(padded))
         return _channels_last(every) if x.is_contiguous(memory_format=torch.channels_last) else every
 
     def back(self, own: Tensor, count: int) -> Tensor:
@@ -139,7 +139,7 @@ class Spread:
         sent = own.new_zeros(size, share, self.most, width)
         sent[:, : len(own)] = own.view(len(own), size, self.most, width).transpose(0, 1)
         came = torch.empty_like(sent)
-        torch.distributed.all_to_all_single(came, sent)
+        torch.distributed.all_to_all_single(came, sent, group=distributed.group_of(sent))
         return came.transpose(0, 1).flatten(0, 1)[:count, : self.rows]  # model j of process r is snapshot j · size + r
 
 

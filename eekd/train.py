@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import warnings
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
@@ -13,7 +14,7 @@ import torch
 
 from eekd import distributed
 from eekd.bank import LogitBank
-from eekd.checkpoint import printable
+from eekd.checkpoint import first_line, printable
 from eekd.config import TITLES, Config, differences, nearest, preset
 from eekd.trainers import Session, prepare, resume, train
 from eekd.trainers.folder import read_record, read_settings
@@ -67,8 +68,14 @@ def main(argv: list[str] | None = None) -> int:
     shown = warnings.showwarning
     warnings.showwarning = _warn
     try:
-        with signals, distributed.joined():
-            return _main(sys.argv[1:] if argv is None else argv)
+        with signals, ExitStack() as stack:
+            try:
+                stack.enter_context(distributed.joined())
+            except (RuntimeError, ValueError) as error:
+                return _fail(f"error: {first_line(error)}", 2)
+            if code := _main(sys.argv[1:] if argv is None else argv):
+                stack.pop_all()  # the others may not leave the group now
+            return code
     except Stopped as stop:
         number = signal.Signals(stop.args[0])
         return _fail("; ".join([f"stopped by {number.name}", *_notes(stop)]), 128 + number)

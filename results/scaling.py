@@ -31,7 +31,7 @@ def run(processes: int, *flags) -> None:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     subprocess.run(
         [sys.executable, *(launch if processes > 1 else []), "-m", "eekd.train", *map(str, flags)],
-        check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
 
 

@@ -4,24 +4,30 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import eekd.bank.__main__ as writer
+import eekd.compare.__main__ as comparison
 from eekd import checkpoint, distributed, models
+from eekd.distributed import _of_the_living
 from eekd.train import main
 from eekd.trainers.folder import read_metrics
-from eekd.trainers.loop import SyncBatchNorm, synchronised
+from eekd.trainers.loop import SyncBatchNorm, _device, synchronised
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # GPUs may be too few
 SMALL = ["--train-limit", "155", "--teacher.model", "resnet8_w4", "--student.model", "resnet8_w4", "--teacher.epochs",
          "2", "--student.epochs", "2", "--teacher.snapshots", "2", "--teacher.batch-size", "24", "--student.batch-size",
          "24", "--deterministic", "--augment", "crop"]  # fmt: skip
@@ -97,6 +103,107 @@ def test_what_processes_hand_each_other(tmp_path):
     """)
 
 
+def test_only_who_ends_well_leaves_the_group(tmp_path):
+    """Joined twice; then an error in one, which NCCL would make wait for the other."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent("""
+        import torch
+        from eekd import distributed
+        for _ in range(2):
+            with distributed.joined():
+                assert distributed.largest(distributed.rank()) == [1]
+            assert not torch.distributed.is_initialized()
+        try:
+            with distributed.joined():
+                distributed.wait()
+                if distributed.rank() == 1:
+                    raise KeyError
+        except KeyError:
+            assert torch.distributed.is_initialized()
+    """))
+    told = launch(2, script).stderr
+    assert not re.sub(r".*OMP_NUM_THREADS.*|\*+|\s", "", told), told
+
+
+@pytest.mark.parametrize("local, processes, gpus, backend, taken", [
+    (0, 1, 0, "gloo", []),
+    (1, 2, 2, "cpu:gloo,cuda:nccl", [1]),
+    (0, 2, 1, "gloo", [0]),
+    (1, 2, 1, "gloo", []),
+])  # fmt: skip
+def test_nccl_needs_a_gpu_for_each_process(local, processes, gpus, backend, taken, monkeypatch):
+    seen, devices = [], []
+    for name in distributed.TORCHRUN:
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    group = torch.distributed
+    monkeypatch.setattr(group, "rendezvous", lambda *_, **__: iter([(group.HashStore(), 0, 1)]))
+    monkeypatch.setattr(group, "init_process_group", lambda backend, **_: seen.append(backend))
+    monkeypatch.setattr(group, "destroy_process_group", lambda: seen.append("left"))
+    with distributed.joined():
+        assert seen == [backend] and devices == taken
+    assert seen[1:] == ["left"]
+    monkeypatch.setattr("eekd.train._main", lambda argv: 2)
+    assert main([]) == 2 and seen[2:] == [backend]  # this one failed, and stays
+
+
+def test_the_living_meet_among_what_the_dead_left():
+    """Dead first processes have left a part with everything in it, and one that was not done."""
+    store = torch.distributed.HashStore()
+    for left in ({"part": "old", "old/1": "x", "old/2": "y", "old/seen": "x y"}, {"part": "new", "new/2": "z"}, {}):
+        for key, value in left.items():
+            store.set(key, value)
+        with ThreadPoolExecutor(3) as pool:
+            parts = []
+            for number in (2, 1, 0):  # the first process comes last
+                parts.append(pool.submit(_of_the_living, store, number, 3, timedelta(seconds=30)))
+                time.sleep(0.1)
+        assert [part.result().add("here", 1) for part in parts] == [1, 2, 3]
+    store.set_timeout(timedelta(seconds=0.2))
+    for number in (0, 1):
+        with pytest.raises(RuntimeError, match=f"process {number} of 2 waited 0:00:01 for the others, and not all"):
+            _of_the_living(store, number, 2, timedelta(seconds=1))
+
+
+def test_machines_that_count_their_restarts_apart_go_on(tmp_path):
+    """A killed worker's machine counts a restart, the other, whose worker is still busy, none."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent("""
+        import os, signal, sys, time
+        from datetime import timedelta
+        from pathlib import Path
+        from eekd import distributed
+        died = Path(sys.argv[1], "died")
+        before = died.exists()
+        with distributed.joined(timedelta(seconds=60)):
+            distributed.wait()
+            if not before and distributed.first():
+                died.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif not before:
+                time.sleep(90)
+            assert distributed.largest(distributed.rank()) == [1]
+            restarts = os.environ["TORCHELASTIC_RESTART_COUNT"]
+            Path(sys.argv[1], f"went-on-{distributed.rank()}").write_text(restarts)
+    """))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    start = [*TORCHRUN[:-1], "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2", "--rdzv-backend", "c10d",
+             "--rdzv-endpoint", endpoint, "--monitor-interval", "0.1", script, tmp_path]  # fmt: skip
+    machines = [subprocess.Popen(start, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        told = [machine.communicate(timeout=200)[1] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.terminate()
+    assert [machine.returncode for machine in machines] == [0, 0], told
+    assert sorted((tmp_path / f"went-on-{rank}").read_text() for rank in range(2)) == ["0", "1"]
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 def test_synchronised_batch_norm_is_that_of_the_whole_batch(tmp_path, processes):
     """Uneven shares; outputs, gradients and running statistics."""
@@ -148,6 +255,33 @@ def test_snapshots_spread_over_processes_say_the_same(tmp_path, processes):
                     assert got.shape == expected.shape
                     torch.testing.assert_close(got, expected)
     """)
+
+
+def test_a_loop_that_joined_gpus_only_exchanges_tensors_of_the_cpu_too(tmp_path):
+    """NCCL has no CPU; here it is gloo that was told to take none."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent("""
+        import torch
+        from torch import nn
+        from eekd import SnapshotEnsemble, distributed
+        torch.distributed.init_process_group("cuda:gloo")
+        rank = distributed.rank()
+        assert distributed.largest(rank) == [1]
+        assert distributed.total(torch.tensor(rank + 1)) == 3
+        assert distributed.from_all(torch.tensor(rank)).tolist() == [0, 1]
+        assert distributed.from_first(lambda: "word") == "word"
+        buffer = torch.tensor([2.0 * rank])
+        distributed.mean_([buffer])
+        assert buffer == 1
+        networks, x = [nn.Sequential(nn.Linear(3, 2)) for _ in range(2)], torch.randn(5, 3)
+        for network in networks:
+            for p in network.parameters():
+                torch.distributed.broadcast(p.detach(), 0, distributed.group_of(p))
+        for got, expected in zip(SnapshotEnsemble(networks, snapshots_on="ranks")(x), SnapshotEnsemble(networks)(x)):
+            torch.testing.assert_close(got, expected)
+        torch.distributed.destroy_process_group()
+    """))
+    launch(2, script)
 
 
 def test_ignored_rows_weigh_nothing_wherever_they_are(tmp_path):
@@ -352,6 +486,8 @@ def test_a_comparison_shares_its_seeds(tmp_path):
 
 @pytest.mark.bad_input
 @pytest.mark.parametrize("environment, flags, message", [
+    ({"WORLD_SIZE": "2", "RANK": "1"}, [],
+     "error: WORLD_SIZE is set, and LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT not: let torchrun start"),
     ({"TORCHELASTIC_MAX_RESTARTS": "3"}, [], "--out must be given under torchrun --max-restarts"),
     ({}, ["--accumulate", "5"], r"teacher.batch_size must be a multiple of 5 \(1 processes x accumulate 5\), got 64"),
     ({}, ["--parallel", "fsdp", "--precision", "fp16"], "parallel must be ddp when precision is fp16, got 'fsdp'"),
@@ -361,6 +497,29 @@ def test_mistakes(environment, flags, message, monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     assert main(flags) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("command, flags", [
+    (writer, ["--teacher", "none"]),
+    (comparison, ["--methods", "ce"]),
+])  # fmt: skip
+def test_part_of_the_environment_is_not_enough_to_share_work(command, flags, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command.main(flags) == 2
+    assert capsys.readouterr().err.startswith("error: WORLD_SIZE is set, and RANK, LOCAL_RANK, ")
+
+
+@pytest.mark.bad_input
+def test_each_process_needs_a_gpu_of_its_own_on_cuda(monkeypatch):
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # of two machines
+    assert _device("cuda") == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="device cuda needs a GPU for each process of this machine, and there are 1: "):
+        _device("cuda")
 
 
 @pytest.mark.bad_input

@@ -442,10 +442,14 @@ class Clock:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
-        return torch.device(name)
     except (RuntimeError, AssertionError):
         raise ValueError(f"device {name!r} is not there; this machine offers cpu"
                          + ", cuda" * torch.cuda.is_available()) from None  # fmt: skip
+    device = torch.device(name)
+    if device.type == "cuda" and distributed.size() > 1 and not distributed.enough_gpus():
+        raise ValueError(f"device {name} needs a GPU for each process of this machine, and there are "
+                         f"{torch.cuda.device_count()}: start fewer processes, or give --device cpu")  # fmt: skip
+    return device
