@@ -143,7 +143,7 @@ class SnapshotEnsemble(nn.Module):
         snapshots_on: where the weights lie: on the "device", in host memory ("cpu"), where they stay whatever moves
             the ensemble, and go to the images' device two models at a time, the next while one runs, or spread over
             the processes of torch.distributed ("ranks"): each runs its share, every size-th model from its rank on,
-            for the images of all, which must call together.
+            for the images of all, which must call together. One model is not spread.
 
     On a CPU the models run as `eekd.forwards.Folded` says, where it can be done.
 
@@ -158,12 +158,13 @@ class SnapshotEnsemble(nn.Module):
             raise ValueError(f"snapshots_on must be device, cpu or ranks, got {snapshots_on!r}")
         if isinstance(models, nn.Module):
             raise TypeError(f"models must be a list of nn.Modules, got one {type(models).__name__}")
-        self._spread = Spread() if snapshots_on == "ranks" and distributed.size() > 1 else None
         # nn.Module does not look into tuples
         frozen = tuple(_frozen(model) for model in models)
         if not frozen:
             raise ValueError("models must hold at least one nn.Module, got none")
         self._count = len(frozen)
+        several = self._count > 1 and distributed.size() > 1
+        self._spread = Spread() if snapshots_on == "ranks" and several else None
         self.models = self._spread.share(frozen) if self._spread else frozen
         self.hashes: tuple[str, ...] = ()
         self._captures = tuple(LastFeatures(model, layer) for model in self.models)

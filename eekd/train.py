@@ -223,11 +223,12 @@ class Display:
 
 
 def _plan(session: Session) -> Table:
-    data, rows = session.data, plan(session)
+    data, rows, processes = session.data, plan(session), distributed.size()
     table = _table(
         ("phase", "network", "parameters", "epochs", "steps", "memory", "disk"),
         f"{data.name}, {data.channels} x {data.image_size} x {data.image_size}: {len(data.train):,} images "
-        f"to train on, {len(data.val):,} to validate, {len(data.test):,} to test",
+        f"to train on, {len(data.val):,} to validate, {len(data.test):,} to test"
+        + f"; memory of each of {processes} processes" * (processes > 1),
     )
     for row in rows:
         numbers = f"{row['parameters']:,}", str(row["epochs"]), f"{row['steps']:,}"

@@ -1,5 +1,6 @@
 """Several processes: they agree with one, and with each other, whatever is spread over them and whoever is killed."""
 
+import functools
 import os
 import random
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -34,10 +36,10 @@ SMALL = ["--train-limit", "155", "--teacher.model", "resnet8_w4", "--student.mod
 TIMES = {"seconds", "seconds_teacher", "seconds_forward", "seconds_backward"}
 
 
-def launch(processes: int, *command, **options) -> subprocess.CompletedProcess:
+def launch(processes: int, *command, **environment: str) -> subprocess.CompletedProcess:
     """`python command` in one process, or by torchrun in several."""
     start = [sys.executable] if processes == 1 else [*TORCHRUN, "--nproc-per-node", str(processes)]
-    done = subprocess.run([*start, *map(str, command)], env=ENVIRONMENT, capture_output=True, text=True, **options)
+    done = subprocess.run([*start, *map(str, command)], env=ENVIRONMENT | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return done
 
@@ -241,7 +243,7 @@ def test_batch_norms_are_synchronised_in_place():
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_snapshots_spread_over_processes_say_the_same(tmp_path, processes):
-    """Five and three of them, uneven batches, a batch of none."""
+    """Five and three of them, uneven batches, a batch of none; one alone needs no exchange."""
     together(processes, tmp_path, """
         from eekd import SnapshotEnsemble, models
         for count in (5, 3):
@@ -254,6 +256,11 @@ def test_snapshots_spread_over_processes_say_the_same(tmp_path, processes):
                 for got, expected in zip(spread(mine), everywhere(mine), strict=True):
                     assert got.shape == expected.shape
                     torch.testing.assert_close(got, expected)
+        alone = SnapshotEnsemble(networks[:1], snapshots_on="ranks")
+        for got, expected in zip(alone(images), SnapshotEnsemble(networks[:1])(images), strict=True):
+            assert torch.equal(got, expected)
+        if rank == 0:
+            alone(images)  # the others do not call
     """)
 
 
@@ -380,13 +387,45 @@ def test_processes_leave_out_the_same_steps(tmp_path, parallel):
     """)
 
 
+DROPOUT = """
+import os, time
+from torch import nn
+
+class Dropout(nn.Dropout):  # tells its steps, and takes long enough for them to be killed
+    def forward(self, x):
+        if self.training and "STEPS" in os.environ:
+            time.sleep(0.05)
+            with open(f"{os.environ['STEPS']}-{os.getpid()}", "a") as file:
+                file.write(".")
+        return super().forward(x)
+
+def build(num_classes, in_channels, image_size):
+    return nn.Sequential(nn.Conv2d(in_channels, 8, 3), nn.BatchNorm2d(8), nn.GELU(), nn.Flatten(), Dropout(),
+                         nn.Linear(8 * (image_size - 2) ** 2, 16), nn.GELU(), nn.Linear(16, num_classes))
+"""
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> tuple[list, Path]:
-    """Flags of a run of two processes, and its folder."""
+def undisturbed(tmp_path_factory) -> Callable[[int], tuple[list, Path]]:
+    """Flags of a run of so many processes, whose own random numbers decide the bits, and its folder."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    command = ["-m", "eekd.train", *SMALL, "--students", "ce", "attention", "--save-every", "0.05", "--out"]
-    launch(2, *command, folder / "run")
-    return command, folder / "run"
+    (folder / "net.py").write_text(DROPOUT)
+    model = f"{folder / 'net.py'}:build"
+    command = ["-m", "eekd.train", *SMALL, "--teacher.model", model, "--student.model", model, "--save-every", "0.05"]
+
+    @functools.cache
+    def run(processes: int) -> tuple[list, Path]:
+        flags = ["--no-deterministic", "--students", "ce", "attention"] if processes == 2 else ["--students", "ce"]
+        launch(processes, *command, *flags, "--out", folder / f"{processes}")
+        return [*command, *flags, "--out"], folder / f"{processes}"
+
+    return run
+
+
+def steps(folder: Path, processes: int) -> list[int]:
+    """How many the processes took that came last."""
+    files = sorted(folder.glob("steps-*"), key=lambda path: path.stat().st_mtime)
+    return [path.stat().st_size for path in files[-processes:]]
 
 
 def same_outcome(run: Path, other: Path) -> None:
@@ -394,7 +433,7 @@ def same_outcome(run: Path, other: Path) -> None:
     ours, theirs = weights(run), weights(other)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    for phase in ("teacher", "students/ce", "students/attention"):
+    for phase in ("teacher", *(str(path.relative_to(run)) for path in run.glob("students/*"))):
         for row, again in zip(*(read_metrics(r / phase, {}) for r in (run, other)), strict=True):
             assert [(k, v) for k, v in row.items() if k not in TIMES] == [
                 (k, v) for k, v in again.items() if k not in TIMES
@@ -405,19 +444,20 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def kill_workers(command: list, run: Path, kills: int, rng: random.Random) -> int:
-    """Starts two workers by torchrun, which restarts them, and kills one at random after checkpoints.
+def kill_workers(command: list, run: Path, kills: int, rng: random.Random, processes: int = 2) -> int:
+    """Starts workers by torchrun, which restarts them, and kills one at random after checkpoints.
 
     Gives how often it did.
     """
-    start = [*TORCHRUN, "--nproc-per-node", 2, "--max-restarts", kills, "--monitor-interval", 0.1, *command, run]
-    torchrun = subprocess.Popen([*map(str, start)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    start = [*TORCHRUN, "--nproc-per-node", processes, "--max-restarts", kills, "--monitor-interval", 0.1, *command]
+    environment = ENVIRONMENT | {"STEPS": str(run.parent / "steps")}
+    torchrun = subprocess.Popen([*map(str, start), run], env=environment, stderr=subprocess.PIPE, text=True)
     killed, last = 0, 0.0
     try:
         while torchrun.poll() is None and killed < kills:
-            written = [path.stat().st_mtime for path in run.rglob("*.json") if path.exists()]
+            written = [path.stat().st_mtime for path in run.rglob("checkpoints/*.json") if path.exists()]
             if max(written, default=0.0) > last:  # the new workers have come so far
-                time.sleep(rng.uniform(0, 0.6))
+                time.sleep(rng.uniform(0, 0.3))
                 if workers := children(torchrun.pid):
                     os.kill(rng.choice(workers), signal.SIGKILL)
                     killed, last = killed + 1, time.time()
@@ -429,23 +469,26 @@ def kill_workers(command: list, run: Path, kills: int, rng: random.Random) -> in
     return killed
 
 
-def test_a_killed_worker_changes_nothing(undisturbed, tmp_path):
-    command, run = undisturbed
-    assert kill_workers(command, tmp_path / "run", 1, random.Random(0)) == 1
+@pytest.mark.parametrize("processes, taken", [(2, 3 * 14), (3, 2 * 14)])
+def test_a_killed_worker_changes_nothing(undisturbed, tmp_path, processes, taken):
+    command, run = undisturbed(processes)
+    assert kill_workers(command, tmp_path / "run", 1, random.Random(0), processes) == 1
     same_outcome(run, tmp_path / "run")
+    went_on = steps(tmp_path, processes)
+    assert len(set(went_on)) == 1 and taken - 14 < went_on[0] < taken, went_on  # in the teacher's phase
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_killed_workers_change_nothing(undisturbed, tmp_path, seed):
-    command, run = undisturbed
+    command, run = undisturbed(2)
     assert kill_workers(command, tmp_path / "run", 1 + seed % 3, random.Random(seed))
     same_outcome(run, tmp_path / "run")
 
 
 def test_the_slurm_script_goes_on_after_preemption(undisturbed, tmp_path):
     """With stand-ins for Slurm: SIGTERM saves and asks to be queued again, and the next start ends the run."""
-    command, run = undisturbed
+    command, run = undisturbed(2)
     commands = {
         # As Slurm's own does, it kills its task, and here what that started, when it is told to end.
         "srun": """
@@ -459,12 +502,14 @@ def test_the_slurm_script_goes_on_after_preemption(undisturbed, tmp_path):
     for name, text in commands.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{textwrap.dedent(text)}\n".replace("FOLDER", str(tmp_path)))
         (tmp_path / name).chmod(0o755)
-    slurm = {"SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2",
-             "SLURM_JOB_ID": str(os.getpid())}  # fmt: skip
-    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    slurm = ENVIRONMENT | {
+        "SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_JOB_ID": str(os.getpid()), "STEPS": str(tmp_path / "steps"),
+        "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }  # fmt: skip
     flags = command[command.index("eekd.train") + 1 : command.index("--out")]
     start = ["bash", ROOT / "docs" / "train.sbatch", tmp_path / "run", *flags]
-    job = subprocess.Popen(start, env=ENVIRONMENT | slurm | {"PATH": path}, stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen(start, env=slurm, stderr=subprocess.PIPE, text=True)
     while job.poll() is None and not any((tmp_path / "run").rglob("checkpoints/*.json")):
         time.sleep(0.02)
     job.terminate()
@@ -472,8 +517,9 @@ def test_the_slurm_script_goes_on_after_preemption(undisturbed, tmp_path):
     assert told.count("stopped by SIGTERM; go on with: python -m eekd.train --resume") == 2, told
     assert f"requeue {os.getpid()}" in (tmp_path / "asked").read_text()
     assert not (tmp_path / "run" / "summary.json").exists()
-    subprocess.run(start, env=ENVIRONMENT | slurm | {"PATH": path}, check=True, capture_output=True)
+    subprocess.run(start, env=slurm, check=True, capture_output=True)
     same_outcome(run, tmp_path / "run")
+    assert max(steps(tmp_path, 2)) < 3 * 14  # it went on
 
 
 def test_a_comparison_shares_its_seeds(tmp_path):
@@ -524,7 +570,7 @@ def test_each_process_needs_a_gpu_of_its_own_on_cuda(monkeypatch):
 
 @pytest.mark.bad_input
 def test_a_restart_with_other_settings_is_refused(undisturbed, monkeypatch, capsys):
-    _, run = undisturbed
+    _, run = undisturbed(2)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
     assert main(["--out", str(run), "--seed", "1"]) == 2
     assert f"{run} holds a run with another " in capsys.readouterr().err

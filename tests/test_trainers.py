@@ -468,6 +468,25 @@ def test_plan_agrees_with_the_run(run, config):
     assert host["attention"]["memory"] == known["ce"]["memory"] + snapshot * min(2, later.teacher.snapshots)
 
 
+def test_plan_is_of_one_of_several_processes(config, monkeypatch):
+    def planned(**changes) -> dict:
+        session = prepare(dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, snapshots=3),
+                                              students=("ce", "uniform"), **changes))  # fmt: skip
+        return {row["name"]: row for row in plan(session)}
+
+    alone, parts = planned(), planned(accumulate=2)
+    weights = 4 * (alone["ce"]["parameters"] + 2 * 5) + 8  # and a batch norm's statistics
+    snapshot = (alone["uniform"]["memory"] - alone["ce"]["memory"]) // 3
+    assert parts["ce"]["steps"] == alone["ce"]["steps"]
+    assert parts["ce"]["memory"] < alone["ce"]["memory"]
+    monkeypatch.setattr("eekd.distributed.size", lambda: 2)
+    ranks = planned(snapshots_on="ranks")
+    assert ranks["ce"]["steps"] == alone["ce"]["steps"]
+    assert ranks["ce"]["memory"] == parts["ce"]["memory"]
+    assert ranks["uniform"]["memory"] - ranks["ce"]["memory"] == 2 * snapshot
+    assert planned(parallel="fsdp")["ce"]["memory"] == ranks["ce"]["memory"] + weights // 2  # 3 / 2 + 2 for 3
+
+
 def test_the_library_needs_neither_rich_nor_tyro():
     code = "import sys; sys.modules |= {'rich': None, 'tyro': None}; import eekd.trainers"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,19 +1,21 @@
 """What a run would cost, without running it: networks, steps, memory and disk."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from eekd import models
+from eekd import distributed, models
 from eekd.trainers.loop import Session
 
 
 def plan(session: Session) -> list[dict]:
     """A row per phase: name, model, parameters, epochs, steps, and estimated bytes of memory and disk.
 
-    Memory is weights, gradients and moments, what the forward of a batch keeps for the backward, the images
-    that live on the device and, for a student, the snapshots; workspaces come on top.
+    Memory is that of one process: weights, gradients and moments, what the forward of a micro-batch keeps for the
+    backward, the images that live on the device and, for a student, the snapshots; workspaces come on top.
     """
-    config, data = session.config, session.data
+    config, data, processes = session.config, session.data, distributed.size()
     splits = data.train, data.val, data.test
     images = sum(split.images.nbytes for split in splits if isinstance(split.images, Tensor))
     snapshot = _bytes(models.build(**session.spec(config.teacher)))
@@ -24,16 +26,20 @@ def plan(session: Session) -> list[dict]:
         network = models.build(**session.spec(phase))
         weights, moments = _bytes(network), 2 if phase.optimizer == "adamw" else 1
         two = torch.zeros(2, data.channels, data.image_size, data.image_size)
-        activations = _kept(network, two) * phase.batch_size // 2 * session.dtype.itemsize // 4
+        activations = _kept(network, two) * session.micro_batch(phase) // 2 * session.dtype.itemsize // 4
+        training = weights * (2 + moments)
+        if config.parallel == "fsdp" and processes > 1:  # a step gathers weights and gradients
+            training = training // processes + 2 * weights
         teaching = 0 if session.bank else taught.get(name, config.teacher.snapshots)
-        teaching = snapshot * (min(teaching, 2) if config.snapshots_on == "cpu" else teaching)
+        here = {"device": teaching, "cpu": min(teaching, 2), "ranks": math.ceil(teaching / processes)}
+        batches = len(session.loader("train", phase, train=True))
         rows.append({
             "name": name,
             "model": phase.model,
             "parameters": sum(p.numel() for p in network.parameters()),
             "epochs": phase.epochs,
-            "steps": phase.epochs * len(session.loader("train", phase, train=True)),
-            "memory": weights * (2 + moments) + activations + teaching + images,
+            "steps": phase.epochs * math.ceil(batches / config.accumulate),
+            "memory": training + activations + snapshot * here[config.snapshots_on] + images,
             "disk": weights * (config.teacher.snapshots if name == "teacher" else 1),
         })  # fmt: skip
     return rows
