@@ -26,6 +26,7 @@ from eekd.checkpoint import read_json, sha256_of, write_json_atomic
 from eekd.config import Config, Student, Teacher, Weighting
 from eekd.data import Loader
 from eekd.trainers import prepare, student, table, train, train_student
+from eekd.trainers.folder import locked
 from eekd.trainers.loop import Session
 from eekd.trainers.plan import plan
 
@@ -83,7 +84,7 @@ def taught_from(bank, **changes):
 
 
 def content(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
 def rows(folder):
@@ -418,8 +419,8 @@ def test_processes_share_the_shards(run, tmp_path, kind):
 @bad_input
 def test_a_shard_that_another_process_lost_is_named(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli.distributed, "wait_for_started", lambda: None)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    for name in cli.distributed.TORCHRUN:
+        monkeypatch.setenv(name, "2" if "SIZE" in name else "0")
     assert cli.main(["--teacher", str(run), "--views", "1", "--out", str(tmp_path / "bank")]) == 2
     assert "view-0-shard-1.safetensors is missing or damaged: start again" in capsys.readouterr().err
     assert not (tmp_path / "bank" / "manifest.json").exists()
@@ -481,7 +482,16 @@ def test_a_full_disk_is_said_before_it_starts(run, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(cli.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1000))
     assert cli.main(["--teacher", str(run), "--out", str(tmp_path / "bank")]) == 2
     assert "has 1.0 kB left, and the bank needs 187.2 kB more" in capsys.readouterr().err
-    assert not list((tmp_path / "bank").iterdir())
+    assert not content(tmp_path / "bank")
+
+
+@bad_input
+def test_two_writers_do_not_mix(run, tmp_path, capsys):
+    with locked(tmp_path):
+        assert cli.main(["--teacher", str(run), "--out", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {tmp_path} is in use by process ") and told.count("\n") == 1
+    assert not content(tmp_path)
 
 
 @bad_input

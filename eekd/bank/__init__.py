@@ -10,6 +10,7 @@ weighting are chosen later.
                                      of an unsigned number, or int32 for more than 65,536 classes, and
                                      atoms (rows, M, 2, J) float32, see eekd.topk
       manifest.json                  written last, so it marks a finished bank (below)
+      .lock                          held by the command that writes
 
 manifest.json:
 

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,7 +26,7 @@ from eekd.info import commit
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.topk import ATOMS, top_k_logits
 from eekd.trainers import Session, check_data
-from eekd.trainers.folder import read_settings
+from eekd.trainers.folder import locked, read_settings
 from eekd.trainers.loop import SPLIT
 
 try:
@@ -80,7 +81,10 @@ def parse(argv: list[str]) -> Flags:
 
 
 def write(flags: Flags, console: Console, rank: int = 0, world: int = 1) -> None:
-    """Writes the shards that are not there yet, then the manifest; of `world` processes each its share."""
+    """Writes the shards that are not there yet, then the manifest; of `world` processes each its share.
+
+    BlockingIOError, one sentence, where another command writes into the folder.
+    """
     console.quiet = rank > 0
     run, out = Path(flags.teacher), Path(flags.out or Path(flags.teacher, "bank"))
     # Deterministic: a shard that is made again has the same bytes.
@@ -93,49 +97,51 @@ def write(flags: Flags, console: Console, rank: int = 0, world: int = 1) -> None
     samples, rows, batch = settings["samples"], settings["shard_rows"], AHEAD * config.teacher.batch_size
     ask = _asker(session, ensemble, settings)
 
-    views = [(view, index) for view in range(flags.views) for index in torch.arange(samples).split(rows)]
-    shards = list(zip(shard_names(flags.views, samples, rows), views, strict=True))
-    hashes = {name: _whole(out / name, settings) for name, _ in shards[rank::world]}
-    todo = [(name, view, index) for name, (view, index) in shards[rank::world] if not hashes[name]]
-    missing = sum(len(index) for *_, index in todo)
-    if todo:
-        first = next(loader.replay([(0, torch.arange(min(batch, samples)))]))
-        ask(first)  # the first call also sets things up
-        start = time.perf_counter()
-        ask(first)
-        seconds = missing * (time.perf_counter() - start) / len(first.index)
-        out.mkdir(parents=True, exist_ok=True)
-        row, total, free = row_bytes(settings), flags.views * samples, shutil.disk_usage(out).free
-        left = min(missing * world, total)
-        if free < left * row:
-            free, needed = filesize.decimal(free), filesize.decimal(left * row)
-            raise OSError(f"the disk of {out} has {free} left, and the bank needs {needed} more")
-        console.print(
-            f"{flags.views} views x {samples:,} images x {settings['snapshots']} snapshots in {len(shards)} shards, "
-            f"{filesize.decimal(total * row)}: {left:,} of {total:,} rows to write, in about {seconds:.0f} s",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
-    batches = loader.replay([(view, part) for _, view, index in todo for part in index.split(batch)])
-    with _bar(console) as bar:
-        task = bar.add_task("rows", total=missing)
-        for name, _, index in todo:
-            parts = []
-            for part in index.split(batch):
-                parts.append(ask(next(batches)))
-                bar.advance(task, len(part))
-            tensors = {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
-            # One entry: safetensors writes several in any order, and a shard's bytes must not depend on it.
-            known = {"bank": json.dumps({**settings, "file": name, "sha256": _digest(tensors)})}
-            hashes[name] = save_tensors(out / name, tensors, known)
-    if world > 1:
-        distributed.wait_for_started()  # until every shard is written
-    if rank == 0:
-        known = {name: hashes.get(name) or _whole(out / name, settings) for name, _ in shards}
-        if lost := [name for name in known if not known[name]]:
-            raise OSError(f"{out / lost[0]} is missing or damaged: start again to write it")
-        place = {"run": os.path.relpath(run, out), "views": flags.views}
-        write_json_atomic(out / MANIFEST, {**settings, "commit": commit(), **place, "shards": known})
-        console.print(f"{printable(out)} is whole", highlight=False, soft_wrap=True)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out) if rank == 0 else nullcontext():  # where the first ends, torchrun ends the others
+        views = [(view, index) for view in range(flags.views) for index in torch.arange(samples).split(rows)]
+        shards = list(zip(shard_names(flags.views, samples, rows), views, strict=True))
+        hashes = {name: _whole(out / name, settings) for name, _ in shards[rank::world]}
+        todo = [(name, view, index) for name, (view, index) in shards[rank::world] if not hashes[name]]
+        missing = sum(len(index) for *_, index in todo)
+        if todo:
+            first = next(loader.replay([(0, torch.arange(min(batch, samples)))]))
+            ask(first)  # the first call also sets things up
+            start = time.perf_counter()
+            ask(first)
+            seconds = missing * (time.perf_counter() - start) / len(first.index)
+            row, total, free = row_bytes(settings), flags.views * samples, shutil.disk_usage(out).free
+            left = min(missing * world, total)
+            if free < left * row:
+                free, needed = filesize.decimal(free), filesize.decimal(left * row)
+                raise OSError(f"the disk of {out} has {free} left, and the bank needs {needed} more")
+            console.print(
+                f"{flags.views} views x {samples:,} images x {settings['snapshots']} snapshots in {len(shards)} "
+                f"shards, {filesize.decimal(total * row)}: {left:,} of {total:,} rows to write, in about "
+                f"{seconds:.0f} s",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
+        batches = loader.replay([(view, part) for _, view, index in todo for part in index.split(batch)])
+        with _bar(console) as bar:
+            task = bar.add_task("rows", total=missing)
+            for name, _, index in todo:
+                parts = []
+                for part in index.split(batch):
+                    parts.append(ask(next(batches)))
+                    bar.advance(task, len(part))
+                tensors = {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
+                # One entry: safetensors writes several in any order, and a shard's bytes must not depend on it.
+                known = {"bank": json.dumps({**settings, "file": name, "sha256": _digest(tensors)})}
+                hashes[name] = save_tensors(out / name, tensors, known)
+        if world > 1:
+            distributed.wait_for_started()  # until every shard is written
+        if rank == 0:
+            known = {name: hashes.get(name) or _whole(out / name, settings) for name, _ in shards}
+            if lost := [name for name in known if not known[name]]:
+                raise OSError(f"{out / lost[0]} is missing or damaged: start again to write it")
+            place = {"run": os.path.relpath(run, out), "views": flags.views}
+            write_json_atomic(out / MANIFEST, {**settings, "commit": commit(), **place, "shards": known})
+            console.print(f"{printable(out)} is whole", highlight=False, soft_wrap=True)
 
 
 def _settings(flags: Flags, session: Session, ensemble: SnapshotEnsemble, loader, spec: dict) -> dict:
