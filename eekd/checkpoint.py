@@ -7,6 +7,7 @@ import json
 import os
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from reprlib import repr  # a damaged file must not become a page of error
 
@@ -39,9 +40,10 @@ def write_atomic(path: str | Path, data: bytes, sync: bool = True) -> str:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and error.filename is None:
-            error.filename = str(path)  # a full disk does not say where
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno:
+            error.filename, error.filename2 = str(path), None  # a full disk does not say where
         raise
     if not sync:
         return hashlib.sha256(data).hexdigest()
@@ -142,6 +144,11 @@ def printable(text) -> str:
     text = str(text)
     text = text if len(text) <= 2000 else f"{text[:2000]}…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def in_words(error: Exception) -> str:
+    """What an error says; of one of the system's what is wrong and where."""
+    return f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
 
 
 def first_line(error: Exception | str) -> str:

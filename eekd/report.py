@@ -15,7 +15,7 @@ from pathlib import Path
 from reprlib import repr  # a damaged file must not become a page of error
 
 from eekd.charts import Chart, Html, Line, bars, heatmap, limits, lines, page, table, tag, ticks
-from eekd.checkpoint import printable, read_checked, write_atomic
+from eekd.checkpoint import in_words, printable, read_checked, write_atomic
 from eekd.config import TITLES, Config
 from eekd.snapshots import read_manifest
 from eekd.trainers.folder import check_metrics, read_record, read_settings
@@ -414,7 +414,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(report(given.run, given.out))
     except (OSError, ValueError) as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
+        print(f"error: {printable(in_words(error))}", file=sys.stderr)
         return 2
     return 0
 

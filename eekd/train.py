@@ -14,7 +14,7 @@ import torch
 
 from eekd import distributed
 from eekd.bank import LogitBank
-from eekd.checkpoint import first_line, printable
+from eekd.checkpoint import first_line, in_words, printable
 from eekd.config import TITLES, Config, differences, nearest, preset
 from eekd.trainers import Session, prepare, resume, train
 from eekd.trainers.folder import read_record, read_settings
@@ -274,8 +274,7 @@ def _notes(error: BaseException) -> list[str]:
 
 
 def _error(error: Exception, what: str = "error: ") -> int:
-    reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else error
-    return _fail("; ".join([f"{what}{reason}", *_notes(error)]), 2)
+    return _fail("; ".join([what + in_words(error), *_notes(error)]), 2)
 
 
 def _fail(sentence: str, code: int) -> int:

@@ -323,35 +323,67 @@ def test_a_second_signal_is_not_held():
 # What goes wrong
 
 
+def refusing(file: Path, reason: int):
+    """open(), but that no file of this name can be written."""
+
+    def opened(path, mode, **more):
+        if path == file and reason == errno.ENOSPC:  # a link under this name would be replaced
+            path, mode = "/dev/full", mode.replace("x", "w")
+        elif path == file:
+            raise OSError(reason, os.strerror(reason), str(path))
+        return open(path, mode, **more)
+
+    return opened
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EROFS])
 @pytest.mark.parametrize("file", [
-    "teacher/metrics.csv", "teacher/.snapshot-1.safetensors.tmp", "teacher/.manifest.json.tmp",
+    "teacher/metrics.csv", "teacher/metrics.jsonl", "teacher/.snapshot-1.safetensors.tmp", "teacher/.manifest.json.tmp",
     "teacher/checkpoints/.1.safetensors.tmp", "teacher/checkpoints/.1.json.tmp", "teacher/.snapshots.json.tmp",
     "students/attention/.student.safetensors.tmp", "students/attention/.student.json.tmp", ".summary.json.tmp",
 ])  # fmt: skip
-def test_a_full_disk(run, tmp_path, monkeypatch, capsys, file):
-    """/dev/full in place of the file that is written."""
+def test_no_file_can_be_written_any_more(run, tmp_path, monkeypatch, capsys, file, reason):
     session, undisturbed = run
     (tmp_path / "config.json").write_text(dataclasses.replace(session.config, save_every=300.0).to_json())
     out = tmp_path / "run"
 
-    def full(path, mode):  # a link under this name would be replaced
-        return open("/dev/full", "wb") if path == out / file else open(path, mode)
-
     def progress(self, phase, done, total, known):
-        if file.endswith(".tmp"):
-            monkeypatch.setattr(checkpoint, "open", full, raising=False)
-        elif done == 1 and phase in file:
-            (out / file).unlink(missing_ok=True)
-            (out / file).symlink_to("/dev/full")
+        module = "checkpoint" if file.endswith(".tmp") else "trainers.folder"
+        monkeypatch.setattr(f"eekd.{module}.open", refusing(out / file, reason), raising=False)
 
     monkeypatch.setattr(cli.Display, "__call__", progress)
     assert cli.main(["--config", str(tmp_path / "config.json"), "--out", str(out)]) == 2
     monkeypatch.undo()
     name = file.replace("/.", "/").removeprefix(".").removesuffix(".tmp")
-    told = f"error: No space left on device: {out / name}; go on with: python -m eekd.train --resume {out}\n"
+    told = f"error: {os.strerror(reason)}: {out / name}; go on with: python -m eekd.train --resume {out}\n"
     assert capsys.readouterr().err == told
     assert cli.main(["--resume", str(out)]) == 0
     check_same(undisturbed, out)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize("name", ["environment.json", "config.json"])
+def test_a_run_that_cannot_begin(run, tmp_path, monkeypatch, capsys, name, reason):
+    (tmp_path / "config.json").write_text(run[0].config.to_json())
+    out = tmp_path / "run"
+    monkeypatch.setattr(checkpoint, "open", refusing(out / f".{name}.tmp", reason), raising=False)
+    command = ["--config", str(tmp_path / "config.json"), "--out", str(out)]
+    assert cli.main(command) == 2
+    assert capsys.readouterr().err == f"error: {os.strerror(reason)}: {out / name}\n"
+    monkeypatch.undo()
+    assert cli.main(command) == 0
+    check_same(run[1], out)
+
+
+def test_a_lock_needs_no_room_on_the_disk(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with locked(tmp_path), pytest.raises(BlockingIOError, match="by another process: wait"), locked(tmp_path):
+        pass
 
 
 def broken_off(run, out, step=6):

@@ -20,7 +20,7 @@ from torch import Tensor
 import eekd
 from eekd import distributed
 from eekd.bank import DENSE, DTYPES, MANIFEST, TOP_K, images_of, projection, row_bytes, shard_names
-from eekd.checkpoint import printable, read_checked, save_tensors, write_json_atomic
+from eekd.checkpoint import in_words, printable, read_checked, save_tensors, write_json_atomic
 from eekd.data import Batch
 from eekd.info import commit
 from eekd.snapshots import SnapshotEnsemble, read_manifest
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     except (AttributeError, ImportError, OSError, TypeError, ValueError, torch.OutOfMemoryError) as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
+        print(f"error: {printable(in_words(error))}", file=sys.stderr)
         return 2
 
 

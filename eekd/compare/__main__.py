@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 
 from eekd import distributed
-from eekd.checkpoint import printable
+from eekd.checkpoint import in_words, printable
 from eekd.compare import METHODS, method
 from eekd.compare.cells import Seed, keep_settings
 from eekd.compare.study import gather
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: the device is out of memory, a smaller batch_size may fit: {error}", file=sys.stderr)
         return 2
     except (AttributeError, FloatingPointError, ImportError, OSError, TypeError, ValueError) as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
+        print(f"error: {printable(in_words(error))}", file=sys.stderr)
         return 2
 
 

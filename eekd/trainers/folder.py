@@ -71,7 +71,7 @@ import os
 import platform
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from reprlib import repr  # a damaged file must not become a page of error
 
@@ -266,8 +266,9 @@ def locked(run: Path, wait: bool = False):
             error.filename = str(path)
             raise
         _locks.add(file)
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+        with suppress(OSError):  # a disk may be full: the lock holds all the same
+            os.ftruncate(file, 0)
+            os.pwrite(file, f"process {os.getpid()} on {platform.node()}".encode(), 0)
         yield
     finally:
         _locks.discard(file)
