@@ -67,22 +67,27 @@ def main(argv: list[str] | None = None) -> int:
     """
     shown = warnings.showwarning
     warnings.showwarning = _warn
-    try:
-        with signals, ExitStack() as stack:
-            try:
-                stack.enter_context(distributed.joined())
-            except (RuntimeError, ValueError) as error:
-                return _fail(f"error: {first_line(error)}", 2)
-            if code := _main(sys.argv[1:] if argv is None else argv):
-                stack.pop_all()  # the others may not leave the group now
-            return code
-    except Stopped as stop:
-        number = signal.Signals(stop.args[0])
-        return _fail("; ".join([f"stopped by {number.name}", *_notes(stop)]), 128 + number)
-    except KeyboardInterrupt as stop:
-        return _fail("; ".join(["stopped", *_notes(stop)]), 130)
-    finally:
-        warnings.showwarning = shown
+    with signals:
+        try:
+            return _joined(sys.argv[1:] if argv is None else argv)
+        except Stopped as stop:
+            number = signal.Signals(stop.args[0])
+            return _fail("; ".join([f"stopped by {number.name}", *_notes(stop)]), 128 + number)
+        except KeyboardInterrupt as stop:
+            return _fail("; ".join(["stopped", *_notes(stop)]), 130)
+        finally:
+            warnings.showwarning = shown
+
+
+def _joined(argv: list[str]) -> int:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(distributed.joined())
+        except (RuntimeError, ValueError) as error:
+            return _fail(f"error: {first_line(error)}", 2)
+        if code := _main(argv):
+            stack.pop_all()  # the others may not leave the group now
+        return code
 
 
 def _main(argv: list[str]) -> int:

@@ -6,6 +6,7 @@ python results/render.py --check  # changes nothing; exits 1 where a table is no
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,7 +31,7 @@ def provenance(record: dict, commits: Iterable[str] = ()) -> str:
         device = f"{record['device']}, driver {record['driver']}, triton {env['triton']}"
     else:
         device = f"{env['cpu']}, {env['threads']} threads"
-    return f"`{' '.join(record['command'])}` on {device}, torch {env['torch']}, commit {commit}."
+    return f"`{shlex.join(record['command'])}` on {device}, torch {env['torch']}, commit {commit}."
 
 
 def seeds(record: dict) -> str:
@@ -150,7 +151,8 @@ def scaling(record: dict) -> str:
         lines.append(_row(way["name"], f"{one:.2f}", f"{two:.2f}", *speeds, f"{100 * one / (2 * two):.0f}"))
     note = (
         f"An epoch of {record['model']} on {record['images']:,} images of {record['image_size']} × "
-        f"{record['image_size']}, {record['batch']} a step, medians; one core for each process."
+        f"{record['image_size']}, {record['batch']} a step, {record['snapshots']} snapshots, medians; one core for "
+        "each process."
     )
     return "\n".join([*lines, "", f"{note} {provenance(record)}"])
 

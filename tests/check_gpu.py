@@ -69,7 +69,7 @@ def stages(gpu: bool, tiny: bool, results: Path, runs: Path) -> list[dict[str, P
             )
         },
         {"bench": Part([*bench, *(["--quick", "--shape", "32,5,10"] if tiny else [])], 150)},
-        {"forward": Part([*forward, *(["--quick"] if tiny else ["--seconds", "1"])], 60)},
+        {"forward": Part([*forward, *(["--quick"] if tiny else ["--seconds", "1"])], 150 if tiny else 60)},
         {
             # Without torch's cache each tensor is an allocation, whose ends the sanitizer knows.
             tool: Part(

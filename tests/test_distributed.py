@@ -496,7 +496,11 @@ def test_the_slurm_script_goes_on_after_preemption(undisturbed, tmp_path):
             echo $task > FOLDER/task
             trap 'kill -KILL $(cat /proc/$task/task/$task/children) $task; exit 137' TERM
             wait $task""",
-        "scancel": '[ "$*" = "--signal=TERM $SLURM_JOB_ID" ] && kill -TERM $(cat FOLDER/task)',
+        # To all processes of the step: torchrun then tells its workers a second time.
+        "scancel": """
+            [ "$*" = "--signal=TERM $SLURM_JOB_ID" ] || exit 1
+            task=$(cat FOLDER/task)
+            kill -TERM $(cat /proc/$task/task/$task/children) $task""",
         "scontrol": 'echo "$*" >> FOLDER/asked; echo localhost',
     }
     for name, text in commands.items():

@@ -27,9 +27,9 @@ from eekd.ops.backend import backend_for
 from eekd.snapshots import SnapshotEnsemble
 from eekd.topk import top_k_logits
 from eekd.trainers import loop, prepare, train, train_student, train_teacher
-from eekd.trainers.forward import Forward
 from eekd.trainers.loop import Session, learning_rate
 from eekd.trainers.numbers import Guard, Verifier, Watch, _overflow, differs, replay
+from eekd.trainers.placement import Placement
 from eekd.trainers.state import State
 
 NETS = """
@@ -520,7 +520,7 @@ def test_a_replay_runs_as_the_training_did(run, tmp_path, mark, monkeypatch, pre
     session, name, value = faulty(run, "overflow", precision=precision, channels_last=True)
     mark(session, value, 1)
     ran = []
-    monkeypatch.setattr(Forward, "run", lambda self, *args, then=Forward.run: ran.append(self) or then(self, *args))
+    monkeypatch.setattr(Placement, "run", lambda self, *args, then=Placement.run: ran.append(self) or then(self, *args))
     with pytest.raises(FloatingPointError):
         start(session, name, tmp_path / "phase", run[1] / "teacher")
     ran.clear()

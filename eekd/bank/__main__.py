@@ -91,7 +91,8 @@ def write(flags: Flags, console: Console, rank: int = 0, world: int = 1) -> None
     config = dataclasses.replace(read_settings(run), bank=None, deterministic=True)
     session = Session(config)
     check_data(session, run)
-    ensemble = SnapshotEnsemble.load(run / "teacher", device=session.device).to(memory_format=session.layout)
+    ensemble = SnapshotEnsemble.load(run / "teacher", device=session.device, snapshots_on=config.snapshots_on)
+    ensemble.to(memory_format=session.layout)
     loader = session.loader("train", config.teacher, train=True)
     settings = _settings(flags, session, ensemble, loader, read_manifest(run / "teacher")["spec"])
     samples, rows, batch = settings["samples"], settings["shard_rows"], AHEAD * config.teacher.batch_size

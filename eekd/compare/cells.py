@@ -152,7 +152,9 @@ class Seed:
         config = dataclasses.replace(config, students=(), bank=None)
         session = Session(config, self.data)
         write_settings(run, config, self.data, session.device)
-        ensemble = SnapshotEnsemble.load(run / "teacher", device=session.device, which=which)
+        ensemble = SnapshotEnsemble.load(
+            run / "teacher", device=session.device, which=which, snapshots_on=config.snapshots_on
+        )
         ensemble.to(memory_format=session.layout)
         found = {}
         for split in ("val", "test"):

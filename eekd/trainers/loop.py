@@ -22,8 +22,8 @@ from eekd.bank import LogitBank
 from eekd.config import Config, Phase, Teacher
 from eekd.data import Batch, ImageData, Loader, load
 from eekd.trainers.folder import Log
-from eekd.trainers.forward import Forward
 from eekd.trainers.numbers import Guard
+from eekd.trainers.placement import Placement
 from eekd.trainers.state import Checkpoints, State, random_state, set_random_state, signals
 
 SPLIT = ("train_limit", "val_fraction", "split_seed")  # settings that decide which images there are
@@ -41,7 +41,7 @@ _OWN_BUFFERS = next(name for name in ("forward_sync_buffers", "broadcast_buffers
                     if name in inspect.signature(DistributedDataParallel.__init__).parameters)  # fmt: skip
 
 
-class Session(Forward):
+class Session(Placement):
     """What the phases of a run share: settings, data, logit bank (or None), device and precision.
 
     Of several processes (eekd.distributed.joined) each has its share of every batch; batch_size is that of a step, over

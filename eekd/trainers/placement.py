@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from eekd import models
 
 
-class Forward:
+class Placement:
     """Makes and runs networks by the settings `precision` and `channels_last`."""
 
     def __init__(self, precision: str, channels_last: bool, device: torch.device):
