@@ -46,7 +46,9 @@ def enough_gpus() -> bool:
 
 
 def _check_environment() -> None:
-    if missing := [name for name in TORCHRUN if name not in os.environ]:
+    alone = os.environ["WORLD_SIZE"] == "1"
+    needed = [name for name in TORCHRUN if not (alone and name.startswith("LOCAL_"))]
+    if missing := [name for name in needed if name not in os.environ]:
         raise ValueError(f"WORLD_SIZE is set, and {', '.join(missing)} not: let torchrun start the processes")
 
 
@@ -63,20 +65,20 @@ def _of_the_living(store: distributed.Store, number: int, count: int, timeout: t
     part, the others put new words there, and go on when it has seen theirs.
     """
     word, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
-    try:
+    others = [f"{word}/{other}" for other in range(1, count)]
+    if number == 0:
+        store.set("part", word)
+    while time.monotonic() < end:  # asks, for what waits in the store hears no signal
         if number == 0:
-            store.set("part", word)
-            words = [store.get(f"{word}/{other}") for other in range(1, count)]
-            store.set(f"{word}/seen", b" ".join(words))
-            return distributed.PrefixStore(word, store)
-        while time.monotonic() < end:
+            if all(store.check([other]) for other in others):
+                store.set(f"{word}/seen", b" ".join(map(store.get, others)))
+                return distributed.PrefixStore(word, store)
+        elif store.check(["part"]):
             part = store.get("part").decode()  # perhaps that of a dead process
             store.set(f"{part}/{number}", word)
             if store.check([f"{part}/seen"]) and word in store.get(f"{part}/seen").decode():
                 return distributed.PrefixStore(part, store)
-            time.sleep(0.05)
-    except distributed.DistStoreError:  # nobody came
-        pass
+        time.sleep(0.05)
     raise RuntimeError(f"process {number} of {count} waited {timeout} for the others, and not all came")
 
 

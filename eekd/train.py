@@ -83,8 +83,10 @@ def _joined(argv: list[str]) -> int:
     with ExitStack() as stack:
         try:
             stack.enter_context(distributed.joined())
-        except (RuntimeError, ValueError) as error:
-            return _fail(f"error: {first_line(error)}", 2)
+        except ValueError as error:
+            return _fail(f"error: {error}", 2)
+        except RuntimeError as error:  # the others did not come
+            return _fail(f"error: {first_line(error)}", 1)
         if code := _main(argv):
             stack.pop_all()  # the others may not leave the group now
         return code

@@ -58,8 +58,7 @@ def test_the_examples_of_a_page_run(page, request, tmp_path, monkeypatch):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        torchrun = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1}
-        for name, value in (torchrun | {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}).items():
+        for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1}.items():
             monkeypatch.setenv(name, str(value))
         exec(blocks(ROOT / "docs" / "loop.md", "python")[0], names)
     for block in blocks(page, "python"):

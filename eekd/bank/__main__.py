@@ -99,7 +99,9 @@ def write(flags: Flags, console: Console, rank: int = 0, world: int = 1) -> None
     ask = _asker(session, ensemble, settings)
 
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out) if rank == 0 else nullcontext():  # where the first ends, torchrun ends the others
+    with locked(out) if rank == 0 else nullcontext():
+        if world > 1:
+            distributed.wait_for_started()  # until the first has the lock
         views = [(view, index) for view in range(flags.views) for index in torch.arange(samples).split(rows)]
         shards = list(zip(shard_names(flags.views, samples, rows), views, strict=True))
         hashes = {name: _whole(out / name, settings) for name, _ in shards[rank::world]}

@@ -449,7 +449,8 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"device {name!r} is not there; this machine offers cpu"
                          + ", cuda" * torch.cuda.is_available()) from None  # fmt: skip
     device = torch.device(name)
-    if device.type == "cuda" and distributed.size() > 1 and not distributed.enough_gpus():
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if device.type == "cuda" and several and not distributed.enough_gpus():
         raise ValueError(f"device {name} needs a GPU for each process of this machine, and there are "
                          f"{torch.cuda.device_count()}: start fewer processes, or give --device cpu")  # fmt: skip
     return device

@@ -510,6 +510,5 @@ def _overflow(tensors: Iterable[Tensor | None]) -> Tensor:
     # Extremes, for a sum can leave the range of what it is of; on a CPU a norm takes ten times as long as these.
     if not parts or parts[0].is_cuda:
         return (~nn.utils.get_total_norm(parts, math.inf).isfinite()).float()
-    real = (torch.view_as_real(part) if part.is_complex() else part for part in parts)
-    extremes = torch.stack([extreme.isfinite() for part in real for extreme in part.aminmax()])
+    extremes = torch.stack([extreme.isfinite() for part in parts for extreme in part.aminmax()])
     return (~extremes.all()).float()

@@ -31,7 +31,8 @@ def plan(session: Session) -> list[dict]:
         if config.parallel == "fsdp" and processes > 1:  # a step gathers weights and gradients
             training = training // processes + 2 * weights
         teaching = 0 if session.bank else taught.get(name, config.teacher.snapshots)
-        here = {"device": teaching, "cpu": min(teaching, 2), "ranks": math.ceil(teaching / processes)}
+        few = teaching if session.device.type == "cpu" else min(teaching, 2)
+        here = {"device": teaching, "cpu": few, "ranks": math.ceil(teaching / processes)}
         batches = len(session.loader("train", phase, train=True))
         rows.append({
             "name": name,

@@ -253,16 +253,14 @@ class Stopped(KeyboardInterrupt):
 class Signals:
     """SIGINT and SIGTERM as `Stopped`, raised at once, or while `held` after the step in progress: `with signals:`.
 
-    One that comes `AGAIN` seconds after it, or later, is not held: until then it may be the same, from a terminal or
-    Slurm to all processes, and from torchrun to its workers. Outside of `with`, and in other threads than the first,
-    signals do what they did.
+    A second signal is not held. Under torchrun it is ignored, to the end of the process: it is the same once more, from
+    a terminal or Slurm to all processes, and from torchrun to its workers, which it kills 30 s later. Outside of
+    `with`, and in other threads than the first, signals do what they did.
     """
-
-    AGAIN = 3.0
 
     def __init__(self):
         self.received = 0  # the signal's number
-        self._held, self._before, self._process, self._since = False, {}, 0, 0.0
+        self._held, self._before, self._process = False, {}, 0
 
     def __enter__(self) -> "Signals":
         self.received, self._held, self._process = 0, False, os.getpid()
@@ -300,13 +298,13 @@ class Signals:
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
-        if not self.received:
-            self.received, self._since = number, time.monotonic()
-            if not self._held:
-                raise Stopped(number)
-        elif time.monotonic() >= self._since + self.AGAIN:
-            self._restore()
-            signal.raise_signal(number)
+        self._restore()
+        if "WORLD_SIZE" in os.environ:
+            for other in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(other, signal.SIG_IGN)
+        self.received = number
+        if not self._held:
+            raise Stopped(number)
 
     def _restore(self) -> None:
         while self._before:
