@@ -7,8 +7,8 @@ PYTHON := $(VENV)/bin/python
 demo: install
 	$(PYTHON) -m eekd.train
 
-test: install
-	$(PYTHON) -m pytest
+test: install  # one thread each: where there are more threads than cores, all wait for all
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 bench: install
 	$(PYTHON) -m eekd.kernels.bench --json results/bench.json
