@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -436,12 +437,10 @@ def test_what_it_says_before_it_starts(run, tmp_path, capsys):
     assert told.endswith("is whole\n")
 
 
-def test_ctrl_c_is_one_line(run, tmp_path, monkeypatch, capsys):
-    def stop(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "save_tensors", stop)
-    assert cli.main(["--teacher", str(run), "--out", str(tmp_path / "bank")]) == 130
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_one_line(run, tmp_path, monkeypatch, capsys, number):
+    monkeypatch.setattr(cli, "save_tensors", lambda *_: signal.raise_signal(number))
+    assert cli.main(["--teacher", str(run), "--out", str(tmp_path / "bank")]) == 128 + number
     assert capsys.readouterr().err == "stopped; the same command goes on from here\n"
 
 

@@ -196,6 +196,13 @@ def test_interrupted_before_every_cell_and_teacher_it_comes_out_the_same(record,
         assert without_time(found)[name] == [row for row in kept[name] if row["seed"] == 0]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_one_line(tmp_path, monkeypatch, capsys, number):
+    monkeypatch.setattr("eekd.compare.cells.train_teacher", lambda *_, **__: signal.raise_signal(number))
+    assert compare(tmp_path, seeds=1) == 128 + number
+    assert capsys.readouterr().err == "stopped; the same command goes on from here\n"
+
+
 def test_two_processes_and_a_kill_give_what_one_gave_undisturbed(record, tmp_path):
     other = started(tmp_path, seeds=1, first=1)
     try:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ from eekd.topk import ATOMS, top_k_logits
 from eekd.trainers import Session, check_data
 from eekd.trainers.folder import locked, read_settings
 from eekd.trainers.loop import SPLIT
+from eekd.trainers.state import signals
 
 try:
     import tyro
@@ -56,16 +58,17 @@ class Flags:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command line and returns its exit code: 0, 130 when interrupted, 2 for any mistake."""
-    try:
-        write(parse(sys.argv[1:] if argv is None else argv), Console(markup=False), *distributed.started())
-        return 0
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    except (AttributeError, ImportError, OSError, TypeError, ValueError, torch.OutOfMemoryError) as error:
-        print(f"error: {printable(in_words(error))}", file=sys.stderr)
-        return 2
+    """Runs a command line and returns its exit code: 0, 130 or 143 when stopped by a signal, 2 for any mistake."""
+    with signals:
+        try:
+            write(parse(sys.argv[1:] if argv is None else argv), Console(markup=False), *distributed.started())
+            return 0
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on from here", file=sys.stderr)
+            return 128 + (signals.received or signal.SIGINT)
+        except (AttributeError, ImportError, OSError, TypeError, ValueError, torch.OutOfMemoryError) as error:
+            print(f"error: {printable(in_words(error))}", file=sys.stderr)
+            return 2
 
 
 def parse(argv: list[str]) -> Flags:

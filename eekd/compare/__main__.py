@@ -1,6 +1,7 @@
 """The command line of the comparison: python -m eekd.compare [--methods NAME ...] [--seeds N] [--flag value ...]."""
 
 import dataclasses
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from eekd.compare.cells import Seed, keep_settings
 from eekd.compare.study import gather
 from eekd.config import Config, preset
 from eekd.trainers import prepare
+from eekd.trainers.state import signals
 
 try:
     import tyro
@@ -53,20 +55,21 @@ class Start:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command line and returns its exit code: 0, 130 when interrupted, 2 for any mistake."""
+    """Runs a command line and returns its exit code: 0, 130 or 143 when stopped by a signal, 2 for any mistake."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        run(parse(argv), ["python", "-m", "eekd.compare", *argv])
-        return 0
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    except torch.OutOfMemoryError as error:
-        print(f"error: the device is out of memory, a smaller batch_size may fit: {error}", file=sys.stderr)
-        return 2
-    except (AttributeError, FloatingPointError, ImportError, OSError, TypeError, ValueError) as error:
-        print(f"error: {printable(in_words(error))}", file=sys.stderr)
-        return 2
+    with signals:
+        try:
+            run(parse(argv), ["python", "-m", "eekd.compare", *argv])
+            return 0
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on from here", file=sys.stderr)
+            return 128 + (signals.received or signal.SIGINT)
+        except torch.OutOfMemoryError as error:
+            print(f"error: the device is out of memory, a smaller batch_size may fit: {error}", file=sys.stderr)
+            return 2
+        except (AttributeError, FloatingPointError, ImportError, OSError, TypeError, ValueError) as error:
+            print(f"error: {printable(in_words(error))}", file=sys.stderr)
+            return 2
 
 
 def parse(argv: list[str]) -> Flags:
