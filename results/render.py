@@ -151,8 +151,7 @@ def scaling(record: dict) -> str:
         lines.append(_row(way["name"], f"{one:.2f}", f"{two:.2f}", *speeds, f"{100 * one / (2 * two):.0f}"))
     note = (
         f"An epoch of {record['model']} on {record['images']:,} images of {record['image_size']} × "
-        f"{record['image_size']}, {record['batch']} a step, {record['snapshots']} snapshots, medians; one core for "
-        "each process."
+        f"{record['image_size']}, {record['batch']} a step, medians; one core for each process."
     )
     return "\n".join([*lines, "", f"{note} {provenance(record)}"])
 

@@ -19,7 +19,7 @@ from statistics import median
 from eekd.info import environment
 from eekd.trainers.folder import read_metrics
 
-BATCH, EPOCHS, SNAPSHOTS = 128, 3, 6  # as many snapshots for each process
+BATCH, EPOCHS = 128, 3
 WAYS = {  # students and flags
     "CE": ("ce", []),
     "EEKD, all snapshots in each process": ("attention", []),
@@ -46,8 +46,7 @@ def main() -> None:
     times = {name: {1: [], 2: []} for name in WAYS}
     with tempfile.TemporaryDirectory() as scratch:
         teacher = Path(scratch, "teacher")
-        made = ["--teacher.model", "resnet20", "--teacher.epochs", SNAPSHOTS, "--teacher.snapshots", SNAPSHOTS]
-        run(1, "teacher", *data, *made, "--out", teacher)
+        run(1, "teacher", *data, "--teacher.model", "resnet20", "--teacher.epochs", 5, "--out", teacher)
         for turn in range(args.rounds):
             for name, (student, flags) in WAYS.items():
                 for processes, seconds in times[name].items():
@@ -58,8 +57,7 @@ def main() -> None:
         images = json.loads((teacher / "environment.json").read_text())["data"]["train"]
     args.json.write_text(json.dumps({
         "command": ["python", "results/scaling.py", *sys.argv[1:]], "environment": environment(),
-        "model": "resnet20", "image_size": 28, "batch": BATCH, "images": images, "snapshots": SNAPSHOTS,
-        "threads_per_process": 1,
+        "model": "resnet20", "image_size": 28, "batch": BATCH, "images": images, "threads_per_process": 1,
         "ways": [{"name": name, "seconds": {n: median(found) for n, found in both.items()}, "all": both}
                  for name, both in times.items()],
     }, indent=1) + "\n")  # fmt: skip
