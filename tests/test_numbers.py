@@ -736,17 +736,17 @@ def test_a_batch_that_is_not_finite_does_not_count_as_verified(run, tmp_path, ma
 def test_processes_stop_as_one_at_a_wrong_loss(run, tmp_path):
     verify = Verifier("uniform", criterion("uniform"), run[0], tmp_path)
     verify.agree = lambda flags: torch.tensor([0.0, 1.0])  # elsewhere the loss is not finite
-    verify(*inputs())
+    verify(torch.tensor(1.0), *inputs())
     verify.agree = lambda flags: torch.tensor([1.0, 0.0])
     with pytest.raises(FloatingPointError, match="^uniform: in another process the loss differs from its formula$"):
-        verify(*inputs())
+        verify(torch.tensor(1.0), *inputs())
 
 
 def test_a_wrong_loss_of_a_bank_can_be_replayed(run, tmp_path, monkeypatch):
     monkeypatch.setattr(losses, "sparse_ensemble_kd", broken(losses.sparse_ensemble_kd, BROKEN["loss"][1]))
     given = inputs(k=4)
     with pytest.raises(FloatingPointError, match="^entropy: loss"):
-        Verifier("entropy", criterion("entropy"), run[0], tmp_path)(*given)
+        Verifier("entropy", criterion("entropy"), run[0], tmp_path)(torch.tensor(1.0), *given)
     assert replay(tmp_path / "loss-differs.json").startswith("loss")
     monkeypatch.undo()
     assert replay(tmp_path / "loss-differs.json") is None

@@ -449,8 +449,7 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"device {name!r} is not there; this machine offers cpu"
                          + ", cuda" * torch.cuda.is_available()) from None  # fmt: skip
     device = torch.device(name)
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if device.type == "cuda" and several and not distributed.enough_gpus():
+    if device.type == "cuda" and not distributed.enough_gpus():
         raise ValueError(f"device {name} needs a GPU for each process of this machine, and there are "
                          f"{torch.cuda.device_count()}: start fewer processes, or give --device cpu")  # fmt: skip
     return device

@@ -180,8 +180,8 @@ def distil(session: Session, student: nn.Module, capture: LastFeatures, teach: C
            criterion: nn.Module, verify: Callable, val: Loader, known: list) -> tuple[Callable, Callable]:  # fmt: skip
     """Objective and validation with a teacher: teach(batch) gives the snapshots' logits and features.
 
-    `capture` and `criterion` are the student and the loss as they train, parallel and compiled; verify(*what the loss
-    was given) looks at the first of them.
+    `capture` and `criterion` are the student and the loss as they train, parallel and compiled; verify(the
+    loss, *what it was given) looks at the first of them.
     Validation, where they are `known` batch by batch, also asks whether uniform weights would have made a better
     target.
     """
@@ -196,7 +196,7 @@ def distil(session: Session, student: nn.Module, capture: LastFeatures, teach: C
             logits, features = session.run(capture, batch.images)
         with clock("backward"):
             total, measured = criterion(logits, snapshot_logits, batch.labels, features, snapshot_features)
-        verify(logits, snapshot_logits, batch.labels, features, snapshot_features)
+        verify(total, logits, snapshot_logits, batch.labels, features, snapshot_features)
         return total, measured | {"accuracy": accuracy(logits, batch.labels)}
 
     @torch.no_grad()
