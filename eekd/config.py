@@ -14,7 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
-from eekd.checkpoint import json_bytes
+from eekd.files import json_bytes
 
 Weighting = Literal["ce", "last", "uniform", "linear_increase", "linear_decrease", "entropy", "confidence", "attention"]
 

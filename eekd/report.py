@@ -15,8 +15,8 @@ from pathlib import Path
 from reprlib import repr  # a damaged file must not become a page of error
 
 from eekd.charts import Chart, Html, Line, bars, heatmap, limits, lines, page, table, tag, ticks
-from eekd.checkpoint import in_words, printable, read_checked, write_atomic
 from eekd.config import TITLES, Config
+from eekd.files import in_words, printable, read_checked, write_atomic
 from eekd.snapshots import read_manifest
 from eekd.trainers.folder import check_metrics, read_record, read_settings
 

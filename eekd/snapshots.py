@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from eekd import checkpoint, distributed
 from eekd.features import LastFeatures
+from eekd.files import first_line, read_checked, read_json, sha256_of, write_json_atomic
 from eekd.forwards import Folded, Spread, Swapped, pinned
 
 Place = Literal["device", "cpu", "ranks"]
@@ -101,7 +102,7 @@ class SnapshotRecorder:
 
     def _write(self, entries: list[dict]) -> None:
         manifest = {**self.manifest, "snapshots": entries}
-        checkpoint.write_json_atomic(self.directory / MANIFEST, manifest)
+        write_json_atomic(self.directory / MANIFEST, manifest)
         self.manifest = manifest
 
     def _recorded(self) -> list[dict]:
@@ -123,7 +124,7 @@ class SnapshotRecorder:
         if wanted := [step for step in self.schedule if step <= self.done and step not in steps]:
             raise ValueError(f"{path} must list all snapshots up to done={self.done}, got none of {wanted}")
         for entry in kept:
-            checkpoint.read_checked(self.directory / entry["file"], entry["sha256"])
+            read_checked(self.directory / entry["file"], entry["sha256"])
         return kept
 
 
@@ -195,7 +196,7 @@ class SnapshotEnsemble(nn.Module):
             try:
                 return models.build(**spec)
             except (OverflowError, RuntimeError, TypeError, ValueError) as error:
-                raise ValueError(f"{path} has a spec that cannot be built: {checkpoint.first_line(error)}") from error
+                raise ValueError(f"{path} has a spec that cannot be built: {first_line(error)}") from error
 
         files = [path.with_name(entry["file"]) for entry in entries]
         hashes = [entry["sha256"] for entry in entries]
@@ -214,7 +215,7 @@ class SnapshotEnsemble(nn.Module):
             raise ValueError(f"paths must be a list of at least one file, got {paths!r}")
         if not callable(factory):
             raise TypeError(f"factory must be a function that makes a model, got {type(factory).__name__}")
-        hashes = tuple(map(checkpoint.sha256_of, paths) if sha256 is None else sha256)
+        hashes = tuple(map(sha256_of, paths) if sha256 is None else sha256)
         if len(hashes) != len(paths):
             raise ValueError(f"sha256 must hold a hash for each of {len(paths)} paths, got {len(hashes)}")
 
@@ -307,7 +308,7 @@ def read_entries(directory: str | Path, which: Sequence[int] | None = None) -> t
 def read_manifest(directory: str | Path) -> dict:
     """The content of the manifest in `directory`, checked; FileNotFoundError or ValueError names the file."""
     path = Path(directory) / MANIFEST
-    manifest = checkpoint.read_json(path)
+    manifest = read_json(path)
 
     def check(true: bool, wanted: str, got) -> None:
         if not true:

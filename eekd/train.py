@@ -14,8 +14,8 @@ import torch
 
 from eekd import distributed
 from eekd.bank import LogitBank
-from eekd.checkpoint import first_line, in_words, printable
 from eekd.config import TITLES, Config, differences, nearest, preset
+from eekd.files import first_line, in_words, printable
 from eekd.trainers import Session, prepare, resume, train
 from eekd.trainers.folder import read_record, read_settings
 from eekd.trainers.plan import plan

@@ -23,9 +23,9 @@ from eekd import EEKDLoss, LogitBank, SnapshotEnsemble, ensemble_kd, top_k_logit
 from eekd import train as train_cli
 from eekd.bank import __main__ as cli
 from eekd.bank import projection
-from eekd.checkpoint import read_json, sha256_of, write_json_atomic
 from eekd.config import Config, Student, Teacher, Weighting
 from eekd.data import Loader
+from eekd.files import read_json, sha256_of, write_json_atomic
 from eekd.trainers import prepare, student, table, train, train_student
 from eekd.trainers.folder import locked
 from eekd.trainers.loop import Session

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from eekd import checkpoint
+from eekd.files import read_checked, read_json, sha256_of, write_atomic, write_json_atomic
 
 STATE = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.tensor([1.0, -1.0])}
 
@@ -26,8 +27,8 @@ def same(state, other):
 
 def test_write_returns_the_hash_makes_folders_and_leaves_one_file(tmp_path):
     path = tmp_path / "a" / "b" / "file"
-    assert checkpoint.write_atomic(path, b"old") == hashlib.sha256(b"old").hexdigest()
-    assert checkpoint.write_atomic(path, b"new") == checkpoint.sha256_of(path)
+    assert write_atomic(path, b"old") == hashlib.sha256(b"old").hexdigest()
+    assert write_atomic(path, b"new") == sha256_of(path)
     assert path.read_bytes() == b"new" and folder(path.parent) == ["file"]
 
 
@@ -42,14 +43,14 @@ def test_files_are_readable_by_whom_the_umask_allows(tmp_path):
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, call):
-    checkpoint.write_atomic(tmp_path / "file", b"old")
+    write_atomic(tmp_path / "file", b"old")
 
     def fail(*args):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_atomic(tmp_path / "file", b"new")
+        write_atomic(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old" and folder(tmp_path) == ["file"]
 
 
@@ -58,19 +59,19 @@ def test_the_bytes_are_on_disk_before_they_take_the_name(tmp_path, monkeypatch):
     for name in ("fsync", "replace"):
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append(name), real(*args)))
-    checkpoint.write_atomic(tmp_path / "file", b"new")
+    write_atomic(tmp_path / "file", b"new")
     assert calls == ["fsync", "replace", "fsync"]  # the last one is the folder's
 
 
 def test_a_process_killed_before_replace_leaves_the_old_file(tmp_path):
-    checkpoint.write_atomic(tmp_path / "file", b"old")
+    write_atomic(tmp_path / "file", b"old")
     crash = (
-        "import os, sys; from eekd import checkpoint; os.replace = lambda *_: os.kill(os.getpid(), 9);"
-        "checkpoint.write_atomic(sys.argv[1], b'new')"
+        "import os, sys; from eekd.files import write_atomic; os.replace = lambda *_: os.kill(os.getpid(), 9);"
+        "write_atomic(sys.argv[1], b'new')"
     )
     assert subprocess.run([sys.executable, "-c", crash, tmp_path / "file"]).returncode == -9
     assert (tmp_path / "file").read_bytes() == b"old"
-    checkpoint.write_atomic(tmp_path / "file", b"newer")
+    write_atomic(tmp_path / "file", b"newer")
     assert (tmp_path / "file").read_bytes() == b"newer" and folder(tmp_path) == ["file"]
 
 
@@ -155,9 +156,9 @@ def test_a_truncated_file_is_an_error_without_a_hash_too(tmp_path, name, cut):
 
 @pytest.mark.bad_input
 @pytest.mark.parametrize("read", [
-    checkpoint.read_checked,
-    checkpoint.sha256_of,
-    checkpoint.read_json,
+    read_checked,
+    sha256_of,
+    read_json,
     checkpoint.load_tensors,
     checkpoint.load_weights,
 ])
@@ -169,17 +170,17 @@ def test_a_missing_file_is_named(tmp_path, read, name):
 
 def test_json_comes_back(tmp_path):
     path, value = tmp_path / "file.json", {"a": [1, 2.5, None, "ü"], "b": {}}
-    assert checkpoint.write_json_atomic(path, value) == checkpoint.sha256_of(path)
-    assert checkpoint.read_json(path) == value
+    assert write_json_atomic(path, value) == sha256_of(path)
+    assert read_json(path) == value
 
 
 @pytest.mark.bad_input
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), torch.ones(1), {1, 2}, b"bytes", {(1, 2): 3}])
 def test_what_json_lacks_is_not_written(tmp_path, value):
-    checkpoint.write_json_atomic(tmp_path / "file.json", "old")
+    write_json_atomic(tmp_path / "file.json", "old")
     with pytest.raises(ValueError, match="file.json cannot be written as JSON"):
-        checkpoint.write_json_atomic(tmp_path / "file.json", {"x": value})
-    assert checkpoint.read_json(tmp_path / "file.json") == "old" and folder(tmp_path) == ["file.json"]
+        write_json_atomic(tmp_path / "file.json", {"x": value})
+    assert read_json(tmp_path / "file.json") == "old" and folder(tmp_path) == ["file.json"]
 
 
 @pytest.mark.bad_input
@@ -189,7 +190,7 @@ def test_what_json_lacks_is_not_written(tmp_path, value):
 def test_what_is_not_json_is_named(tmp_path, text):
     (tmp_path / "file.json").write_bytes(text)
     with pytest.raises(ValueError, match="file.json is not JSON: "):
-        checkpoint.read_json(tmp_path / "file.json")
+        read_json(tmp_path / "file.json")
 
 
 @pytest.mark.parametrize("nest", [

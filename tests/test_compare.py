@@ -19,7 +19,6 @@ import pytest
 import torch
 from scipy import stats
 
-from eekd.checkpoint import printable, read_json, sha256_of, write_json_atomic
 from eekd.compare import METHODS, method, page, stage_ends
 from eekd.compare import __main__ as cli
 from eekd.compare.cells import alone
@@ -37,6 +36,7 @@ from eekd.compare.study import (
     verdict,
 )
 from eekd.config import Config
+from eekd.files import printable, read_json, sha256_of, write_json_atomic
 from eekd.snapshots import read_manifest
 
 ROOT = Path(__file__).parent.parent

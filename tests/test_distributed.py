@@ -23,6 +23,7 @@ import eekd.bank.__main__ as writer
 import eekd.compare.__main__ as comparison
 from eekd import checkpoint, distributed, models
 from eekd.distributed import _of_the_living
+from eekd.files import read_json
 from eekd.train import main
 from eekd.trainers.folder import read_metrics
 from eekd.trainers.loop import SyncBatchNorm, _device, synchronised
@@ -531,7 +532,7 @@ def test_a_comparison_shares_its_seeds(tmp_path):
              "--teacher.snapshots", "1", "--teacher.model", "resnet8_w4", "--methods", "ce", "--seeds", "2",
              "--out"]  # fmt: skip
     launch(2, *flags, tmp_path / "out")
-    assert checkpoint.read_json(tmp_path / "out" / "study.json")["seeds"] == [0, 1]
+    assert read_json(tmp_path / "out" / "study.json")["seeds"] == [0, 1]
 
 
 @pytest.mark.bad_input

@@ -18,10 +18,11 @@ from test_resume import EVERY_STEP, Killed, check_same, killer, untimed
 from eekd import losses
 from eekd import train as cli
 from eekd.bank import __main__ as bank
-from eekd.checkpoint import load_tensors, read_json, sha256_of, write_json_atomic
+from eekd.checkpoint import load_tensors
 from eekd.config import Config, Student, Teacher
 from eekd.data import Loader, load
 from eekd.features import LastFeatures
+from eekd.files import read_json, sha256_of, write_json_atomic
 from eekd.losses import WEIGHTINGS, EEKDLoss
 from eekd.ops.backend import backend_for
 from eekd.snapshots import SnapshotEnsemble

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eekd import charts
-from eekd.checkpoint import read_json
 from eekd.config import Config, Student, Teacher
+from eekd.files import read_json
 from eekd.report import SECTIONS, main, report
 from eekd.trainers import train
 

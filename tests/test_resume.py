@@ -22,9 +22,9 @@ import torch
 from eekd import checkpoint
 from eekd import train as cli
 from eekd.bank import __main__ as bank
-from eekd.checkpoint import read_checked, read_json, sha256_of
 from eekd.config import Config, Student, Teacher
 from eekd.data import load
+from eekd.files import read_checked, read_json, sha256_of
 from eekd.snapshots import read_manifest
 from eekd.trainers import loop, prepare, resume, state, teacher, train, train_student, train_teacher
 from eekd.trainers.folder import locked, read_settings

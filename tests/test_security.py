@@ -34,20 +34,12 @@ from torch import nn
 
 from eekd import report, train
 from eekd.bank import LogitBank, shard_names
-from eekd.checkpoint import (
-    load_tensors,
-    load_weights,
-    printable,
-    read_checked,
-    read_json,
-    save_tensors,
-    write_atomic,
-    write_json_atomic,
-)
+from eekd.checkpoint import load_tensors, load_weights, save_tensors
 from eekd.compare import __main__ as compare
 from eekd.config import Config, Student, Teacher
 from eekd.data import formats, load
 from eekd.data.encoded import open_image
+from eekd.files import printable, read_checked, read_json, write_atomic, write_json_atomic
 from eekd.snapshots import SnapshotEnsemble, SnapshotRecorder, read_manifest
 from eekd.trainers.folder import check_metrics, locked, read_settings
 from eekd.trainers.numbers import replay

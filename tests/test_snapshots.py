@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from eekd import checkpoint, forwards
+from eekd.files import read_json, sha256_of, write_json_atomic
 from eekd.models import build
 from eekd.snapshots import SnapshotEnsemble, SnapshotRecorder, _schedule, read_manifest
 
@@ -78,7 +79,7 @@ def folder(path):
 def edit(directory, change):
     """Let `change` do what it likes to the content of the manifest in `directory`."""
     path = directory / "manifest.json"
-    manifest = checkpoint.read_json(path)
+    manifest = read_json(path)
     change(manifest)
     path.write_text(json.dumps(manifest))
 
@@ -142,12 +143,12 @@ def test_uniform_stages_are_equal_to_one_step(snapshots, more):
 def test_manifest_says_everything(tmp_path):
     recorder = SnapshotRecorder(tmp_path, epochs=2, snapshots=1, spec=SPEC)
     empty = {"format": 1, "spec": SPEC, "schedule": [2], "snapshots": []}
-    assert checkpoint.read_json(tmp_path / "manifest.json") == empty
+    assert read_json(tmp_path / "manifest.json") == empty
     assert recorder.step(nn.Linear(1, 1), {"loss": 0.0}) is None
     metrics = {"accuracy": torch.tensor(0.5), "epoch": 2, "loss": math.nan, "norm": math.inf}
     entry = recorder.step(nn.Linear(1, 1), metrics)
     assert entry["metrics"] == {"accuracy": 0.5, "epoch": 2, "loss": None, "norm": None}
-    assert checkpoint.read_json(tmp_path / "manifest.json") == {**empty, "snapshots": [entry]}
+    assert read_json(tmp_path / "manifest.json") == {**empty, "snapshots": [entry]}
 
 
 @pytest.mark.parametrize("wrap", [
@@ -407,7 +408,7 @@ def check_reading(directory, data):
     for entry in manifest["snapshots"]:
         assert (directory / entry["file"]).parent == directory and "/" not in entry["file"]
         assert len(entry["sha256"]) == 64 and set(entry["sha256"]) <= set(string.hexdigits)
-    checkpoint.write_json_atomic(directory / "again.json", manifest)
+    write_json_atomic(directory / "again.json", manifest)
 
 
 @pytest.fixture(scope="module")
@@ -443,7 +444,7 @@ def test_a_run_comes_back_as_it_was(run, images, device):
     path, models = run
     ensemble = SnapshotEnsemble.load(path, device=device)
     assert len(ensemble) == 3 and ensemble.feature_dim == 16
-    assert ensemble.hashes == tuple(map(checkpoint.sha256_of, sorted(path.glob("snapshot-*"))))
+    assert ensemble.hashes == tuple(map(sha256_of, sorted(path.glob("snapshot-*"))))
     logits, features = ensemble(images)
     for m, model in enumerate(models):
         torch.testing.assert_close(logits[m], model.to(device).eval()(images))
@@ -535,7 +536,7 @@ def test_anybodys_files_are_loaded(tmp_path, nets, images, device):
     logits, _ = ensemble(images)
     for m, net in enumerate(nets):
         torch.testing.assert_close(logits[m], net.to(device).eval()(images))
-    assert ensemble.hashes == tuple(map(checkpoint.sha256_of, paths))
+    assert ensemble.hashes == tuple(map(sha256_of, paths))
     again = SnapshotEnsemble.from_files([str(path) for path in paths], Net, sha256=ensemble.hashes)
     assert again.hashes == ensemble.hashes
 

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from eekd import train as cli
-from eekd.checkpoint import sha256_of
 from eekd.config import Config, preset
+from eekd.files import sha256_of
 
 TEACHER = "--teacher.epochs 2 --teacher.snapshots 2 --teacher.model resnet8_w4"
 SMALL = f"teacher {TEACHER} --student.epochs 1 --train-limit 150 --device cpu"

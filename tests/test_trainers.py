@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from eekd import models, reference
-from eekd.checkpoint import load_tensors, sha256_of
+from eekd.checkpoint import load_tensors
 from eekd.config import Config, Student, Teacher, Weighting
 from eekd.data import Loader
 from eekd.features import LastFeatures
+from eekd.files import sha256_of
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.trainers import loop, prepare, table, train, train_student, train_teacher
 from eekd.trainers.folder import Log, new_folder

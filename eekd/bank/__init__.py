@@ -42,7 +42,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from eekd.checkpoint import printable, read_checked, read_json, sha256_of
+from eekd.files import printable, read_checked, read_json, sha256_of
 from eekd.topk import TopKLogits
 
 DENSE, TOP_K = 1, 2  # formats; older versions know the first one only

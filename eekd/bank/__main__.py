@@ -21,8 +21,9 @@ from torch import Tensor
 import eekd
 from eekd import distributed
 from eekd.bank import DENSE, DTYPES, MANIFEST, TOP_K, images_of, projection, row_bytes, shard_names
-from eekd.checkpoint import in_words, printable, read_checked, save_tensors, write_json_atomic
+from eekd.checkpoint import save_tensors
 from eekd.data import Batch
+from eekd.files import in_words, printable, read_checked, write_json_atomic
 from eekd.info import commit
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.topk import ATOMS, top_k_logits

@@ -10,11 +10,11 @@ from typing import Annotated
 import torch
 
 from eekd import distributed
-from eekd.checkpoint import in_words, printable
 from eekd.compare import METHODS, method
 from eekd.compare.cells import Seed, keep_settings
 from eekd.compare.study import gather
 from eekd.config import Config, preset
+from eekd.files import in_words, printable
 from eekd.trainers import prepare
 from eekd.trainers.state import signals
 

@@ -15,10 +15,10 @@ from rich.console import Console
 
 from eekd.bank import LogitBank
 from eekd.bank import __main__ as bank
-from eekd.checkpoint import write_json_atomic
 from eekd.compare import FORMAT, Method, method, stage_ends
 from eekd.config import Config, differences
 from eekd.data import ImageData
+from eekd.files import write_json_atomic
 from eekd.snapshots import MANIFEST as SNAPSHOTS
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.trainers import Session, train_student, train_teacher

@@ -7,8 +7,8 @@ import re
 import shlex
 from pathlib import Path
 
-from eekd.checkpoint import printable, write_atomic
 from eekd.compare import KINDS
+from eekd.files import printable, write_atomic
 
 PRINCIPLES = {
     "quality": "Quality: does a stronger ensemble teach better?",

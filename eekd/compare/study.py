@@ -36,10 +36,10 @@ from scipy.special import stdtrit
 from torch.utils.flop_counter import FlopCounterMode
 
 from eekd import models
-from eekd.checkpoint import read_json, write_json_atomic
 from eekd.compare import FORMAT, KINDS, METHODS, SWEEP, Method, method, page
 from eekd.compare.cells import alone, cell_made
 from eekd.config import Config
+from eekd.files import read_json, write_json_atomic
 from eekd.info import environment
 from eekd.trainers.folder import finite, read_metrics, read_record
 

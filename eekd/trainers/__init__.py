@@ -8,9 +8,9 @@ from pathlib import Path
 
 from eekd import distributed, models
 from eekd.bank import LogitBank
-from eekd.checkpoint import write_json_atomic
 from eekd.config import Config
 from eekd.features import LastFeatures
+from eekd.files import write_json_atomic
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.trainers.folder import (
     FORMAT,

@@ -78,9 +78,9 @@ from reprlib import repr  # a damaged file must not become a page of error
 import torch
 
 from eekd import distributed
-from eekd.checkpoint import read_checked, read_json, sha256_of, write_atomic, write_json_atomic
 from eekd.config import Config
 from eekd.data import ImageData
+from eekd.files import read_checked, read_json, sha256_of, write_atomic, write_json_atomic
 from eekd.info import environment
 
 FORMAT = 1

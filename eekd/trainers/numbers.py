@@ -27,9 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eekd import distributed
-from eekd.checkpoint import load_state, load_tensors, read_json, save_tensors, write_json_atomic
+from eekd.checkpoint import load_state, load_tensors, save_tensors
 from eekd.config import Phase
 from eekd.features import LastFeatures
+from eekd.files import read_json, write_json_atomic
 from eekd.losses import EEKDLoss
 from eekd.ops import use_backend
 from eekd.ops.backend import backend_for

@@ -34,9 +34,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eekd.checkpoint import load_state, load_tensors, read_json, save_tensors, write_json_atomic
+from eekd.checkpoint import load_state, load_tensors, save_tensors
 from eekd.config import differences
 from eekd.distributed import first, from_all, placed, rank, size, wait, whole_in_first
+from eekd.files import read_json, write_json_atomic
 from eekd.info import environment
 
 FORMAT = 1

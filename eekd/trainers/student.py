@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from eekd import distributed
 from eekd.bank import LogitBank
-from eekd.checkpoint import read_checked, read_json, save_tensors, write_json_atomic
+from eekd.checkpoint import save_tensors
 from eekd.config import Config, Student, Weighting
 from eekd.data import Batch, Loader
 from eekd.features import LastFeatures
+from eekd.files import read_checked, read_json, write_json_atomic
 from eekd.info import commit
 from eekd.losses import EEKDLoss
 from eekd.snapshots import SnapshotEnsemble, read_entries, read_manifest

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from eekd import distributed
-from eekd.checkpoint import read_checked, read_json, write_json_atomic
 from eekd.config import Config
 from eekd.data import Loader
+from eekd.files import read_checked, read_json, write_json_atomic
 from eekd.snapshots import MANIFEST, SnapshotEnsemble, SnapshotRecorder, read_manifest
 from eekd.trainers.folder import FORMAT, finite, metrics_of, read_metrics, read_record
 from eekd.trainers.loop import Progress, Session, classify, fit, quiet
