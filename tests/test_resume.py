@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eekd import checkpoint
+from eekd import files
 from eekd import train as cli
 from eekd.bank import __main__ as bank
 from eekd.config import Config, Student, Teacher
@@ -364,7 +364,7 @@ def test_no_file_can_be_written_any_more(run, tmp_path, monkeypatch, capsys, fil
     out = tmp_path / "run"
 
     def progress(self, phase, done, total, known):
-        module = "checkpoint" if file.endswith(".tmp") else "trainers.folder"
+        module = "files" if file.endswith(".tmp") else "trainers.folder"
         monkeypatch.setattr(f"eekd.{module}.open", refusing(out / file, reason), raising=False)
 
     monkeypatch.setattr(cli.Display, "__call__", progress)
@@ -383,7 +383,7 @@ def test_no_file_can_be_written_any_more(run, tmp_path, monkeypatch, capsys, fil
 def test_a_run_that_cannot_begin(run, tmp_path, monkeypatch, capsys, name, reason):
     (tmp_path / "config.json").write_text(run[0].config.to_json())
     out = tmp_path / "run"
-    monkeypatch.setattr(checkpoint, "open", refusing(out / f".{name}.tmp", reason), raising=False)
+    monkeypatch.setattr(files, "open", refusing(out / f".{name}.tmp", reason), raising=False)
     command = ["--config", str(tmp_path / "config.json"), "--out", str(out)]
     assert cli.main(command) == 2
     assert capsys.readouterr().err == f"error: {os.strerror(reason)}: {out / name}\n"

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from eekd import checkpoint, forwards
+from eekd import checkpoint, forwards, snapshots
 from eekd.files import read_json, sha256_of, write_json_atomic
 from eekd.models import build
 from eekd.snapshots import SnapshotEnsemble, SnapshotRecorder, _schedule, read_manifest
@@ -254,7 +254,7 @@ def test_a_failed_save_can_be_tried_again(tmp_path, monkeypatch, failing):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr(checkpoint, failing, fail)
+        patch.setattr(snapshots if failing == "write_json_atomic" else checkpoint, failing, fail)
         recorder.step(nn.Linear(1, 1))
     assert read_manifest(tmp_path) == manifest == recorder.manifest
     assert recorder.step(nn.Linear(1, 1))["step"] == 2 and len(read_manifest(tmp_path)["snapshots"]) == 2
