@@ -5,13 +5,16 @@ import difflib
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from eekd.convolutions import guard
+
 
 class LastFeatures:
     """Runs a classifier and returns its logits and its last features: `logits, features = capture(x)`.
 
     The features (B, dim) are the input of the model's last nn.Linear, or of the layer named `layer`.
     Gradients flow through both outputs. The model may be wrapped in DistributedDataParallel or torch.compile,
-    but a compiled one must not have run before. An output object that has `logits` is understood.
+    but a compiled one must not have run before. An output object that has `logits` is understood. The model's
+    convolutions are guarded, see `eekd.convolutions.guard`.
 
     Raises ValueError where no such layer exists, or where it does not take (B, dim) or give the logits;
     RuntimeError where the model's forward does not run it.
@@ -20,7 +23,7 @@ class LastFeatures:
     def __init__(self, model: nn.Module, layer: str | None = None):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-        self.model = model
+        self.model = guard(model)
         modules = dict(_unwrapped(model).named_modules())
         if layer is None:
             self.layer = next((n for n, m in reversed(modules.items()) if isinstance(m, nn.Linear)), None)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
+from eekd.convolutions import guard
 from eekd.models.mobilenetv2 import mobilenetv2
 from eekd.models.resnet import resnet, resnet50
 from eekd.models.shufflenet import shufflenetv1, shufflenetv2
@@ -43,7 +44,7 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
 
     `name` is one of `names()`, `timm:NAME`, or `path/to/file.py:factory`, where the factory takes the other
     three arguments by keyword and returns an nn.Module. The four as a dict are the architecture a manifest
-    stores: `build(**spec)` makes it again.
+    stores: `build(**spec)` makes it again. Its convolutions are guarded, see `eekd.convolutions.guard`.
 
     Raises ValueError for an unknown name, naming the nearest, and for sizes below 1; FileNotFoundError
     and AttributeError for a missing file or factory; TypeError for a factory of another kind.
@@ -55,12 +56,12 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{key} must be a whole number of at least 1, got {value!r}")
     if name.startswith("timm:"):
-        return _from_timm(name.removeprefix("timm:"), **sizes)
+        return guard(_from_timm(name.removeprefix("timm:"), **sizes))
     if ".py:" in name:
-        return _from_file(name, **sizes)
+        return guard(_from_file(name, **sizes))
     if name not in MODELS:
         raise ValueError(f"no model is called {name!r}; the nearest is {_nearest(name, MODELS)!r}")
-    return MODELS[name](**sizes)
+    return guard(MODELS[name](**sizes))
 
 
 def _nearest(name: str, known) -> str:

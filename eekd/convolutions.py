@@ -1,0 +1,50 @@
+"""Keeps networks from a convolution of torch that writes outside its memory, on processors without AVX-512.
+
+oneDNN, which computes torch's convolutions on a CPU, has a backward for weights of 1×1 kernels with a stride, whose
+work space is too small for 2 to 7 input channels in channels_last. docs/reliability.md says which shapes and versions.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_ALIKE = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+
+
+def needs_guard() -> bool:
+    """Whether this processor, as oneDNN sees it (ONEDNN_MAX_CPU_ISA), can meet that convolution: x86, no AVX-512."""
+    known = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return known and not torch.ops.mkldnn._is_mkldnn_bf16_supported()  # which oneDNN says with AVX-512 only
+
+
+def guard(model: nn.Module) -> nn.Module:
+    """Lets 1×1 convolutions with a stride and few input channels take every stride-th pixel and then no stride.
+
+    That is the same function, which oneDNN computes by another way. Nothing is changed where `needs_guard()` is false.
+    Returns the model, changed in place: weights, names and types stay as they are. Convolutions that a model calls as
+    a function, and classes with a forward of their own, are not reached.
+    """
+    if not needs_guard():
+        return model
+    for module in model.modules():
+        convolve = next((_ALIKE[kind] for kind in _ALIKE if isinstance(module, kind)), None)
+        if convolve and _affected(module):
+            module._conv_forward = Strided(convolve, module.stride)
+    return model
+
+
+def _affected(module: nn.Module) -> bool:
+    ones, none = set(module.kernel_size) == {1}, not any(module.padding) or module.padding in ("valid", "same")
+    return ones and none and max(module.stride) > 1 and module.groups == 1 and module.in_channels < 8
+
+
+class Strided:
+    """What a guarded convolution does in place of its own forward; it is copied and pickled with the module."""
+
+    def __init__(self, convolve, stride: tuple[int, ...]):
+        self.convolve, self.stride = convolve, stride
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if x.device.type != "cpu":
+            return self.convolve(x, weight, bias, self.stride)
+        return self.convolve(x[(..., *(slice(None, None, s) for s in self.stride))], weight, bias)
