@@ -3,14 +3,17 @@
 Without torchrun there is one process, and everything here gives back what it was given.
 """
 
+import atexit
 import functools
 import hashlib
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 from torch import Tensor, distributed, nn
@@ -32,12 +35,30 @@ def joined(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
         return
     _check_environment()
     _take_gpu()
+    # Its functions take the group of the moment for a default, and would keep it, and gloo's threads, past its end.
+    import torch.distributed.nn.functional  # noqa: F401
+
     backend = "cpu:gloo,cuda:nccl" if enough_gpus() else "gloo"
     store, number, count = next(distributed.rendezvous("env://", timeout=timeout))
     store = _of_the_living(store, number, count, timeout)
     distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
     yield
     distributed.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process with this exit code; among several processes without Python's own end.
+
+    A gloo thread frees the tensor it was handed last, if need be after the exchange. Where Python is ending by then,
+    it is killed for that, and the process aborts ("terminate called without an active exception"). The threads end with
+    the group, which a process that fails does not leave and sharded tensors keep.
+    """
+    if "WORLD_SIZE" in os.environ:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def enough_gpus() -> bool:

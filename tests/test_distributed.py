@@ -110,12 +110,18 @@ def test_only_who_ends_well_leaves_the_group(tmp_path):
     """Joined twice; then an error in one, which NCCL would make wait for the other."""
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent("""
+        from pathlib import Path
         import torch
+        from torch import nn
         from eekd import distributed
         for _ in range(2):
             with distributed.joined():
+                network = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
                 assert distributed.largest(distributed.rank()) == [1]
+            del network
             assert not torch.distributed.is_initialized()
+            threads = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+            assert not any("gloo" in thread for thread in threads), threads  # one might free a tensor at Python's end
         try:
             with distributed.joined():
                 distributed.wait()
@@ -595,3 +601,20 @@ def test_only_what_the_exchange_raises_is_laid_on_another_process():
     gloo = "[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:48769"
     assert distributed.lost(RuntimeError(gloo)) and distributed.lost(torch.distributed.DistBackendError("NCCL"))
     assert not distributed.lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_a_process_leaves_as_it_would_and_runs_no_python_after(tmp_path):
+    """What Python does last of all could end a thread of gloo's, and the process with it."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent("""
+        import atexit, os, sys
+        from eekd import distributed
+        atexit.register(print, "at exit")
+        aborts = type("Aborts", (), {"__del__": lambda self, abort=os.abort: abort()})()
+        print("to the end", flush=True)
+        distributed.leave(3)
+    """))
+    for environment, code in ((ENVIRONMENT | {"WORLD_SIZE": "2"}, 3), (ENVIRONMENT, -signal.SIGABRT)):
+        done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stdout.split("\n")[0]) == (code, "to the end"), done
+        assert code < 0 or done.stdout == "to the end\nat exit\n"

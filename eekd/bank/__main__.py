@@ -231,4 +231,4 @@ def _bar(console: Console) -> progress.Progress:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())

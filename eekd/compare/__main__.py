@@ -133,4 +133,4 @@ def run(flags: Flags, command: list[str]) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())
