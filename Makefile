@@ -3,12 +3,18 @@ EXTRAS ?= dev
 VENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo test bench check-gpu install
+.PHONY: demo test test-all bench check-gpu install
 demo: install
 	$(PYTHON) -m eekd.train
 
 test: install  # one thread each: where there are more threads than cores, all wait for all
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+# What `make test` runs, and every test marked "full"; TESTS="-m full" for these alone.
+TESTS ?= -m "not slow"
+test-all:
+	$(MAKE) install EXTRAS=dev,timm,data
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist worksteal $(TESTS)
 
 bench: install
 	$(PYTHON) -m eekd.kernels.bench --json results/bench.json

@@ -12,7 +12,9 @@ from setuptools.command.build_ext import build_ext
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve()
+        # A second editable install compiles only what has changed.
+        build = Path(__file__).resolve().parent / "build" / "editable" if self.editable_mode else Path(self.build_temp)
+        build = build.resolve()
         build.mkdir(parents=True, exist_ok=True)
         subprocess.check_call([
             "cmake", "-S", str(Path(__file__).resolve().parent), "-B", str(build), "-G", "Ninja",

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -352,8 +353,12 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_architectures") = EEKD_CUDA_ARCHITECTURES;
   m.def("cpu_capability", [] { return kIsas[static_cast<int>(eekd::isa())]; },
         "The instruction set that the CPU kernels use.");
-  m.def("set_cpu_capability", [](const std::string& name) {
+  const auto choose = [](const std::string& name) {
     const auto* found = std::find(std::begin(kIsas), std::end(kIsas), name);
     return found != std::end(kIsas) && eekd::set_isa(static_cast<eekd::Isa>(found - std::begin(kIsas)));
-  }, "Chooses another: baseline, avx2 or avx512. False where build or processor lacks it.");
+  };
+  if (const char* name = std::getenv("EEKD_CPU_CAPABILITY"); name && !choose(name))
+    throw pybind11::value_error("EEKD_CPU_CAPABILITY must be baseline, avx2 or avx512, and be in this build and "
+                                "processor, got " + std::string(name));
+  m.def("set_cpu_capability", choose, "Chooses another: baseline, avx2 or avx512. False where build or processor lacks it.");
 }

@@ -1,4 +1,6 @@
 import os
+from collections import defaultdict
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -23,6 +25,27 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         return interpreter.TensorHandle(value.numpy(), target)
 
     interpreter.InterpreterBuilder.cast_impl = cast
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of every product of parameters, marks as full what is not needed for each two values to meet in some case."""
+    products = defaultdict(dict)
+    for item in items:
+        if not {"hub", "browser"}.isdisjoint(item.fixturenames):  # Hugging Face's datasets, or Chromium
+            item.add_marker("full")
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        values = [(name, id(value)) for name, value in sorted(parameters.items())]
+        if len(values) > 2:
+            products[item.nodeid.split("[")[0]][item] = set(combinations(values, 2))
+    for cases in products.values():
+        while any(cases.values()):
+            most = max(cases, key=lambda item: len(cases[item]))
+            met = cases.pop(most)
+            cases |= {item: pairs - met for item, pairs in cases.items()}
+        for item in cases:
+            item.add_marker("full")
+
 
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
 

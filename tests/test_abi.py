@@ -27,6 +27,7 @@ def run(python: str) -> tuple[str, list[float]]:
     return out[0], [float(x) for x in out[1:]]
 
 
+@pytest.mark.full
 @pytest.mark.skipif("EEKD_SECOND_PYTHON" not in os.environ, reason="EEKD_SECOND_PYTHON is not set: no second torch")
 def test_the_same_file_runs_under_two_torch_versions():
     here, numbers = run(sys.executable)

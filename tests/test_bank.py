@@ -405,7 +405,9 @@ def test_more_views_are_added_to_a_bank(copy, bank):
     assert not torch.equal(more.rows(3, torch.arange(9))[0], more.rows(0, torch.arange(9))[0])
 
 
-@pytest.mark.parametrize("kind", [(), ("--top-k", "3")], ids=["all classes", "top-k"])
+@pytest.mark.parametrize("kind", [
+    pytest.param((), marks=pytest.mark.full, id="all classes"), pytest.param(("--top-k", "3"), id="top-k"),
+])  # fmt: skip
 def test_processes_share_the_shards(run, tmp_path, kind):
     """By torchrun, two of them; the bytes are those of one."""
     flags = ["-m", "eekd.bank", "--teacher", str(run), "--views", "3", *kind, "--out"]

@@ -28,6 +28,7 @@ def records(results: Path) -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text()) for path in results.glob("*/*.json")}
 
 
+@pytest.mark.full
 def test_runs_to_its_end_and_reports(tmp_path, capsys):
     parts = [name for name in PARTS if name != "tune" or find_spec("eekd.kernels.tune")]
     assert check(tmp_path, *parts) == 0
@@ -96,6 +97,7 @@ def test_parts_of_a_gpu(tmp_path, monkeypatch):
     assert "--quick" not in parts["bench"].command and "--tiny" not in parts["tune"].command
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not find_spec("eekd.kernels.tune"), reason="there is no tune")
 def test_tune_knows_the_words_of_its_command(tmp_path):
     command = check_gpu.stages(True, False, tmp_path, tmp_path)[-1]["tune"].command

@@ -203,6 +203,7 @@ def test_a_signal_is_one_line(tmp_path, monkeypatch, capsys, number):
     assert capsys.readouterr().err == "stopped; the same command goes on from here\n"
 
 
+@pytest.mark.full
 def test_two_processes_and_a_kill_give_what_one_gave_undisturbed(record, tmp_path):
     other = started(tmp_path, seeds=1, first=1)
     try:

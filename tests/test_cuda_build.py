@@ -75,6 +75,7 @@ def test_every_kernel_on_every_architecture():
     }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("architecture", [80, 90])  # without and with clusters
 @pytest.mark.parametrize("source", ["ensemble_kd.cu", "sparse_ensemble_kd.cu"])
 def test_no_warnings(source, architecture, tmp_path):

@@ -178,6 +178,7 @@ def test_fashion_mnist_reads_idx_packed_or_not(tmp_path, pack, suffix):
     assert ids(data.train) | ids(data.val) == set(range(60))
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not _DEBIAN_FASHION_MNIST.is_dir(), reason="dataset-fashion-mnist is not installed")
 def test_fashion_mnist_of_debian_is_found():
     data = load("fashion-mnist")

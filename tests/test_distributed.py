@@ -213,7 +213,7 @@ def test_machines_that_count_their_restarts_apart_go_on(tmp_path):
     assert sorted((tmp_path / f"went-on-{rank}").read_text() for rank in range(2)) == ["0", "1"]
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_synchronised_batch_norm_is_that_of_the_whole_batch(tmp_path, processes):
     """Uneven shares; outputs, gradients and running statistics."""
     together(processes, tmp_path, """
@@ -248,7 +248,7 @@ def test_batch_norms_are_synchronised_in_place():
     assert not any(type(module) is nn.BatchNorm2d for module in network.modules())
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_snapshots_spread_over_processes_say_the_same(tmp_path, processes):
     """Five and three of them, uneven batches, a batch of none; one alone needs no exchange."""
     together(processes, tmp_path, """
@@ -338,10 +338,10 @@ def norm_free(tmp_path_factory) -> list:
 
 
 @pytest.mark.parametrize("processes, flags", [
-    (1, ["--accumulate", 3]),
+    pytest.param(1, ["--accumulate", 3], marks=pytest.mark.full),
     (2, ["--accumulate", 2, "--check-replicas", 1]),
-    (4, ["--snapshots-on", "ranks"]),
-    (2, ["--parallel", "fsdp", "--accumulate", 2]),
+    pytest.param(4, ["--snapshots-on", "ranks"], marks=pytest.mark.full),
+    pytest.param(2, ["--parallel", "fsdp", "--accumulate", 2], marks=pytest.mark.full),
 ])  # fmt: skip
 def test_the_same_batch_gives_the_same_networks(norm_free, tmp_path, processes, flags):
     """155 images in batches of 24, the last one of 11: however they are shared out, the steps are the same."""
@@ -356,6 +356,7 @@ def test_the_same_batch_gives_the_same_networks(norm_free, tmp_path, processes, 
                 assert row[name] == pytest.approx(other[name], abs=1e-4), name
 
 
+@pytest.mark.full
 def test_synchronised_batch_norm_makes_processes_agree(tmp_path):
     command = ["-m", "eekd.train", *SMALL, "--students", "attention", "--sync-batchnorm", "--out"]
     launch(1, *command, tmp_path / "one")
@@ -363,7 +364,7 @@ def test_synchronised_batch_norm_makes_processes_agree(tmp_path):
     assert_close(tmp_path / "one", tmp_path / "two", 2e-3)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.full), "fsdp"])
 def test_processes_leave_out_the_same_steps(tmp_path, parallel):
     """A batch is bad in one process: by policy "stop" all end, by "skip" all go on without it."""
     together(2, tmp_path, f"""
@@ -476,6 +477,7 @@ def kill_workers(command: list, run: Path, kills: int, rng: random.Random, proce
     return killed
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("processes, taken", [(2, 3 * 14), (3, 2 * 14)])
 def test_a_killed_worker_changes_nothing(undisturbed, tmp_path, processes, taken):
     command, run = undisturbed(processes)
@@ -493,6 +495,7 @@ def test_killed_workers_change_nothing(undisturbed, tmp_path, seed):
     same_outcome(run, tmp_path / "run")
 
 
+@pytest.mark.full
 def test_the_slurm_script_goes_on_after_preemption(undisturbed, tmp_path):
     """With stand-ins for Slurm: SIGTERM saves and asks to be queued again, and the next start ends the run."""
     command, run = undisturbed(2)
@@ -533,6 +536,7 @@ def test_the_slurm_script_goes_on_after_preemption(undisturbed, tmp_path):
     assert max(steps(tmp_path, 2)) < 3 * 14  # it went on
 
 
+@pytest.mark.full
 def test_a_comparison_shares_its_seeds(tmp_path):
     flags = ["-m", "eekd.compare", "--train-limit", "155", "--teacher.epochs", "1", "--student.epochs", "1",
              "--teacher.snapshots", "1", "--teacher.model", "resnet8_w4", "--methods", "ce", "--seeds", "2",
@@ -579,6 +583,7 @@ def test_each_process_needs_a_gpu_of_its_own_on_cuda(monkeypatch):
         _device("cuda")
 
 
+@pytest.mark.full
 @pytest.mark.bad_input
 def test_a_restart_with_other_settings_is_refused(undisturbed, monkeypatch, capsys):
     _, run = undisturbed(2)

@@ -880,7 +880,7 @@ def test_another_backend_is_another_graph(kernels, device):
     assert counter.frame_count == 2
 
 
-@sizes((6, 3, 20), (6, 3, 20, 5))
+@sizes((6, 3, 20), pytest.param((6, 3, 20, 5), marks=pytest.mark.full))
 def test_inductor(kernels, device, size):
     step, fast, _ = compiled("inductor", dynamic=True)
     for rows in (size[0], 11):

@@ -147,6 +147,7 @@ def test_every_named_model(name):
     assert capture.layer == "classifier"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name, size", [("resnet18", 32), ("vit_tiny_patch16_224", 32)])
 def test_timm_models(name, size):
     pytest.importorskip("timm")

@@ -116,6 +116,7 @@ def test_traces_into_one_graph(device):
     torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name, image_size", [("resnet18", 32), ("vit_tiny_patch16_224", 64)])
 def test_timm_models_by_name(name, image_size):
     pytest.importorskip("timm")
@@ -167,6 +168,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(name, nearest):
         models.build(name, num_classes=10)
 
 
+@pytest.mark.full
 @pytest.mark.bad_input
 def test_an_unknown_timm_name_is_answered_with_the_nearest():
     pytest.importorskip("timm")

@@ -822,7 +822,7 @@ train(Config.load(sys.argv[1]), sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.full)])
 def test_deterministic_runs_of_two_processes_are_the_same(nets, tmp_path, precision):
     config = config_of(nets, deterministic=True, students=("ce", "last", "attention"), precision=precision)
     (tmp_path / "config.json").write_text(config.to_json())
@@ -832,7 +832,7 @@ def test_deterministic_runs_of_two_processes_are_the_same(nets, tmp_path, precis
     check_same(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.full)])
 def test_deterministic_runs_from_files_are_the_same(nets, tmp_path, pictures, workers, threads, deterministic):
     threads(1)
     config = config_of(nets, data=str(pictures), train_limit=None, deterministic=True, workers=workers)
@@ -841,6 +841,7 @@ def test_deterministic_runs_from_files_are_the_same(nets, tmp_path, pictures, wo
     check_same(one, two)
 
 
+@pytest.mark.full
 def test_deterministic_runs_from_a_bank_are_the_same(nets, tmp_path, threads, deterministic):
     threads(1)
     config = config_of(nets, deterministic=True, students=())

@@ -461,7 +461,7 @@ def test_a_second_process_on_the_same_run(run, tmp_path, capsys):
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.full)])
 def test_an_image_that_vanishes_while_training(nets, tmp_path, workers):
     image = pytest.importorskip("PIL.Image")
     for split, count in (("train", 30), ("val", 5), ("test", 5)):

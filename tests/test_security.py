@@ -290,6 +290,7 @@ def test_a_run_whose_json_is_a_pickle(tmp_path, marker, name, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.full
 @bad_input
 def test_a_folder_for_hugging_face_with_code_in_it(tmp_path, marker, monkeypatch):
     pytest.importorskip("datasets")
@@ -768,6 +769,7 @@ def an_image():
     return data.getvalue()
 
 
+@pytest.mark.full
 @bad_input
 @pytest.mark.parametrize("path", ["../secret.png", "/secret.png", "x/../../secret.png"])
 def test_a_table_reads_no_file_outside_its_folder(tmp_path, monkeypatch, path):
@@ -784,6 +786,7 @@ def test_a_table_reads_no_file_outside_its_folder(tmp_path, monkeypatch, path):
     assert len(load(str(good / "t.parquet")).train) > 0
 
 
+@pytest.mark.full
 @bad_input
 def test_a_table_of_the_hub_reads_files_of_the_cache_only(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")

@@ -25,7 +25,7 @@ interprets = pytest.mark.skipif(
     triton.__version__ < "3.7" and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0",
     reason="Triton 3.6's interpreter takes arrays of one number for numbers, which NumPy 2.4 refuses",
 )
-# What runs on every commit, some of every kind of behaviour; `pytest -m slow` runs all.
+# Some of every kind of behaviour, and of these only the cases that are not full by themselves.
 DENSE = """
     formulas
     or (every_shape and (9x5x1001 or 5x3x5000 or 0x5x100 or 9x17x100) and (probability-label or logit-kl))
@@ -55,23 +55,25 @@ SPARSE = """
 """
 
 
-def run_suites(expression: str):
+def run_suites(expression: str, marked: str):
     chosen = f"triton and {' '.join(expression.split())}"
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-k", chosen, *SUITES]
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-m", marked, "-k", chosen, *SUITES]
     run = subprocess.run(command, env=INTERPRETED, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
 
 
 @interprets
+@pytest.mark.parametrize("marked", ["not slow and not full", pytest.param("not slow", marks=pytest.mark.full)],
+                         ids=["some", "more"])  # fmt: skip
 @pytest.mark.parametrize("chosen", [f"not sparse and ({DENSE})", f"sparse and ({SPARSE})"], ids=["dense", "sparse"])
-def test_the_ops_suites_in_the_interpreter(chosen):
-    run_suites(chosen)
+def test_the_ops_suites_in_the_interpreter(chosen, marked):
+    run_suites(chosen, marked)
 
 
 @interprets
 @pytest.mark.slow
 def test_the_ops_whole_suites_in_the_interpreter():
-    run_suites("test")
+    run_suites("test", "not slow")
 
 
 BAD_INDICES = """
