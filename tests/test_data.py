@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import os
 import pickle
 import struct
@@ -19,7 +20,7 @@ from eekd.data import AUGMENTATIONS, Encoded, Loader, Split, load
 from eekd.data import augment as aug
 from eekd.data.dataset import statistics, stratified
 from eekd.data.formats import parse_cifar_binary, parse_cifar_python, parse_idx, read_bytes, read_members
-from eekd.data.sources import _DEBIAN_FASHION_MNIST
+from eekd.data.sources import _DEBIAN_FASHION_MNIST, _GLYPHS
 
 bad_input = pytest.mark.bad_input
 fuzz = settings(max_examples=150, deadline=None)
@@ -185,6 +186,23 @@ def test_fashion_mnist_of_debian_is_found():
     assert (len(data.train), len(data.val), len(data.test)) == (54000, 6000, 10000)
     assert data.train.labels.bincount().tolist() == [5400] * 10
     assert data.mean == pytest.approx((0.2860,), abs=1e-3) and data.std == pytest.approx((0.3530,), abs=1e-3)
+
+
+def test_glyphs_are_real_and_no_design_is_in_two_parts():
+    data, about = load("glyphs"), json.loads(_GLYPHS.with_suffix(".json").read_text())
+    faces = {"train": 0, "val": 0, "test": 0}
+    for package in about["packages"]:
+        faces[package["part"]] += len(package["faces"])
+    assert len({package["name"] for package in about["packages"]}) == len(about["packages"])
+    assert all(package["licence"] and package["version"] for package in about["packages"])
+    assert "".join(data.classes) == about["characters"] and len(data.classes) == 62
+    for name, count in faces.items():
+        split = getattr(data, name)
+        assert split.images.shape == (62 * count, 1, 16, 16) and count > 50
+        assert split.labels.bincount().tolist() == [count] * 62
+        assert split.images.max() == 255 and not (split.images % 17).any()
+    images = [{bytes(image) for image in getattr(data, name).images.numpy()} for name in faces]
+    assert len(images[0] & images[2]) < 0.01 * len(images[2])  # dots and bars, which all fonts share
 
 
 def test_digits_are_real_and_split_three_ways():
@@ -693,7 +711,7 @@ def test_a_missing_package_says_what_to_install(tmp_path, monkeypatch, module, n
         (
             {"name": "imagenet"},
             FileNotFoundError,
-            "wanted digits, fashion-mnist, cifar10, cifar100, a path or",
+            "wanted glyphs, digits, fashion-mnist, cifar10, cifar100, a path or",
         ),
         ({"name": "./no/where"}, FileNotFoundError, "there is no dataset"),
         ({"name": "/no"}, FileNotFoundError, "there is no dataset '/no'"),

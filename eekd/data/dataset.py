@@ -93,7 +93,7 @@ def load(
     name: str, root: str | os.PathLike | None = None, *, val_fraction: float = 0.1, seed: int = 0,
     train_limit: int | None = None, image_size: int | None = None, memory_budget: int = 1 << 30,
 ) -> ImageData:  # fmt: skip
-    """A dataset by name (digits, fashion-mnist, cifar10, cifar100), path, or Hugging Face id (owner/name).
+    """A dataset by name (glyphs, digits, fashion-mnist, cifar10, cifar100), path, or Hugging Face id (owner/name).
 
     A path is a folder of train/CLASS/*.png, val/CLASS/*.png and perhaps test/, or a parquet file, or a folder
     of parquet. `root` is the folder that holds a named dataset's files, or that a relative path starts from.

@@ -1,21 +1,24 @@
 """Datasets as they are found, by name or path, before anything is split."""
 
 import difflib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import formats
 from .encoded import Encoded, open_image
 
-NAMES = ("digits", "fashion-mnist", "cifar10", "cifar100")
+NAMES = ("glyphs", "digits", "fashion-mnist", "cifar10", "cifar100")
 
 Part = tuple[Tensor | Encoded, Tensor]
 
+_GLYPHS = Path(__file__).with_name("glyphs.npz")
 _DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 _FASHION = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -40,6 +43,8 @@ class Found(NamedTuple):
 
 def find(name: str, root: Path | None, image_size: int | None) -> Found:
     """Reads a named dataset or a path; see `eekd.data.load`, which says where it looks and what it raises."""
+    if name == "glyphs":
+        return _glyphs()
     if name == "digits":
         return _digits()
     if name == "fashion-mnist" and (root or _DEBIAN_FASHION_MNIST.is_dir()):
@@ -61,6 +66,17 @@ def find(name: str, root: Path | None, image_size: int | None) -> Found:
     near = difflib.get_close_matches(name, NAMES, 1, 0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"wanted {', '.join(NAMES)}, a path or a Hugging Face id"
     raise FileNotFoundError(f"there is no dataset {str(path)!r}: {hint}")
+
+
+def _glyphs() -> Found:
+    """Letters and digits of many fonts, as results/glyphs.py drew them; no design is in two parts."""
+    with np.load(_GLYPHS) as drawn:
+        parts = {}
+        for part in _SPLITS:
+            packed = torch.from_numpy(drawn[f"{part}_images"])
+            images = torch.stack([packed >> 4, packed & 15], -1).flatten(-2) * 17  # 16 levels
+            parts[part] = images.unsqueeze(1), torch.from_numpy(drawn[f"{part}_labels"]).long()
+    return Found(parts, [*json.loads(_GLYPHS.with_suffix(".json").read_text())["characters"]], "crop")
 
 
 def _digits() -> Found:

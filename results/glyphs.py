@@ -1,0 +1,211 @@
+"""Draws the characters of many freely licensed fonts, small and grey: the images that eekd.data calls glyphs.
+
+python results/glyphs.py --size 16 --out eekd/data/glyphs.npz
+
+The fonts are Debian's, fetched by `apt-get download`, which needs no root; PIL draws them. Every font package goes
+to one part only (training, validation or test), so that no design is in two, and gives --faces faces at most. A face
+takes part where it has all characters, and none that looks like another. The archive holds, of each part, images
+(N, size, size / 2) uint8, two pixels of 16 levels in a byte, and labels (N). The JSON beside it names the characters,
+every package with its version, licence and part, and the faces drawn.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# Licence of the font files, read from each package's copyright file. Packages of one line have a design in common.
+PACKAGES = """
+OFL-1.1      3270
+OFL-1.1      allerta
+OFL-1.1      anonymous-pro
+OFL-1.1      apropal
+OFL-1.1      arapey
+OFL-1.1      averia-gwf averia-sans-gwf averia-serif-gwf
+OFL-1.1      b612
+OFL-1.1      babelstone-modern
+OFL-1.1      bajaderka
+OFL-1.1      blankenburg
+OFL-1.0      breip
+OFL-1.1      bwht
+OFL-1.1      cabin cabinsketch
+OFL-1.1      cantarell
+OFL-1.1      cardo
+Apache-2.0   clear-sans
+OFL-1.1      cmu
+OFL-1.1      comfortaa
+OFL-1.1      comic-neue
+OFL-1.1      compagnon
+OFL-1.1      courier-prime
+OFL-1.1      crosextra-carlito lato
+OFL-1.1      crosextra-caladea
+OFL-1.1      dancingscript
+Vera         dejavu-core dejavu-extra hack
+OFL-1.1      dkg-handwriting
+OFL-1.1      dosis
+OFL-1.1      ebgaramond
+OFL-1.1      elstob junicode
+OFL-1.1      essays1743
+OFL-1.1      eurofurence
+OFL-1.1      fantasque-sans
+MIT          fanwood
+OFL-1.1      firacode
+OFL-1.1      georgewilliams
+Unlicense    glasstty
+OFL-1.1      gnutypewriter
+BSD-3-clause go
+PD           goudybookletter
+OFL-1.1      havana
+OFL-1.1      hermit
+OFL-1.1      humor-sans
+OFL-1.0      inconsolata
+OFL-1.1      inter
+Apache-2.0   jetbrains-mono
+OFL-1.1      joscelyn
+OFL-1.1      junction
+OFL-1.1      kalapi
+OFL-1.1      karla karmilla
+OFL-1.1      kaushanscript
+OFL-1.1      klaudia-berenika
+OFL-1.1      kristi
+OFL-1.1      league-mono
+OFL-1.1      league-spartan
+OFL-1.1      leckerli-one
+OFL-1.1      le-murmure
+MIT          lindenhill
+OFL-1.1      linuxlibertine
+OFL-1.1      lobster lobstertwo
+OFL-1.1      manrope
+OFL-1.1      millimetre
+OFL-1.1      monofur
+MIT          monoid
+OFL-1.1      mononoki
+OFL-1.1      mplus
+OFL-1.1      national-park
+Apache-2.0   open-sans
+OFL-1.1      opendin
+OFL-1.1      oxygen
+OFL-1.1      play
+PD           prociono
+OFL-1.1      quattrocento
+OFL-1.1      quicksand
+OFL-1.1      radisnoir
+Apache-2.0   roboto-unhinted roboto-slab
+OFL-1.1      routed-gothic
+OFL-1.1      sil-andika
+OFL-1.1      sil-charis
+OFL-1.1      sil-gentium sil-gentium-basic
+OFL-1.1      solide-mirage
+OFL-1.1      sora
+OFL-1.1      stix
+PD           tuffy
+OFL-1.1      vollkorn
+OFL-1.1      yanone-kaffeesatz
+OFL-1.1      yrsa-rasa
+OFL-1.1      yusei-magic
+MIT          agave
+"""
+CHARACTERS = {
+    62: "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz",
+    94: "".join(map(chr, range(33, 127))),
+}
+SCALE = 8  # drawn so much larger, then reduced by the mean
+PARTS = {"train": 0.4, "val": 0.2, "test": 0.4}  # of the designs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="the .npz to write")
+    parser.add_argument("--size", type=int, default=16, help="pixels of a side")
+    parser.add_argument("--classes", type=int, choices=CHARACTERS, default=62, help="letters and digits, or all ASCII")
+    parser.add_argument("--faces", type=int, default=4, help="faces of a package at most")
+    parser.add_argument("--packages", help="a folder to keep the packages in, or that has them")
+    args = parser.parse_args()
+    characters = CHARACTERS[args.classes]
+    designs = [line.split() for line in PACKAGES.strip().splitlines()]
+    names = [f"fonts-{name}" for _, *several in designs for name in several]
+    with tempfile.TemporaryDirectory() as scratch:
+        kept = Path(args.packages or scratch)
+        kept.mkdir(exist_ok=True, parents=True)
+        missing = [name for name in names if not any(kept.glob(f"{name}_*.deb"))]
+        if missing:
+            subprocess.run(["apt-get", "download", *missing], cwd=kept, check=True)
+        drawn, packages = {part: [] for part in PARTS}, []
+        for part, (licence, *several) in zip(parts(len(designs)), designs, strict=True):
+            for name in several:
+                deb = next(kept.glob(f"fonts-{name}_*.deb"))
+                folder = Path(scratch, "unpacked", name)
+                folder.mkdir(parents=True)
+                subprocess.run(["dpkg-deb", "-x", deb, folder], check=True)
+                found = package_faces(folder, characters, args.size, args.faces)
+                drawn[part] += [images for _, images in found]
+                version = deb.stem.split("_")[1].replace("%3a", ":")
+                about = {"version": version, "licence": licence, "part": part, "faces": [face for face, _ in found]}
+                packages.append({"name": f"fonts-{name}"} | about)
+    arrays = {}
+    for part, several in drawn.items():
+        images = np.concatenate(several)
+        arrays[f"{part}_images"] = images[..., ::2] << 4 | images[..., 1::2]
+        arrays[f"{part}_labels"] = np.tile(np.arange(len(characters), dtype=np.uint8), len(several))
+        print(f"{part}: {len(several)} faces, {len(images)} images")
+    np.savez_compressed(args.out, **arrays)
+    about = {"size": args.size, "characters": characters, "packages": packages}
+    Path(args.out).with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def parts(designs: int) -> list[str]:
+    """The part of each of so many designs, drawn once and for all."""
+    names = [name for name, share in PARTS.items() for _ in range(round(share * designs))]
+    names = (names + ["test"] * designs)[:designs]
+    random.Random(0).shuffle(names)
+    return names
+
+
+def package_faces(folder: Path, characters: str, size: int, most: int) -> list[tuple[str, np.ndarray]]:
+    """Name and images of at most so many faces of a package, evenly chosen from those that will do."""
+    faces = {}
+    files = [path for path in folder.rglob("*") if path.suffix.lower() in (".ttf", ".otf") and path.exists()]
+    for path in sorted(files):
+        font = ImageFont.truetype(str(path), 64)
+        name = " ".join(font.getname())
+        if name not in faces and complete(font, characters):
+            faces[name] = path
+    step = max(1, len(faces) / most)
+    chosen = [[*faces][int(i * step)] for i in range(min(most, len(faces)))]
+    return [(name, face_images(faces[name], characters, size)) for name in chosen]
+
+
+def complete(font: ImageFont.FreeTypeFont, characters: str) -> bool:
+    """Whether a face has every character, each with a picture of its own: small capitals are no lower case."""
+    pictures = [(mask.size, bytes(mask)) for mask in map(font.getmask, characters)]
+    absent = font.getmask("\uffff")
+    return len(set(pictures)) == len(pictures) and (absent.size, bytes(absent)) not in pictures and all(
+        width and height for (width, height), _ in pictures
+    )
+
+
+def face_images(path: Path, characters: str, size: int) -> np.ndarray:
+    """(characters, size, size) of 16 levels: one size and baseline for the face, each character in the middle."""
+    side = size * SCALE
+    boxes = [ImageFont.truetype(str(path), side).getbbox(c, anchor="ls") for c in characters]
+    top, bottom = min(box[1] for box in boxes), max(box[3] for box in boxes)
+    width = max(box[2] - box[0] for box in boxes)
+    font = ImageFont.truetype(str(path), int(side * side / max(bottom - top, width) * 0.98))
+    boxes = [font.getbbox(c, anchor="ls") for c in characters]
+    top, bottom = min(box[1] for box in boxes), max(box[3] for box in boxes)
+    baseline = (side - (bottom - top)) // 2 - top
+    images = []
+    for c, (left, _, right, _) in zip(characters, boxes, strict=True):
+        image = Image.new("L", (side, side))
+        ImageDraw.Draw(image).text(((side - left - right) // 2, baseline), c, 255, font, anchor="ls")
+        images.append(np.asarray(image, np.float64).reshape(size, SCALE, size, SCALE).mean((1, 3)))
+    return np.round(np.stack(images) / 17).astype(np.uint8)
+
+
+if __name__ == "__main__":
+    main()
