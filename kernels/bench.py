@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import eekd
-from eekd import reference
+from eekd import _C, reference
 from eekd.info import environment
 from eekd.kernels.timing import events, in_graph, microseconds, peak_extra_bytes, rotation, wall
 from eekd.ops.backend import namespace
@@ -46,9 +46,10 @@ BACKENDS, BASELINES = ("native", "triton"), ("eager", "compile", "liger")
 TEMPERATURE, ALPHA = 5.0, 0.5  # the op's defaults
 SETTLING = 2e-3  # seconds of a turn before it counts: caches and spinning threads are still of the contender before
 ERROR_LIMIT = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3}
-CPU_SHAPES = [(128, 5, 10), (128, 5, 100), (256, 5, 1000), (1024, 5, 1000), (64, 5, 32000), (16, 4, 128256)]
+CPU_SHAPES = [(96, 5, 10), (128, 5, 100), (160, 4, 100), (256, 5, 1000), (768, 6, 1000), (64, 5, 32000),
+              (16, 4, 128256)]  # fmt: skip
 GPU_SHAPES = [(128, 5, 100), (32768, 5, 1000), (32768, 5, 1001), (8192, 5, 4096), (1024, 5, 32000), (256, 5, 128256)]
-
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 SPARSE_SHAPES = [(rows, 5, c, k) for rows, c in ((256, 1000), (64, 10000), (64, 32000), (16, 128256))
                  for k in (20, 50, 100)]  # times 32 on a GPU  # fmt: skip
@@ -377,6 +378,18 @@ def shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
 
+def limit_to_avx2(argv: list[str]) -> None:
+    """Starts Python again where torch has not been told yet, then limits eekd and torch.compile as well."""
+    if any(os.environ.get(name) != value for name, value in AVX2.items()):
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, "-m", "eekd.kernels.bench", *argv], os.environ | AVX2)
+    from torch._inductor import config
+
+    config.cpp.simdlen = 256
+    if torch.backends.cpu.get_cpu_capability() != "AVX2" or not _C.set_cpu_capability("avx2"):
+        raise SystemExit("--avx2: torch or eekd has no AVX2 here")
+
+
 def main(argv: list[str] | None = None) -> None:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="python -m eekd.kernels.bench", description=__doc__.splitlines()[0])
@@ -386,6 +399,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if gpu else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--seconds", type=float, help="per contender and shape; default: 1 on a CPU, 0.5 on a GPU")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--avx2", action="store_true", help="eekd, eager and compile without AVX-512")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a smoke test: small shapes, one mode of compile")
     parser.add_argument("--full", action="store_true", help="ensemble_kd: all shapes, dtypes and layouts, an hour")
@@ -399,11 +413,14 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"argument --shape: must be {letters} in positive numbers{below}, got {got}")
     if cuda and not gpu:
         parser.error("--device cuda: no CUDA device was found")
+    argv = sys.argv[1:] if argv is None else argv
+    if args.avx2:
+        limit_to_avx2(argv)
     seconds = args.seconds or (0.05 if args.quick else 0.5 if cuda else 1.0)
     torch.set_num_threads(args.threads)
 
     functions, missing = contenders(cuda, ["default", "max-autotune-no-cudagraphs"][: 1 if args.quick else 2])
-    command = ["python", "-m", "eekd.kernels.bench", *(sys.argv[1:] if argv is None else argv)]
+    command = ["python", "-m", "eekd.kernels.bench", *argv]
     record = {"op": args.op, "command": command, "seed": args.seed, "threads": args.threads, "device": args.device}
     record |= {"environment": environment(), "load": os.getloadavg(), "missing": missing, "rows": []}
     if cuda:

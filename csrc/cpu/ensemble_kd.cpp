@@ -1,8 +1,9 @@
 // ensemble_kd on the CPU: attention, fusion, KL, CE and all gradients of a row while its logits are in cache.
 //
 // A row is cut into tiles of kTile columns. The first visit of a tile gives softmax statistics, the second the loss
-// and the gradients. The exponentials of a row of one tile are kept between the visits; longer rows are read again,
-// from cache, instead of parking M rows of exponentials in memory.
+// and the gradients. The exponentials of a row of one tile are kept between the visits. Of a longer row, logit fusion
+// keeps the mixture, so that snapshots are read once; probability fusion reads it again, from cache, instead of parking
+// M rows of exponentials in memory.
 //
 // Compiled once per instruction set, into the namespace EEKD_ISA. Statistics and sums of tiles are combined in the
 // order of the columns, whoever computed them, so the bits do not depend on the number of threads.
@@ -30,13 +31,13 @@ struct Weights {
 template <class T>
 struct Stats {
   SoftmaxSum<T> target[kMaxSnapshots];  // probability: one per used snapshot; logit: [0] is the mixture's
+  T mean[kMaxSnapshots];                // logit: Σ_c 2^(k (mixture - its max)) z_m
   SoftmaxSum<T> soft, hard;             // the student at τ and at 1
 };
 
 template <class T>
 struct Sums {
-  T kl;                    // Σ_c p r,  r = log p - log q
-  T mean[kMaxSnapshots];   // logit: Σ_c p z_m
+  T kl;                    // Σ_c p r,  r = log2 p - log2 q
   T moved[kMaxSnapshots];  // probability: Σ_c p_m r;  logit: Σ_c p r z_m
 };
 
@@ -45,7 +46,7 @@ template <class T>
 struct Scales {
   T target[kMaxSnapshots];  // probability: w_m / Σ exp;  logit: [0] 1 / Σ exp
   T soft, hard;             // 1 / Σ exp;  the CE's coefficient / Σ exp
-  T log_ratio;              // log of the student's sum, less log of the mixture's (logit)
+  T log_ratio;              // log2 of the student's sum, less log2 of the mixture's (logit)
 };
 
 // The sum of f(i, left) over the vectors that begin at i, with as many elements left, in four parts: one would wait
@@ -61,6 +62,32 @@ template <class T, class F>
   return sum<T>((part[0] + part[1]) + (part[2] + part[3]));
 }
 
+// to = x^power of a line, power from 1 to 8; returns its sum.
+template <int power, class T>
+T to_the(const T* x, T* to, int n) {
+  return total<T>(n, [=](int i, int) {
+    const Vec<T> one = load(x + i), two = one * one, four = two * two;
+    Vec<T> y = power == 8 ? four * four : power & 4 ? four : power & 2 ? two : one;
+    if constexpr (power == 6 || power == 7) y *= two;
+    if constexpr (power > 1 && power & 1) y *= one;
+    store(to + i, y);
+    return y;
+  });
+}
+template <class T>
+T to_the(int power, const T* x, T* to, int n) {
+  switch (power) {
+    case 1: return to_the<1>(x, to, n);
+    case 2: return to_the<2>(x, to, n);
+    case 3: return to_the<3>(x, to, n);
+    case 4: return to_the<4>(x, to, n);
+    case 5: return to_the<5>(x, to, n);
+    case 6: return to_the<6>(x, to, n);
+    case 7: return to_the<7>(x, to, n);
+    default: return to_the<8>(x, to, n);
+  }
+}
+
 // The work on one row at a time. A line is kTile numbers, of which each function uses those of the tile.
 template <class T>
 class Kernel {
@@ -73,18 +100,21 @@ class Kernel {
         tau(static_cast<T>(a.temperature)),
         k(static_cast<T>(kLog2e / a.temperature)),
         row_scale(static_cast<T>(a.row_scale)),
+        power(a.temperature <= 8 && a.temperature == std::floor(a.temperature) ? static_cast<int>(a.temperature) : 0),
         by_kl((a.d_scores || a.d_query) && a.objective == Objective::kl),
         by_label((a.d_scores || a.d_query) && a.objective == Objective::label) {
     struct alignas(64) Block {
       T x[64 / sizeof(T)];
     };
     static thread_local std::vector<Block> scratch;  // a few tiles per thread, kept between calls
-    const size_t targets = std::max(snapshots, 2);
-    scratch.resize(std::max(scratch.size(), (targets + 3) * kTile * sizeof(T) / sizeof(Block)));
+    const bool parks = a.fusion == Fusion::logit && a.classes > kTile;
+    const size_t targets = std::max(snapshots, 2), row = parks ? (a.classes + kTile - 1) / kTile * kTile : 0;
+    scratch.resize(std::max(scratch.size(), ((targets + 3) * kTile + row) * sizeof(T) / sizeof(Block)));
     target = scratch.data()->x;
     student = target + targets * kTile;
     soft = student + kTile;
     hard = soft + kTile;
+    mixed = parks ? hard + kTile : target;
   }
 
   bool ignored(int64_t b) const { return a.labels && a.labels[b] == a.ignore_index; }
@@ -117,9 +147,9 @@ class Kernel {
     if (a.query.data || a.scores.data) {
       T* e = student;
       scores(b, e);
-      const T max = max_of<T>(e, snapshots);
-      const T total = exp_of(e, e, snapshots, max, T(kLog2e));
-      for (int m = 0; m < snapshots; ++m) w.all[m] = e[m] / total;
+      const T max = T(kLog2e) * max_of<T>(e, snapshots);
+      const T scale = 1 / exp_of(e, e, snapshots, max, T(kLog2e));
+      for (int m = 0; m < snapshots; ++m) w.all[m] = e[m] * scale;
     } else {
       std::fill_n(w.all, snapshots, T(1) / snapshots);
     }
@@ -129,115 +159,146 @@ class Kernel {
   }
 
   // Reads a tile and finds its statistics, or its lines by the maxima in `stats`, or both. The lines: exponentials of
-  // the targets (logit: of the mixture, after the mixture itself), the student's logits, its exponentials.
+  // the targets (logit: of the mixture, in the second line), the student's logits, its exponentials.
   void fill(int64_t b, int64_t tile, const Weights<T>& w, Find find, Stats<T>& stats) {
     const int n = size(tile);
     if (a.fusion == Fusion::probability) {
       for (int j = 0; j < w.used; ++j)
         with_elements_of(a.snapshot[w.id[j]], b, tile, [&](auto z) {
-          if (find != Find::lines) stats.target[j].max = largest<T>(load_from<T>(z, n));
+          if (find != Find::lines) stats.target[j].max = k * largest<T>(load_from<T>(z, n));
           exponentiate(z, target + j * kTile, n, k, find, stats.target[j], ahead(a.snapshot[w.id[j]]));
         });
     } else {
-      mix(b, tile, w, target);
-      if (find != Find::lines) stats.target[0].max = largest<T>(load(target));
-      exponentiate(target, target + kTile, n, k, find, stats.target[0]);
+      const T* mixture = mixed + tile * kTile;
+      if (find != Find::lines) {
+        mix(b, tile, w);
+        stats.target[0].max = k * largest<T>(load(mixture));
+        exponentiate(mixture, target + kTile, n, k, Find::both, stats.target[0]);
+        if (by_label || by_kl) weigh_logits(b, tile, w, stats.mean);
+      } else {
+        exponentiate(mixture, target + kTile, n, k, find, stats.target[0]);
+      }
     }
     read_line(a.student, b, tile * kTile, n, student, ahead(a.student));
-    if (find != Find::lines) stats.soft.max = stats.hard.max = largest<T>(load(student));
-    exponentiate(student, soft, n, k, find, stats.soft);
-    if (has_ce) exponentiate(student, hard, n, T(kLog2e), find, stats.hard);
+    if (find != Find::lines) stats.soft.max = k * largest<T>(load(student));
+    if (!has_ce || !power) {
+      exponentiate(student, soft, n, k, find, stats.soft);
+      if (!has_ce) return;
+    } else {
+      exponentiate(student, soft, n, k, find == Find::stats ? Find::both : find, stats.soft);
+      if (find != Find::lines) {
+        stats.hard = {power * stats.soft.max, to_the(power, soft, hard, n)};
+        if (in_bounds(stats.hard.sum)) return;
+      } else if (stats.hard.max == power * stats.soft.max) {
+        to_the(power, soft, hard, n);
+        return;
+      }
+    }
+    if (find != Find::lines) stats.hard.max = T(kLog2e) * largest<T>(load(student));
+    exponentiate(student, hard, n, T(kLog2e), find, stats.hard);
   }
 
   void clear(Stats<T>& stats) const {
     std::fill_n(stats.target, snapshots, SoftmaxSum<T>::none());
+    std::fill_n(stats.mean, snapshots, T(0));
     stats.soft = stats.hard = SoftmaxSum<T>::none();
   }
   void add(Stats<T>& row, const Stats<T>& tile, const Weights<T>& w) const {
-    const int targets = a.fusion == Fusion::probability ? w.used : 1;
-    for (int j = 0; j < targets; ++j) merge(row.target[j], tile.target[j], k);
-    merge(row.soft, tile.soft, k);
-    if (has_ce) merge(row.hard, tile.hard, T(kLog2e));
+    if (a.fusion == Fusion::probability) {
+      for (int j = 0; j < w.used; ++j) merge(row.target[j], tile.target[j], T(1));
+    } else {
+      const T before = row.target[0].max, added = tile.target[0].max;
+      merge(row.target[0], tile.target[0], T(1));
+      if (added != -std::numeric_limits<T>::infinity()) {
+        const T most = row.target[0].max, old = std::exp2(before - most), fresh = std::exp2(added - most);
+        for (int j = 0; j < w.used; ++j) row.mean[j] = row.mean[j] * old + tile.mean[j] * fresh;
+      }
+    }
+    merge(row.soft, tile.soft, T(1));
+    if (has_ce) merge(row.hard, tile.hard, T(1));
   }
 
   Scales<T> scales(const Weights<T>& w, const Stats<T>& stats) const {
     Scales<T> s;
     s.soft = 1 / stats.soft.sum;
     s.hard = has_ce ? row_scale * static_cast<T>(a.alpha) / stats.hard.sum : T(0);
-    s.log_ratio = std::log(stats.soft.sum);
+    s.log_ratio = std::log2(stats.soft.sum);
     if (a.fusion == Fusion::probability) {
       for (int j = 0; j < w.used; ++j) s.target[j] = w.w[j] / stats.target[j].sum;
     } else {
       s.target[0] = 1 / stats.target[0].sum;
-      s.log_ratio -= std::log(stats.target[0].sum);
+      s.log_ratio -= std::log2(stats.target[0].sum);
     }
     return s;
   }
 
   // The second visit of a tile, whose lines are filled: its share of the sums, and its columns of d_student.
   void visit(int64_t b, int64_t tile, const Weights<T>& w, const Stats<T>& stats, const Scales<T>& s, Sums<T>& out) {
-    const int n = size(tile);
+    const int n = size(tile), whole = n / Simd<T>::width * Simd<T>::width;
+    const int64_t first = tile * kTile;
+    const bool direct = a.d_student && a.student.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32);
+    T* d = direct ? static_cast<T*>(a.d_student) + b * a.classes + first : hard;
+    const T* mixture = mixed + first;
     if (a.fusion == Fusion::probability)
-      out.kl = has_ce ? combine<Fusion::probability, true>(n, w.used, stats, s)
-                      : combine<Fusion::probability, false>(n, w.used, stats, s);
+      out.kl = has_ce ? combine<Fusion::probability, true>(n, whole, w.used, stats, s, mixture, d)
+                      : combine<Fusion::probability, false>(n, whole, w.used, stats, s, mixture, d);
     else
-      out.kl = has_ce ? combine<Fusion::logit, true>(n, w.used, stats, s)
-                      : combine<Fusion::logit, false>(n, w.used, stats, s);
+      out.kl = has_ce ? combine<Fusion::logit, true>(n, whole, w.used, stats, s, mixture, d)
+                      : combine<Fusion::logit, false>(n, whole, w.used, stats, s, mixture, d);
     if (a.d_student) {
-      const int64_t first = tile * kTile;
+      if (direct) std::memcpy(d + whole, hard + whole, (n - whole) * sizeof(T));
       if (has_ce && a.labels[b] >= first && a.labels[b] < first + n)
-        hard[a.labels[b] - first] -= row_scale * static_cast<T>(a.alpha);
-      write_line(a.d_student, b * a.classes + first, a.student.dtype, n, hard);
+        d[a.labels[b] - first] -= row_scale * static_cast<T>(a.alpha);
+      if (!direct) write_line(a.d_student, b * a.classes + first, a.student.dtype, n, hard);
       if (ahead(a.student)) prefetch_to_write(a.d_student, b * a.classes + first + n, a.student.dtype, n);
     }
-    for (int j = 0; j < w.used; ++j) {
-      out.mean[j] = out.moved[j] = 0;
-      if (a.fusion == Fusion::probability && by_kl)
+    for (int j = 0; by_kl && j < w.used; ++j)
+      if (a.fusion == Fusion::probability)
         out.moved[j] = total<T>(n, [&](int i, int) { return load(target + j * kTile + i) * load(soft + i); }) /
                        stats.target[j].sum;
-      else if (a.fusion == Fusion::logit && (by_kl || by_label))
-        with_elements_of(a.snapshot[w.id[j]], b, tile, [&](auto z) { weigh_logits(z, n, out.mean[j], out.moved[j]); });
-    }
+      else
+        with_elements_of(a.snapshot[w.id[j]], b, tile, [&](auto z) { out.moved[j] = weighted(z, n, soft); });
   }
 
   void clear(Sums<T>& sums) const {
     sums.kl = 0;
-    std::fill_n(sums.mean, snapshots, T(0));
     std::fill_n(sums.moved, snapshots, T(0));
   }
   void add(Sums<T>& row, const Sums<T>& tile, const Weights<T>& w) const {
     row.kl += tile.kl;
-    for (int j = 0; j < w.used; ++j) row.mean[j] += tile.mean[j], row.moved[j] += tile.moved[j];
+    for (int j = 0; by_kl && j < w.used; ++j) row.moved[j] += tile.moved[j];
   }
 
   // Everything that is O(M) or O(D) per row.
   void finish(int64_t b, const Weights<T>& w, const Stats<T>& stats, const Sums<T>& sums) {
-    T loss = beta == 0 ? T(0) : beta * tau * tau * sums.kl;
+    T loss = beta == 0 ? T(0) : beta * tau * tau * T(kLn2) * sums.kl;
     T attention_loss = 0, g[kMaxSnapshots], de[kMaxSnapshots];
     if (a.labels) {
       const int64_t y = a.labels[b];
       if (has_ce) {
-        const T log_q = read<T>(a.student, b, y) - stats.hard.max - std::log(stats.hard.sum);
-        loss -= static_cast<T>(a.alpha) * log_q;
+        const T log_q = std::fma(read<T>(a.student, b, y), T(kLog2e), -stats.hard.max) - std::log2(stats.hard.sum);
+        loss -= static_cast<T>(a.alpha * kLn2) * log_q;
       }
       T z[kMaxSnapshots];
       for (int j = 0; j < w.used; ++j) z[j] = read<T>(a.snapshot[w.id[j]], b, y);
       if (a.fusion == Fusion::probability) {
-        for (int j = 0; j < w.used; ++j) z[j] = (z[j] - stats.target[j].max) * k;
+        for (int j = 0; j < w.used; ++j) z[j] = std::fma(z[j], k, -stats.target[j].max);
         attention_loss = mixture_nll(w.w, stats.target, z, w.used);
         for (int j = 0; j < w.used; ++j) de[j] = row_scale * (w.w[j] - z[j]);
       } else {
+        const T inverse_sum = 1 / stats.target[0].sum;
         T mixed = 0;
-        for (int j = 0; j < w.used; ++j) mixed += w.w[j] * z[j], g[j] = (sums.mean[j] - z[j]) / tau;
-        attention_loss = std::log(stats.target[0].sum) - (mixed - stats.target[0].max) / tau;
+        for (int j = 0; j < w.used; ++j) mixed += w.w[j] * z[j], g[j] = (stats.mean[j] * inverse_sum - z[j]) / tau;
+        attention_loss = T(kLn2) * (std::log2(stats.target[0].sum) - std::fma(mixed, k, -stats.target[0].max));
         if (mixed == -std::numeric_limits<T>::infinity()) std::fill_n(g, w.used, T(0));  // p_y = 0 for any weights
         softmax_grad(w.w, g, row_scale, de, w.used);
       }
     }
     if (by_kl) {
       for (int j = 0; j < w.used; ++j)
-        g[j] = a.fusion == Fusion::probability ? tau * tau * sums.moved[j]
-                                               : tau * (sums.moved[j] - sums.kl * sums.mean[j]);
+        g[j] = tau * T(kLn2) * (a.fusion == Fusion::probability
+                                    ? tau * sums.moved[j]
+                                    : sums.moved[j] - sums.kl * (stats.mean[j] / stats.target[0].sum));
       if (beta == 0) std::fill_n(g, w.used, T(0));
       softmax_grad(w.w, g, row_scale * beta, de, w.used);
     }
@@ -285,70 +346,83 @@ class Kernel {
     }
   }
 
-  // line = Σ_m w_m z_m
-  void mix(int64_t b, int64_t tile, const Weights<T>& w, T* line) {
+  // The mixture Σ_m w_m z_m of a tile.
+  void mix(int64_t b, int64_t tile, const Weights<T>& w) {
     const int n = size(tile);
+    T* line = mixed + tile * kTile;
     with_elements_of(a.snapshot[0], b, tile, [&](auto first) {
+      constexpr int v = Simd<T>::width, block = 4 * v;
       decltype(first) z[kMaxSnapshots];
-      int64_t next[kMaxSnapshots];
-      for (int j = 0; j < w.used; ++j) {
-        next[j] = ahead(a.snapshot[w.id[j]]);
+      for (int j = 0; j < w.used; ++j)
         with_elements_of(a.snapshot[w.id[j]], b, tile, [&](auto p) { z[j] = reinterpret_cast<decltype(first)>(p); });
-      }
-      for (int i = 0; i < n; i += Simd<T>::width) {
-        Vec<T> mixed = {};
+      int i = 0;
+      for (; i + block <= n; i += block) {
+        Vec<T> sum[4] = {};
         for (int j = 0; j < w.used; ++j) {
-          if (next[0]) prefetch(z[j], i + next[j]);
-          mixed += load_from<T>(z[j] + i, n - i) * w.w[j];
+          if (const int64_t next = ahead(a.snapshot[w.id[j]])) prefetch(z[j], i + next, block);
+          for (int u = 0; u < 4; ++u) sum[u] += load_from<T>(z[j] + i + u * v) * w.w[j];
         }
-        store(line + i, mixed);
+        for (int u = 0; u < 4; ++u) store(line + i + u * v, sum[u]);
+      }
+      for (; i < n; i += v) {
+        Vec<T> sum = {};
+        for (int j = 0; j < w.used; ++j) sum += load_from<T>(z[j] + i, n - i) * w.w[j];
+        store(line + i, sum);
       }
     });
   }
 
-  // hard = d_student; soft = r (probability) or p r (logit), and target[0] = p (logit), for the attention.
+  // d = d_student, but what is beyond `whole` in `hard`. For the attention by KL, soft = r (probability) or p r (logit).
   template <Fusion fusion, bool ce>
-  T combine(int n, int used, const Stats<T>& stats, const Scales<T>& s) {
-    const T inverse = 1 / tau, kd = row_scale * beta * tau, student_max = stats.soft.max;
+  T combine(int n, int whole, int used, const Stats<T>& stats, const Scales<T>& s, const T* mixture, T* d) {
+    const T kd = row_scale * beta * tau, student_max = stats.soft.max, soft_scale = kd * s.soft;
+    const T log_sum = s.log_ratio, mixture_max = stats.target[0].max, k = this->k;
     Vec<T> kl = {};
-    for (int i = 0; i < n; i += Simd<T>::width) {
-      const Vec<T> log_q = (load(student + i) - student_max) * inverse;  // less the log of its sum
-      Vec<T> p, log_p;
-      if constexpr (fusion == Fusion::probability) {
-        p = load(target + i) * s.target[0];
-        for (int j = 1; j < used; ++j) p += load(target + j * kTile + i) * s.target[j];
-        log_p = log(max(p, splat(std::numeric_limits<T>::min())));
-      } else {
-        p = load(target + kTile + i) * s.target[0];
-        log_p = (load(target + i) - stats.target[0].max) * inverse;
-      }
-      const Vec<T> r = p > 0 ? log_p - log_q + s.log_ratio : Vec<T>{};
+    const auto column = [&](int i, Vec<T> p) __attribute__((always_inline)) {
+      Vec<T> r;
+      if constexpr (fusion == Fusion::probability)
+        r = log2(max(p, splat(std::numeric_limits<T>::min()))) - (load(student + i) * k - student_max) + log_sum;
+      else
+        r = (load(mixture + i) * k - mixture_max) - (load(student + i) * k - student_max) + log_sum;
+      r = p > 0 ? r : Vec<T>{};
       const Vec<T> pr = p * r;
       kl += pr;
-      Vec<T> d = (load(soft + i) * s.soft - p) * kd;
-      if constexpr (ce) d += load(hard + i) * s.hard;
-      store(hard + i, d);
-      if constexpr (fusion == Fusion::probability) {
-        store(soft + i, r);
-      } else {
-        store(target + i, p);
-        store(soft + i, pr);
+      Vec<T> x = load(soft + i) * soft_scale - p * kd;
+      if constexpr (ce) x += load(hard + i) * s.hard;
+      i < whole ? store_to(d + i, x) : store(hard + i, x);
+      if (by_kl) store(soft + i, fusion == Fusion::probability ? r : pr);
+    };
+    constexpr int v = Simd<T>::width;
+    int i = 0;
+    if constexpr (fusion == Fusion::probability) {
+      for (; i + 4 * v <= n; i += 4 * v) {
+        Vec<T> p[4] = {};
+        for (int j = 0; j < used; ++j)
+          for (int u = 0; u < 4; ++u) p[u] += load(target + j * kTile + i + u * v) * s.target[j];
+        for (int u = 0; u < 4; ++u) column(i + u * v, p[u]);
       }
+      for (; i < n; i += v) {
+        Vec<T> p = {};
+        for (int j = 0; j < used; ++j) p += load(target + j * kTile + i) * s.target[j];
+        column(i, p);
+      }
+    } else {
+      for (; i < n; i += v) column(i, load(target + kTile + i) * s.target[0]);
     }
     return sum<T>(kl);
   }
 
-  // logit: Σ p z and, if wanted, Σ p r z. A masked z meets p = 0.
+  // Σ_c f z, of a line f and logits z. A masked z meets f = 0.
   template <class S>
-  void weigh_logits(const S* x, int n, T& mean, T& moved) const {
-    mean = total<T>(n, [&](int i, int left) {
-      const Vec<T> p = load(target + i);
-      return p * (p > 0 ? load_from<T>(x + i, left) : Vec<T>{});
+  static T weighted(const S* z, int n, const T* line) {
+    return total<T>(n, [&](int i, int left) {
+      return load(line + i) * max(load_from<T>(z + i, left), splat(std::numeric_limits<T>::lowest()));
     });
-    if (by_kl) moved = total<T>(n, [&](int i, int left) {
-      const Vec<T> pr = load(soft + i);
-      return pr * (load(target + i) > 0 ? load_from<T>(x + i, left) : Vec<T>{});
-    });
+  }
+  void weigh_logits(int64_t b, int64_t tile, const Weights<T>& w, T* mean) const {
+    const int n = size(tile);
+    for (int j = 0; j < w.used; ++j)
+      with_elements_of(a.snapshot[w.id[j]], b, tile, [&](auto z) { mean[j] = weighted(z, n, target + kTile); });
   }
 
   // d_query = Σ_m de_m key_m,  d_key_m = de_m query.
@@ -372,8 +446,12 @@ class Kernel {
   const int snapshots;
   const bool has_ce;
   const T beta, tau, k, row_scale;
+  const int power;                    // τ, where exponentials at 1 are small powers of those at τ; else 0
   const bool by_kl, by_label;         // what, if anything, moves the attention
   T *target, *student, *soft, *hard;  // lines; target has one per snapshot, two at least
+
+ public:
+  T* mixed;  // logit: the mixture of the whole row; threads that share a row share it
 };
 
 }  // namespace
@@ -435,15 +513,18 @@ struct SharedRow {
   Scales<T> scales;
   std::vector<Stats<T>> stats;
   std::vector<Sums<T>> sums;
+  T* mixed = nullptr;  // of all threads
 
   static void first_visit(int64_t begin, int64_t end, void* context) {
     SharedRow& r = *static_cast<SharedRow*>(context);
     Kernel<T> kernel(r.a, true);
+    kernel.mixed = r.mixed;
     for (int64_t tile = begin; tile < end; ++tile) kernel.fill(r.b, tile, r.w, Find::stats, r.stats[tile]);
   }
   static void second_visit(int64_t begin, int64_t end, void* context) {
     SharedRow& r = *static_cast<SharedRow*>(context);
     Kernel<T> kernel(r.a, true);
+    kernel.mixed = r.mixed;
     Stats<T> row = r.row;
     for (int64_t tile = begin; tile < end; ++tile) {
       kernel.fill(r.b, tile, r.w, Find::lines, row);
@@ -453,6 +534,7 @@ struct SharedRow {
 
   void run(const Parallel& parallel, int64_t grain) {
     Kernel<T> kernel(a, true);
+    mixed = kernel.mixed;
     if (kernel.ignored(b)) return kernel.write_zeros(b);
     const int64_t tiles = stats.size();
     Sums<T> total;

@@ -54,7 +54,7 @@ class NarrowKernel : Kernel<T> {
       V p = {}, log_p;
       if (probability) {
         for (int m = 0; m < snapshots; ++m) p += load(target + m * kTile + i) * scale[m];
-        log_p = log(max(p, splat(std::numeric_limits<T>::min())));
+        log_p = log2(max(p, splat(std::numeric_limits<T>::min()))) * T(kLn2);
       } else {
         const V t = load(mixed + i) - z_max[0];
         p = exp2(t * k) / z_sum[0];
@@ -138,7 +138,7 @@ class NarrowKernel : Kernel<T> {
   int size() const { return static_cast<int>(a.classes) * lanes; }
 
   // The natural logarithm of sums, which are at least 1, or NaN.
-  static V log_of(V x) { return log(x) + (x - x); }
+  static V log_of(V x) { return log2(x) * T(kLn2) + (x - x); }
 
   // w = softmax of the scores over the snapshots, and its log2.
   void weigh(int64_t b) {

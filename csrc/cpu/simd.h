@@ -51,6 +51,10 @@ template <class T>
 inline void store(T* p, Vec<T> v) {
   *reinterpret_cast<Vec<T>*>(p) = v;
 }
+template <class T>
+inline void store_to(T* p, Vec<T> v) {  // anywhere
+  *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
+}
 template <class V>
 inline V max(V a, V b) {  // a NaN in b is passed over; the sum of exponentials keeps it
   return b > a ? b : a;
@@ -82,7 +86,7 @@ inline T largest(Vec<T> v) {
 // are minimax fits of (2^r - 1) / r, weighted for the relative error of 2^r.
 #if defined(__AVX512F__)
 // 2^x = 2^(i/16) 2^r 2^k with the integers k and i from 0 to 15 of floor(16 x) and |r| <= 1/32.
-inline Vec<float> exp2(Vec<float> x) {
+[[gnu::always_inline]] inline Vec<float> exp2(Vec<float> x) {
   alignas(64) static constexpr float kRoots[16] = {
       1.0f, 1.0442737340927124f, 1.0905077457427979f, 1.1387885808944702f, 1.1892070770263672f,
       1.2418577671051025f, 1.2968395948410034f, 1.3542555570602417f, 1.4142135381698608f, 1.4768261909484863f,
@@ -96,41 +100,42 @@ inline Vec<float> exp2(Vec<float> x) {
   return Vec<float>(_mm512_scalef_ps(__m512(root * (p * r) + root), __m512(n)));  // floors n; 0 for n = -inf
 }
 #else
-inline Vec<float> exp2(Vec<float> x) {
-  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves round(x) in the low bits
-  x = max(x, splat(-127.f));
-  x = x > 127.f ? splat(127.f) : x;
-  const Vec<float> shifted = x + kRound, n = shifted - kRound, r = x - n;
-  Vec<float> p = splat(1.5353360504377633e-4f);
-  p = p * r + 1.3398875016719103e-3f;
-  p = p * r + 9.61843691766262e-3f;
-  p = p * r + 5.5503323674201965e-2f;
-  p = p * r + 2.4022647738456726e-1f;
-  p = p * r + 6.9314718246459961e-1f;
+[[gnu::always_inline]] inline Vec<float> exp2(Vec<float> x) {
+  constexpr float kRound = 12583039.f;  // 1.5 * 2^23 + 127: adding it leaves the exponent of 2^round(x) in the low bits
+  const Vec<float> low = splat(-127.f), high = splat(127.f);
+#if defined(__AVX2__)
+  x = Vec<float>(_mm256_min_ps(__m256(high), _mm256_max_ps(__m256(low), __m256(x))));  // the second, if one is NaN
+#else
+  x = low > x ? low : x;
+  x = high < x ? high : x;
+#endif
+  const Vec<float> shifted = x + kRound, r = x - (shifted - kRound);
+  Vec<float> p = r * 1.3264727313071489e-3f + 9.671512991189957e-3f;
+  p = p * r + 5.5507335811853409e-2f;
+  p = p * r + 2.4022242426872253e-1f;
+  p = p * r + 6.9314700365066528e-1f;
   p = p * r + 1.f;
-  using IntVec = Simd<float>::IntVec;
-  const IntVec bits = (reinterpret_cast<IntVec>(shifted) << 23) + 0x3f800000;  // of 2^n, 0 for n = -127
+  const auto bits = reinterpret_cast<Simd<float>::IntVec>(shifted) << 23;  // of 2^n, 0 for n = -127
   return p * reinterpret_cast<Vec<float>>(bits);  // a product, for any sum of a NaN's bits may be a number
 }
 #endif
 
-// log x for normal x > 0, to 1e-7. x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); the polynomial is a
-// minimax fit of (log(1 + f) - f + f²/2) / f³.
-inline Vec<float> log(Vec<float> x) {
+// log2 x for normal x > 0, to 1e-7. x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); the polynomial is a minimax
+// fit of log2(1 + f) / f.
+[[gnu::always_inline]] inline Vec<float> log2(Vec<float> x) {
   using IntVec = Simd<float>::IntVec;
   constexpr int32_t kSqrtHalf = 0x3f3504f3;
   const IntVec bits = reinterpret_cast<IntVec>(x) - kSqrtHalf;
   const Vec<float> n = __builtin_convertvector(bits >> 23, Vec<float>);
   const Vec<float> f = reinterpret_cast<Vec<float>>((bits & 0x7fffff) + kSqrtHalf) - 1.f;
-  Vec<float> p = splat(-7.8595459461212158e-2f);
-  p = p * f + 1.2881621718406677e-1f;
-  p = p * f - 1.3128767907619476e-1f;
-  p = p * f + 1.4181196689605713e-1f;
-  p = p * f - 1.6624553501605988e-1f;
-  p = p * f + 2.0002286136150360e-1f;
-  p = p * f - 2.5000810623168945e-1f;
-  p = p * f + 3.3333316445350647e-1f;
-  return n * 0.693147180559945f + (f + f * f * (p * f - 0.5f));
+  Vec<float> p = f * -0.14574450254440308f + 0.23689046502113342f;
+  p = p * f - 0.2500690519809723f;
+  p = p * f + 0.28670743107795715f;
+  p = p * f - 0.36008721590042114f;
+  p = p * f + 0.48093944787979126f;
+  p = p * f - 0.7213571667671204f;
+  p = p * f + 1.4426947832107544f;
+  return n + f * p;
 }
 
 // fp64 is for checking, not for speed.
@@ -138,8 +143,8 @@ inline Vec<double> exp2(Vec<double> x) {
   for (int i = 0; i < Simd<double>::width; ++i) x[i] = std::exp2(x[i]);
   return x;
 }
-inline Vec<double> log(Vec<double> x) {
-  for (int i = 0; i < Simd<double>::width; ++i) x[i] = std::log(x[i]);
+inline Vec<double> log2(Vec<double> x) {
+  for (int i = 0; i < Simd<double>::width; ++i) x[i] = std::log2(x[i]);
   return x;
 }
 
@@ -166,10 +171,12 @@ struct Float16 {
   }
 };
 
-// Asks the cache for p[i], which need not exist.
+// Asks the cache for p[i, i + n), which need not exist.
 template <class S>
-inline void prefetch(const S* p, int64_t i) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + i * sizeof(S)), 0, 2);
+inline void prefetch(const S* p, int64_t i, int n) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(p) + i * sizeof(S);
+  for (uintptr_t at = 0; at < n * sizeof(S); at += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(begin + at), 0, 2);
 }
 
 template <class T, class S>
@@ -202,6 +209,14 @@ inline Vec<T> load_from(const S* p) {
 template <class T, class S>
 inline Vec<T> load_from(const S* p, int n) {
   if (n >= Simd<T>::width) return load_from<T>(p);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  alignas(32) static constexpr int32_t kFirst[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  if constexpr (std::is_same_v<S, float> && sizeof(T) == 4) {
+    const __m256 mask = _mm256_castsi256_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(kFirst + 8 - n)));
+    return Vec<T>(_mm256_blendv_ps(__m256(splat(-std::numeric_limits<float>::infinity())),
+                                   _mm256_maskload_ps(p, _mm256_castps_si256(mask)), mask));
+  }
+#endif
 #if defined(__AVX512F__)
   const auto mask = static_cast<__mmask16>((1u << n) - 1);
   if constexpr (std::is_same_v<S, float> && sizeof(T) == 4)
@@ -236,10 +251,13 @@ inline T read(const Matrix& a, int64_t row, int64_t column) {
 template <class T>
 inline void read_line(const Matrix& a, int64_t row, int64_t column, int n, T* line, int64_t ahead = 0) {
   with_elements(a.data, a.dtype, row * a.stride + column, [=](auto p) {
-    for (int i = 0; i < n; i += Simd<T>::width) {
-      if (ahead) prefetch(p, i + ahead);
-      store(line + i, load_from<T>(p + i, n - i));
+    constexpr int w = Simd<T>::width;
+    int i = 0;
+    for (; i + 4 * w <= n; i += 4 * w) {
+      if (ahead) prefetch(p, i + ahead, 4 * w);
+      for (int u = 0; u < 4; ++u) store(line + i + u * w, load_from<T>(p + i + u * w));
     }
+    for (; i < n; i += w) store(line + i, load_from<T>(p + i, n - i));
   });
 }
 

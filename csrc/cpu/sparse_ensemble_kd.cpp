@@ -106,10 +106,10 @@ class SparseKernel {
     for (int tile = 0; tile < tiles; ++tile) {
       SoftmaxSum<T> outside, whole;
       visit(b, r, tile, index, tiles == 1 ? Find::both : Find::stats, outside, whole);
-      merge(rest[r], outside, soft_scale);
-      if (has_ce) merge(all[r], whole, T(kLog2e));
+      merge(rest[r], outside, T(1));
+      if (has_ce) merge(all[r], whole, T(1));
     }
-    columns[k] = rest[r].max + tau * std::log(rest[r].sum);
+    columns[k] = tau * T(kLn2) * (rest[r].max + std::log2(rest[r].sum));
 
     const T* tail = static_cast<const T*>(s.tail) + b * s.tail_stride[1];
     for (int m = 0; m < a.snapshots; ++m) {
@@ -145,11 +145,11 @@ class SparseKernel {
     const int n = size(tile);
     read_line(a.student, b, int64_t{tile} * kTile, n, line, ahead);
     if (has_ce) {
-      if (find != Find::lines) whole.max = largest<T>(load(line));
+      if (find != Find::lines) whole.max = T(kLog2e) * largest<T>(load(line));
       exponentiate(line, hard_of(r), n, T(kLog2e), find, whole);
     }
     each(index, r, tile, [&](int64_t, int64_t c) { line[c] = -std::numeric_limits<T>::infinity(); });
-    if (find != Find::lines) outside.max = largest<T>(load(line));
+    if (find != Find::lines) outside.max = soft_scale * largest<T>(load(line));
     exponentiate(line, soft_of(r), n, soft_scale, find, outside);
     if (find == Find::both && outside.sum == 0) std::fill_n(soft_of(r), n, T(0));
   }
@@ -163,7 +163,7 @@ class SparseKernel {
     }
     if (has_ce)
       static_cast<T*>(a.loss)[b] +=
-          ce * (std::log(all[r].sum) + all[r].max - read<T>(a.student, b, a.labels[b]));
+          ce * T(kLn2) * (std::log2(all[r].sum) - std::fma(read<T>(a.student, b, a.labels[b]), T(kLog2e), -all[r].max));
     if (!a.d_student) return;
     const int64_t* index = s.indices + b * s.indices_stride;
     const T *d_columns = d_student + r * (k + 1);

@@ -26,17 +26,29 @@ T max_of(const S* x, int n) {
   return largest<T>(most);
 }
 
-// e = 2^(scale (x - max)), 0 beyond n, unless e is null; returns its sum.
+// SoftmaxSum holds k max here: the exponent k x - k max is rounded once, by an FMA, and so is the same wherever it is
+// formed, as k (x - max), which takes an instruction more.
+
+// e = 2^(scale x - max), 0 beyond n, unless e is null; returns its sum.
 template <class T, class S>
 [[gnu::always_inline]] inline T exp_of(const S* x, T* e, int n, T max, T scale, int64_t ahead = 0) {
-  Vec<T> total = {};
-  for (int i = 0; i < n; i += Simd<T>::width) {
-    if (ahead) prefetch(x, i + ahead);
-    const Vec<T> v = exp2((load_from<T>(x + i, n - i) - max) * scale);
-    if (e) store(e + i, v);
-    total += v;
+  constexpr int w = Simd<T>::width, unroll = 4;
+  Vec<T> total[unroll] = {};
+  int i = 0;
+  for (; i + unroll * w <= n; i += unroll * w) {
+    if (ahead) prefetch(x, i + ahead, unroll * w);
+    for (int u = 0; u < unroll; ++u) {
+      const Vec<T> v = exp2(load_from<T>(x + i + u * w) * scale - max);
+      if (e) store(e + i + u * w, v);
+      total[u] += v;
+    }
   }
-  return sum<T>(total);
+  for (; i < n; i += w) {
+    const Vec<T> v = exp2(load_from<T>(x + i, n - i) * scale - max);
+    if (e) store(e + i, v);
+    total[0] += v;
+  }
+  return sum<T>((total[0] + total[1]) + (total[2] + total[3]));
 }
 
 // Of nothing but -inf, and NaN that max_of passed over: 0, or NaN.
@@ -48,19 +60,23 @@ T sum_of_masked(const S* x, int n) {
   return total;
 }
 
+template <class T>
+bool in_bounds(T sum) {
+  return sum < T(1ull << 62);
+}
+
 // The first vector's maximum, in stats.max, serves as well as the row's, as long as no exponential grows out of
 // bounds: this saves a pass. Otherwise, NaN included, the row's own is found.
 template <class T, class S>
 void exponentiate(const S* x, T* e, int n, T scale, Find find, SoftmaxSum<T>& stats, int64_t ahead = 0) {
-  constexpr T kBound = T(1ull << 62);
   if (find == Find::lines) {
     exp_of(x, e, n, stats.max, scale, ahead);
     return;
   }
   if (find == Find::stats) e = nullptr;
   stats.sum = exp_of(x, e, n, stats.max, scale, ahead);
-  if (stats.sum < kBound) return;
-  stats.max = max_of<T>(x, n);
+  if (in_bounds(stats.sum)) return;
+  stats.max = scale * max_of<T>(x, n);
   stats.sum = exp_of(x, e, n, stats.max, scale, ahead);
   if (stats.max == -std::numeric_limits<T>::infinity()) stats.sum = sum_of_masked<T>(x, n);
 }
