@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eekd.attention import SnapshotAttention
-from eekd.ops import ensemble_kd, sparse_ensemble_kd
+from eekd.ops import EnsembleKD, ensemble_kd, sparse_ensemble_kd
 from eekd.topk import TopKLogits
 
 WEIGHTINGS = ("attention", "uniform", "last", "linear_increase", "linear_decrease", "entropy", "confidence")
@@ -30,7 +30,7 @@ class EEKDLoss(nn.Module):
     backpropagate: L, and with objective "label" the attention's own loss.
     The measurements are detached and stay on the device: "loss" is L alone, to compare weightings by;
     "attention_loss" is -log p_y; "weights" (M,) is the mean weight of each snapshot; "weight_entropy" is the
-    mean entropy of a row's weights, from 0 to log M.
+    mean entropy of a row's weights, from 0 to log M. With `measure=False` nothing is measured, and they are {}.
 
     Raises ValueError for options out of range, for features that "attention" misses and labels that
     "confidence" misses; else what `ensemble_kd` raises.
@@ -85,6 +85,8 @@ class EEKDLoss(nn.Module):
         labels: Tensor | None = None,
         student_features: Tensor | None = None,
         snapshot_features: Tensor | None = None,
+        *,
+        measure: bool = True,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if self.attention is None:
             by = {"scores": log_weights(self.weighting, snapshot_logits, labels)}
@@ -104,19 +106,23 @@ class EEKDLoss(nn.Module):
             result = sparse_ensemble_kd(student_logits, z.logits, tail, z.indices, labels, **by, **self.options)
         else:
             result = ensemble_kd(student_logits, snapshot_logits, labels, **by, **self.options)
-        weights = result.weights
-        rows = weights.sum().clamp(min=1)  # an ignored row has no weight, any other a total of 1
-        measurements = {
-            "loss": result.loss.detach(),
-            "attention_loss": result.attention_loss.detach(),
-            "weights": weights.sum(0) / rows,
-            "weight_entropy": torch.special.entr(weights).sum() / rows,
-        }
         learns_by_label = self.attention is not None and self.options["attention_objective"] == "label"
-        return result.loss + result.attention_loss if learns_by_label else result.loss, measurements
+        loss = result.loss + result.attention_loss if learns_by_label else result.loss
+        return loss, _measurements(result) if measure else {}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in {"weighting": self.weighting, **self.options}.items())
+
+
+def _measurements(result: EnsembleKD) -> dict[str, Tensor]:
+    weights = result.weights
+    rows = weights.sum().clamp(min=1)  # an ignored row has no weight, any other a total of 1
+    return {
+        "loss": result.loss.detach(),
+        "attention_loss": result.attention_loss.detach(),
+        "weights": weights.sum(0) / rows,
+        "weight_entropy": torch.special.entr(weights).sum() / rows,
+    }
 
 
 @torch.no_grad()

@@ -152,6 +152,12 @@ def test_a_single_snapshot_is_plain_distillation(device, weighting):
     assert loss.isfinite()
 
 
+def test_nothing_is_measured_unless_asked(device):
+    x, loss = batch(device), EEKDLoss("uniform")
+    (quiet, nothing), (loud, measured) = loss(**x, measure=False), loss(**x)
+    assert nothing == {} and measured and torch.equal(quiet, loud)
+
+
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_measurements_are_detached_and_stay_on_the_device(device, weighting):
     x = batch(device)

@@ -11,6 +11,7 @@ from eekd import reference
 from eekd.ops.backend import backend_for, namespace
 
 MAX_SNAPSHOTS = 64
+FUSIONS, OBJECTIVES, REDUCTIONS = ("probability", "logit"), ("label", "kl"), ("mean", "sum", "none")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -113,22 +114,12 @@ def distil(
         query, keys = _checked_attention(query, keys, student_logits, count)
     elif scores is not None:
         scores = _checked_scores(scores, student_logits, count)
-    for name, value in (("temperature", temperature), ("alpha", alpha)):
-        if not isinstance(value, (float, int)):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-    if not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be a positive number, got {temperature}")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
-    for name, value, choices in (
-        ("fusion", fusion, ("probability", "logit")),
-        ("attention_objective", attention_objective, ("label", "kl")),
-        ("reduction", reduction, ("mean", "sum", "none")),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+    if not (
+        isinstance(temperature, (float, int)) and isinstance(alpha, (float, int)) and isinstance(ignore_index, int)
+        and 0 < temperature < float("inf") and 0 <= alpha <= 1
+        and fusion in FUSIONS and attention_objective in OBJECTIVES and reduction in REDUCTIONS
+    ):  # fmt: skip
+        _refuse_options(temperature, alpha, fusion, attention_objective, reduction, ignore_index)
 
     grad = torch.is_grad_enabled()
     attention = scores if query is None else query
@@ -147,7 +138,7 @@ def distil(
     kl_objective = attention_objective == "kl"
     options = (float(temperature), float(alpha), fusion == "logit", kl_objective, reduction, ignore_index)
     if attends or (grad and student_logits.requires_grad):
-        outputs = _EnsembleKD.apply(student_logits, scores, query, keys, labels, tail, indices, *options, *snapshots)
+        outputs = _EnsembleKD.apply(student_logits, scores, query, keys, (labels, tail, indices, *options, snapshots))
     else:
         outputs = _forward(
             student_logits, scores, query, keys, labels, tail, indices, *options, snapshots, False, False
@@ -190,10 +181,11 @@ class _EnsembleKD(torch.autograd.Function):
     """The gradients for an upstream gradient of 1 are written by the forward; the backward scales them."""
 
     @staticmethod
-    def forward(ctx, student, scores, query, keys, labels, tail, indices, *rest):
-        (*options, reduction, ignore_index), snapshots = rest[:6], rest[6:]
-        wants_student, wants_attention = ctx.needs_input_grad[0], True in ctx.needs_input_grad[1:4]
-        kl_objective = options[3]
+    def forward(ctx, student, scores, query, keys, constants):
+        # What gets no gradient is one argument, for autograd looks at each.
+        labels, tail, indices, *options, reduction, ignore_index, snapshots = constants
+        wants_student, *wants = ctx.needs_input_grad[:4]
+        wants_attention, kl_objective = any(wants), options[3]
         # In fp16 the gradients of a mean underflow before a loss scale can save them: those of the sum are written.
         count = None
         if reduction == "mean" and torch.float16 in [x.dtype for x in (student, scores, query, keys) if x is not None]:
@@ -241,7 +233,7 @@ class _EnsembleKD(torch.autograd.Function):
                 d_student, *d_attention = [x if x is None else x.clone() for x in (d_student, *d_attention)]
             if not d_student is d_attention[0] is d_attention[1] is None:
                 ctx.ops.ensemble_kd_bwd(d_loss, d_attention_loss, count, d_student, *d_attention)
-        return d_student, *d_attention, *(None,) * (len(ctx.needs_input_grad) - 4)
+        return d_student, *d_attention, None
 
 
 # Private, and so allowed to go: then every graph counts as kept.
@@ -259,6 +251,25 @@ def _scaled(unit: Tensor | None, grad: Tensor, count: Tensor | None) -> Tensor |
     if grad.is_cpu and not torch.compiler.is_compiling() and grad.item() == 1:
         return unit
     return unit * grad
+
+
+def _refuse_options(temperature, alpha, fusion, attention_objective, reduction, ignore_index) -> None:
+    for name, value in (("temperature", temperature), ("alpha", alpha)):
+        if not isinstance(value, (float, int)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be a positive number, got {temperature}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
+    for name, value, choices in (
+        ("fusion", fusion, FUSIONS),
+        ("attention_objective", attention_objective, OBJECTIVES),
+        ("reduction", reduction, REDUCTIONS),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
 
 
 def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
