@@ -28,15 +28,22 @@ TITLES = {
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """A hint at the entry of `names` closest to `name`: "; did you mean 'x'?", or "" where none is close."""
-    close = difflib.get_close_matches(str(name).lower(), {n.lower(): n for n in names}, 1, 0.5)
-    return f"; did you mean {next(n for n in names if n.lower() == close[0])!r}?" if close else ""
+    lowered = {n.lower(): n for n in reversed([*names])}
+    close = difflib.get_close_matches(str(name).lower(), lowered, 1, 0.5)
+    return f"; did you mean {lowered[close[0]]!r}?" if close else ""
+
+
+def word(value: str | bool) -> str:
+    """A literal as the command line and JSON write it."""
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def _wanted(value: Any, kind: Any) -> str | None:
     """What the annotation `kind` wants in place of `value`; None when the value will do."""
     args = get_args(kind)
     if get_origin(kind) is Literal:
-        return None if value in args else f"one of {', '.join(args)}"
+        known = any(type(value) is type(arg) and value == arg for arg in args)  # 1 is no true
+        return None if known else f"one of {', '.join(map(word, args))}"
     if get_origin(kind) is UnionType:
         wanted = [_wanted(value, k) for k in args]
         return None if None in wanted else " or ".join(wanted)
@@ -67,7 +74,7 @@ class _Checked:
             if wanted := _wanted(value, kinds[name]):
                 choices = _choices(kinds[name])
                 wrong = [v for v in (value if isinstance(value, tuple) else (value,)) if v not in choices]
-                hint = next(filter(None, (nearest(v, choices) for v in wrong)), "")
+                hint = next(filter(None, (nearest(v, map(word, choices)) for v in wrong)), "")
                 raise ValueError(f"{self._prefix}{name} must be {wanted}, got {value!r}{hint}")
         for name, holds, wanted in self._rules():
             if not holds:
@@ -178,9 +185,10 @@ class Config(_Checked):
     accumulate: int = 1  # parts of a batch that are run one after another; batch_size is that of a whole step
     sync_batchnorm: bool = False  # batch norm over the images of all processes
     check_replicas: int = 0  # steps between proofs that all processes have the same weights; 0: at the end only
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    # auto: bf16 where the device itself computes in it, else fp32
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False  # torch.compile the networks in training
-    channels_last: bool = False
+    channels_last: Literal["auto", True, False] = "auto"  # auto: on a CPU
     deterministic: bool = False  # same bits on every run of the same machine; slower on a GPU
     tensorboard: bool = False  # write events for TensorBoard too
     save_every: float = 300.0  # seconds between checkpoints within an epoch; each epoch ends with one
@@ -227,6 +235,27 @@ class Config(_Checked):
             raise ValueError(f"{path}: {e}") from None
 
 
+def switched(argv: list[str]) -> list[str]:
+    """The flags with a value for --channels-last and --no-channels-last where they stand alone."""
+    flags = []
+    for flag, after in zip(argv, [*argv[1:], "--"], strict=False):
+        name, equals, value = flag.partition("=")
+        name = name.replace("_", "-")
+        if name == "--no-channels-last":
+            flags += ["--channels-last", "False"]
+        elif name == "--channels-last" and (equals or after.startswith("--")):
+            flags += [name, value.capitalize() if value in ("true", "false") else value or "True"]
+        else:
+            flags.append(flag.capitalize() if flag in ("true", "false") and flags[-1:] == ["--channels-last"] else flag)
+    return flags
+
+
+def settled(config: Config, by: Config) -> Config:
+    """The settings with those of `by` wherever they are "auto" and so leave the choice to the device."""
+    auto = {name: getattr(by, name) for name in ("precision", "channels_last") if getattr(config, name) == "auto"}
+    return dataclasses.replace(config, **auto)
+
+
 def _read(cls: type, values: Any, prefix: str = "") -> Any:
     if not isinstance(values, dict):
         raise ValueError(f"{prefix.rstrip('.') or 'the config'} must be an object, got {values!r}")
@@ -271,8 +300,6 @@ def fashion_mnist_cpu() -> Config:
         data="fashion-mnist",
         train_limit=30_000,
         augment="none",  # ten epochs are too few to need more images than there are
-        precision="bf16",
-        channels_last=True,
         teacher=Teacher(model="resnet8", **recipe),
         student=Student(model="resnet8_w4", **recipe),
     )

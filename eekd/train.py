@@ -14,7 +14,7 @@ import torch
 
 from eekd import distributed
 from eekd.bank import LogitBank
-from eekd.config import TITLES, Config, differences, nearest, preset
+from eekd.config import TITLES, Config, differences, nearest, preset, settled, switched, word
 from eekd.files import first_line, in_words, printable
 from eekd.trainers import Session, prepare, resume, train
 from eekd.trainers.folder import read_record, read_settings
@@ -130,7 +130,7 @@ def parse(argv: list[str]) -> Flags:
     if command not in (None, "teacher", "student"):
         raise ValueError(f"{command!r} is no command{nearest(command, ('teacher', 'student'))}")
     flags = ["--teacher-run" + flag[9:] if flag.split("=")[0] == "--teacher" else flag for flag in argv]
-    flags = flags[1:] if command else flags
+    flags = switched(flags[1:] if command else flags)
     start = tyro.cli(Start, args=flags, return_unknown_args=True, add_help=False)[0]
     settings = _start(start)
     if command == "teacher":
@@ -143,7 +143,8 @@ def parse(argv: list[str]) -> Flags:
         raise ValueError("--out must be given under torchrun --max-restarts, which finds the run by it")
     # The first process decides for all, for it may have begun the run when another comes here.
     if restarts and parsed.out and distributed.from_first(lambda: "begun" * Path(parsed.out, "config.json").exists()):
-        changed = differences(asdict(read_settings(parsed.out)), asdict(chosen))
+        begun = read_settings(parsed.out)
+        changed = differences(asdict(begun), asdict(settled(chosen, begun)))
         if chosen.bank and not chosen.teacher_run:  # which the run has from its bank
             changed.pop("teacher_run", None)
         if changed:
@@ -184,15 +185,16 @@ def _literals() -> ConstructorRegistry:
     registry = ConstructorRegistry()
 
     @registry.primitive_rule
-    def word(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    def literal(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         if get_origin(info.type) is not Literal:
             return None
+        values = {word(value): value for value in get_args(info.type) if isinstance(value, bool)}
         return PrimitiveConstructorSpec(
             nargs=1,
-            metavar="{" + ",".join(get_args(info.type)) + "}",
-            instance_from_str=lambda words: words[0],
-            is_instance=lambda value: isinstance(value, str),
-            str_from_instance=lambda value: [value],
+            metavar="{" + ",".join(map(word, get_args(info.type))) + "}",
+            instance_from_str=lambda words: values.get(words[0].lower(), words[0]),
+            is_instance=lambda value: isinstance(value, str | bool),
+            str_from_instance=lambda value: [word(value)],
         )
 
     return registry
@@ -235,13 +237,22 @@ def _plan(session: Session) -> Table:
         ("phase", "network", "parameters", "epochs", "steps", "memory", "disk"),
         f"{data.name}, {data.channels} x {data.image_size} x {data.image_size}: {len(data.train):,} images "
         f"to train on, {len(data.val):,} to validate, {len(data.test):,} to test"
-        + f"; memory of each of {processes} processes" * (processes > 1),
+        + f"; memory of each of {processes} processes" * (processes > 1)
+        + f"; computed in {_chosen(session)}",
     )
     for row in rows:
         numbers = f"{row['parameters']:,}", str(row["epochs"]), f"{row['steps']:,}"
         sizes = _size(row["memory"]), _size(row["disk"])
         table.add_row(TITLES.get(row["name"], row["name"]), printable(row["model"]), *numbers, *sizes)
     return table
+
+
+def _chosen(session: Session) -> str:
+    """Precision and memory format, "(auto)" behind what the device decided."""
+    asked, config = session.asked, session.config
+    words = config.precision, "channels_last" if config.channels_last else "contiguous memory"
+    auto = asked.precision == "auto", asked.channels_last == "auto"
+    return " and ".join(word + " (auto)" * by for word, by in zip(words, auto, strict=True))
 
 
 def _results(rows: list[dict]) -> Table:

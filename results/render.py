@@ -51,10 +51,12 @@ def seeds(record: dict) -> str:
         seconds = "" if first["seconds_per_epoch"] is None else f"{mean(r['seconds_per_epoch'] for r in rows):.1f}"
         accuracy = spread([r["test_accuracy"] for r in rows], 100)
         lines.append(f"| {name} | {first['model']} | {first['parameters']:,} | {accuracy} | {gain} | {seconds} |")
-    minutes = mean(run["seconds"] for run in runs) / 60
+    minutes, config = mean(run["seconds"] for run in runs) / 60, record["config"]
+    made = config["precision"] + " and channels_last" * (config["channels_last"] is True)
     lines += [
         "",
-        f"Mean ± std over {len(runs)} seeds, last epoch, {minutes:.1f} minutes per seed: {provenance(record)}",
+        f"Mean ± std over {len(runs)} seeds, last epoch, in {made}, {minutes:.1f} minutes per seed: "
+        f"{provenance(record)}",
     ]
     return "\n".join(lines)
 

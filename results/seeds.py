@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from eekd.config import preset
+from eekd.config import Config, preset
 from eekd.info import environment
 from eekd.trainers import train
 
@@ -30,6 +30,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
             run = train(replace(config, seed=seed), Path(folder, str(seed)))
+            record["config"] |= {name: getattr(Config.load(run / "config.json"), name)
+                                 for name in ("precision", "channels_last")}  # as "auto" chose
             curves = {}
             for phase in ("teacher", *(f"students/{name}" for name in config.students)):
                 rows = [json.loads(line) for line in (run / phase / "metrics.jsonl").read_text().splitlines()]

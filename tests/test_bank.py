@@ -35,7 +35,7 @@ bad_input = pytest.mark.bad_input
 TAUGHT = [weighting for weighting in get_args(Weighting) if weighting != "ce"]
 COMMON = dict(model="resnet8_w4", batch_size=50, milestones=(), lr=0.02)
 CONFIG = Config(
-    train_limit=150, device="cpu", students=("last",),
+    train_limit=150, device="cpu", precision="fp32", channels_last=False, students=("last",),
     teacher=Teacher(epochs=3, snapshots=3, **COMMON), student=Student(epochs=3, **COMMON),
 )  # fmt: skip
 

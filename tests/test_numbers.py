@@ -130,7 +130,8 @@ def config_of(nets, teacher="net", student="small", **more) -> Config:
     return Config(
         teacher=Teacher(model=f"{nets}:{teacher}", snapshots=2, **common),
         student=Student(model=f"{nets}:{student}", optimizer="adamw", lr=1e-3, schedule="cosine", **common),
-        **dict(students=("attention",), train_limit=200, device="cpu") | more,
+        **dict(students=("attention",), train_limit=200, device="cpu", precision="fp32",
+               channels_last=False) | more,
     )
 
 

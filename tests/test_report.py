@@ -30,7 +30,8 @@ def trained(tmp_path_factory):
     """A run of two snapshots and five students, made once; every test gets a copy."""
     shape = dict(model="resnet8_w4", epochs=4, batch_size=60)
     teacher, student = Teacher(**shape, snapshots=2), Student(**shape)
-    config = Config(teacher=teacher, student=student, students=STUDENTS, train_limit=180, device="cpu")
+    config = Config(teacher=teacher, student=student, students=STUDENTS, train_limit=180, device="cpu",
+                    precision="fp32", channels_last=False)
     return train(config, tmp_path_factory.mktemp("run") / "whole")
 
 

@@ -80,7 +80,8 @@ def config_of(nets, **more) -> Config:
     return Config(
         teacher=Teacher(model=f"{nets}:net", snapshots=2, **common),
         student=Student(model=f"{nets}:small", optimizer="adamw", lr=1e-3, schedule="cosine", **common),
-        **dict(students=("ce", "attention"), train_limit=200, device="cpu") | more,
+        **dict(students=("ce", "attention"), train_limit=200, device="cpu", precision="fp32",
+               channels_last=False) | more,
     )
 
 

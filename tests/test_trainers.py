@@ -59,7 +59,7 @@ def small(tiny, teacher=None, student=None, **more) -> Config:
     common = dict(epochs=3, batch_size=60, milestones=())
     teacher = dict(common, model=f"{tiny}:tiny", snapshots=3) | (teacher or {})
     student = dict(common, model=f"{tiny}:tinier") | (student or {})
-    rest = dict(train_limit=200, device="cpu") | more
+    rest = dict(train_limit=200, device="cpu", precision="fp32", channels_last=False) | more
     return Config(teacher=Teacher(**teacher), student=Student(**student), **rest)
 
 

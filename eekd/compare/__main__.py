@@ -11,9 +11,9 @@ import torch
 
 from eekd import distributed
 from eekd.compare import METHODS, method
-from eekd.compare.cells import Seed, keep_settings
+from eekd.compare.cells import Seed, keep_settings, kept_settings
 from eekd.compare.study import gather
-from eekd.config import Config, preset
+from eekd.config import Config, preset, settled, switched
 from eekd.files import in_words, printable
 from eekd.trainers import prepare
 from eekd.trainers.state import signals
@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str]) -> Flags:
     """The flags of a command line; ValueError or tyro's SystemExit says what is wrong and what is near it."""
+    argv = switched(argv)
     start = tyro.cli(Start, args=argv, return_unknown_args=True, add_help=False)[0]
     if start.preset and start.config:
         raise ValueError("give --preset or --config, not both")
@@ -110,11 +111,14 @@ def parse(argv: list[str]) -> Flags:
 def run(flags: Flags, command: list[str]) -> Path:
     """Makes the cells that are missing and writes study.json; returns its path."""
     rank, processes = distributed.started()
-    console, session = Console(quiet=rank > 0, markup=False), prepare(flags.settings)
-    augmented = session.loader("train", flags.settings.student, train=True).augment != "none"
+    out, wanted = Path(flags.out or f"runs/compare-{Path(flags.settings.data).name}"), flags.settings
+    if (out / "settings.json").exists():
+        wanted = settled(wanted, kept_settings(out))
+    console, session = Console(quiet=rank > 0, markup=False), prepare(wanted)
+    settings = session.config
+    augmented = session.loader("train", settings.student, train=True).augment != "none"
     views = flags.views or (8 if augmented else 1)
-    out = Path(flags.out or f"runs/compare-{Path(flags.settings.data).name}")
-    keep_settings(out, flags.settings, views, session.data.fingerprint)
+    keep_settings(out, settings, views, session.data.fingerprint)
     with console.status("") as status:
 
         def progress(phase, done, total, known):
@@ -124,7 +128,7 @@ def run(flags: Flags, command: list[str]) -> Path:
             console.print(printable(line), highlight=False, soft_wrap=True)
 
         for seed in range(flags.first_seed, flags.first_seed + flags.seeds)[rank::processes]:
-            config = dataclasses.replace(flags.settings, seed=seed)
+            config = dataclasses.replace(settings, seed=seed)
             Seed(out, config, flags.methods, views, augmented, session.data, say, progress).run()
     distributed.wait_for_started()
     path = gather(out, command, augmented) if rank == 0 else out / "study.json"

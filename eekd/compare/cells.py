@@ -55,6 +55,11 @@ def keep_settings(out: Path, config: Config, views: int, fingerprint: str) -> No
                          "--out")  # fmt: skip
 
 
+def kept_settings(out: Path) -> Config:
+    """The settings, seed apart, that `out` was made with."""
+    return Config.from_json(json.dumps(read_record(out / "settings.json", "config")["config"]))
+
+
 @dataclasses.dataclass
 class Seed:
     """What the cells of one seed share. `say` is told what is done, `progress` how far a network is."""

@@ -23,7 +23,7 @@ from eekd.config import Config, Phase, Teacher
 from eekd.data import Batch, ImageData, Loader, load
 from eekd.trainers.folder import Log
 from eekd.trainers.numbers import Guard
-from eekd.trainers.placement import Placement
+from eekd.trainers.placement import Placement, chosen
 from eekd.trainers.state import Checkpoints, State, random_state, set_random_state, signals
 
 SPLIT = ("train_limit", "val_fraction", "split_seed")  # settings that decide which images there are
@@ -45,12 +45,14 @@ class Session(Placement):
     """What the phases of a run share: settings, data, logit bank (or None), device and precision.
 
     Of several processes (eekd.distributed.joined) each has its share of every batch; batch_size is that of a step, over
-    all of them and all micro-batches. Sets torch's process-wide switches of determinism.
+    all of them and all micro-batches. `config` are the settings with "auto" decided, `asked` those that were given.
+    Sets torch's process-wide switches of determinism.
     """
 
     def __init__(self, config: Config, data: ImageData | None = None):
-        super().__init__(config.precision, config.channels_last, _device(config.device))
-        self.config = config
+        device = _device(config.device)
+        self.asked, self.config = config, (config := chosen(config, device))
+        super().__init__(config.precision, config.channels_last, device)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
         torch.use_deterministic_algorithms(config.deterministic)
