@@ -31,7 +31,8 @@ from eekd.trainers.loop import SyncBatchNorm, _device, synchronised
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # GPUs may be too few
-SMALL = ["--train-limit", "155", "--teacher.model", "resnet8_w4", "--student.model", "resnet8_w4", "--teacher.epochs",
+SMALL = ["--precision", "fp32", "--channels-last=false",
+         "--train-limit", "155", "--teacher.model", "resnet8_w4", "--student.model", "resnet8_w4", "--teacher.epochs",
          "2", "--student.epochs", "2", "--teacher.snapshots", "2", "--teacher.batch-size", "24", "--student.batch-size",
          "24", "--deterministic", "--augment", "crop"]  # fmt: skip
 TIMES = {"seconds", "seconds_teacher", "seconds_forward", "seconds_backward"}
