@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from math import gcd
 from pathlib import Path
 from typing import NamedTuple
@@ -18,12 +19,18 @@ PER_THREAD = 112  # numbers of a tile, of 255 registers
 ON_CHIP = 32768  # numbers of a tile that is read once and kept
 STREAMED = 11264  # numbers of a tile that is read, used and dropped, by STREAMING_WARPS
 STREAMING_WARPS = 4
+SEPARATE = tl.constexpr(8)  # snapshots up to which each has a tile of its own
+REGISTERS = 240  # of a thread for the columns of a row that is read once
+ROW = 4096  # columns of such a row, of several snapshots
+STREAMED_COLUMNS = 8  # of 32 bits per thread and block of a row that is read twice
 PACKED = 512  # numbers below which a program takes several rows
 READ_AHEAD = 88 * 1024  # bytes of shared memory for tiles on their way; sm_120 has 99 KB
 TABLES = Path(__file__).with_name("launch")
 COUNT_IN_PROGRAM = 2048  # labels that every program counts for itself, which costs less than a launch
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # on CPU tensors, for tests
+PTX = tl.constexpr(not INTERPRETED.value and torch.version.hip is None)
 
 
 class Launch(NamedTuple):
@@ -69,12 +76,35 @@ def architecture(device: torch.device) -> str:
 
 
 @functools.lru_cache
-def launch(classes: int, snapshots: int, itemsize: int, architecture: str) -> Launch:
-    """The launch of a shape, the same every time so that the bits are: the tuned one, or else the rule's."""
-    return tuned(architecture).get(bucket(classes, snapshots, itemsize)) or by_rule(classes, snapshots, itemsize)
+def launch(classes: int, snapshots: int, itemsize: int, architecture: str, again: bool = False) -> Launch:
+    """The launch of a shape, the same every time so that the bits are: the tuned one, or else the rule's.
+
+    `again`: the snapshots' columns are needed again when p is known, for logit fusion or the KL objective.
+    """
+    found = tuned(architecture).get(bucket(classes, snapshots, itemsize))
+    return found or by_rule(classes, snapshots, itemsize, again)
 
 
-def by_rule(classes: int, snapshots: int, itemsize: int) -> Launch:
+def by_rule(classes: int, snapshots: int, itemsize: int, again: bool = False) -> Launch:
+    if snapshots > SEPARATE.value:
+        return by_rule_of_tiles(classes, snapshots, itemsize)
+    block, words = next_power_of_2(classes), itemsize / 4
+    # Registers for a column: what is kept of it in 32 bits, and the snapshots, as they are or widened for use again.
+    each = (6 + snapshots * (words + 1) if again else 5 + snapshots * words) * max(1, words)
+    held = 2 ** int(math.log2(REGISTERS / each))
+    rows = max(1, PACKED // ((next_power_of_2(snapshots) + 3) * block)) if itemsize < 8 else 1
+    rows = next_power_of_2(rows)
+    warps = next_power_of_2(-(-rows * block // (32 * held)))
+    if block <= ROW * (2 if snapshots == 1 else 1) and warps <= 8:
+        return Launch(rows, block, True, warps, 1, None)
+    block = min(block // 2, 32 * STREAMING_WARPS * max(16 // itemsize, 2 ** int(math.log2(STREAMED_COLUMNS / words))))
+    while block * itemsize * (snapshots + 1) > READ_AHEAD and block > 256:
+        block //= 2
+    ahead = READ_AHEAD // ((snapshots + 1) * block * itemsize)
+    return Launch(1, block, False, STREAMING_WARPS, min(3, 1 + ahead), 255)
+
+
+def by_rule_of_tiles(classes: int, snapshots: int, itemsize: int) -> Launch:
     padded, block = next_power_of_2(snapshots), next_power_of_2(classes)
     lines = (padded + 3) * (2 if itemsize == 8 else 1)
     if lines * block <= ON_CHIP:
@@ -244,16 +274,36 @@ def finite(x):
 
 
 @triton.jit
-def powers(x, largest, k, AXIS: tl.constexpr):
-    """2^(k (x - largest)) with `largest` per row of x. The same words twice are computed once while x stays on chip."""
-    return tl.exp2((x - tl.expand_dims(finite(largest), AXIS)) * k)
+def scaled(x, top, k):
+    """k x - top, rounded once. `top` is k times the largest x, rounded, wherever it is used, so that it cancels."""
+    if INTERPRETED and x.dtype == tl.float32:  # Triton's interpreter rounds twice
+        out = (x.to(tl.float64) * k - finite(top)).to(tl.float32)
+    else:
+        out = tl.fma(x, k + tl.zeros_like(x), -finite(top) + tl.zeros_like(x))
+    return out
 
 
 @triton.jit
-def absorb(largest, total, x, k, AXIS: tl.constexpr):
-    """Takes columns x into softmax statistics: their maximum, and Σ 2^(k (x - maximum))."""
-    new = tl.maximum(largest, tl.max(x, AXIS))
-    return new, total * tl.exp2((largest - finite(new)) * k) + tl.sum(powers(x, new, k, AXIS), AXIS)
+def log2(x):
+    """log2 as a GPU has it, -inf of what is less than 2^-126; Triton's own takes 20 instructions."""
+    if PTX and x.dtype == tl.float32:
+        out = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        out = tl.log2(x)
+    return out
+
+
+@triton.jit
+def powers(x, top, k, AXIS: tl.constexpr):
+    """2^(k x - top) with `top` per row of x. The same words twice are computed once while x stays on chip."""
+    return tl.exp2(scaled(x, tl.expand_dims(top, AXIS), k))
+
+
+@triton.jit
+def absorb(top, total, x, k, AXIS: tl.constexpr):
+    """Takes columns x into softmax statistics: `top`, k times their maximum, and Σ 2^(k x - top)."""
+    new = tl.maximum(top, tl.max(x, AXIS) * k)
+    return new, total * tl.exp2(top - finite(new)) + tl.sum(powers(x, new, k, AXIS), AXIS)
 
 
 @triton.jit
@@ -374,43 +424,41 @@ def _mix(z, w, used):
 
 
 @triton.jit
-def absorb_targets(largest, total, z, w, used, k, LOGIT: tl.constexpr):
+def absorb_targets(top, total, z, w, used, k, LOGIT: tl.constexpr):
     """Takes columns of z (R, M, N) into softmax statistics (R, M), or for LOGIT those of their mixture (R)."""
     if LOGIT:
-        largest, total = absorb(largest, total, _mix(z, w, used), k, 1)
+        top, total = absorb(top, total, _mix(z, w, used), k, 1)
     else:
-        largest, total = absorb(largest, total, z, k, 2)
-    return largest, total
+        top, total = absorb(top, total, z, k, 2)
+    return top, total
 
 
 @triton.jit
-def log_softmax(s, largest, total, inverse_tau):
-    """log softmax(s / τ) of columns (R, N), whose statistics are known."""
-    return (s - finite(largest)[:, None]) * inverse_tau - tl.log(total)[:, None]
+def log2_softmax(s, top, total, k):
+    """log2 softmax(s / τ) of columns (R, N), whose statistics are known."""
+    return scaled(s, top[:, None], k) - log2(total)[:, None]
 
 
 @triton.jit
-def softmax(s, largest, total, k):
+def softmax(s, top, total, k):
     """Its softmax, 2^(k s) over the sum of them."""
-    return powers(s, largest, k, 1) * (1.0 / total)[:, None]
+    return powers(s, top, k, 1) * (1.0 / total)[:, None]
 
 
 @triton.jit
-def visit(
-    log_q, z, w, used, k, inverse_tau, z_max, z_sum, LOGIT: tl.constexpr, MEANS: tl.constexpr, MOVED: tl.constexpr
-):
+def visit(log_q, z, w, used, k, z_top, z_sum, LOGIT: tl.constexpr, MEANS: tl.constexpr, MOVED: tl.constexpr):
     """With the statistics known: the columns' shares of KL (R), Σ p z_m and Σ p r z_m (R, M), and p (R, N).
 
-    r is log p - log q. For probability fusion the third is Σ p_m r, and there is no second.
+    r is log2 p - log2 q, and KL in units of ln 2. For probability fusion the third is Σ p_m r, and there is no second.
     """
     if LOGIT:
         t = _mix(z, w, used)
-        p = softmax(t, z_max, z_sum, k)
-        log_p = log_softmax(t, z_max, z_sum, inverse_tau)
+        p = softmax(t, z_top, z_sum, k)
+        log_p = log2_softmax(t, z_top, z_sum, k)
     else:
-        each = powers(z, z_max, k, 2)
+        each = powers(z, z_top, k, 2)
         p = tl.sum(tl.where(used, w / z_sum, 0.0)[:, :, None] * each, 1)
-        log_p = tl.log(tl.where(p > 0, p, 1.0))
+        log_p = log2(tl.where(p > 0, p, 1.0))
     r = tl.where(p > 0, log_p - log_q, 0.0)
     kl = tl.sum(p * r, 1)
     means = tl.zeros_like(w)
@@ -426,15 +474,20 @@ def visit(
 
 
 @triton.jit
-def write_columns(o_d_student, d, row, i, shift, classes, inside, keep, C, VECTOR: tl.constexpr, SHIFTED: tl.constexpr):
-    """The columns i of d_student (R, N), zeros where the row is ignored."""
-    d = tl.where(keep[:, None], d, 0.0).to(o_d_student.dtype.element_ty)
+def write_columns(
+    o_d_student, d, row, i, shift, classes, inside, C, VECTOR: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr
+):
+    """The columns i of d_student (R, N); all are classes if INSIDE."""
+    d = d.to(o_d_student.dtype.element_ty)
     begin = row * C
     if SHIFTED:
         begin -= shift
     else:
         begin = begin // VECTOR * VECTOR
-    tl.store((o_d_student + begin)[:, None] + i[None, :], d, mask=inside[:, None] & classes)
+    mask = inside[:, None]
+    if not INSIDE:
+        mask = mask & classes
+    tl.store((o_d_student + begin)[:, None] + i[None, :], d, mask=mask)
 
 
 @triton.jit
@@ -457,28 +510,30 @@ def _write_embeddings(
 @triton.jit
 def finish(
     query, keys, o_loss, o_attention_loss, o_d_scores, o_d_query, o_d_keys,
-    kl, means, moved, z_y, ce_loss, w, used, alive, keep, inside, row, m, scale, ce, beta, tau, k, z_max, z_sum,
+    kl, means, moved, z_y, ce_loss, w, used, alive, keep, inside, row, m, scale, ce, beta, tau, k, z_top, z_sum,
     B, D, query_stride, key_stride, key_row_stride,
     M: tl.constexpr, LABELS: tl.constexpr, LOGIT: tl.constexpr, BY_KL: tl.constexpr, SUM: tl.constexpr,
     DBLOCK: tl.constexpr, ACC,
 ):  # fmt: skip
     """What is O(M) per row, of the sums of its columns and of the snapshots' logits z_y (R, M) at its label."""
     inverse_tau = 1.0 / tau
+    kl = kl * LN2  # the sums are of log2
+    moved = moved * LN2
     loss = tl.where(beta == 0, 0.0, beta * tau * tau * kl) + ce * ce_loss
     attention_loss = tl.zeros_like(kl)
     de = tl.zeros_like(w)
     if LABELS:
         if LOGIT:
             z_y_mixed = tl.sum(w * z_y, 1)
-            attention_loss = tl.log(z_sum) - (z_y_mixed - finite(z_max)) * inverse_tau
+            attention_loss = LN2 * (log2(z_sum) - scaled(z_y_mixed, z_top, k))
             de = softmax_grad(w, (means - z_y) * inverse_tau)
         else:
-            log_share = tl.log2(w / z_sum) + (z_y - finite(z_max)) * k
+            log_share = log2(w / z_sum) + scaled(z_y, z_top, k)
             log_share = tl.where(used, log_share, float("-inf"))
             most = tl.max(log_share, 1)
             share = tl.exp2(log_share - finite(most)[:, None])
             total = tl.sum(share, 1)
-            attention_loss = -LN2 * (most + tl.log2(total))
+            attention_loss = -LN2 * (most + log2(total))
             de = w - share / total[:, None]
         de = tl.where((attention_loss == float("inf"))[:, None], 0.0, de)  # the label is masked: nothing to follow
     if BY_KL:

@@ -13,18 +13,22 @@ import triton.language as tl
 from triton import next_power_of_2
 
 from . import common
+from .columns import columns
 from .common import (
+    LN2,
     LOG2E,
+    SEPARATE,
     absorb,
     absorb_targets,
     alignment,
     attend,
     finish,
-    finite,
     forward,
-    log_softmax,
+    log2,
+    log2_softmax,
     planned,
     read_labels,
+    scaled,
     snapshot_rows,
     softmax,
     start,
@@ -53,28 +57,100 @@ def _columns(p_student, p_snapshot, i, bound, shift, keep, used, C, SHIFTED: tl.
 
 
 @triton.jit
-def _statistics(s, z, w, used, k, s_max, soft_sum, hard_sum, z_max, z_sum, LOGIT: tl.constexpr, CE: tl.constexpr):
+def _statistics(
+    s, z, w, used, k, s_top, soft_sum, hard_top, hard_sum, z_top, z_sum, LOGIT: tl.constexpr, CE: tl.constexpr
+):
     """Takes columns into the softmax statistics of the student, at τ and at 1, and of the targets."""
     if CE:
-        _, hard_sum = absorb(s_max, hard_sum, s, LOG2E, 1)
-    s_max, soft_sum = absorb(s_max, soft_sum, s, k, 1)
-    z_max, z_sum = absorb_targets(z_max, z_sum, z, w, used, k, LOGIT)
-    return s_max, soft_sum, hard_sum, z_max, z_sum
+        hard_top, hard_sum = absorb(hard_top, hard_sum, s, LOG2E, 1)
+    s_top, soft_sum = absorb(s_top, soft_sum, s, k, 1)
+    z_top, z_sum = absorb_targets(z_top, z_sum, z, w, used, k, LOGIT)
+    return s_top, soft_sum, hard_top, hard_sum, z_top, z_sum
 
 
 @triton.jit
 def _visit(
-    s, z, is_label, w, used, k, inverse_tau, kd, ce, s_max, soft_sum, hard_sum, z_max, z_sum,
+    s, z, is_label, w, used, k, kd, ce, s_top, soft_sum, hard_top, hard_sum, z_top, z_sum,
     LOGIT: tl.constexpr, CE: tl.constexpr, MEANS: tl.constexpr, MOVED: tl.constexpr,
 ):  # fmt: skip
     """The sums of kernels.common.visit over columns, and d loss / d s (R, N)."""
-    log_q = log_softmax(s, s_max, soft_sum, inverse_tau)
-    q = softmax(s, s_max, soft_sum, k)
-    kl, means, moved, p = visit(log_q, z, w, used, k, inverse_tau, z_max, z_sum, LOGIT, MEANS, MOVED)
+    log_q = log2_softmax(s, s_top, soft_sum, k)
+    q = softmax(s, s_top, soft_sum, k)
+    kl, means, moved, p = visit(log_q, z, w, used, k, z_top, z_sum, LOGIT, MEANS, MOVED)
     d = kd * (q - p)
     if CE:
-        d += ce * (softmax(s, s_max, hard_sum, LOG2E) - is_label.to(s.dtype))
+        d += ce * (softmax(s, hard_top, hard_sum, LOG2E) - is_label.to(s.dtype))
     return kl, means, moved, d
+
+
+@triton.jit
+def _tile(
+    p_student, p_snapshot, o_d_student, row, m, y, w, used, inside, keep, shift, bound, k, d_kl, d_ce, C,
+    LOGIT: tl.constexpr, CE: tl.constexpr, MEANS: tl.constexpr, MOVED: tl.constexpr, ON_CHIP: tl.constexpr,
+    STAGES: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, SHIFTED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """As kernels.columns.columns, with one tile of all snapshots, for which there are too many to unroll them."""
+    R: tl.constexpr = w.shape[0]
+    MP: tl.constexpr = w.shape[1]
+    # first visit: the statistics
+    s_top = tl.full([R], float("-inf"), ACC)
+    soft_sum = tl.zeros([R], ACC)
+    hard_top = s_top
+    hard_sum = tl.zeros([R], ACC)
+    if LOGIT:
+        z_top = s_top
+        z_sum = soft_sum
+    else:
+        z_top = tl.full([R, MP], float("-inf"), ACC)
+        z_sum = tl.zeros([R, MP], ACC)
+    i = tl.arange(0, BLOCK)
+    end = C
+    if SHIFTED:
+        end = C + VECTOR - 1
+    if ON_CHIP:
+        s, z, classes = _columns(p_student, p_snapshot, i, bound, shift, keep, used, C, SHIFTED, ACC)
+        s_top, soft_sum, hard_top, hard_sum, z_top, z_sum = _statistics(
+            s, z, w, used, k, s_top, soft_sum, hard_top, hard_sum, z_top, z_sum, LOGIT, CE
+        )
+    else:
+        for first in tl.range(0, end, BLOCK, num_stages=STAGES):
+            s, z, classes = _columns(p_student, p_snapshot, first + i, bound, shift, keep, used, C, SHIFTED, ACC)
+            s_top, soft_sum, hard_top, hard_sum, z_top, z_sum = _statistics(
+                s, z, w, used, k, s_top, soft_sum, hard_top, hard_sum, z_top, z_sum, LOGIT, CE
+            )
+
+    # second visit: the sums, and the student's gradient
+    kl = tl.zeros([R], ACC)
+    means = tl.zeros([R, MP], ACC)
+    moved = tl.zeros([R, MP], ACC)
+    if ON_CHIP:
+        is_label = classes
+        if CE:
+            is_label = (i[None, :] - shift[:, None]) == y[:, None]
+        kl, means, moved, d = _visit(
+            s, z, is_label, w, used, k, d_kl[:, None], d_ce[:, None], s_top, soft_sum, hard_top, hard_sum, z_top, z_sum,
+            LOGIT, CE, MEANS, MOVED,
+        )  # fmt: skip
+        if o_d_student is not None:
+            d = tl.where(keep[:, None], d, 0.0)
+            write_columns(o_d_student, d, row, i, shift, classes, inside, C, VECTOR, SHIFTED, False)
+    else:
+        for first in tl.range(0, end, BLOCK, num_stages=STAGES):
+            s, z, classes = _columns(p_student, p_snapshot, first + i, bound, shift, keep, used, C, SHIFTED, ACC)
+            is_label = classes
+            if CE:
+                is_label = (first + i[None, :] - shift[:, None]) == y[:, None]
+            more_kl, more_means, more_moved, d = _visit(
+                s, z, is_label, w, used, k, d_kl[:, None], d_ce[:, None], s_top, soft_sum, hard_top, hard_sum, z_top,
+                z_sum, LOGIT, CE, MEANS, MOVED,
+            )  # fmt: skip
+            kl += more_kl
+            means += more_means
+            moved += more_moved
+            if o_d_student is not None:
+                d = tl.where(keep[:, None], d, 0.0)
+                write_columns(o_d_student, d, row, first + i, shift, classes, inside, C, VECTOR, SHIFTED, False)
+    return kl, means, moved, hard_top, hard_sum, z_top, z_sum
 
 
 @triton.jit(do_not_specialize=["snapshot_strides"])
@@ -87,7 +163,7 @@ def rows_kernel(
     M: tl.constexpr, STACKED: tl.constexpr, LOGIT: tl.constexpr, BY_KL: tl.constexpr, BY_LABEL: tl.constexpr,
     CE: tl.constexpr, SUM: tl.constexpr, COUNT_BLOCK: tl.constexpr, ON_CHIP: tl.constexpr, STAGES: tl.constexpr,
     R: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr, DBLOCK: tl.constexpr, VECTOR: tl.constexpr,
-    SHIFTED: tl.constexpr, ACC: tl.constexpr,
+    SHIFTED: tl.constexpr, V: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program takes R rows: all their columns at once if ON_CHIP, else in blocks, and those twice.
 
@@ -119,64 +195,20 @@ def rows_kernel(
     p_student = student + at_student // VECTOR * VECTOR
     p_snapshot = snapshot_rows(snapshots, row, m, snapshot_stride, snapshot_strides, M, STACKED, VECTOR)
 
-    # first visit: the statistics
-    s_max = tl.full([R], float("-inf"), ACC)
-    soft_sum = tl.zeros([R], ACC)
-    hard_sum = tl.zeros([R], ACC)
-    if LOGIT:
-        z_max = s_max
-        z_sum = soft_sum
-    else:
-        z_max = tl.full([R, MP], float("-inf"), ACC)
-        z_sum = tl.zeros([R, MP], ACC)
-    i = tl.arange(0, BLOCK)
-    end = C
-    if SHIFTED:
-        end = C + VECTOR - 1
-    if ON_CHIP:
-        s, z, classes = _columns(p_student, p_snapshot, i, bound, shift, keep, used, C, SHIFTED, ACC)
-        s_max, soft_sum, hard_sum, z_max, z_sum = _statistics(
-            s, z, w, used, k, s_max, soft_sum, hard_sum, z_max, z_sum, LOGIT, CE
-        )
-    else:
-        for first in tl.range(0, end, BLOCK, num_stages=STAGES):
-            s, z, classes = _columns(p_student, p_snapshot, first + i, bound, shift, keep, used, C, SHIFTED, ACC)
-            s_max, soft_sum, hard_sum, z_max, z_sum = _statistics(
-                s, z, w, used, k, s_max, soft_sum, hard_sum, z_max, z_sum, LOGIT, CE
-            )
-
-    # second visit: the sums, and the student's gradient
-    kl = tl.zeros([R], ACC)
-    means = tl.zeros([R, MP], ACC)
-    moved = tl.zeros([R, MP], ACC)
-    inverse_tau = 1.0 / tau
-    d_kl = (scale * beta * tau)[:, None]
-    d_ce = (scale * ce)[:, None]
-    if ON_CHIP:
-        is_label = classes
-        if CE:
-            is_label = (i[None, :] - shift[:, None]) == y[:, None]
-        kl, means, moved, d = _visit(
-            s, z, is_label, w, used, k, inverse_tau, d_kl, d_ce, s_max, soft_sum, hard_sum, z_max, z_sum,
-            LOGIT, CE, BY_KL or BY_LABEL, BY_KL,
+    counts = keep.to(ACC)  # an ignored row's gradients are 0
+    d_kl = scale * beta * tau * counts
+    d_ce = scale * ce * counts
+    if M <= SEPARATE:
+        kl, means, moved, hard_top, hard_sum, z_top, z_sum = columns(
+            student, snapshots, o_d_student, row, m, y, valid, w, inside, keep, shift, bound, k, d_kl, d_ce,
+            C, student_stride, snapshot_stride, snapshot_strides, M, STACKED, LOGIT, CE, BY_KL or BY_LABEL, BY_KL,
+            ON_CHIP, STAGES, BLOCK, VECTOR, SHIFTED, V, T, ACC,
         )  # fmt: skip
-        if o_d_student is not None:
-            write_columns(o_d_student, d, row, i, shift, classes, inside, keep, C, VECTOR, SHIFTED)
     else:
-        for first in tl.range(0, end, BLOCK, num_stages=STAGES):
-            s, z, classes = _columns(p_student, p_snapshot, first + i, bound, shift, keep, used, C, SHIFTED, ACC)
-            is_label = classes
-            if CE:
-                is_label = (first + i[None, :] - shift[:, None]) == y[:, None]
-            more_kl, more_means, more_moved, d = _visit(
-                s, z, is_label, w, used, k, inverse_tau, d_kl, d_ce, s_max, soft_sum, hard_sum, z_max, z_sum,
-                LOGIT, CE, BY_KL or BY_LABEL, BY_KL,
-            )  # fmt: skip
-            kl += more_kl
-            means += more_means
-            moved += more_moved
-            if o_d_student is not None:
-                write_columns(o_d_student, d, row, first + i, shift, classes, inside, keep, C, VECTOR, SHIFTED)
+        kl, means, moved, hard_top, hard_sum, z_top, z_sum = _tile(
+            p_student, p_snapshot, o_d_student, row, m, y, w, used, inside, keep, shift, bound, k, d_kl, d_ce, C,
+            LOGIT, CE, BY_KL or BY_LABEL, BY_KL, ON_CHIP, STAGES, BLOCK, VECTOR, SHIFTED, ACC,
+        )  # fmt: skip
 
     z_y = tl.zeros([R, MP], ACC)
     ce_loss = tl.zeros([R], ACC)
@@ -184,10 +216,10 @@ def rows_kernel(
         z_y = tl.load(p_snapshot + (shift + y)[:, None], mask=used & valid[:, None], other=0.0).to(ACC)
         if CE:
             s_y = tl.load(p_student + shift + y, mask=valid, other=0.0).to(ACC)
-            ce_loss = tl.log(hard_sum) - (s_y - finite(s_max))
+            ce_loss = LN2 * (log2(hard_sum) - scaled(s_y, hard_top, LOG2E))
     finish(
         query, keys, o_loss, o_attention_loss, o_d_scores, o_d_query, o_d_keys,
-        kl, means, moved, z_y, ce_loss, w, used, alive, keep, inside, row, m, scale, ce, beta, tau, k, z_max, z_sum,
+        kl, means, moved, z_y, ce_loss, w, used, alive, keep, inside, row, m, scale, ce, beta, tau, k, z_top, z_sum,
         B, D, query_stride, key_stride, key_row_stride, M, labels is not None, LOGIT, BY_KL, SUM, DBLOCK, ACC,
     )  # fmt: skip
 
@@ -263,12 +295,17 @@ def plan(
         [student.stride(0), *row_strides] if rows > 1 else [classes],
         [snapshots[0].stride(0)] if stacked and m > 1 else [],
     )
+    # M pointers take the registers that M lines would.
+    again = logit_fusion or not stacked or (kl_objective and (d_scores is not None or d_query is not None))
     cut = cut or common.launch(
-        classes + (vector - 1 if shifted else 0), m, 8 if wide else max(sizes), common.architecture(student.device)
+        classes + (vector - 1 if shifted else 0), m, 8 if wide else max(sizes), common.architecture(student.device),
+        again,
     )
+    held = min(16 // (8 if wide else max(sizes)), cut.block)  # columns next to each other that a thread has
     return planned(
         rows_kernel, cut, student, snapshots, labels, scores, query, keys, temperature, alpha, logit_fusion,
         kl_objective, mean, ignore_index, loss, d_scores, d_query, VECTOR=vector, SHIFTED=shifted,
+        V=held, T=max(1, min(32 * cut.num_warps, cut.block // held)),
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from triton import next_power_of_2
 
 from . import common
 from .common import (
+    LN2,
     LOG2E,
     absorb,
     absorb_targets,
@@ -21,10 +22,12 @@ from .common import (
     finish,
     finite,
     forward,
-    log_softmax,
+    log2,
+    log2_softmax,
     planned,
     powers,
     read_labels,
+    scaled,
     snapshot_rows,
     softmax,
     visit,
@@ -108,16 +111,16 @@ def _top(p_student, p_snapshot, p_indices, j, y, keep, used, C, K, VECTOR: tl.co
 
 @triton.jit
 def _visit_top(
-    o_d_student, s, z, c, exists, row, y, w, used, k, inverse_tau, kd, ce, s_max, soft_sum, hard_max, hard_sum,
-    z_max, z_sum, C, LOGIT: tl.constexpr, CE: tl.constexpr, MEANS: tl.constexpr, MOVED: tl.constexpr,
+    o_d_student, s, z, c, exists, row, y, w, used, k, kd, ce, s_top, soft_sum, hard_top, hard_sum,
+    z_top, z_sum, C, LOGIT: tl.constexpr, CE: tl.constexpr, MEANS: tl.constexpr, MOVED: tl.constexpr,
 ):  # fmt: skip
     """The sums of kernels.common.visit over these of the K columns; writes their part of d_student."""
-    log_q = log_softmax(s, s_max, soft_sum, inverse_tau)
-    kl, means, moved, p = visit(log_q, z, w, used, k, inverse_tau, z_max, z_sum, LOGIT, MEANS, MOVED)
+    log_q = log2_softmax(s, s_top, soft_sum, k)
+    kl, means, moved, p = visit(log_q, z, w, used, k, z_top, z_sum, LOGIT, MEANS, MOVED)
     if o_d_student is not None:
-        d = kd * (softmax(s, s_max, soft_sum, k) - p)
+        d = kd * (softmax(s, s_top, soft_sum, k) - p)
         if CE:
-            d += ce * (softmax(s, hard_max, hard_sum, LOG2E) - (c == y[:, None]).to(s.dtype))
+            d += ce * (softmax(s, hard_top, hard_sum, LOG2E) - (c == y[:, None]).to(s.dtype))
         tl.store((o_d_student + row * C)[:, None] + c, d.to(o_d_student.dtype.element_ty), mask=exists)
     return kl, means, moved
 
@@ -180,9 +183,9 @@ def sparse_rows_kernel(
         s_y = tl.load(p_student + y, mask=valid, other=0.0).to(ACC)
 
     # statistics of the student: of all its columns at 1, and at τ of those in the bucket
-    hard_max = tl.full([R], float("-inf"), ACC)
+    hard_top = tl.full([R], float("-inf"), ACC)
     hard_sum = tl.zeros([R], ACC)
-    rest_max = hard_max
+    rest_top = hard_top
     rest_sum = hard_sum
     i = tl.arange(0, BLOCK)
     end = C
@@ -192,30 +195,30 @@ def sparse_rows_kernel(
     if ON_CHIP:
         s, classes = _student(p_vectors, i, bound, shift, keep, C, SHIFTED, ACC)
         if CE:
-            hard_max, hard_sum = absorb(hard_max, hard_sum, s, LOG2E, 1)
+            hard_top, hard_sum = absorb(hard_top, hard_sum, s, LOG2E, 1)
         rest = _rest(s, word, bit, p_indices, 0, shift, keep, K, MARKED, KP, UNROLLED)
-        rest_max, rest_sum = absorb(rest_max, rest_sum, rest, k, 1)
+        rest_top, rest_sum = absorb(rest_top, rest_sum, rest, k, 1)
     else:
         for first in tl.range(0, end, BLOCK, num_stages=STAGES):
             s, classes = _student(p_vectors, first + i, bound, shift, keep, C, SHIFTED, ACC)
             if CE:
-                hard_max, hard_sum = absorb(hard_max, hard_sum, s, LOG2E, 1)
+                hard_top, hard_sum = absorb(hard_top, hard_sum, s, LOG2E, 1)
             rest = _rest(s, word, bit, p_indices, first, shift, keep, K, MARKED, KP, UNROLLED)
-            rest_max, rest_sum = absorb(rest_max, rest_sum, rest, k, 1)
+            rest_top, rest_sum = absorb(rest_top, rest_sum, rest, k, 1)
 
     # statistics of the K columns, to which the bucket's are added: its logarithm is nowhere rounded as a logit
-    s_max = rest_max
+    s_top = rest_top
     soft_sum = rest_sum
     if LOGIT:
-        z_max = tl.full([R], float("-inf"), ACC)
+        z_top = tl.full([R], float("-inf"), ACC)
         z_sum = tl.zeros([R], ACC)
     else:
-        z_max = tl.full([R, MP], float("-inf"), ACC)
+        z_top = tl.full([R, MP], float("-inf"), ACC)
         z_sum = tl.zeros([R, MP], ACC)
-    z_max, z_sum = absorb_targets(z_max, z_sum, z_rest[:, :, None], w, used, k, LOGIT)
+    z_top, z_sum = absorb_targets(z_top, z_sum, z_rest[:, :, None], w, used, k, LOGIT)
     if WHOLE:
-        s_max, soft_sum = absorb(s_max, soft_sum, top, k, 1)
-        z_max, z_sum = absorb_targets(z_max, z_sum, z, w, used, k, LOGIT)
+        s_top, soft_sum = absorb(s_top, soft_sum, top, k, 1)
+        z_top, z_sum = absorb_targets(z_top, z_sum, z, w, used, k, LOGIT)
     else:
         place = tl.full([R], -1, tl.int32)
         wrong = tl.zeros([R], tl.int32)
@@ -223,20 +226,19 @@ def sparse_rows_kernel(
             top, z, c, exists, more_place, more_wrong = _top(
                 p_student, p_snapshot, p_indices, first + j, y, keep, used, C, K, KVECTOR, ACC
             )  # fmt: skip
-            s_max, soft_sum = absorb(s_max, soft_sum, top, k, 1)
-            z_max, z_sum = absorb_targets(z_max, z_sum, z, w, used, k, LOGIT)
+            s_top, soft_sum = absorb(s_top, soft_sum, top, k, 1)
+            z_top, z_sum = absorb_targets(z_top, z_sum, z, w, used, k, LOGIT)
             place = tl.maximum(place, more_place)
             wrong = tl.maximum(wrong, more_wrong)
     scale = tl.where(wrong > 0, float("nan"), scale)
 
     # the bucket as a column
-    inverse_tau = 1.0 / tau
     d_kl = (scale * beta * tau)[:, None]
     d_ce = (scale * ce)[:, None]
-    log_q = log_softmax(rest_max[:, None], s_max, soft_sum, inverse_tau) + tl.log(rest_sum)[:, None]
-    q = softmax(rest_max[:, None], s_max, soft_sum, k) * rest_sum[:, None]
+    log_q = (rest_top - finite(s_top) + log2(rest_sum) - log2(soft_sum))[:, None]
+    q = (tl.exp2(rest_top - finite(s_top)) * rest_sum / soft_sum)[:, None]
     kl, means, moved, p = visit(
-        log_q, z_rest[:, :, None], w, used, k, inverse_tau, z_max, z_sum, LOGIT, BY_KL or BY_LABEL, BY_KL
+        log_q, z_rest[:, :, None], w, used, k, z_top, z_sum, LOGIT, BY_KL or BY_LABEL, BY_KL
     )  # fmt: skip
 
     if o_d_student is not None:
@@ -245,28 +247,30 @@ def sparse_rows_kernel(
         soft = tl.where(rest_sum[:, None] == 0, 0.0, d_kl * (q - p) / rest_sum[:, None])
         hard = d_ce / hard_sum[:, None]
         if ON_CHIP:
-            d = soft * powers(rest, rest_max, k, 1)
+            d = soft * powers(rest, rest_top, k, 1)
             if CE:
-                d += hard * powers(s, hard_max, LOG2E, 1)
-            write_columns(o_d_student, d, row, i, shift, classes, inside, keep, C, VECTOR, SHIFTED)
+                d += hard * powers(s, hard_top, LOG2E, 1)
+            d = tl.where(keep[:, None], d, 0.0)
+            write_columns(o_d_student, d, row, i, shift, classes, inside, C, VECTOR, SHIFTED, False)
         else:
             for first in tl.range(0, end, BLOCK, num_stages=STAGES):
                 s, classes = _student(p_vectors, first + i, bound, shift, keep, C, SHIFTED, ACC)
-                d = soft * powers(s, rest_max, k, 1)
+                d = soft * powers(s, rest_top, k, 1)
                 if CE:
-                    d += hard * powers(s, hard_max, LOG2E, 1)
-                write_columns(o_d_student, d, row, first + i, shift, classes, inside, keep, C, VECTOR, SHIFTED)
+                    d += hard * powers(s, hard_top, LOG2E, 1)
+                d = tl.where(keep[:, None], d, 0.0)
+                write_columns(o_d_student, d, row, first + i, shift, classes, inside, C, VECTOR, SHIFTED, False)
         tl.debug_barrier()
         if CE:
-            d = soft * powers(s_y[:, None], rest_max, k, 1) + hard * powers(s_y[:, None], hard_max, LOG2E, 1) - d_ce
+            d = soft * powers(s_y[:, None], rest_top, k, 1) + hard * powers(s_y[:, None], hard_top, LOG2E, 1) - d_ce
             at = (o_d_student + row * C + y)[:, None]
             tl.store(at, d.to(o_d_student.dtype.element_ty), mask=(valid & (place < 0))[:, None])
 
     # the K columns
     if WHOLE:
         more_kl, more_means, more_moved = _visit_top(
-            o_d_student, top, z, c, exists, row, y, w, used, k, inverse_tau, d_kl, d_ce, s_max, soft_sum, hard_max,
-            hard_sum, z_max, z_sum, C, LOGIT, CE, BY_KL or BY_LABEL, BY_KL,
+            o_d_student, top, z, c, exists, row, y, w, used, k, d_kl, d_ce, s_top, soft_sum, hard_top,
+            hard_sum, z_top, z_sum, C, LOGIT, CE, BY_KL or BY_LABEL, BY_KL,
         )  # fmt: skip
         kl += more_kl
         means += more_means
@@ -277,8 +281,8 @@ def sparse_rows_kernel(
                 p_student, p_snapshot, p_indices, first + j, y, keep, used, C, K, KVECTOR, ACC
             )  # fmt: skip
             more_kl, more_means, more_moved = _visit_top(
-                o_d_student, top, z, c, exists, row, y, w, used, k, inverse_tau, d_kl, d_ce, s_max, soft_sum, hard_max,
-                hard_sum, z_max, z_sum, C, LOGIT, CE, BY_KL or BY_LABEL, BY_KL,
+                o_d_student, top, z, c, exists, row, y, w, used, k, d_kl, d_ce, s_top, soft_sum, hard_top,
+                hard_sum, z_top, z_sum, C, LOGIT, CE, BY_KL or BY_LABEL, BY_KL,
             )  # fmt: skip
             kl += more_kl
             means += more_means
@@ -291,10 +295,10 @@ def sparse_rows_kernel(
         z_y = tl.load(p_snapshot + place[:, None], mask=used & chosen, other=0.0).to(ACC)
         z_y = tl.where(used & (chosen == 0), z_rest, z_y)
         if CE:
-            ce_loss = tl.log(hard_sum) - (s_y - finite(hard_max))
+            ce_loss = LN2 * (log2(hard_sum) - scaled(s_y, hard_top, LOG2E))
     finish(
         query, keys, o_loss, o_attention_loss, o_d_scores, o_d_query, o_d_keys,
-        kl, means, moved, z_y, ce_loss, w, used, alive, keep, inside, row, m, scale, ce, beta, tau, k, z_max, z_sum,
+        kl, means, moved, z_y, ce_loss, w, used, alive, keep, inside, row, m, scale, ce, beta, tau, k, z_top, z_sum,
         B, D, query_stride, key_stride, key_row_stride, M, labels is not None, LOGIT, BY_KL, SUM, DBLOCK, ACC,
     )  # fmt: skip
 
@@ -309,7 +313,7 @@ SCHEMA = (
 
 def by_rule(classes: int, kept: int, itemsize: int) -> common.Launch:
     """How the student's rows are cut: as the dense op's of one snapshot, for as many numbers are kept of a column."""
-    cut = common.by_rule(classes, 1, itemsize)
+    cut = common.by_rule_of_tiles(classes, 1, itemsize)
     if cut.on_chip:
         return cut._replace(rows=min(cut.rows, max(1, 512 // cut.block)), block=max(cut.block, 32))
     return cut._replace(maxnreg=FOR_THREE if kept <= 64 and itemsize == 2 else cut.maxnreg)

@@ -13,6 +13,7 @@ sparse_kernels = pytest.importorskip("eekd.kernels.sparse_ensemble_kd")
 ASTSource = pytest.importorskip("triton.compiler").ASTSource
 GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
 
+SEPARATE = pytest.importorskip("eekd.kernels.common").SEPARATE.value
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_LIMIT = {80: 163, 90: 227, 100: 227, 120: 99}  # KB per block
 SPILLED = 16  # bytes: each compiler keeps a few registers of one kernel or another on the stack
@@ -135,14 +136,60 @@ def check(folder, capability, snapshots, classes, dtype, fusion, objective, **ki
     assert kernel.metadata.shared <= SHARED_LIMIT[capability] * 1024
     # Every element of the tile in 16 bytes at a time, as often as the kernel visits it.
     threads, visits = 32 * launched["options"]["num_warps"], 1 if launched["ON_CHIP"] else 2
-    elements = launched["R"] * launched["BLOCK"] * (launched["MP"] + 1 if "kept" not in kind else 1)
+    lines = launched["MP"] if snapshots > SEPARATE else snapshots
+    elements = launched["R"] * launched["BLOCK"] * (lines + 1 if "kept" not in kind else 1)
     if not launched["ON_CHIP"]:  # and read ahead
         assert sum(name.startswith("LDGSTS") for name in names) >= visits
-    if elements * dtype.itemsize >= 16 * threads:  # else a thread has less
+    wide_loads = launched["VECTOR"] * dtype.itemsize == 16
+    tile = elements if snapshots > SEPARATE or "kept" in kind else launched["R"] * launched["BLOCK"]
+    if wide_loads and tile * dtype.itemsize >= 16 * threads:  # else a thread has less
         assert wide >= visits * elements * dtype.itemsize / 16 / threads / 2  # half, for rounding M up reads nothing
     if "kept" in kind and not launched["SHIFTED"]:  # the columns of the bucket are written past the K columns
         stores = sum(name.startswith("STG") and ".128" in name for name in names)
         assert stores >= elements * dtype.itemsize / 16 / threads
+
+
+def instructions_per_column(kernel, folder, arguments):
+    """Instructions that the threads of a program issue for its rows, over the columns of these.
+
+    All are counted, whether predicated off or not. What is in a loop backwards counts as often as the loop takes whole
+    blocks; everything else once, the code for the last columns and for labels included, whichever way a branch goes.
+    """
+    (folder / "kernel.cubin").write_bytes(kernel.asm["cubin"])
+    dumped = subprocess.run([CUOBJDUMP, "-sass", folder / "kernel.cubin"], capture_output=True, text=True, check=True)
+    code = [
+        (int(at, 16), name, rest)
+        for at, name, rest in re.findall(
+            r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", dumped.stdout, re.M
+        )
+    ]
+    last = max(i for i, (_, name, _) in enumerate(code) if name == "EXIT")
+    issued = last + 1
+    blocks = arguments["C"] // arguments["BLOCK"]
+    loops = 0
+    for at, name, rest in code[: last + 1]:
+        target = re.search(r"0x([0-9a-f]+)", rest)
+        if name.startswith("BRA") and target and int(target[1], 16) < at:
+            issued += (blocks - 1) * sum(int(target[1], 16) <= address <= at for address, _, _ in code)
+            loops += 1
+    assert loops == (0 if arguments["ON_CHIP"] else 2)  # the two visits, and no other
+    return issued * 32 * arguments["options"]["num_warps"] / arguments["R"] / arguments["C"]
+
+
+# The last two have no last columns, whose code is counted though it is skipped.
+BUDGET = [
+    (5, 1000, 100), (5, 4096, 100), (5, 32000, 100), (4, 1000, 100), (4, 4096, 100), (4, 32000, 100), (5, 8192, 128),
+    (5, 16384, 108),
+]
+
+
+@pytest.mark.parametrize("fusion", ["probability", "logit"])
+@pytest.mark.parametrize(
+    "snapshots, classes, limit", [*BUDGET[:3], *(pytest.param(*x, marks=pytest.mark.slow) for x in BUDGET[3:])]
+)
+def test_few_instructions_a_column(tmp_path, snapshots, classes, limit, fusion):
+    launched = arguments(snapshots, classes, torch.bfloat16, fusion, "label")
+    assert instructions_per_column(compiled(90, launched), tmp_path, launched) <= limit
 
 
 @pytest.mark.parametrize("capability, snapshots, classes, dtype, fusion, objective", QUICK, ids=str)
