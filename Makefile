@@ -20,7 +20,7 @@ bench: install
 	$(PYTHON) -m eekd.kernels.bench --json results/bench.json
 
 check-gpu: install
-	$(PYTHON) tests/check_gpu.py
+	$(PYTHON) tools/check_gpu.py
 
 # Editable, against the environment's own torch, so that one torch serves build and run.
 install: $(VENV)/eekd-$(EXTRAS)

@@ -13,7 +13,9 @@ timed before its result agrees with the fp64 reference. Contenders take turns wi
                   shapes are B,M,C,K and whose baselines get the same K classes and tails, as 2 + M K / C
 
 On a GPU inputs rotate through three times the L2 cache, events are recorded while the host is ahead, and shapes below
-50 µs are also timed in a captured graph (graph_us) and on the host (host_us).
+50 µs are also timed in a captured graph (graph_us). There a backend's row also has its forward alone (forward_us), what
+the backward adds to it (backward_us), the host's time (host_us), the time of each kernel (kernels_us), and the launch
+that was chosen, if Triton's. percent_of_floor is of M + 2 accesses, whatever the op read and wrote.
 """
 
 import argparse
@@ -130,7 +132,9 @@ def plain(student, snapshots, labels, scores, fusion, mix=einsum, kl=kl_div):
     return ALPHA * ce + (1 - ALPHA) * TEMPERATURE**2 * kl(log_q, p) + attention_loss
 
 
-def contenders(cuda: bool, modes: list[str]) -> tuple[dict[str, Callable], dict[str, str]]:
+def contenders(
+    cuda: bool, modes: list[str], only: list[str] | None = None
+) -> tuple[dict[str, Callable], dict[str, str]]:
     """Functions of (student, snapshots, labels, scores, fusion) by name, and why others are missing."""
     found, missing = {}, {}
     for name in BACKENDS if cuda else BACKENDS[:1]:  # on a CPU Triton is an interpreter
@@ -151,6 +155,9 @@ def contenders(cuda: bool, modes: list[str]) -> tuple[dict[str, Callable], dict[
             missing["liger"] = f"not timed ({error}); pip install liger-kernel"
     for mode in modes:
         found[f"compile:{mode}"] = torch.compile(partial(plain, mix=broadcast), mode=mode, dynamic=False)
+    if only:
+        found = {name: function for name, function in found.items() if name.split(":")[0] in only}
+        missing = {name: why for name, why in missing.items() if name in only}
     return found, missing
 
 
@@ -274,6 +281,14 @@ def measure(case: Case, device: torch.device, functions: dict[str, Callable], cl
                     taken += clock(turn(name, upstream))
     for name in calls:
         result[name] |= microseconds(times[name][0]) | {"us_random": microseconds(times[name][1])["us"]}
+    for name in [name for name in calls if name in BACKENDS] if device.type == "cuda" else ():
+        with using(name):
+            forwards = [partial(functions[name], *tensors, fusion) for tensors in sets]
+            forward_us = microseconds(events(forwards * math.ceil(20 / len(forwards))))["us"]
+            result[name] |= {"forward_us": forward_us, "backward_us": result[name]["us"] - forward_us}
+            result[name] |= {"host_us": microseconds(wall(turn(name)))["us"], "kernels_us": by_kernel(turn(name))}
+        if name == "triton":
+            result[name]["launch"] = chosen(sets[0], fusion)
     small = clock is events and any(result[name]["us"] < 50 for name in calls if name in BACKENDS)
     for name in calls if small else ():
         with using(name):
@@ -284,6 +299,29 @@ def measure(case: Case, device: torch.device, functions: dict[str, Callable], cl
                 except RuntimeError as failure:
                     result[name]["graph_failed"] = str(failure)
     return row_of(case, device, result)
+
+
+def by_kernel(calls: list[Callable]) -> dict[str, float]:
+    """GPU microseconds per call of each kernel, by name, as torch's profiler has them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+    found = {event.key: event.device_time_total / len(calls) for event in profile.key_averages()}
+    return {name: us for name, us in sorted(found.items(), key=lambda item: -item[1]) if us > 0}
+
+
+def chosen(tensors, fusion: str) -> dict | None:
+    """The launch of the dense Triton op for these tensors."""
+    from eekd.kernels.common import architecture, launch
+
+    student, snapshots, *_ = tensors
+    if isinstance(snapshots, Sparse):
+        return None
+    again = fusion == "logit"
+    return launch(
+        student.shape[1], len(snapshots), student.element_size(), architecture(student.device), again
+    )._asdict()
 
 
 def least(case: Case) -> float:
@@ -306,7 +344,8 @@ def accesses(backend: str, case: Case, device: torch.device) -> float:
     if backend == "triton":
         from eekd.kernels.common import architecture, launch
 
-        on_chip = launch(classes, m, getattr(torch, case.dtype).itemsize, architecture(device)).on_chip
+        again = case.fusion == "logit"
+        on_chip = launch(classes, m, getattr(torch, case.dtype).itemsize, architecture(device), again).on_chip
     elif backend == "native" and device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         blocks = 8 if properties.major >= 9 else 1
@@ -324,6 +363,7 @@ def row_of(case: Case, device: torch.device, result: dict[str, dict]) -> dict:
         traffic = accesses(name, case, device)
         result[name] |= {"accesses": traffic, "gb_s": traffic * megabytes / us[name] * 1e3}
         result[name]["percent_of_copy"] = 100 * traffic / least(case) * us["copy"] / us[name]
+        result[name]["percent_of_floor"] = 100 * us["copy"] / us[name]
         if name in BACKENDS:
             result[name] |= {f"vs_{b}": best[b] / us[name] for b in BASELINES if best[b]}
     backends = [name for name in BACKENDS if name in us]
@@ -348,7 +388,7 @@ def line_of(row: dict) -> str:
     r, case = row["contenders"], f"{str(tuple(row['shape'])):>20} {row['dtype']:>8} {row['layout']} {row['fusion']:>11}"
     best = r.get(row["fastest"], {})
     us = [r.get(name, {}).get("us") for name in BACKENDS] + [*row["best_us"].values(), r["copy"]["us"]]
-    ratios = [best.get(name) for name in ("vs_eager", "vs_compile", "vs_liger", "percent_of_copy")]
+    ratios = [best.get(name) for name in ("vs_eager", "vs_compile", "vs_liger", "percent_of_floor")]
     line = case + "".join(f" {'' if x is None else f'{x:.0f}':>8}" for x in us)
     line += "".join(f" {'' if x is None else f'{x:.1f}':>8}" for x in ratios)
     line += f" {row['fastest']:>8} {best['error']:.0e}" if best else ""
@@ -401,6 +441,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--avx2", action="store_true", help="eekd, eager and compile without AVX-512")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--contender", action="append", choices=[*BACKENDS, *BASELINES], help="only this and the copy; repeatable"
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke test: small shapes, one mode of compile")
     parser.add_argument("--full", action="store_true", help="ensemble_kd: all shapes, dtypes and layouts, an hour")
     parser.add_argument("--json", type=Path, help="save the figures here, row by row")
@@ -419,7 +462,9 @@ def main(argv: list[str] | None = None) -> None:
     seconds = args.seconds or (0.05 if args.quick else 0.5 if cuda else 1.0)
     torch.set_num_threads(args.threads)
 
-    functions, missing = contenders(cuda, ["default", "max-autotune-no-cudagraphs"][: 1 if args.quick else 2])
+    functions, missing = contenders(
+        cuda, ["default", "max-autotune-no-cudagraphs"][: 1 if args.quick else 2], args.contender
+    )  # fmt: skip
     command = ["python", "-m", "eekd.kernels.bench", *argv]
     record = {"op": args.op, "command": command, "seed": args.seed, "threads": args.threads, "device": args.device}
     record |= {"environment": environment(), "load": os.getloadavg(), "missing": missing, "rows": []}
@@ -427,7 +472,7 @@ def main(argv: list[str] | None = None) -> None:
         record["device"] = torch.cuda.get_device_name()
         record["driver"] = subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
     print(*(f"{name}: {why}" for name, why in missing.items()), "forward + backward, µs (median)", sep="\n")
-    names = [*BACKENDS, *BASELINES, "copy", "/eager", "/compile", "/liger", "% copy", "fastest"]
+    names = [*BACKENDS, *BASELINES, "copy", "/eager", "/compile", "/liger", "% floor", "fastest"]
     first = f"({letters.replace(',', ', ')})"
     print(f"{first:>20}    dtype mem      fusion{''.join(f' {name:>8}' for name in names)} error")
     for case in cases(args, cuda):

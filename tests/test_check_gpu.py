@@ -1,60 +1,72 @@
 """check_gpu runs to its end on a CPU, whatever its parts do."""
 
+import importlib.util
 import json
-import os
 import subprocess
 import sys
+import tarfile
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
-import check_gpu
 import pytest
 import torch
-from check_gpu import Part
 
-PARTS = ["tests", "bench", "forward", "memcheck", "racecheck", "initcheck", "train", "fashion", "suite", "tune"]
+SCRIPT = Path(__file__).parent.parent / "tools" / "check_gpu.py"
+spec = importlib.util.spec_from_file_location("check_gpu", SCRIPT)
+check_gpu = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(check_gpu)
+Part = check_gpu.Part
 
 
-def check(results: Path, *names: str) -> int:
-    return check_gpu.main(["--tiny", "--results", str(results), *(word for n in names for word in ("--part", n))])
+def check(out: Path, *names: str, budget: float = 300) -> int:
+    words = [word for n in names for word in ("--part", n)]
+    return check_gpu.main(["--tiny", "--budget", str(budget), "--out", str(out), *words])
 
 
 def python(code: str, seconds: float = 60, missing: str = "") -> Part:
     return Part([sys.executable, "-c", code], seconds, missing)
 
 
-def records(results: Path) -> dict[str, dict]:
-    return {path.stem: json.loads(path.read_text()) for path in results.glob("*/*.json")}
+def records(out: Path) -> dict[str, dict]:
+    return json.loads((out / "parts.json").read_text())
+
+
+def staged(monkeypatch, *stages):
+    monkeypatch.setattr(check_gpu, "stages", lambda *_: list(stages))
 
 
 @pytest.mark.full
 def test_runs_to_its_end_and_reports(tmp_path, capsys):
-    parts = [name for name in PARTS if name != "tune" or find_spec("eekd.kernels.tune")]
-    assert check(tmp_path, *parts) == 0
+    names = ["ready", "warm", "tests-native", "bench-native", "memcheck-triton", "forward", "train", "tune"]
+    assert check(tmp_path, *names) == 0
     out = capsys.readouterr().out
     table = out[out.index("result\n") :]
     got = records(tmp_path)
-    assert parts == [name for name in PARTS if name in got] and all(name in table for name in parts)
+    assert names == [*got] and all(name in table for name in names)
     assert all(record["command"] and record["environment"]["torch"] for record in got.values())
     assert not any(str(check_gpu.ROOT) in json.dumps(record["command"]) for record in got.values())
-    assert got["forward"]["forwards"][0]["ways"]["eekd"]["error"] < 1e-4
-    assert got["bench"]["op"] == "ensemble_kd" and got["bench"]["rows"]
-    assert got["tests"]["status"] == got["train"]["status"] == got["suite"]["status"] == 0
+    bench = json.loads((tmp_path / "bench-native.json").read_text())
+    assert {*bench["rows"][0]["contenders"]} == {"native", "eager:einsum", "copy"}
+    assert bench["rows"][0]["contenders"]["native"]["percent_of_floor"] > 0
+    assert json.loads((tmp_path / "forward.json").read_text())["forwards"][0]["ways"]["eekd"]["error"] < 1e-4
+    assert got["ready"]["status"] == got["tests-native"]["status"] == got["train"]["status"] == 0
+    with tarfile.open(tmp_path / check_gpu.ARCHIVE) as archive:
+        inside = set(archive.getnames())
+    assert inside == {path.name for path in tmp_path.glob("*.json")} and len(inside) < 8
     if not torch.cuda.is_available():
-        assert got["memcheck"]["status"] == "not run: no CUDA device" and "not run: no CUDA device" in table
+        assert got["memcheck-triton"]["status"] == "not run: no CUDA device"
 
 
 def test_a_part_that_fails_or_takes_too_long_does_not_stop_the_rest(tmp_path, capsys, monkeypatch):
     alive = tmp_path / "alive"
-    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(alive)!r}).touch()"
+    child = f"import time, pathlib; time.sleep(4); pathlib.Path({str(alive)!r}).touch()"
     slow = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
-    stages = [
+    staged(
+        monkeypatch,
         {"bad": python("print('why'); raise SystemExit(3)")},
         {"slow": python(slow, 1.5), "beside": python("import time; time.sleep(0.5)")},
         {"absent": python("", missing="nobody has it"), "good": python("print('fine')")},
-    ]
-    monkeypatch.setattr(check_gpu, "stages", lambda *_: stages)
+    )
     start = time.monotonic()
     assert check(tmp_path) == 1
     out = capsys.readouterr().out
@@ -66,66 +78,107 @@ def test_a_part_that_fails_or_takes_too_long_does_not_stop_the_rest(tmp_path, ca
         "bad": 3, "slow": "stopped after 2 s", "beside": 0, "absent": "not run: nobody has it", "good": 0,
     }  # fmt: skip
     assert got["good"]["output"] == ["fine"]
-    time.sleep(max(0, start + 6 - time.monotonic()))
+    time.sleep(max(0, start + 8 - time.monotonic()))
     assert not alive.exists()  # the grandchild was stopped too
 
 
+def test_what_is_stopped_may_report_first_and_failures_are_printed_as_they_come(tmp_path, capsys, monkeypatch):
+    code = "import time\nprint('FAILED tests/x.py')\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('summary')"
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    staged(monkeypatch, {"suite": python(code, 2), "deaf": python(deaf, 2)})
+    monkeypatch.setattr(check_gpu, "GRACE", 2)
+    assert check(tmp_path) == 1
+    assert all(r["seconds"] < 6 for r in records(tmp_path).values())
+    assert records(tmp_path)["suite"]["output"][-1] == "summary"
+    assert "  suite: FAILED tests/x.py" in capsys.readouterr().out.splitlines()
+
+
+def test_another_call_goes_on_with_what_has_not_passed(tmp_path, capsys, monkeypatch):
+    staged(monkeypatch, {"good": python("")}, {"bad": python("raise SystemExit(1)")})
+    assert check(tmp_path) == 1
+    staged(monkeypatch, {"good": python("raise SystemExit(1)")}, {"bad": python("")})
+    assert check(tmp_path) == 0
+    assert [r["status"] for r in records(tmp_path).values()] == [0, 0]
+    assert check(tmp_path, "good") == 1  # asked for by name
+
+
+def test_nothing_runs_without_both_backends(tmp_path, capsys, monkeypatch):
+    staged(monkeypatch, {"ready": python("raise SystemExit('CUDA was not built')")}, {"bench": python("")})
+    assert check(tmp_path) == 1
+    assert [*records(tmp_path)] == ["ready"] and "CUDA was not built" in capsys.readouterr().out
+
+
+def test_the_kernels_are_this_trees_without_an_installation(tmp_path, monkeypatch):
+    code = "import eekd.kernels, eekd, os; print(os.path.realpath(eekd.kernels.__file__)); print(eekd.__file__)"
+    staged(monkeypatch, {"where": python(code)})
+    assert check(tmp_path) == 0
+    kernels, package = records(tmp_path)["where"]["output"]
+    assert kernels == "kernels/__init__.py" and package.endswith("/tree/eekd/__init__.py")
+
+
+def test_a_wheel_that_is_missing_is_installed_from_a_folder(tmp_path, monkeypatch):
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "oddity-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("oddity.py", "found = 1\n")
+        wheel.writestr("oddity-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: oddity\nVersion: 1.0\n")
+        wheel.writestr("oddity-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("oddity-1.0.dist-info/RECORD", "")
+    staged(monkeypatch, {"uses": python("import oddity; print(oddity.found)")})
+    assert check_gpu.main(["--tiny", "--out", str(tmp_path / "out")]) == 1
+    assert check_gpu.main(["--tiny", "--out", str(tmp_path / "out"), "--wheels", str(tmp_path)]) == 0
+    assert "oddity is not installed" in check_gpu.absent("oddity") or "oddity" in sys.modules
+
+
 def test_what_is_excused_is_no_failure(tmp_path, monkeypatch):
-    stages = [{"absent": python("", missing="nobody has it"), "good": python("")}]
-    monkeypatch.setattr(check_gpu, "stages", lambda *_: stages)
+    staged(monkeypatch, {"absent": python("", missing="nobody has it"), "good": python("")})
     assert check(tmp_path) == 0
 
 
 def test_the_budget_is_kept(tmp_path, capsys, monkeypatch):
-    stages = [{"slow": python("import time; time.sleep(60)")}, {"last": python("")}]
-    monkeypatch.setattr(check_gpu, "stages", lambda *_: stages)
-    monkeypatch.setattr(check_gpu, "BUDGET", 6)
-    start = time.monotonic()
-    assert check(tmp_path) == 1
-    assert time.monotonic() - start < 12
-    assert records(tmp_path)["slow"]["status"] == "stopped after 6 s"
+    staged(monkeypatch, {"slow": python("import time; time.sleep(60)")}, {"last": python("")})
+    assert check(tmp_path, budget=7) == 1
+    assert records(tmp_path)["slow"]["seconds"] < 7 + check_gpu.GRACE
+    assert records(tmp_path)["slow"]["status"].startswith("stopped after ")
     assert records(tmp_path)["last"]["status"] == "not run: no time was left"
 
 
 def test_parts_of_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDAARCHS", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     (tmp_path / "compute-sanitizer").touch(mode=0o755)
-    parts = {name: part for stage in check_gpu.stages(True, False, tmp_path, tmp_path) for name, part in stage.items()}
-    assert [*parts] == ["build", *PARTS]
-    assert parts["racecheck"].command[:3] == [str(tmp_path / "compute-sanitizer"), "--tool", "racecheck"]
-    assert parts["racecheck"].command[-1] == "--launch" and not parts["racecheck"].missing
+    stages = check_gpu.stages(True, False, tmp_path, tmp_path)
+    parts = {name: part for stage in stages for name, part in stage.items()}
+    assert [*stages[0]] == ["build"] and parts["build"].environment == {"CUDAARCHS": "90"}
+    first = [*parts][: [*parts].index("bench-triton") + 1]
+    assert first == ["build", "ready", "warm", "tests-native", "tests-triton", "bench-native", "bench-triton"]
+    assert parts["racecheck-native"].command[:3] == [str(tmp_path / "compute-sanitizer"), "--tool", "racecheck"]
+    assert parts["racecheck-native"].command[-2:] == ["--launch", "native"] and not parts["racecheck-native"].missing
     assert "--quick" not in parts["bench"].command and "--tiny" not in parts["tune"].command
+    for name in ("tune", "bench"):  # their commands know these words
+        command = parts[name].command
+        known = subprocess.run([*command[:3], "--help"], capture_output=True, text=True, check=True).stdout
+        assert all(word in known for word in command if word.startswith("--"))
 
 
-@pytest.mark.full
-@pytest.mark.skipif(not find_spec("eekd.kernels.tune"), reason="there is no tune")
-def test_tune_knows_the_words_of_its_command(tmp_path):
-    command = check_gpu.stages(True, False, tmp_path, tmp_path)[-1]["tune"].command
-    known = subprocess.run([*command[:3], "--help"], capture_output=True, text=True, check=True).stdout
-    assert all(word in known for word in command if word.startswith("--"))
+@pytest.mark.parametrize("shape", [(3, 3, 13), (8, 2, 1001)])
+def test_the_kernels_that_the_sanitizers_watch_are_launched(capsys, shape):
+    assert check_gpu.launch_kernels("cpu", "native", [shape]) == 24
+    assert any(m > 8 for _, m, _ in check_gpu.SANITIZED) and any(b > 2048 for b, _, _ in check_gpu.SANITIZED)
+    assert any(b % 8 == 0 and c % 8 for b, _, c in check_gpu.SANITIZED)
 
 
-def test_the_kernels_that_the_sanitizers_watch_are_launched(capsys):
-    check_gpu.launch_kernels("cpu")
-    assert capsys.readouterr().out.splitlines()[0] == f"native: {len(check_gpu.SANITIZED) * 12} launches"
-
-
-def test_tunes_table_is_copied(tmp_path, monkeypatch):
-    (tmp_path / "kernels" / "launch").mkdir(parents=True)
-    (tmp_path / "kernels" / "old.json").write_text("{}")
-    os.utime(tmp_path / "kernels" / "old.json", (0, 0))
-    monkeypatch.setattr(check_gpu, "ROOT", tmp_path)
-    write = "import pathlib; pathlib.Path('kernels/launch/sm_90.json').write_text('[1]')"
-    monkeypatch.setattr(check_gpu, "stages", lambda *_: [{"tune": python(write)}])
-    assert check(tmp_path / "results") == 0
-    assert sorted(path.name for path in tmp_path.glob("results/*/*")) == ["launch-sm_90.json", "tune.json"]
+def test_the_sanitizers_tensors_end_at_whole_pieces():
+    x = check_gpu.apart(torch.arange(7).bfloat16())
+    assert x.tolist() == [*range(7)] and x.untyped_storage().nbytes() == 16
 
 
 @pytest.mark.bad_input
 def test_an_unknown_part(tmp_path, capsys):
     with pytest.raises(SystemExit):
         check(tmp_path, "tea")
-    assert "--part must be one of build, tests, bench" in capsys.readouterr().err
+    assert "--part must be one of build, ready, warm" in capsys.readouterr().err
 
 
 @pytest.mark.bad_input
