@@ -102,6 +102,26 @@ def bench(record: dict) -> str:
     return "\n".join(lines) + f"\n\nForward + backward, {dtypes}, median: {provenance(record)}"
 
 
+def side_by_side(records: list[dict]) -> str:
+    """Two runs of the kernel bench at the same shapes, by instruction set."""
+    names = {"avx2": "AVX2", "avx512": "AVX-512"}
+    names = [names[record["environment"]["cpu_capability"]] for record in records]
+    columns = [f"{name}: {what}" for name in names for what in ("µs", "× eager", "× compile")]
+    lines = _head("(B, M, C)", "fusion", *columns)
+    for rows in zip(*(record["rows"] for record in records), strict=True):
+        cells = []
+        for row in rows:
+            r = row["contenders"]["native"]
+            cells += [f"{r['us']:,.0f}", f"{r['vs_eager']:.1f}", f"{r['vs_compile']:.1f}"]
+        lines.append(_row(f"({', '.join(map(str, rows[0]['shape']))})", rows[0]["fusion"], *cells))
+    for title, kind in (("geometric mean", "geomean"), ("least", "least")):
+        of = [record["summary"]["native"] for record in records]
+        cells = [x for f in of for x in ("", f"**{f[f'{kind}_vs_eager']:.1f}**", f"**{f[f'{kind}_vs_compile']:.1f}**")]
+        lines.append(_row(title, "", *cells))
+    sources = "\n".join(f"{name}: {provenance(r)}" for name, r in zip(names, records, strict=True))
+    return "\n".join(lines) + f"\n\nForward + backward, fp32, median. {sources}"
+
+
 def forwards(record: dict) -> str:
     """Milliseconds and ratio to one by one of every way in which M snapshots see a batch."""
     short = {"float32": "fp32", "bfloat16": "bf16"}
@@ -350,8 +370,10 @@ def main(argv: list[str]) -> int:
 
         def fill(match: re.Match) -> str:
             name, _, part = match[1].partition("/")
-            record = json.loads((HERE / f"{name}.json").read_text())
-            if part:
+            record, *more = (json.loads((HERE / f"{one}.json").read_text()) for one in name.split("+"))
+            if more:
+                table = side_by_side([record, *more])
+            elif part:
                 table = attention(record, part)
             else:
                 kinds = {"rows": bench, "forwards": forwards, "pairs": cost, "ways": scaling, "claims": online,

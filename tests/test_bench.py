@@ -4,8 +4,11 @@ import contextlib
 import io
 import json
 import math
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -354,6 +357,30 @@ def test_the_share_of_the_bandwidth_is_drawn(tmp_path):
 def test_a_plot_without_its_figures_is_skipped_with_the_reason(tmp_path):
     assert "was not measured" in RENDER["bandwidth"](synthetic(measured=False), tmp_path / "bench.svg")
     assert not (tmp_path / "bench.svg").exists()
+
+
+def test_two_instruction_sets_render_side_by_side(quick):
+    record = quick[1]
+    narrow, wide = (
+        record | {"environment": record["environment"] | {"cpu_capability": isa}} for isa in ("avx2", "avx512")
+    )
+    table = RENDER["side_by_side"]([narrow, wide]).splitlines()
+    assert table[0].index("AVX2") < table[0].index("AVX-512")
+    assert len({line.count("|") for line in table if line.startswith("|")}) == 1
+    native = record["rows"][0]["contenders"]["native"]
+    assert table[2].count(f" {native['vs_eager']:.1f} | {native['vs_compile']:.1f} ") == 2
+
+
+def test_without_avx512_all_contenders_are_without():
+    if _C.cpu_capability() == "baseline":
+        pytest.skip("no AVX2 here")
+    code = (
+        "import torch; from eekd import _C; from eekd.kernels import bench; bench.limit_to_avx2([])\n"
+        "from torch._inductor import config\n"
+        "print(torch.backends.cpu.get_cpu_capability(), _C.cpu_capability(), config.cpp.simdlen)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], env=os.environ | bench.AVX2, capture_output=True, text=True)
+    assert ran.stdout.split() == ["AVX2", "avx2", "256"], ran.stderr
 
 
 def test_the_record_of_this_machine_renders(quick, tmp_path):
