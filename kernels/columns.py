@@ -14,8 +14,11 @@ LEAST = tl.constexpr(1.2e-38)  # of the probabilities that have a logarithm on a
 
 @triton.jit
 def element(v, m, j: tl.constexpr):
-    """The element j of v (R, M)."""
-    return tl.sum(tl.where((m == j)[None, :], v, 0.0), 1)
+    """The element j of v (R, M); of one row as what prescribes no layout to a tile."""
+    out = tl.sum(tl.where((m == j)[None, :], v, 0.0), 1)
+    if v.shape[0] == 1:
+        out = tl.zeros([1], v.dtype) + tl.sum(out, 0)
+    return out
 
 
 @triton.jit
