@@ -11,15 +11,11 @@ Source: Wang, Zhang, Song, Huang, "Learn From the Past: Experience Ensemble Know
 arXiv 2202.12488 (2022).
 """
 
-__version__ = "0.1.0"
+from typing import TYPE_CHECKING
 
-from eekd.attention import SnapshotAttention
-from eekd.bank import LogitBank
-from eekd.features import LastFeatures
-from eekd.losses import EEKDLoss
-from eekd.ops import EnsembleKD, ensemble_kd, sparse_ensemble_kd, use_backend
-from eekd.snapshots import SnapshotEnsemble, SnapshotRecorder
-from eekd.topk import TopKLogits, top_k_logits
+from eekd.lazy import attach
+
+__version__ = "0.1.0"
 
 __all__ = [
     "EEKDLoss",
@@ -35,3 +31,33 @@ __all__ = [
     "top_k_logits",
     "use_backend",
 ]
+
+if TYPE_CHECKING:
+    from eekd.attention import SnapshotAttention
+    from eekd.bank import LogitBank
+    from eekd.features import LastFeatures
+    from eekd.losses import EEKDLoss
+    from eekd.ops import EnsembleKD, ensemble_kd, sparse_ensemble_kd, use_backend
+    from eekd.snapshots import SnapshotEnsemble, SnapshotRecorder
+    from eekd.topk import TopKLogits, top_k_logits
+else:  # torch takes seconds to import: it comes with the first name that needs it
+    __getattr__, __dir__ = attach(
+        __name__,
+        {
+            "EEKDLoss": "losses",
+            "EnsembleKD": "ops",
+            "LastFeatures": "features",
+            "LogitBank": "bank",
+            "SnapshotAttention": "attention",
+            "SnapshotEnsemble": "snapshots",
+            "SnapshotRecorder": "snapshots",
+            "TopKLogits": "topk",
+            "ensemble_kd": "ops",
+            "sparse_ensemble_kd": "ops",
+            "top_k_logits": "topk",
+            "use_backend": "ops",
+            "_C": "ops.backend",  # which imports torch first, and says what to do where there is none
+        },
+        modules=("attention", "bank", "checkpoint", "data", "distributed", "features", "forwards", "losses", "models",
+                 "ops", "reference", "snapshots", "topk", "trainers"),
+    )

@@ -72,9 +72,9 @@ class _Checked:
         for name in (f.name for f in dataclasses.fields(self)):
             value = getattr(self, name)
             if wanted := _wanted(value, kinds[name]):
-                choices = _choices(kinds[name])
-                wrong = [v for v in (value if isinstance(value, tuple) else (value,)) if v not in choices]
-                hint = next(filter(None, (nearest(v, map(word, choices)) for v in wrong)), "")
+                known = choices(kinds[name])
+                wrong = [v for v in (value if isinstance(value, tuple) else (value,)) if v not in known]
+                hint = next(filter(None, (nearest(v, map(word, known)) for v in wrong)), "")
                 raise ValueError(f"{self._prefix}{name} must be {wanted}, got {value!r}{hint}")
         for name, holds, wanted in self._rules():
             if not holds:
@@ -84,10 +84,10 @@ class _Checked:
         return ()
 
 
-def _choices(kind: Any) -> tuple:
+def choices(kind: Any) -> tuple:
     """The literals named anywhere in an annotation."""
     args = get_args(kind)
-    return args if get_origin(kind) is Literal else tuple(c for a in args for c in _choices(a))
+    return args if get_origin(kind) is Literal else tuple(c for a in args for c in choices(a))
 
 
 @dataclass(frozen=True)

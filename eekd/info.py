@@ -1,15 +1,15 @@
 """`python -m eekd.info`: versions, what was compiled, what the devices offer."""
 
+import argparse
 import os
 import platform
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
-import torch
-
 import eekd
-from eekd import _C
+from eekd import command
 
 
 def commit() -> str | None:
@@ -29,6 +29,10 @@ def commit() -> str | None:
 
 def environment() -> dict:
     """What a number depends on: commit, versions and devices, as JSON values."""
+    import torch  # not before: a call for help needs no torch
+
+    from eekd import _C
+
     return {
         "eekd": eekd.__version__,
         "commit": commit(),
@@ -58,7 +62,16 @@ def _cpu() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def main() -> None:
+PARSER = argparse.ArgumentParser(prog="eekd info", description="Prints versions, what was compiled, and the devices.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    PARSER.parse_args(command.arguments(argv))
+    try:
+        from eekd import _C
+    except ImportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     facts = environment()
     built = f"CUDA {_C.cuda_version} for {_C.cuda_architectures}" if _C.cuda_version else "no (nvcc was not found)"
     rows = {
@@ -72,7 +85,8 @@ def main() -> None:
     }
     for name, value in rows.items():
         print(f"{name:>13}  {value}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

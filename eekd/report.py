@@ -14,11 +14,14 @@ from itertools import combinations
 from pathlib import Path
 from reprlib import repr  # a damaged file must not become a page of error
 
+from eekd import command
+
+if __name__ == "__main__":
+    command.stop_at_once()
+
 from eekd.charts import Chart, Html, Line, bars, heatmap, limits, lines, page, table, tag, ticks
 from eekd.config import TITLES, Config
 from eekd.files import in_words, printable, read_checked, write_atomic
-from eekd.snapshots import read_manifest
-from eekd.trainers.folder import check_metrics, read_record, read_settings
 
 PER_SAMPLE = "attention", "entropy", "confidence"
 NLL = "−log p of the true label, nats"
@@ -68,13 +71,19 @@ def read(folder: str | Path) -> Run:
 
     FileNotFoundError where there is no run; ValueError that names a damaged file or one of another format.
     """
+    from eekd.snapshots import read_manifest  # not before: a call for help needs no torch
+    from eekd.trainers.folder import check_metrics, read_record, read_settings
+
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a run folder: there is no config.json in it")
     config = read_settings(folder)
 
+    def read_if_there(path):
+        return read_record(path) if path.exists() else None
+
     def network(name, phase, own, record):
-        known = _record(own / record)
+        known = read_if_there(own / record)
         check_metrics(own, known or {})
         return Network(name, phase.model, phase.epochs, _rows(own / "metrics.jsonl"), known)
 
@@ -91,12 +100,8 @@ def read(folder: str | Path) -> Run:
     own = next(filter(Path.is_dir, teachers), teachers[-1])
     manifest = read_manifest(own)["snapshots"] if (own / "manifest.json").exists() else []
     teacher = network("teacher", config.teacher, own, "snapshots.json")
-    environment, summary = _record(folder / "environment.json"), _record(folder / "summary.json")
+    environment, summary = read_if_there(folder / "environment.json"), read_if_there(folder / "summary.json")
     return Run(config, environment, summary, manifest, teacher, students)
-
-
-def _record(path: Path) -> dict | None:
-    return read_record(path) if path.exists() else None
 
 
 def _rows(path: Path) -> list[dict]:
@@ -406,18 +411,20 @@ SECTIONS = {
 }
 
 
+PARSER = argparse.ArgumentParser(prog="eekd report", description="Draws a run as an HTML page.")
+PARSER.add_argument("run", help="a run folder of eekd train")
+PARSER.add_argument("--out", help="the file to write (default: RUN/report.html)")
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eekd.report", description="Draws a run as an HTML page.")
-    parser.add_argument("run", help="a run folder of python -m eekd.train")
-    parser.add_argument("--out", help="the file to write (default: RUN/report.html)")
-    given = parser.parse_args(argv)
+    given = PARSER.parse_args(command.arguments(argv))
     try:
         print(report(given.run, given.out))
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"error: {printable(in_words(error))}", file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

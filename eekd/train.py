@@ -8,18 +8,16 @@ import warnings
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Literal, get_args, get_origin
 
-import torch
+from eekd import command
 
-from eekd import distributed
-from eekd.bank import LogitBank
+if __name__ == "__main__":
+    command.stop_at_once()
+
 from eekd.config import TITLES, Config, differences, nearest, preset, settled, switched, word
 from eekd.files import first_line, in_words, printable
-from eekd.trainers import Session, prepare, resume, train
-from eekd.trainers.folder import read_record, read_settings
-from eekd.trainers.plan import plan
-from eekd.trainers.state import Stopped, signals
+from eekd.signals import Stopped, signals
 
 try:
     import tyro
@@ -29,6 +27,9 @@ try:
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 except ImportError as error:
     raise SystemExit(f"python -m eekd.train needs {error.name}: pip install 'eekd[train]'") from None
+
+if TYPE_CHECKING:  # torch, and what needs it, comes after the command line is read: --help is quick then
+    from eekd.trainers import Session
 
 WATCHES = "non_finite", "skip_budget", "verify_loss"  # settings that a run may go on with others of
 
@@ -67,19 +68,26 @@ def main(argv: list[str] | None = None) -> int:
     """
     shown = warnings.showwarning
     warnings.showwarning = _warn
-    with signals:
+    try:
         try:
-            return _joined(sys.argv[1:] if argv is None else argv)
-        except Stopped as stop:
-            number = signal.Signals(stop.args[0])
-            return _fail("; ".join([f"stopped by {number.name}", *_notes(stop)]), 128 + number)
-        except KeyboardInterrupt as stop:
-            return _fail("; ".join(["stopped", *_notes(stop)]), 130)
-        finally:
-            warnings.showwarning = shown
+            flags = parse(command.arguments(argv))
+            from eekd import trainers  # noqa: F401  # before signals are held: it takes seconds
+        except (ImportError, OSError, TypeError, ValueError) as error:
+            return _error(error)
+        with signals:
+            return _joined(flags)
+    except Stopped as stop:
+        number = signal.Signals(stop.args[0])
+        return _fail("; ".join([f"stopped by {number.name}", *_notes(stop)]), 128 + number)
+    except KeyboardInterrupt as stop:
+        return _fail("; ".join(["stopped", *_notes(stop)]), 130)
+    finally:
+        warnings.showwarning = shown
 
 
-def _joined(argv: list[str]) -> int:
+def _joined(flags: Flags) -> int:
+    from eekd import distributed
+
     with ExitStack() as stack:
         try:
             stack.enter_context(distributed.joined())
@@ -87,15 +95,21 @@ def _joined(argv: list[str]) -> int:
             return _fail(f"error: {error}", 2)
         except RuntimeError as error:  # the others did not come
             return _fail(f"error: {first_line(error)}", 1)
-        if code := _main(argv):
+        if code := _main(flags):
             stack.pop_all()  # the others may not leave the group now
         return code
 
 
-def _main(argv: list[str]) -> int:
+def _main(flags: Flags) -> int:
+    import torch
+
+    from eekd import distributed
+    from eekd.trainers import prepare, resume, train
+    from eekd.trainers.folder import read_record
+
     console = Console(quiet=not distributed.first(), markup=False)
     try:
-        flags = parse(argv)
+        flags = _again(flags)
         session = prepare(flags.settings)
     except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:  # a name, a file, a value
         return _error(error)
@@ -126,42 +140,57 @@ def _main(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> Flags:
     """The flags of a command line; ValueError or tyro's SystemExit says what is wrong and what is near it."""
-    command = argv[0] if argv and not argv[0].startswith("-") else None
-    if command not in (None, "teacher", "student"):
-        raise ValueError(f"{command!r} is no command{nearest(command, ('teacher', 'student'))}")
+    phase = argv[0] if argv and not argv[0].startswith("-") else None
+    if phase not in (None, "teacher", "student"):
+        raise ValueError(f"{phase!r} is no command{nearest(phase, ('teacher', 'student'))}")
     flags = ["--teacher-run" + flag[9:] if flag.split("=")[0] == "--teacher" else flag for flag in argv]
-    flags = switched(flags[1:] if command else flags)
+    flags = switched(flags[1:] if phase else flags)
     start = tyro.cli(Start, args=flags, return_unknown_args=True, add_help=False)[0]
     settings = _start(start)
-    if command == "teacher":
+    if phase == "teacher":
         settings = replace(settings, students=(), teacher_run=None, bank=None)
     with _literals():
-        parsed = tyro.cli(Flags, prog="python -m eekd.train", args=flags, default=Flags(settings=settings))
+        parsed = tyro.cli(Flags, prog="eekd train", args=flags, default=Flags(settings=settings))
     chosen = parsed.settings
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    if restarts and not (parsed.out or parsed.resume):
-        raise ValueError("--out must be given under torchrun --max-restarts, which finds the run by it")
-    # The first process decides for all, for it may have begun the run when another comes here.
-    if restarts and parsed.out and distributed.from_first(lambda: "begun" * Path(parsed.out, "config.json").exists()):
-        begun = read_settings(parsed.out)
-        changed = differences(asdict(begun), asdict(settled(chosen, begun)))
-        if chosen.bank and not chosen.teacher_run:  # which the run has from its bank
-            changed.pop("teacher_run", None)
-        if changed:
-            raise ValueError(f"{parsed.out} holds a run with another {', '.join(changed)}: choose another --out")
-        return replace(parsed, resume=parsed.out, out=None)
     if start.resume:
-        other = next((name for name in ("preset", "config", "out") if getattr(parsed, name)), command)
-        changed = differences(asdict(read_settings(start.resume)), asdict(chosen))
+        other = next((name for name in ("preset", "config", "out") if getattr(parsed, name)), phase)
+        changed = differences(asdict(_settings_of(start.resume)), asdict(chosen))
         changed = other or ", ".join(name for name in changed if name not in WATCHES)
         if changed:
             raise ValueError(f"--resume {start.resume} goes on with the run as it was begun, and cannot be given with "
                              f"another {changed}")  # fmt: skip
-    if command == "student" and not chosen.teacher_run:
+    if phase == "student" and not chosen.teacher_run:
         raise ValueError("student needs --teacher RUN, the run folder whose teacher to use, or --bank PATH")
     if chosen.teacher_run and chosen.teacher != settings.teacher:
         raise ValueError(f"the teacher's settings are those of {chosen.teacher_run} and cannot be changed")
     return parsed
+
+
+def _again(flags: Flags) -> Flags:
+    """Under torchrun --max-restarts: the same flags, or those that go on with the run, where it has begun."""
+    from eekd import distributed
+    from eekd.trainers.folder import read_settings
+
+    if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) or flags.resume:
+        return flags
+    if not flags.out:
+        raise ValueError("--out must be given under torchrun --max-restarts, which finds the run by it")
+    # The first process decides for all, for it may have begun the run when another comes here.
+    if not distributed.from_first(lambda: "begun" * Path(flags.out, "config.json").exists()):
+        return flags
+    begun = read_settings(flags.out)
+    changed = differences(asdict(begun), asdict(settled(flags.settings, begun)))
+    if flags.settings.bank and not flags.settings.teacher_run:  # which the run has from its bank
+        changed.pop("teacher_run", None)
+    if changed:
+        raise ValueError(f"{flags.out} holds a run with another {', '.join(changed)}: choose another --out")
+    return replace(flags, resume=flags.out, out=None)
+
+
+def _settings_of(run: str) -> Config:
+    from eekd.trainers.folder import read_settings
+
+    return read_settings(run)
 
 
 def _start(start: Start) -> Config:
@@ -169,12 +198,16 @@ def _start(start: Start) -> Config:
     if start.preset and start.config:
         raise ValueError("give --preset or --config, not both")
     if start.resume:
-        return read_settings(start.resume)
+        return _settings_of(start.resume)
     settings = Config.load(start.config) if start.config else preset(start.preset or "digits")
-    folder = start.teacher_run or (str(LogitBank.open(start.bank).run) if start.bank else None)
+    folder = start.teacher_run
+    if start.bank and not folder:
+        from eekd.bank import LogitBank
+
+        folder = str(LogitBank.open(start.bank).run)
     if not folder:
         return settings
-    run = read_settings(folder)
+    run = _settings_of(folder)
     if not start.preset and not start.config:
         settings = replace(run, students=run.students or settings.students, bank=None)
     return replace(settings, teacher=run.teacher, teacher_run=folder)
@@ -231,7 +264,10 @@ class Display:
         self.bars.update(self.tasks[name], completed=done, state=state)
 
 
-def _plan(session: Session) -> Table:
+def _plan(session: "Session") -> Table:
+    from eekd import distributed
+    from eekd.trainers.plan import plan
+
     data, rows, processes = session.data, plan(session), distributed.size()
     table = _table(
         ("phase", "network", "parameters", "epochs", "steps", "memory", "disk"),
@@ -283,8 +319,14 @@ def _size(count: float) -> str:
 
 
 def _warn(message: Warning, category: type, filename: str, lineno: int, file=None, line=None) -> None:
-    if distributed.first():
+    if not _rank():
         print(f"warning: {printable(message)}", file=sys.stderr)
+
+
+def _rank() -> int:
+    """The number of this process; 0 before it has joined the others."""
+    known = sys.modules.get("eekd.distributed")
+    return known.rank() if known else 0
 
 
 def _notes(error: BaseException) -> list[str]:
@@ -296,10 +338,10 @@ def _error(error: Exception, what: str = "error: ") -> int:
 
 
 def _fail(sentence: str, code: int) -> int:
-    who = f"process {distributed.rank()}: " if not distributed.first() else ""
+    who = f"process {_rank()}: " if _rank() else ""
     print(who + printable(sentence), file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
-    distributed.leave(main())
+    command.run(main)

@@ -18,21 +18,24 @@ the backward adds to it (backward_us), the host's time (host_us), the time of ea
 that was chosen, if Triton's. percent_of_floor is of M + 2 accesses, whatever the op read and wrote.
 """
 
-import argparse
 import contextlib
 import itertools
 import json
 import math
 import os
-import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
+
+from eekd import command
+from eekd.kernels.options import LETTERS, PARSER, parse
+
+if __name__ == "__main__":
+    command.stop_at_once()
+    parse(command.arguments(None))  # a mistake, or a call for help, ends here, before torch is imported
 
 import torch
 from torch import Tensor
@@ -55,7 +58,6 @@ AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE
 
 SPARSE_SHAPES = [(rows, 5, c, k) for rows, c in ((256, 1000), (64, 10000), (64, 32000), (16, 128256))
                  for k in (20, 50, 100)]  # times 32 on a GPU  # fmt: skip
-LETTERS = {"ensemble_kd": "B,M,C", "sparse_ensemble_kd": "B,M,C,K"}  # what a shape is
 
 
 class Case(NamedTuple):
@@ -412,12 +414,6 @@ def cases(args, cuda: bool) -> list[Case]:
     return [Case(s, dtype, fusion) for s in shapes for fusion in ("probability", "logit")]
 
 
-def shape(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
-        raise argparse.ArgumentTypeError(f"must be B,M,C in positive numbers, got {text}")
-    return tuple(map(int, text.split(",")))
-
-
 def limit_to_avx2(argv: list[str]) -> None:
     """Starts Python again where torch has not been told yet, then limits eekd and torch.compile as well."""
     if any(os.environ.get(name) != value for name, value in AVX2.items()):
@@ -431,42 +427,23 @@ def limit_to_avx2(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog="python -m eekd.kernels.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--op", default="ensemble_kd", choices=list(LETTERS))
-    parser.add_argument("--shape", type=shape, action="append", metavar="B,M,C[,K]", help="repeatable; default: a few")
-    parser.add_argument("--dtype", choices=list(ERROR_LIMIT), help="default: float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--device", default="cuda" if gpu else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--seconds", type=float, help="per contender and shape; default: 1 on a CPU, 0.5 on a GPU")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--avx2", action="store_true", help="eekd, eager and compile without AVX-512")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--contender", action="append", choices=[*BACKENDS, *BASELINES], help="only this and the copy; repeatable"
-    )
-    parser.add_argument("--quick", action="store_true", help="a smoke test: small shapes, one mode of compile")
-    parser.add_argument("--full", action="store_true", help="ensemble_kd: all shapes, dtypes and layouts, an hour")
-    parser.add_argument("--json", type=Path, help="save the figures here, row by row")
-    args = parser.parse_args(argv)
+    argv = command.arguments(argv)
+    args, gpu = parse(argv), torch.cuda.is_available()
+    args.device = args.device or ("cuda" if gpu else "cpu")
     device, cuda, letters = torch.device(args.device), args.device == "cuda", LETTERS[args.op]
-    for wrong in args.shape or ():
-        if len(wrong) != len(letters.split(",")) or wrong[3:] >= wrong[2:3]:
-            below = ", K below C" * letters.endswith("K")
-            got = ",".join(map(str, wrong))
-            parser.error(f"argument --shape: must be {letters} in positive numbers{below}, got {got}")
     if cuda and not gpu:
-        parser.error("--device cuda: no CUDA device was found")
-    argv = sys.argv[1:] if argv is None else argv
+        PARSER.error("--device cuda: no CUDA device was found")
     if args.avx2:
         limit_to_avx2(argv)
     seconds = args.seconds or (0.05 if args.quick else 0.5 if cuda else 1.0)
+    args.threads = args.threads or torch.get_num_threads()
     torch.set_num_threads(args.threads)
 
     functions, missing = contenders(
         cuda, ["default", "max-autotune-no-cudagraphs"][: 1 if args.quick else 2], args.contender
     )  # fmt: skip
-    command = ["python", "-m", "eekd.kernels.bench", *argv]
-    record = {"op": args.op, "command": command, "seed": args.seed, "threads": args.threads, "device": args.device}
+    typed = ["python", "-m", "eekd.kernels.bench", *argv]
+    record = {"op": args.op, "command": typed, "seed": args.seed, "threads": args.threads, "device": args.device}
     record |= {"environment": environment(), "load": os.getloadavg(), "missing": missing, "rows": []}
     if cuda:
         record["device"] = torch.cuda.get_device_name()
@@ -495,4 +472,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -22,7 +22,8 @@ from safetensors import safe_open
 from eekd import EEKDLoss, LogitBank, SnapshotEnsemble, ensemble_kd, top_k_logits
 from eekd import train as train_cli
 from eekd.bank import __main__ as cli
-from eekd.bank import projection
+from eekd.bank import writer
+from eekd.bank.reader import projection
 from eekd.config import Config, Student, Teacher, Weighting
 from eekd.data import Loader
 from eekd.files import read_json, sha256_of, write_json_atomic
@@ -44,7 +45,7 @@ CONFIG = Config(
 def small_shards():
     """150 images make three shards, of 64, 64 and 22."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "SHARD_ROWS", 64)
+        patch.setattr(writer, "SHARD_ROWS", 64)
         yield
     torch.use_deterministic_algorithms(False)
 
@@ -138,7 +139,7 @@ def test_the_op_takes_rows_without_a_copy(bank):
 def test_prefetched_batches_are_those_of_rows(bank, device):
     for block in (1, 4 << 20):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("eekd.bank.BLOCK", block)
+            patch.setattr("eekd.bank.reader.BLOCK", block)
             indices = torch.randperm(150, generator=torch.Generator().manual_seed(0)).split(40)
             got = list(bank.prefetch(1, indices, device))
             assert len(got) == 4
@@ -298,12 +299,12 @@ def test_class_numbers_beyond_two_bytes(run, tmp_path, monkeypatch, classes, dty
     models = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2), torch.nn.Linear(2, classes))] * 2
     ensemble = SnapshotEnsemble(models)
     ensemble.hashes = ("0" * 64,) * 2
-    monkeypatch.setattr(cli, "Session", Wide)
-    monkeypatch.setattr(cli.SnapshotEnsemble, "load", lambda *args, **kwargs: ensemble)
+    monkeypatch.setattr(writer, "Session", Wide)
+    monkeypatch.setattr(writer.SnapshotEnsemble, "load", lambda *args, **kwargs: ensemble)
     run = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("bank")))
     few = dataclasses.replace(CONFIG, train_limit=20)
-    monkeypatch.setattr(cli, "read_settings", lambda run: few)
-    monkeypatch.setattr(cli, "check_data", lambda session, run: None)
+    monkeypatch.setattr(writer, "read_settings", lambda run: few)
+    monkeypatch.setattr(writer, "check_data", lambda session, run: None)
     make(run, "--views", 1, "--top-k", 40)
     wide, index = LogitBank.open(run / "bank"), torch.arange(20)
     with safe_open(run / "bank" / "view-0-shard-0.safetensors", "pt") as file:
@@ -355,7 +356,10 @@ def test_a_bank_without_the_field_is_dense(copy, bank):
 
 # ---- writing, and going on ----
 
-COMMAND = "import sys; from eekd.bank import __main__ as cli; cli.SHARD_ROWS = 8; sys.exit(cli.main(sys.argv[1:]))"
+COMMAND = """import sys
+from eekd.bank import __main__ as cli, writer
+writer.SHARD_ROWS = 8
+sys.exit(cli.main(sys.argv[1:]))"""
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(run, tmp_path):
@@ -421,8 +425,8 @@ def test_processes_share_the_shards(run, tmp_path, kind):
 
 @bad_input
 def test_a_shard_that_another_process_lost_is_named(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli.distributed, "wait_for_started", lambda: None)
-    for name in cli.distributed.TORCHRUN:
+    monkeypatch.setattr(writer.distributed, "wait_for_started", lambda: None)
+    for name in writer.distributed.TORCHRUN:
         monkeypatch.setenv(name, "2" if "SIZE" in name else "0")
     assert cli.main(["--teacher", str(run), "--views", "1", "--out", str(tmp_path / "bank")]) == 2
     assert "view-0-shard-1.safetensors is missing or damaged: start again" in capsys.readouterr().err
@@ -441,7 +445,7 @@ def test_what_it_says_before_it_starts(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_one_line(run, tmp_path, monkeypatch, capsys, number):
-    monkeypatch.setattr(cli, "save_tensors", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr(writer, "save_tensors", lambda *_: signal.raise_signal(number))
     assert cli.main(["--teacher", str(run), "--out", str(tmp_path / "bank")]) == 128 + number
     assert capsys.readouterr().err == "stopped; the same command goes on from here\n"
 
@@ -480,7 +484,7 @@ def test_bad_flags_of_the_writer(run, tmp_path, monkeypatch, capsys, flags, want
 
 @bad_input
 def test_a_full_disk_is_said_before_it_starts(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1000))
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1000))
     assert cli.main(["--teacher", str(run), "--out", str(tmp_path / "bank")]) == 2
     assert "has 1.0 kB left, and the bank needs 187.2 kB more" in capsys.readouterr().err
     assert not content(tmp_path / "bank")
@@ -522,9 +526,9 @@ def test_students_see_the_images_that_the_snapshots_saw(run, bank, monkeypatch):
     seen = []
     forward = SnapshotEnsemble.forward
     monkeypatch.setattr(SnapshotEnsemble, "forward", lambda self, x: seen.append(x.clone()) or forward(self, x))
-    monkeypatch.setattr(cli, "_whole", lambda path, settings: None)
-    monkeypatch.setattr(cli, "save_tensors", lambda *args: "its hash")
-    monkeypatch.setattr(cli, "write_json_atomic", lambda *args: "")
+    monkeypatch.setattr(writer, "_whole", lambda path, settings: None)
+    monkeypatch.setattr(writer, "save_tensors", lambda *args: "its hash")
+    monkeypatch.setattr(writer, "write_json_atomic", lambda *args: "")
     make(run, "--views", 3)
     shown = torch.cat(seen[2:]).view(3, 150, *seen[0].shape[1:])  # the first two calls measure the time
     orders = set()

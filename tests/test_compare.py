@@ -168,7 +168,7 @@ def test_what_is_finished_is_not_made_again(out, monkeypatch):
 
     for name in ("train_student", "train_teacher"):
         monkeypatch.setattr(f"eekd.compare.cells.{name}", refuse)
-    monkeypatch.setattr("eekd.compare.cells.bank.write", refuse)
+    monkeypatch.setattr("eekd.compare.cells.write_bank", refuse)
     assert compare(out) == 0
     assert {path: path.stat().st_mtime_ns for path in files if path.name != ".lock"} == {
         path: mtime for path, mtime in files.items() if path.name != ".lock"

@@ -352,7 +352,7 @@ def test_a_bad_folder_ends_in_one_sentence(run, change, message, capsys):
 def test_bad_flags_end_in_usage(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         main(argv)
-    assert stop.value.code == 2 and "usage: python -m eekd.report" in capsys.readouterr().err
+    assert stop.value.code == 2 and "usage: eekd report" in capsys.readouterr().err
 
 
 # Charts

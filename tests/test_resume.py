@@ -25,11 +25,12 @@ from eekd.bank import __main__ as bank
 from eekd.config import Config, Student, Teacher
 from eekd.data import load
 from eekd.files import read_checked, read_json, sha256_of
+from eekd.signals import Stopped, signals
 from eekd.snapshots import read_manifest
 from eekd.trainers import loop, prepare, resume, state, teacher, train, train_student, train_teacher
 from eekd.trainers.folder import locked, read_settings
 from eekd.trainers.loop import Session
-from eekd.trainers.state import Checkpoints, signals
+from eekd.trainers.state import Checkpoints
 
 NETS = """
 import random
@@ -326,7 +327,7 @@ def test_under_torchrun_a_signal_comes_twice(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with pytest.raises(state.Stopped) as stop, signals, signals.held():
+        with pytest.raises(Stopped) as stop, signals, signals.held():
             shout(signal.SIGTERM)
             shout(signal.SIGTERM)
         assert stop.value.args == (signal.SIGTERM,)

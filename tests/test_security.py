@@ -33,7 +33,8 @@ from rich.console import Console
 from torch import nn
 
 from eekd import report, train
-from eekd.bank import LogitBank, shard_names
+from eekd.bank import LogitBank
+from eekd.bank.reader import shard_names
 from eekd.checkpoint import load_tensors, load_weights, save_tensors
 from eekd.compare import __main__ as compare
 from eekd.config import Config, Student, Teacher

@@ -25,11 +25,16 @@ SOURCES = {
     if not path.is_relative_to(ROOT / "eekd" / "kernels")
 }
 
+COMMANDS = {"train", "report", "compare"}  # only the completion of a shell's words asks them for their flags
+
 # What each part of eekd may import of the others. A new module takes its place here.
 MAY_IMPORT = {
     "reference": set(),
     "ops": {"_C", "kernels", "reference"},
     "attention": set(),
+    "lazy": set(),
+    "command": set(),
+    "signals": set(),
     "files": set(),
     "checkpoint": {"files"},
     "distributed": set(),
@@ -38,25 +43,30 @@ MAY_IMPORT = {
     "topk": set(),
     "models": {"convolutions"},
     "data": set(),
-    "bank": {"files", "topk"},
+    "bank": {"files", "lazy", "topk"},
     "forwards": {"distributed", "features"},
     "snapshots": {"checkpoint", "distributed", "features", "files", "forwards", "models"},
     "losses": {"attention", "ops", "topk"},
     "config": {"files"},
-    "info": {"_C"},
+    "info": {"_C", "command"},
     "trainers": {
         "bank", "checkpoint", "config", "data", "distributed", "features", "files", "info", "losses", "models", "ops",
-        "snapshots", "topk",
+        "signals", "snapshots", "topk",
     },
     "charts": set(),
-    "train": {"bank", "config", "distributed", "files", "trainers"},
-    "bank.__main__": {
+    "train": {"bank", "command", "config", "distributed", "files", "signals", "trainers"},
+    "bank.__main__": {"bank", "command", "distributed", "files", "signals"},
+    "bank.writer": {
         "bank", "checkpoint", "config", "data", "distributed", "files", "info", "snapshots", "topk", "trainers",
     },
-    "report": {"charts", "config", "files", "snapshots", "trainers"},
-    "compare": {"bank", "config", "data", "distributed", "files", "info", "models", "snapshots", "trainers"},
+    "report": {"charts", "command", "config", "files", "snapshots", "trainers"},
+    "compare": {
+        "bank", "command", "config", "data", "distributed", "files", "info", "models", "signals", "snapshots",
+        "trainers",
+    },
+    "__main__": {"command", "completion", "kernels"},
+    "completion": COMMANDS | {"bank", "config", "kernels"},
 }
-COMMANDS = {"train", "report", "compare"}  # nobody imports them
 LEAVES = ("eekd.kernels.bench", "eekd.kernels.tune")  # of the kernels, what knows eekd
 
 
@@ -100,7 +110,7 @@ def test_one_op_is_one_row(op, capsys):
     [
         ("csrc/cpu", {"dispatch"}),
         ("csrc/cuda", {"scale"}),
-        ("kernels", {"__init__", "columns", "common", "bench", "timing", "tune"}),
+        ("kernels", {"__init__", "columns", "common", "bench", "options", "timing", "tune"}),
     ],
 )
 def test_every_kernel_belongs_to_an_op(folder, beside):
@@ -140,6 +150,8 @@ def refuse(*args, **kwargs): raise AssertionError("eekd does work when it is imp
 subprocess.Popen.__init__ = torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = refuse
 torch.compile = torch.library.custom_op = refuse
 import eekd
+assert set(sys.modules) - before == {"eekd", "eekd.lazy"}
+eekd.ensemble_kd
 assert dict(os.environ) == environment and not torch.cuda.is_initialized()
 print(json.dumps(sorted(set(sys.modules) - before)))
 """

@@ -119,7 +119,7 @@ def test_ctrl_c_is_one_line(here, monkeypatch, capsys):
     def stop(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "train", stop)
+    monkeypatch.setattr("eekd.trainers.train", stop)
     assert cli.main([]) == 130
     assert sentence(capsys) == "stopped"
 
@@ -130,7 +130,7 @@ def test_out_of_memory_is_one_line(here, monkeypatch, capsys):
     def burst(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(cli, "train", burst)
+    monkeypatch.setattr("eekd.trainers.train", burst)
     assert cli.main([]) == 2
     assert "a smaller batch_size may fit" in sentence(capsys)
 

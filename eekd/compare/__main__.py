@@ -7,16 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import torch
+from eekd import command
 
-from eekd import distributed
+if __name__ == "__main__":
+    command.stop_at_once()
+
 from eekd.compare import METHODS, method
-from eekd.compare.cells import Seed, keep_settings, kept_settings
-from eekd.compare.study import gather
 from eekd.config import Config, preset, settled, switched
 from eekd.files import in_words, printable
-from eekd.trainers import prepare
-from eekd.trainers.state import signals
+from eekd.signals import signals
 
 try:
     import tyro
@@ -56,20 +55,30 @@ class Start:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line and returns its exit code: 0, 130 or 143 when stopped by a signal, 2 for any mistake."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = command.arguments(argv)
+    try:
+        flags = parse(argv)
+        import torch  # not before: a mistake, or a call for help, needs no torch
+
+        from eekd.compare import cells  # noqa: F401
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        return _error(error)
     with signals:
         try:
-            run(parse(argv), ["python", "-m", "eekd.compare", *argv])
+            run(flags, ["python", "-m", "eekd.compare", *argv])
             return 0
         except KeyboardInterrupt:
             print("stopped; the same command goes on from here", file=sys.stderr)
             return 128 + (signals.received or signal.SIGINT)
         except torch.OutOfMemoryError as error:
-            print(f"error: the device is out of memory, a smaller batch_size may fit: {error}", file=sys.stderr)
-            return 2
+            return _error(error, "error: the device is out of memory, a smaller batch_size may fit: ")
         except (AttributeError, FloatingPointError, ImportError, OSError, TypeError, ValueError) as error:
-            print(f"error: {printable(in_words(error))}", file=sys.stderr)
-            return 2
+            return _error(error)
+
+
+def _error(error: Exception, what: str = "error: ") -> int:
+    print(what + printable(in_words(error)), file=sys.stderr)
+    return 2
 
 
 def parse(argv: list[str]) -> Flags:
@@ -81,7 +90,7 @@ def parse(argv: list[str]) -> Flags:
     settings = Config.load(start.config) if start.config else preset(start.preset or "digits")
     defaults = {name: getattr(Config(), name) for name in DECIDED}
     settings = dataclasses.replace(settings, **defaults)
-    flags = tyro.cli(Flags, prog="python -m eekd.compare", args=argv, default=Flags(settings=settings))
+    flags = tyro.cli(Flags, prog="eekd compare", args=argv, default=Flags(settings=settings))
     chosen = flags.settings
     for name in DECIDED:
         if getattr(chosen, name) != defaults[name]:
@@ -108,8 +117,13 @@ def parse(argv: list[str]) -> Flags:
     return dataclasses.replace(flags, methods=names)
 
 
-def run(flags: Flags, command: list[str]) -> Path:
+def run(flags: Flags, typed: list[str]) -> Path:
     """Makes the cells that are missing and writes study.json; returns its path."""
+    from eekd import distributed
+    from eekd.compare.cells import Seed, keep_settings, kept_settings
+    from eekd.compare.study import gather
+    from eekd.trainers import prepare
+
     rank, processes = distributed.started()
     out, wanted = Path(flags.out or f"runs/compare-{Path(flags.settings.data).name}"), flags.settings
     if (out / "settings.json").exists():
@@ -131,10 +145,10 @@ def run(flags: Flags, command: list[str]) -> Path:
             config = dataclasses.replace(settings, seed=seed)
             Seed(out, config, flags.methods, views, augmented, session.data, say, progress).run()
     distributed.wait_for_started()
-    path = gather(out, command, augmented) if rank == 0 else out / "study.json"
+    path = gather(out, typed, augmented) if rank == 0 else out / "study.json"
     console.print(f"everything is in {printable(path.parent)}", highlight=False, soft_wrap=True)
     return path
 
 
 if __name__ == "__main__":
-    distributed.leave(main())
+    command.run(main)

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from eekd.bank import LogitBank
-from eekd.bank import __main__ as bank
+from eekd.bank import Flags, LogitBank
+from eekd.bank.writer import write as write_bank
 from eekd.compare import FORMAT, Method, method, stage_ends
 from eekd.config import Config, differences
 from eekd.data import ImageData
@@ -176,8 +176,8 @@ class Seed:
         path = run / "bank"
         if not (path / "manifest.json").exists():
             start = time.perf_counter()
-            flags = bank.Flags(teacher=str(run), views=self.views)
-            bank.write(flags, Console(file=io.StringIO()))
+            flags = Flags(teacher=str(run), views=self.views)
+            write_bank(flags, Console(file=io.StringIO()))
             seconds = time.perf_counter() - start
             write_json_atomic(run / "bank.json", {"format": FORMAT, "seconds": seconds})
             self.say(f"seed {self.config.seed}, bank of {run.name}: {seconds:.0f} s")

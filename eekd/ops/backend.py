@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 try:
-    from eekd import _C
+    import eekd._C as _C  # after torch, whose libraries it needs
 except ImportError as error:
     raise ImportError(
         f"eekd's compiled kernels could not be loaded ({error}); build them with `pip install -e .`, and do not run a "

@@ -21,10 +21,11 @@ from eekd import distributed
 from eekd.bank import LogitBank
 from eekd.config import Config, Phase, Teacher
 from eekd.data import Batch, ImageData, Loader, load
+from eekd.signals import signals
 from eekd.trainers.folder import Log
 from eekd.trainers.numbers import Guard
 from eekd.trainers.placement import Placement, chosen
-from eekd.trainers.state import Checkpoints, State, random_state, set_random_state, signals
+from eekd.trainers.state import Checkpoints, State, random_state, set_random_state
 
 SPLIT = ("train_limit", "val_fraction", "split_seed")  # settings that decide which images there are
 CHECK = 50  # look at the loss every so many steps: each look makes the GPU wait

@@ -1,0 +1,62 @@
+"""`eekd VERB ...`, which is `python -m eekd.VERB ...`: the one command for all that eekd does."""
+
+import difflib
+import importlib
+import sys
+
+from eekd import command
+
+VERBS = {
+    "train": "trains a teacher, keeps its snapshots and distils students",
+    "bank": "stores what a teacher's snapshots say about its training images, for many students",
+    "compare": "compares ways to teach the same student, over seeds",
+    "report": "draws a run as an HTML page",
+    "info": "prints versions, what was compiled, and the devices",
+    "bench": "checks and times the kernels",
+}
+MODULES = {"bank": "eekd.bank.__main__", "compare": "eekd.compare.__main__", "bench": "eekd.kernels.bench"}
+HELP = "\n".join([
+    "usage: eekd VERB [--flag value ...]", "",
+    *(f"  {verb:8} {what}" for verb, what in VERBS.items()), "",
+    "  eekd VERB --help                     the flags of a verb",
+    "  eekd --version                       the version",
+    "  eekd --print-completion bash|zsh     a script by which the shell completes verbs and flags",
+])  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    """Runs a verb and returns its exit code; 2 for a word that is none."""
+    verb, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if verb in VERBS:
+        if verb == "bench":
+            from eekd.kernels import options
+
+            options.parse(command.arguments(rest))  # before torch is imported
+        return importlib.import_module(MODULES.get(verb, f"eekd.{verb}")).main(rest)
+    if verb in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if verb == "--print-completion" and rest in (["bash"], ["zsh"]):
+        from eekd import completion
+
+        print(completion.script(*rest))
+        return 0
+    command.arguments([verb])
+    if verb == "--print-completion":
+        print(f"error: --print-completion must be followed by bash or zsh, got {' '.join(rest) or 'nothing'}",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    near = difflib.get_close_matches(verb, VERBS, 1, 0.5)
+    hint = f"did you mean {near[0]!r}?" if near else "there are " + ", ".join(VERBS)
+    print(f"error: {verb!r} is no verb of eekd; {hint}", file=sys.stderr)
+    return 2
+
+
+def run() -> None:
+    """The console command: `main` as a process."""
+    command.stop_at_once()
+    command.run(main)
+
+
+if __name__ == "__main__":
+    run()

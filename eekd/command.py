@@ -1,0 +1,46 @@
+"""What all commands share: --version, and one line at Ctrl-C, also while they are still being imported."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import eekd
+
+
+def arguments(argv: list[str] | None) -> list[str]:
+    """The words of a command line, by default this process's; --version among them is answered here."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--version" in argv:
+        print(f"eekd {eekd.__version__}")
+        raise SystemExit(0)
+    return argv
+
+
+def stop_at_once() -> None:
+    """From now on SIGINT and SIGTERM end the process with one line: for the seconds in which a command is imported.
+
+    Nothing is unwound: in the midst of an import an exception can become another one, or none.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop)
+
+
+def _stop(number: int, frame) -> NoReturn:
+    if os.isatty(1):
+        os.write(1, b"\x1b[?25h\n")  # the cursor, which a progress bar hides
+    os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
+    os._exit(128 + number)
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Ends the process with the exit code that `main` returns; a signal that comes after it is ignored."""
+    stop_at_once()
+    code = main()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if distributed := sys.modules.get("eekd.distributed"):
+        distributed.leave(code or 0)  # which knows how one of several processes ends
+    sys.exit(code)
