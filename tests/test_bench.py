@@ -425,7 +425,7 @@ def test_a_gpu_that_is_not_there(monkeypatch, capsys):
 
 
 def test_info_prints_what_was_built_and_what_is_there(capsys):
-    info.main()
+    info.main([])
     printed = capsys.readouterr().out
     for fact in (eekd.__version__, torch.__version__, _C.torch_version, _C.cpu_capability()):
         assert fact in printed
