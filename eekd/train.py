@@ -283,7 +283,7 @@ def _plan(session: "Session") -> Table:
     return table
 
 
-def _chosen(session: Session) -> str:
+def _chosen(session: "Session") -> str:
     """Precision and memory format, "(auto)" behind what the device decided."""
     asked, config = session.asked, session.config
     words = config.precision, "channels_last" if config.channels_last else "contiguous memory"
