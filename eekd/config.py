@@ -172,12 +172,12 @@ class Config(_Checked):
     split_seed: int = 0  # which images are held out
     augment: Literal["auto", "none", "crop", "crop-flip", "imagenet"] = "auto"  # auto: what suits the data
     workers: int = 0  # processes that decode images; 0: none
-    teacher: Teacher = Teacher()
+    teacher: Teacher = Teacher()  # one ordinary training run, which keeps snapshots
     teacher_run: str | None = None  # an earlier run whose teacher to use (--teacher RUN)
     bank: str | None = None  # a logit bank of that teacher to read instead of running it (--bank PATH)
     # Whose memory holds the snapshots. cpu: a GPU has two of them, not all M; ranks: a process runs its share for all
     snapshots_on: Literal["device", "cpu", "ranks"] = "device"
-    student: Student = Student()
+    student: Student = Student()  # all start from the same weights and see the same images; only the loss differs
     students: tuple[Weighting, ...] = ("ce", "last", "attention")  # one student is trained for each
     seed: int = 0  # of weights, order and augmentation
     device: str = "auto"  # auto: cuda where there is one, else cpu

@@ -23,7 +23,9 @@ try:
     import tyro
     from rich import box, progress
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
+    from rich.text import Text
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 except ImportError as error:
     raise SystemExit(f"python -m eekd.train needs {error.name}: pip install 'eekd[train]'") from None
@@ -114,7 +116,7 @@ def _main(flags: Flags) -> int:
     except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:  # a name, a file, a value
         return _error(error)
     if flags.dry_run:
-        console.print(_plan(session))
+        _show(console, _plan(session))
         return 0
     try:
         with Display(console) as display:
@@ -133,7 +135,7 @@ def _main(flags: Flags) -> int:
             raise
         return _fail(f"stopped, since another process ended or differs: {str(error).splitlines()[0]}", 1)
     summary = read_record(run / "summary.json", "seconds", "rows")
-    console.print(_results(summary["rows"]))
+    _show(console, _results(summary["rows"]))
     console.print(f"{summary['seconds']:.0f} s in all; everything is in {printable(run)}", highlight=False)
     return 0
 
@@ -279,7 +281,7 @@ def _plan(session: "Session") -> Table:
     for row in rows:
         numbers = f"{row['parameters']:,}", str(row["epochs"]), f"{row['steps']:,}"
         sizes = _size(row["memory"]), _size(row["disk"])
-        table.add_row(TITLES.get(row["name"], row["name"]), printable(row["model"]), *numbers, *sizes)
+        table.add_row(_name(TITLES.get(row["name"], row["name"])), _name(row["model"]), *numbers, *sizes)
     return table
 
 
@@ -297,7 +299,7 @@ def _results(rows: list[dict]) -> Table:
     for row in rows:
         gain, seconds = row["gain"], row["seconds_per_epoch"]
         table.add_row(
-            printable(TITLES.get(row["name"], row["name"])), printable(row["model"]), f"{row['parameters']:,}",
+            _name(TITLES.get(row["name"], row["name"])), _name(row["model"]), f"{row['parameters']:,}",
             printable(row["epochs"]),
             f"{100 * row['val_accuracy']:.2f}", f"{100 * row['test_accuracy']:.2f}",
             "" if gain is None or row["name"] == "ce" else f"{100 * gain:+.2f}",
@@ -309,8 +311,27 @@ def _results(rows: list[dict]) -> Table:
 def _table(columns: tuple[str, ...], caption: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=printable(caption), caption_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
+        # Where there is too little room, only columns that may wrap are narrowed: the names, which are cut instead.
+        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=i >= 2)
     return table
+
+
+def _show(console: Console, table: Table) -> None:
+    """Prints a table; where there is too little room networks are cut first, then names, and numbers never."""
+
+    def excess() -> int:
+        wide = console.options.update(max_width=10_000)
+        return max(0, Measurement.get(console, wide, table).maximum - console.width)
+
+    if excess():
+        table.padding = 0
+        network = table.columns[1]
+        network.max_width = max(8, max(map(len, network.cells)) - excess())
+    console.print(table)
+
+
+def _name(text: str) -> Text:
+    return Text(printable(text), no_wrap=True, overflow="ellipsis")
 
 
 def _size(count: float) -> str:

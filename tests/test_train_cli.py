@@ -189,3 +189,43 @@ def test_without_rich_and_tyro_one_sentence_says_what_to_install():
     code = "import sys; sys.modules['tyro'] = None; import eekd.train"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "pip install 'eekd[train]'" in done.stderr
+
+
+KNOWN = {"epochs": 200, "kind": "student", "gain": None}
+ROWS = [
+    KNOWN | {"name": "teacher", "model": "path/to/a/long/file.py:factory_of_networks", "parameters": 123_456_789,
+             "val_accuracy": 0.98765, "test_accuracy": 0.97531, "seconds_per_epoch": 123.45},
+    KNOWN | {"name": "confidence", "model": "timm:vit_base_patch16_224.augreg2_in21k_ft_in1k", "parameters": 4_567,
+             "val_accuracy": 1.0, "test_accuracy": 0.86421, "gain": -0.01234, "seconds_per_epoch": 1234.56},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_results_keep_numbers_whole_and_shorten_names(width):
+    screen = io.StringIO()
+    cli._show(Console(file=screen, width=width, markup=False), cli._results(ROWS))
+    lines = screen.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert all(number in lines[3] for number in ("123,456,789", " 200 ", "98.77", "97.53", "123.45"))
+    assert all(number in lines[4] for number in (" 4,567", "100.00", "86.42", "-1.23", "1234.56"))
+    assert ("…" in lines[3]) == (width <= 80) and lines[3].split()[0] == ("teacher" if width >= 80 else "teach…")
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_the_plan_keeps_numbers_whole(here, monkeypatch, capsys, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    (here / "a_long_name_of_a_file.py").write_text(
+        "from eekd.models import build\n\n\ndef factory_of_networks(**sizes):\n    return build('resnet8', **sizes)\n"
+    )
+    model = "a_long_name_of_a_file.py:factory_of_networks"
+    assert cli.main(["--dry-run", "--teacher.model", model, "--device", "cpu", "--precision", "fp32"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(" tea"))
+    assert re.search(r"…\s+77,754\s+20\s+420\s+[\d.]+ MiB\s+1\.5 MiB", row)
+
+
+def test_groups_of_help_have_their_own_titles(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    told = re.sub(r"[\s│╭╮╰╯─]+", " ", capsys.readouterr().out.replace("---", " "))
+    assert "teacher options one ordinary training run, which keeps snapshots --teacher.model" in told
+    assert "student options all start from the same weights and see the same images; only the loss differs" in told
