@@ -188,7 +188,7 @@ class Config(_Checked):
     # auto: bf16 where the device itself computes in it, else fp32
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False  # torch.compile the networks in training
-    channels_last: Literal["auto", True, False] = "auto"  # auto: on a CPU
+    channels_last: Literal["auto", True, False] = "auto"  # auto: on a CPU, but with fsdp
     deterministic: bool = False  # same bits on every run of the same machine; slower on a GPU
     tensorboard: bool = False  # write events for TensorBoard too
     save_every: float = 300.0  # seconds between checkpoints within an epoch; each epoch ends with one

@@ -25,6 +25,11 @@ def test_auto_is_what_the_device_computes_in(monkeypatch, native, precision):
     assert chosen(Config(precision="fp32", channels_last=False), CPU) == Config(precision="fp32", channels_last=False)
 
 
+def test_weights_to_be_sharded_are_contiguous():
+    assert chosen(Config(parallel="fsdp"), CPU).channels_last is False
+    assert chosen(Config(parallel="fsdp", channels_last=True), CPU).channels_last is True
+
+
 def test_emulated_bf16_warns_with_a_measured_factor(monkeypatch):
     monkeypatch.setattr(placement, "natively", lambda precision, device: False)
     monkeypatch.setattr(placement, "slowdown", lambda precision, device: 9.0)

@@ -35,14 +35,15 @@ class Placement:
 def chosen(config: Config, device: torch.device) -> Config:
     """The settings with "auto" decided: bf16 where the device computes in it natively, channels_last on a CPU.
 
-    A choice depends on the device alone, so that two runs on it have the same bits. Warns where a precision that was
-    asked for is emulated, with how much longer a convolution takes in it.
+    A choice depends on the device and `parallel` alone, so that two runs on it have the same bits. Warns where a
+    precision that was asked for is emulated, with how much longer a convolution takes in it.
     """
     if not natively(config.precision, device):
         times = slowdown(config.precision, device)
         warnings.warn(f"precision {config.precision} is emulated by this {device.type}: a convolution took {times:.1f} "
                       "times as long as in fp32, so fp32 is the better choice here", stacklevel=2)  # fmt: skip
-    best = Config(precision="bf16" if natively("bf16", device) else "fp32", channels_last=device.type == "cpu")
+    last = device.type == "cpu" and config.parallel != "fsdp"  # fully_shard takes contiguous parameters only
+    best = Config(precision="bf16" if natively("bf16", device) else "fp32", channels_last=last)
     return settled(config, best)
 
 
