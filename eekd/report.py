@@ -119,7 +119,11 @@ def _rows(path: Path) -> list[dict]:
 
 def report(folder: str | Path, out: str | Path | None = None) -> Path:
     """Writes a run's page to `out`, else to report.html in its folder; raises what `read` raises."""
-    run, out = read(folder), Path(out or Path(folder, "report.html"))
+    out = Path(out or Path(folder, "report.html"))
+    if seeds := several(Path(folder)):
+        write_atomic(out, seeds)
+        return out
+    run = read(folder)
     try:
         sections = [tag("section", tag("h2", title), *draw(run), id=draw.__name__)
                     for title, draw in SECTIONS.items()]
@@ -128,6 +132,24 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
         raise ValueError(f"{folder} is not written as eekd.trainers.folder says: {repr(error)}") from error
     write_atomic(out, drawn)
     return out
+
+
+def several(folder: Path) -> bytes | None:
+    """The page of a run over several seeds, whose own pages are written too; None for a run of one seed."""
+    from eekd import seeds_page
+    from eekd.trainers.folder import read_record, read_settings
+
+    if not (folder / "config.json").is_file() or (config := read_settings(folder)).seeds == 1:
+        return None
+    if not (folder / "summary.json").exists():
+        raise FileNotFoundError(f"{folder} has not ended: go on with --resume {folder}, or draw one of its seeds")
+    summary = read_record(folder / "summary.json", "seconds", "seeds", "rows")
+    known = {}
+    for seed in summary["seeds"]:
+        own = folder / f"seed-{seed}"
+        known[seed] = read_record(own / "summary.json", "seconds", "rows")
+        report(own)
+    return seeds_page.draw(folder, config, summary, known)
 
 
 def missing(*sentences: str) -> Html:

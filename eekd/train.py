@@ -44,7 +44,8 @@ class Flags:
     of an earlier run; "student --bank PATH" the same without running it.
     """
 
-    preset: str | None = None  # start from these settings (None: digits)
+    # start from these settings (None: glyphs, the demonstration, where nothing else says what to train on; else digits)
+    preset: str | None = None
     config: str | None = None  # start from a file's settings: RUN/config.json runs RUN again
     resume: str | None = None  # go on with this run where it was stopped or killed, with its settings
     out: str | None = None  # the run folder to make (None: the first free runs/DATA-1, -2, ...)
@@ -56,6 +57,7 @@ class Flags:
 class Start:
     """The flags that say which settings the others override."""
 
+    data: str | None = None
     preset: str | None = None
     config: str | None = None
     resume: str | None = None
@@ -119,7 +121,7 @@ def _main(flags: Flags) -> int:
         _show(console, _plan(session))
         return 0
     try:
-        with Display(console) as display:
+        with Display(console, session.config.seeds) as display:
             if flags.resume:
                 run = resume(flags.resume, session=session, progress=display)
             else:
@@ -135,8 +137,15 @@ def _main(flags: Flags) -> int:
             raise
         return _fail(f"stopped, since another process ended or differs: {str(error).splitlines()[0]}", 1)
     summary = read_record(run / "summary.json", "seconds", "rows")
-    _show(console, _results(summary["rows"]))
-    console.print(f"{summary['seconds']:.0f} s in all; everything is in {printable(run)}", highlight=False)
+    if "seeds" not in summary:
+        _show(console, _results(summary["rows"]))
+        console.print(f"{summary['seconds']:.0f} s in all; everything is in {printable(run)}", highlight=False)
+    elif distributed.first():
+        from eekd.report import report
+        from eekd.trainers.seeds import sentence
+
+        _show(console, _over_seeds(summary))
+        print(f"{sentence(summary)} {summary['seconds']:.0f} s in all. Report: {printable(report(run))}".strip())
     return 0
 
 
@@ -148,7 +157,7 @@ def parse(argv: list[str]) -> Flags:
     flags = ["--teacher-run" + flag[9:] if flag.split("=")[0] == "--teacher" else flag for flag in argv]
     flags = switched(flags[1:] if phase else flags)
     start = tyro.cli(Start, args=flags, return_unknown_args=True, add_help=False)[0]
-    settings = _start(start)
+    settings = _start(start, demo=not (phase or start.data))
     if phase == "teacher":
         settings = replace(settings, students=(), teacher_run=None, bank=None)
     with _literals():
@@ -195,13 +204,15 @@ def _settings_of(run: str) -> Config:
     return read_settings(run)
 
 
-def _start(start: Start) -> Config:
+def _start(start: Start, demo: bool) -> Config:
     """The settings that flags override: a preset's, a file's, or those of the run that gives the teacher."""
     if start.preset and start.config:
         raise ValueError("give --preset or --config, not both")
     if start.resume:
         return _settings_of(start.resume)
-    settings = Config.load(start.config) if start.config else preset(start.preset or "digits")
+    demo = demo and not (start.teacher_run or start.bank)
+    default = "glyphs" if demo else "digits"
+    settings = Config.load(start.config) if start.config else preset(start.preset or default)
     folder = start.teacher_run
     if start.bank and not folder:
         from eekd.bank import LogitBank
@@ -236,10 +247,10 @@ def _literals() -> ConstructorRegistry:
 
 
 class Display:
-    """Progress of the phases: live bars on a terminal, a line per epoch elsewhere."""
+    """Progress of the phases: live bars on a terminal; elsewhere a line per epoch, of several seeds per phase."""
 
-    def __init__(self, console: Console):
-        self.console = console
+    def __init__(self, console: Console, seeds: int = 1):
+        self.console, self.seeds = console, seeds
         text = progress.TextColumn
         self.bars = progress.Progress(
             text("{task.description}"), progress.BarColumn(), text("{task.fields[state]}"),
@@ -256,13 +267,15 @@ class Display:
         self.bars.stop()
 
     def __call__(self, name: str, done: int, total: int, known: dict) -> None:
+        phase, comma, seed = name.partition(", ")
+        title = TITLES.get(phase, phase) + comma + seed
         if name not in self.tasks:
-            self.tasks[name] = self.bars.add_task(TITLES.get(name, name), total=total, state="")
+            self.tasks[name] = self.bars.add_task(title, total=total, state="")
         state = f"epoch {known['epoch']}/{known['epochs']}  loss {known['train_loss']:.3f}"
         if "val_accuracy" in known:
             state += f"  val {known['val_accuracy']:.2%}"
-            if not self.console.is_terminal:
-                self.console.print(f"{TITLES.get(name, name)}: {state}", highlight=False)
+            if not self.console.is_terminal and (self.seeds == 1 or known["epoch"] == known["epochs"]):
+                self.console.print(f"{title}: {state}", highlight=False)
         self.bars.update(self.tasks[name], completed=done, state=state)
 
 
@@ -276,7 +289,8 @@ def _plan(session: "Session") -> Table:
         f"{data.name}, {data.channels} x {data.image_size} x {data.image_size}: {len(data.train):,} images "
         f"to train on, {len(data.val):,} to validate, {len(data.test):,} to test"
         + f"; memory of each of {processes} processes" * (processes > 1)
-        + f"; computed in {_chosen(session)}",
+        + f"; computed in {_chosen(session)}"
+        + f"; all of it {session.config.seeds} times, with another seed each" * (session.config.seeds > 1),
     )
     for row in rows:
         numbers = f"{row['parameters']:,}", str(row["epochs"]), f"{row['steps']:,}"
@@ -305,6 +319,18 @@ def _results(rows: list[dict]) -> Table:
             "" if gain is None or row["name"] == "ce" else f"{100 * gain:+.2f}",
             "" if seconds is None else f"{seconds:.2f}", end_section=row["kind"] in ("teacher", "ensemble"),
         )  # fmt: skip
+    return table
+
+
+def _over_seeds(summary: dict) -> Table:
+    from eekd.trainers.seeds import points, spread
+
+    table = _table(("", "network", "test %", "over CE", "over KD (last)"), f"mean ± std over {len(summary['seeds'])} "
+                   "seeds; gains in points, seed by seed, with 95 % intervals")  # fmt: skip
+    for row in summary["rows"]:
+        gains = (points(row[key]) if row[key] else "" for key in ("over_ce", "over_last"))
+        table.add_row(_name(TITLES.get(row["name"], row["name"])), _name(row["model"]), spread(row["test"]), *gains,
+                      end_section=row["kind"] in ("teacher", "ensemble"))  # fmt: skip
     return table
 
 

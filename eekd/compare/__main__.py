@@ -36,8 +36,7 @@ class Flags:
     """
 
     methods: tuple[str, ...] = ()  # names of eekd.compare.METHODS, NAME-online without a bank (None: all)
-    seeds: int = 3  # how many
-    first_seed: int = 0  # they are first_seed, first_seed + 1, ...
+    first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...; --seeds says how many (3)
     views: int | None = None  # augmented views in a bank (None: 8, and 1 where nothing is augmented)
     out: str | None = None  # the folder of the comparison (None: runs/compare-DATA)
     preset: str | None = None  # start from these settings (None: digits)
@@ -89,7 +88,7 @@ def parse(argv: list[str]) -> Flags:
         raise ValueError("give --preset or --config, not both")
     settings = Config.load(start.config) if start.config else preset(start.preset or "digits")
     defaults = {name: getattr(Config(), name) for name in DECIDED}
-    settings = dataclasses.replace(settings, **defaults)
+    settings = dataclasses.replace(settings, seeds=3, **defaults)
     flags = tyro.cli(Flags, prog="eekd compare", args=argv, default=Flags(settings=settings))
     chosen = flags.settings
     for name in DECIDED:
@@ -100,9 +99,8 @@ def parse(argv: list[str]) -> Flags:
         if getattr(chosen.student, name) != (kept := getattr(Config().student, name)):
             raise ValueError(f"student.{name} must be {kept!r}, since methods vary it, got "
                              f"{getattr(chosen.student, name)!r}")  # fmt: skip
-    for name in ("seeds", "views"):
-        if getattr(flags, name) is not None and getattr(flags, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(flags, name)}")
+    if flags.views is not None and flags.views < 1:
+        raise ValueError(f"views must be at least 1, got {flags.views}")
     if flags.first_seed < 0:
         raise ValueError(f"first_seed must be at least 0, got {flags.first_seed}")
     names = tuple(dict.fromkeys(flags.methods or METHODS))
@@ -125,7 +123,8 @@ def run(flags: Flags, typed: list[str]) -> Path:
     from eekd.trainers import prepare
 
     rank, processes = distributed.started()
-    out, wanted = Path(flags.out or f"runs/compare-{Path(flags.settings.data).name}"), flags.settings
+    out = Path(flags.out or f"runs/compare-{Path(flags.settings.data).name}")
+    wanted = dataclasses.replace(flags.settings, seeds=1)
     if (out / "settings.json").exists():
         wanted = settled(wanted, kept_settings(out))
     console, session = Console(quiet=rank > 0, markup=False), prepare(wanted)
@@ -141,7 +140,7 @@ def run(flags: Flags, typed: list[str]) -> Path:
         def say(line):
             console.print(printable(line), highlight=False, soft_wrap=True)
 
-        for seed in range(flags.first_seed, flags.first_seed + flags.seeds)[rank::processes]:
+        for seed in range(flags.first_seed, flags.first_seed + flags.settings.seeds)[rank::processes]:
             config = dataclasses.replace(settings, seed=seed)
             Seed(out, config, flags.methods, views, augmented, session.data, say, progress).run()
     distributed.wait_for_started()

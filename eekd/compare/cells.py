@@ -44,7 +44,7 @@ def alone(folder: Path, wait: bool = False) -> Iterator[None]:
 def keep_settings(out: Path, config: Config, views: int, fingerprint: str) -> None:
     """Writes settings.json; ValueError, one sentence, where `out` was made with others."""
     settings = json.loads(config.to_json())
-    del settings["seed"]
+    del settings["seed"], settings["seeds"]
     now = {"format": FORMAT, "config": settings, "views": views, "fingerprint": fingerprint}
     with alone(out, wait=True):
         if not (out / "settings.json").exists():

@@ -27,12 +27,10 @@ forward of teacher and student costs (torch.utils.flop_counter).
 """
 
 import json
-from math import sqrt
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
-from scipy.special import stdtrit
 from torch.utils.flop_counter import FlopCounterMode
 
 from eekd import models
@@ -41,6 +39,7 @@ from eekd.compare.cells import alone, cell_made
 from eekd.config import Config
 from eekd.files import read_json, write_json_atomic
 from eekd.info import environment
+from eekd.statistics import interval, mean_std, paired
 from eekd.trainers.folder import finite, read_metrics, read_record
 
 HOLDS, CONTRADICTED, UNDECIDED, MISSING = "holds", "contradicted", "undecided", "not measured"
@@ -158,27 +157,6 @@ def summarise(record: dict, config: Config, flops: dict[str, int]) -> dict:
     ]  # fmt: skip
     return {"flops": flops, "methods": methods, "ensembles": ensembles,
             "claims": claims(test, ensemble, config, {row["name"]: row["cost"] for row in methods})}  # fmt: skip
-
-
-def mean_std(values: list[float]) -> dict:
-    """The mean, and the standard deviation of a sample (null for one)."""
-    return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None}
-
-
-def paired(these: dict[int, float], those: dict[int, float]) -> dict | None:
-    """The mean difference these - those over the seeds they share, with Student's 95 % interval; None without any."""
-    return interval([these[seed] - those[seed] for seed in these if seed in those])
-
-
-def interval(values: list[float], level: float = 0.95) -> dict | None:
-    """The mean and its interval: mean ± t((1 + level) / 2, n - 1) std / sqrt(n)."""
-    if not values:
-        return None
-    n, centre = len(values), mean(values)
-    if n < 2:
-        return {"n": n, "mean": centre, "low": None, "high": None}
-    half = float(stdtrit(n - 1, (1 + level) / 2)) * stdev(values) / sqrt(n)
-    return {"n": n, "mean": centre, "low": centre - half, "high": centre + half}
 
 
 def verdict(difference: dict | None, above: bool) -> str:

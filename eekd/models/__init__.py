@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from eekd.convolutions import guard
+from eekd.models.mlp import mlp
 from eekd.models.mobilenetv2 import mobilenetv2
 from eekd.models.resnet import resnet, resnet50
 from eekd.models.shufflenet import shufflenetv1, shufflenetv2
@@ -23,6 +24,8 @@ from eekd.models.wrn import wrn
 MODELS = {
     **{f"resnet{depth}": partial(resnet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
     "resnet8_w4": partial(resnet, 8, (4, 4, 8, 16)),
+    "resnet8_s2": partial(resnet, 8, stride=2),
+    "mlp64": partial(mlp, 64),
     "resnet8x4": partial(resnet, 8, (32, 64, 128, 256)),
     "resnet32x4": partial(resnet, 32, (32, 64, 128, 256)),
     **{f"wrn_{depth}_{factor}": partial(wrn, depth, factor) for depth in (16, 40) for factor in (1, 2)},

@@ -36,12 +36,12 @@ def stages(block, stem: int, widths: Sequence[int], depths: Sequence[int]) -> li
 
 
 def resnet(
-    depth: int, widths=(16, 16, 32, 64), *, num_classes: int, in_channels: int, image_size: int
+    depth: int, widths=(16, 16, 32, 64), stride: int = 1, *, num_classes: int, in_channels: int, image_size: int
 ) -> Classifier:
-    """A stem and three stages of (depth - 2) / 6 basic blocks; `widths` are the stem's and the stages'."""
+    """A stem of `stride` and three stages of (depth - 2) / 6 basic blocks; `widths` are the stem's and the stages'."""
     stem, *rest = widths
     layers = stages(basic, stem, rest, 3 * ((depth - 2) // 6,))
-    return Classifier(nn.Sequential(conv_bn_relu(in_channels, stem, 3), *layers), widths[-1], num_classes)
+    return Classifier(nn.Sequential(conv_bn_relu(in_channels, stem, 3, stride), *layers), widths[-1], num_classes)
 
 
 def resnet50(*, num_classes: int, in_channels: int, image_size: int) -> Classifier:

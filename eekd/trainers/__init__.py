@@ -8,7 +8,7 @@ from pathlib import Path
 
 from eekd import distributed, models
 from eekd.bank import LogitBank
-from eekd.config import Config
+from eekd.config import Config, differences
 from eekd.features import LastFeatures
 from eekd.files import write_json_atomic
 from eekd.snapshots import SnapshotEnsemble, read_manifest
@@ -23,6 +23,7 @@ from eekd.trainers.folder import (
     write_settings,
 )
 from eekd.trainers.loop import Progress, Session, quiet, synchronised
+from eekd.trainers.seeds import seeds_of, summary_of
 from eekd.trainers.student import check_bank, read_student, train_student
 from eekd.trainers.teacher import read_teacher, train_teacher
 
@@ -34,6 +35,7 @@ def train(
 ) -> Path:
     """Trains the teacher and then every student; returns the run folder, described in eekd.trainers.folder.
 
+    With config.seeds above 1 all of it once per seed, each in a run folder of its own: see eekd.trainers.seeds.
     With config.teacher_run or config.bank no teacher is trained, without config.students no student. What is
     wrong with the settings is raised by `prepare`, before anything is written; FileExistsError where `out` holds
     anything. `session` is what `prepare` returned for this config, to save doing it again.
@@ -66,6 +68,8 @@ def _train(run: Path, session: Session, progress: Progress) -> Path:
     start, config, teacher = time.perf_counter(), session.config, run / "teacher"
     if (run / "summary.json").exists():
         read_record(run / "summary.json", "seconds", "rows")
+    if config.seeds > 1:
+        return _train_seeds(run, session, progress)
     if config.teacher_run:
         teacher = Path(config.teacher_run, "teacher")
     else:
@@ -76,6 +80,29 @@ def _train(run: Path, session: Session, progress: Progress) -> Path:
     if distributed.first() and not (run / "summary.json").exists():
         rows, seconds = table(teacher, list(students.values())), time.perf_counter() - start
         write_json_atomic(run / "summary.json", {"format": FORMAT, "seconds": seconds, "rows": rows})
+    distributed.wait()
+    return run
+
+
+def _train_seeds(run: Path, session: Session, progress: Progress) -> Path:
+    seeds = seeds_of(session.config)
+    for seed in seeds:
+        config, folder = dataclasses.replace(session.config, seed=seed, seeds=1), run / f"seed-{seed}"
+
+        def of_seed(phase: str, *known, seed=seed) -> None:
+            progress(f"{phase}, seed {seed}", *known)
+
+        if distributed.first():
+            folder.mkdir(exist_ok=True)
+            if not (folder / "config.json").exists():
+                write_settings(folder, config, session.data, session.device)
+        distributed.wait()
+        with _alone(folder):
+            if changed := ", ".join(differences(*map(dataclasses.asdict, (read_settings(folder), config)))):
+                raise ValueError(f"{folder} holds a run with another {changed}")
+            _train(folder, Session(config, session.data), of_seed)
+    if distributed.first() and not (run / "summary.json").exists():
+        write_json_atomic(run / "summary.json", {"format": FORMAT} | summary_of(run, seeds))
     distributed.wait()
     return run
 
@@ -108,7 +135,11 @@ def prepare(config: Config) -> Session:
         config = dataclasses.replace(config, teacher_run=str(LogitBank.open(config.bank).run))
     earlier = Path(config.teacher_run) if config.teacher_run else None
     if earlier:
-        config = dataclasses.replace(config, teacher=read_settings(earlier).teacher)
+        settings = read_settings(earlier)
+        if settings.seeds > 1:
+            raise ValueError(f"teacher_run must be the run of one seed, such as {earlier / f'seed-{settings.seed}'}, "
+                             f"got {earlier}, which holds {settings.seeds}")  # fmt: skip
+        config = dataclasses.replace(config, teacher=settings.teacher)
     if config.tensorboard:
         summary_writer()
     session = Session(config)

@@ -5,6 +5,8 @@
       environment.json        format, command, device, started, what eekd.info.environment() says, config_sha256, and
                               data: name, fingerprint, classes, and train, val, test: how many images
       summary.json            format, seconds, rows: the final table (below); absent until the run has ended
+      seed-0/ seed-1/ ...     a run folder for each seed, in place of all below, where config.json asks for several
+                              seeds; summary.json then speaks of all (eekd.trainers.seeds)
       teacher/                absent when config.json names a teacher_run, whose RUN/teacher is then meant
         manifest.json *.safetensors      the M snapshots (eekd.snapshots)
         metrics.jsonl metrics.csv        a line per epoch (below)

@@ -42,7 +42,7 @@ KEEP = 2
 SYNC = 10  # seconds: how much training a power cut may cost, where a kill costs what the last checkpoint lacks
 # Settings that leave the bits of a phase as they are, or that its `setup` knows by their content.
 _NO_BITS = {"data", "root", "teacher", "teacher_run", "bank", "student", "students", "workers", "device", "tensorboard",
-            "save_every", "check_replicas", "non_finite", "skip_budget", "verify_loss"}  # fmt: skip
+            "save_every", "seeds", "check_replicas", "non_finite", "skip_budget", "verify_loss"}  # fmt: skip
 
 
 class State:

@@ -81,8 +81,10 @@ def train_student(config: Config, teacher: str | Path | None, weighting: Weighti
             teach, ensemble = loader.teach, None  # frees the snapshots
         else:
 
-            def teach(batch):
+            def run_snapshots(batch):
                 return session.run(ensemble, batch.images)
+
+            teach = remember(run_snapshots, loader) or run_snapshots
 
         verify = Verifier(weighting, loss, session, folder)
         objective, validate = distil(session, student, capture, teach, loss, parallel[1], verify, val, known)
@@ -175,6 +177,31 @@ class Replay:
         if self.which is None:
             return logits, features
         return logits[[*self.which]], None if features is None else features[[*self.which]]
+
+
+REMEMBERED = 2**30  # bytes of snapshots' outputs that a student may keep in memory
+
+
+def remember(teach: Callable, loader: Loader) -> Callable | None:
+    """`teach`, run once over the loader's images, whose outputs are then looked up; None where that can't be.
+
+    It can where every epoch shows the same images: without augmentation, in one process. Each output is then computed
+    in one fixed order before training, so that a resumed run has the same bits.
+    """
+    if loader.augment != "none" or loader.world_size > 1:
+        return None
+    count, kept = len(loader.split), None
+    for index in torch.arange(count, device=loader.device).split(loader.batch_size):
+        (batch,) = loader.replay([(0, index)])
+        logits, features = teach(batch)
+        if kept is None:
+            row = sum(x[:, 0].numel() * x.element_size() for x in (logits, features))
+            if count * row > REMEMBERED:
+                return None
+            kept = [x.new_empty(len(x), count, *x.shape[2:]) for x in (logits, features)]
+        for all_rows, rows in zip(kept, (logits, features), strict=True):
+            all_rows[:, index] = rows
+    return lambda batch: tuple(x[:, batch.index] for x in kept)
 
 
 def distil(session: Session, student: nn.Module, capture: LastFeatures, teach: Callable, loss: EEKDLoss,

@@ -1,0 +1,51 @@
+"""Tries recipes for the preset glyphs and keeps every trial: results/demo-trials.json. Validation accuracy only.
+
+python results/demo_trials.py --seeds 100 101
+"""
+
+import argparse
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from eekd.config import Config, Student, preset
+from eekd.info import environment
+from eekd.trainers import Session, train_student, train_teacher
+
+GRID = [dict(lr=lr) for lr in (0.03, 0.1, 0.3)]
+TEACHING = [dict(temperature=t, alpha=a) for t, a in ((2.0, 0.1), (4.0, 0.1), (2.0, 0.5))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101])
+    parser.add_argument("--preset", default="glyphs")
+    args = parser.parse_args()
+    config = replace(preset(args.preset), seeds=1)
+    path = Path(__file__).with_name("demo-trials.json")
+    record = {
+        "command": ["python", "results/demo_trials.py", "--seeds", *map(str, args.seeds)],
+        "environment": environment(), "config": json.loads(config.to_json()), "trials": [],
+    }  # fmt: skip
+    data = None
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in args.seeds:
+            session = Session(replace(config, seed=seed), data)
+            data = session.data
+            teacher = Path(folder, f"teacher-{seed}")
+            train_teacher(session.config, teacher, session=session)
+            for rate in GRID:
+                for weighting, options in [("ce", {}), *((w, t) for t in TEACHING for w in ("last", "attention"))]:
+                    student: Student = replace(config.student, **rate, **options)
+                    trial: Config = replace(config, seed=seed, student=student)
+                    out = Path(folder, f"{seed}-{len(record['trials'])}")
+                    known = train_student(trial, teacher, weighting, out, session=Session(trial, data))
+                    row = {"seed": seed, "weighting": weighting, **rate, **options, "val": known["val"]["accuracy"]}
+                    record["trials"].append(row | {"seconds_per_epoch": known["seconds_per_epoch"]})
+                    print(row, flush=True)
+            path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
