@@ -44,7 +44,7 @@ class Flags:
     of an earlier run; "student --bank PATH" the same without running it.
     """
 
-    # start from these settings (None: glyphs, the demonstration, where nothing else says what to train on; else digits)
+    # start from these settings (None: glyphs, the demonstration, where no setting is given; else digits)
     preset: str | None = None
     config: str | None = None  # start from a file's settings: RUN/config.json runs RUN again
     resume: str | None = None  # go on with this run where it was stopped or killed, with its settings
@@ -57,7 +57,6 @@ class Flags:
 class Start:
     """The flags that say which settings the others override."""
 
-    data: str | None = None
     preset: str | None = None
     config: str | None = None
     resume: str | None = None
@@ -157,7 +156,9 @@ def parse(argv: list[str]) -> Flags:
     flags = ["--teacher-run" + flag[9:] if flag.split("=")[0] == "--teacher" else flag for flag in argv]
     flags = switched(flags[1:] if phase else flags)
     start = tyro.cli(Start, args=flags, return_unknown_args=True, add_help=False)[0]
-    settings = _start(start, demo=not (phase or start.data))
+    # Without any setting it is the demonstration; a setting is meant for the general recipe.
+    given = {flag.partition("=")[0] for flag in flags if flag.startswith("--")}
+    settings = _start(start, "glyphs" if not phase and given <= {"--out", "--dry-run"} else "digits")
     if phase == "teacher":
         settings = replace(settings, students=(), teacher_run=None, bank=None)
     with _literals():
@@ -204,14 +205,12 @@ def _settings_of(run: str) -> Config:
     return read_settings(run)
 
 
-def _start(start: Start, demo: bool) -> Config:
+def _start(start: Start, default: str) -> Config:
     """The settings that flags override: a preset's, a file's, or those of the run that gives the teacher."""
     if start.preset and start.config:
         raise ValueError("give --preset or --config, not both")
     if start.resume:
         return _settings_of(start.resume)
-    demo = demo and not (start.teacher_run or start.bank)
-    default = "glyphs" if demo else "digits"
     settings = Config.load(start.config) if start.config else preset(start.preset or default)
     folder = start.teacher_run
     if start.bank and not folder:
