@@ -3,7 +3,7 @@ EXTRAS ?= dev
 VENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo test test-all bench check-gpu install
+.PHONY: demo test test-all bench check-gpu sdist wheel check-packages install
 demo: install
 	$(PYTHON) -m eekd.train
 
@@ -21,6 +21,9 @@ bench: install
 
 check-gpu: install
 	$(PYTHON) tools/check_gpu.py
+
+sdist wheel check-packages: install  # dist/; a wheel with CPU kernels only, and where nvcc is, one with CUDA kernels
+	PYTHON=$(abspath $(PYTHON)) tools/packages $@
 
 # Editable, against the environment's own torch, so that one torch serves build and run.
 install: $(VENV)/eekd-$(EXTRAS)
