@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     facts = environment()
-    built = f"CUDA {_C.cuda_version} for {_C.cuda_architectures}" if _C.cuda_version else "no (nvcc was not found)"
+    built = f"CUDA {_C.cuda_version} for {_C.cuda_architectures}" if _C.cuda_version else "none in this build"
     rows = {
         "eekd": f"{facts['eekd']} ({facts['commit'] or 'installed package'})",
         "python": facts["python"],
