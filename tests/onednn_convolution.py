@@ -2,7 +2,7 @@
 
     ONEDNN_MAX_CPU_ISA=AVX2 python tests/onednn_convolution.py
 
-Seen with torch 2.13.0, 2.14.1 and 2.15.0. The loop is there because not every such write is noticed at once.
+Seen with torch 2.13.0 and 2.15.0. The loop is there because not every such write is noticed at once.
 """
 
 import torch
