@@ -930,7 +930,7 @@ def test_lines_do_not_speak_to_the_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cells, "keep_settings", lambda *known: None)
     monkeypatch.setattr(cells, "Seed", Seed)
     monkeypatch.setattr("eekd.compare.study.gather", lambda out, *known: out / "study.json")
-    compare.run(compare.Flags(methods=("ce",), seeds=1, settings=Config(data="digits"), out=HOSTILE), [])
+    compare.run(compare.Flags(methods=("ce",), settings=Config(data="digits", seeds=1), out=HOSTILE), [])
     found = capsys.readouterr().out
     assert found.count(printable(HOSTILE)) == 2 and all(line.isprintable() for line in found.splitlines())
 
