@@ -389,6 +389,8 @@ def main(argv: list[str]) -> int:
             record, *more = (json.loads((HERE / f"{one}.json").read_text()) for one in name.split("+"))
             if more:
                 table = side_by_side([record, *more])
+            elif part == "sentence":
+                table = f"> {over_seeds.sentence(record['summary'])}"
             elif part:
                 table = attention(record, part)
             else:
