@@ -6,6 +6,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#ifdef EEKD_CUDA
+#include <dlfcn.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -238,13 +242,20 @@ void sparse_ensemble_kd_fwd_cpu(
 
 #ifdef EEKD_CUDA
 
-// In libtorch_cuda, which the torch that loads this library may lack.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+// Asks libtorch_cuda, which a torch without CUDA lacks. Not by a weak symbol: the loader looks for one only in the
+// libraries that this one needs, and those are what the linker of the build made of the torch there.
+using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
+CurrentStream current_stream() {
+  static const auto found = [] {
+    void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<CurrentStream>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
+  }();
+  return found;
+}
 
 void* stream_of(int32_t device) {
   void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream && !aoti_torch_get_current_cuda_stream(device, &stream),
-                  "this torch has no CUDA streams");
+  STD_TORCH_CHECK(current_stream() && !current_stream()(device, &stream), "this torch has no CUDA streams");
   return stream;
 }
 
@@ -351,6 +362,10 @@ PYBIND11_MODULE(_C, m) {
   m.attr("torch_version") = EEKD_TORCH_VERSION;  // of the headers; any torch from 2.10 loads the library
   m.attr("cuda_version") = EEKD_CUDA_VERSION;    // empty where no CUDA kernels were built
   m.attr("cuda_architectures") = EEKD_CUDA_ARCHITECTURES;
+#ifdef EEKD_CUDA
+  m.def("finds_cuda_streams", [] { return current_stream() != nullptr; },
+        "Whether the torch in this process has the CUDA streams that the kernels run on.");
+#endif
   m.def("cpu_capability", [] { return kIsas[static_cast<int>(eekd::isa())]; },
         "The instruction set that the CPU kernels use.");
   const auto choose = [](const std::string& name) {
