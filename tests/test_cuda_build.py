@@ -1,11 +1,15 @@
 """The CUDA kernels as nvcc builds them: no warnings, and in the library, for every architecture, no spills."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from sass import cuobjdump, kernels
 
 from eekd import _C
 
@@ -19,22 +23,27 @@ SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 # spills.
 ON_CHIP, STREAMED = ("0_1", "2_1", "0_2", "2_2"), ("0_0", "1_0", "2_0")
 ELEMENTS = ("float", "__half", "__nv_bfloat16")
+FEW, FUSIONS = (1, 2, 3, 4, 5, 8), ("probability", "logit")
 LIMITS = {
     "rows_kernel d Any 0_0": (128, 64),
     "rows_kernel f Any 0_0": (104, 0),
     **{f"rows_kernel f {elements} {variant}": (128, 0) for elements in ELEMENTS for variant in ON_CHIP + STREAMED},
+    **{f"few_rows_kernel {x} {m} {f}": (208 if m > 5 else 128, 0) for x in ELEMENTS for m in FEW for f in FUSIONS},
     "sparse_rows_kernel d Any 0": (128, 64),
     **{f"sparse_rows_kernel f {elements} {keeps}": (80, 0) for elements in ELEMENTS for keeps in (0, 1)},
     "sum_kernel d": (48, 0),
     "sum_kernel f": (48, 0),
     "count_kernel": (40, 0),
-    "scale_kernel d": (48, 0),
-    "scale_kernel f": (48, 0),
+    "scale_kernel d": (64, 8),
+    "scale_kernel f": (64, 0),
 }
 
 
 def kernel(symbol: str) -> str:
     """The name in LIMITS of a mangled name."""
+    few = re.search(r"few_rows_kernelI(?:(f)|\d+(__\w+?))Li(\d+)ELNS\w*?FusionE(\d)E", symbol)
+    if few:
+        return f"few_rows_kernel {'float' if few[1] else few[2]} {few[3]} {FUSIONS[int(few[4])]}"
     elements = r"I([df])(?:NS_3(Any)E|(f)|\d+(__\w+?))L"
     row = re.search(rf"(sparse_)?rows_kernel{elements}(?:NS\w*?OrderE(\d)ELNS\w*?KeepE(\d)E|b(\d)E)", symbol)
     if row:
@@ -43,14 +52,6 @@ def kernel(symbol: str) -> str:
         return f"{sparse or ''}rows_kernel {numbers} {elements} {keeps or f'{order}_{keep}'}"
     other = re.search(r"(sum_kernel|count_kernel|scale_kernel)(?:I([df])E)?", symbol)
     return " ".join(part for part in other.groups() if part)
-
-
-def cuobjdump() -> str:
-    found = shutil.which("cuobjdump")
-    if not found:
-        triton = pytest.importorskip("triton", reason="cuobjdump comes with the CUDA toolkit or Triton")
-        found = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-    return found
 
 
 def checking_nvcc() -> str:
@@ -73,6 +74,61 @@ def test_every_kernel_on_every_architecture():
     assert not {
         key: value for key, value in found.items() if value[0] > LIMITS[key[1]][0] or value[1] > LIMITS[key[1]][1]
     }
+
+
+@pytest.fixture(scope="module")
+def sm_90():
+    if "90" not in _C.cuda_architectures.split():
+        pytest.skip("built without sm_90, where the budgets were set")
+    return {kernel(symbol): code for symbol, code in kernels(_C.__file__, 90).items()}
+
+
+def column_loops(code, exponentials: int):
+    """The loops over columns with so many exponentials, at least, of 8 columns each, in the order of the code."""
+    return [loop for loop in code.innermost_loops() if loop.count("MUFU.EX2") >= 8 * exponentials]
+
+
+# Instructions a column at M = 5 in 16 bits: all of the loop of the first visit, and of the second for attention that is
+# fixed, learns by the label or by the KL. What is O(M) per row (weights, sums over threads, logarithms) is not counted.
+@pytest.mark.parametrize("fusion, first, second", [("probability", 30, [38, 44]), ("logit", 23, [29, 41, 47])])
+@pytest.mark.parametrize("elements", ["__nv_bfloat16"])
+def test_instructions_a_column(sm_90, elements, fusion, first, second):
+    loops = column_loops(sm_90[f"few_rows_kernel {elements} 5 {fusion}"], 7 if fusion == "probability" else 3)
+    assert [loop.count("LDS.128") for loop in loops] == [6] * (1 + len(second))  # M + 1 lines, 8 columns of each
+    assert not any(loop.count("LDL", "STL") for loop in loops)
+    counts = [len(loop) / 8 for loop in loops]
+    assert all(found <= most for found, most in zip(counts, [first, *second], strict=True)), counts
+    assert counts[0] + counts[-2] <= 70, counts  # by the label; of probability that is as if it were fixed
+
+
+@pytest.mark.parametrize("name, loads", [("count_kernel", 8), ("sum_kernel f", 16)])
+def test_loads_are_under_way_together(sm_90, name, loads):
+    assert max(loop.count("LDG") for loop in sm_90[name].innermost_loops()) >= loads
+
+
+@pytest.mark.parametrize("numbers", "df")
+def test_scaling_divides_no_element(sm_90, numbers):
+    loops = [loop for loop in sm_90[f"scale_kernel {numbers}"].innermost_loops() if loop.count("STG", "ST")]
+    assert loops and not any(loop.count("CALL", "MUFU.RCP", "I2F") for loop in loops)
+
+
+def test_the_streams_of_torch_are_found_whatever_the_library_was_linked_to():
+    assert _C.finds_cuda_streams() == (torch.version.cuda is not None)
+    # Not by a symbol that a torch without CUDA lacks, not even a weak one, which is found or not as the linker had it.
+    assert "cuda_stream" not in subprocess.check_output(["nm", "-D", "--undefined-only", _C.__file__], text=True)
+
+
+@pytest.mark.skipif("EEKD_SECOND_PYTHON" not in os.environ, reason="EEKD_SECOND_PYTHON is not set: no second torch")
+def test_streams_under_a_second_torch():
+    code = (
+        "import importlib.machinery, importlib.util, sys, torch\n"
+        "loader = importlib.machinery.ExtensionFileLoader('_C', sys.argv[1])\n"
+        "_C = importlib.util.module_from_spec(importlib.util.spec_from_loader('_C', loader))\n"
+        "loader.exec_module(_C)\n"
+        "print(_C.finds_cuda_streams() == (torch.version.cuda is not None))"
+    )
+    for python in (os.environ["EEKD_SECOND_PYTHON"], sys.executable):
+        assert subprocess.check_output([python, "-c", code, _C.__file__], text=True) == "True\n"
 
 
 @pytest.mark.full

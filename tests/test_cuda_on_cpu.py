@@ -5,6 +5,7 @@ Not seen here: races that the order of the fibers hides, the PTX of csrc/cuda/pt
 
 import ctypes
 import itertools
+import mmap
 import os
 import shutil
 import subprocess
@@ -54,7 +55,12 @@ from test_sparse_ensemble_kd import (  # noqa: F401  and these
 from eekd.ops.ensemble_kd import DTYPES, MAX_SNAPSHOTS
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
+SOURCES = sorted((HERE.parents[1] / "csrc" / "cuda").glob("*.cu"))
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+COMPILE = [
+    COMPILER, "-std=c++20", "-U_FORTIFY_SOURCE", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
+    "-fno-strict-aliasing", "-include", HERE / "cuda_runtime.h",
+]  # fmt: skip
 
 if not COMPILER:
     pytest.skip("no C++ compiler", allow_module_level=True)
@@ -114,19 +120,31 @@ def matrix(x: torch.Tensor | None) -> Matrix:
     return Matrix() if x is None else Matrix(x.data_ptr(), x.stride(0), DTYPES.index(x.dtype))
 
 
+def guarded(x: torch.Tensor, edge: str) -> torch.Tensor:
+    """A copy whose end, or else its beginning, lies at a page that ends the process if it is touched."""
+    page, size = mmap.PAGESIZE, x.element_size()
+    span = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1 if x.numel() else 0
+    pages = -(-max(span, 1) * size // page) * page
+    memory = mmap.mmap(-1, pages + 2 * page)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    for at in (0, pages + page):
+        assert not ctypes.CDLL(None).mprotect(ctypes.c_void_p(whole.data_ptr() + at), page, 0)
+    first = page if edge == "begin" else page + pages - span * size
+    return whole[first : first + span * size].view(x.dtype).as_strided(x.shape, x.stride()).copy_(x)
+
+
 class Emulator:
     """The library, with the op as csrc/bindings.cpp calls it."""
 
+    edge = None  # of the tensors, at which memory is guarded
+
     def __init__(self, folder: Path):
         path = folder / "cuda_on_cpu.so"
-        subprocess.run(
-            [
-                COMPILER, "-std=c++20", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror",
-                "-Wno-unknown-pragmas", "-include", HERE / "cuda_runtime.h", "-o", path, "-x", "c++",
-                HERE / "emulator.cpp", *(HERE.parents[1] / "csrc" / "cuda").glob("*.cu"),
-            ],
-            check=True,
-        )  # fmt: skip
+        options = ["-O2", "-shared", "-Werror", "-o", path, "-x", "c++"]
+        subprocess.run([*COMPILE, *options, HERE / "emulator.cpp", *SOURCES], check=True)
+        self.load(path)
+
+    def load(self, path: Path):
         self.library = ctypes.PyDLL(str(path))  # which holds the lock of the interpreter: one launch at a time
         for launcher in ("ensemble_kd_fwd", "sparse_ensemble_kd_fwd", "ensemble_kd_bwd"):
             getattr(self.library, launcher).restype = ctypes.c_char_p
@@ -149,7 +167,24 @@ class Emulator:
     def sparse_ensemble_kd_fwd(self, student, snapshots, tail, indices, *rest):
         self._forward(tail, indices, student, snapshots, *rest)
 
-    def _forward(
+    def _forward(self, *args):
+        if not self.edge:
+            return self._launch(*args)
+        copies = []
+
+        def move(x):
+            if isinstance(x, list):
+                return [move(z) for z in x]
+            if not isinstance(x, torch.Tensor):
+                return x
+            copies.append((x, guarded(x, self.edge)))
+            return copies[-1][1]
+
+        self._launch(*map(move, args))
+        for x, copy in copies:
+            x.copy_(copy)
+
+    def _launch(
         self, tail, indices, student, snapshots, labels, scores, query, keys, temperature, alpha, logit_fusion,
         kl_objective, mean, ignore_index, loss, attention_loss, weights, d_student, d_scores, d_query, d_keys,
     ):  # fmt: skip
@@ -319,6 +354,35 @@ def test_sparse_label_that_is_no_class_makes_its_row_nan(backend):
         x["labels"][2] = wrong
         loss, _, attention_loss = kd(**x, reduction="none")
         assert loss.isnan().tolist() == attention_loss.isnan().tolist() == [0, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("edge", ["begin", "end"])
+def test_no_memory_beside_a_tensor_is_touched(emulator, backend, edge, monkeypatch):
+    monkeypatch.setattr(emulator, "edge", edge)
+    for size in ((2, 5, 10), (2, 5, 1000), (2, 5, 1001), (2, 64, 1601), (2, 2, 20003), (2, 5, 1001, 20)):
+        child = os.fork()  # which touching it ends
+        if not child:
+            try:
+                for fusion, _ in READINGS[::2]:
+                    kd(**tensors(*size), fusion=fusion)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0, size
+
+
+def test_more_rows_than_a_grid_has_blocks(emulator, backend):
+    rows = 4 * (2**32 + 1)  # whose blocks, of 4 rows each, are one when counted in 32 bits
+    x = torch.zeros(4, 8)
+    out = [torch.zeros(4) for _ in range(3)]
+    student = Matrix(x.data_ptr(), 0, 1)
+    args = Arguments(rows=rows, snapshots=1, classes=8, student=student, temperature=5.0, row_scale=1)
+    args.snapshot[0] = Matrix(x.data_ptr(), 0, 1)
+    args.loss, args.attention_loss, args.weights = (t.data_ptr() for t in out)
+    error = emulator.library.ensemble_kd_fwd(
+        ctypes.byref(args), False, False, None, None, ctypes.byref(ctypes.c_int(-1))
+    )
+    assert error
 
 
 @pytest.mark.parametrize("per_row", [False, True])

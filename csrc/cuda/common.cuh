@@ -60,6 +60,38 @@ struct alignas(16) Vector {
   E x[n];
 };
 
+// A vector of elements as words, which the compiler moves 16 bytes at a time and takes apart as told here: a bfloat16 is
+// a word's half, an instruction away.
+template <class E>
+__device__ inline void read_vector(const E* from, float (&x)[8]) {
+  if constexpr (std::is_same_v<E, __nv_bfloat16>) {
+    const auto v = *reinterpret_cast<const Vector<uint32_t, 4>*>(from);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      x[2 * i] = __uint_as_float(v.x[i] << 16);
+      x[2 * i + 1] = __uint_as_float(v.x[i] & 0xffff0000u);
+    }
+  } else {
+    const auto v = *reinterpret_cast<const Vector<E, 8>*>(from);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = widen(v.x[i]);
+  }
+}
+template <class E>
+__device__ inline void write_vector(E* to, const float (&x)[8]) {
+  if constexpr (sizeof(E) == 2) {
+    Vector<uint32_t, 4> v;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v.x[i] = narrow_pair<E>(x[2 * i], x[2 * i + 1]);
+    *reinterpret_cast<Vector<uint32_t, 4>*>(to) = v;
+  } else {
+    Vector<E, 8> v;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v.x[i] = x[i];
+    *reinterpret_cast<Vector<E, 8>*>(to) = v;
+  }
+}
+
 // The threads that share a row: a warp, a block, or a cluster of blocks, each with a slice of the columns.
 struct Group {
   int thread, threads;  // of those in this block
@@ -84,6 +116,7 @@ struct Group {
 // multiple of 16 bytes before it, and so lie in its pages. Returns where its first byte comes to lie.
 __device__ inline const char* copy_line(Group group, char* to, const char* from, int bytes) {
   const int before = static_cast<int>(reinterpret_cast<uintptr_t>(from) & 15);
+  if (bytes <= 0) return to + before;
   for (int i = 16 * group.thread; i < before + bytes; i += 16 * group.threads)
     copy_async(to + i, from - before + i, min(16, before + bytes - i));
   return to + before;
@@ -145,6 +178,7 @@ bool room_for_clusters(void (*kernel)(P...), int ranks, int threads, int shared)
 template <class... P, class... A>
 cudaError_t launch_kernel(void (*kernel)(P...), int64_t blocks, int ranks, int threads, int shared, cudaStream_t stream,
                           const A&... args) {
+  if (blocks > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
   const Grid grid(blocks, ranks, threads, shared, stream);
   return cudaLaunchKernelEx(&grid.config, kernel, args...);
 }

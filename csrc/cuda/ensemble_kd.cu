@@ -11,9 +11,10 @@
 // same bits.
 
 #include <algorithm>
+#include <iterator>
 #include <type_traits>
 
-#include "rows.cuh"
+#include "few.cuh"
 
 namespace eekd {
 namespace {
@@ -21,46 +22,11 @@ namespace {
 constexpr int kMaxRanks = 8;         // blocks in a cluster that every GPU with clusters can have
 constexpr int kSplitColumns = 4096;  // that a block keeps where a row is split because rows are few
 
-// What of a row stays on chip between the visits.
-enum class Keep {
-  nothing,
-  lines,    // all M + 1 lines of logits
-  mixture,  // logit fusion, weights that do not learn: the mixed line as T, and the student's logits
-};
-
-struct Launch {
-  Keep keep;
-  int ranks, columns;  // blocks per row; columns of each but the last
-  int threads, rows_per_block, shared, line_bytes;
-};
-
 // A line of logits of one row, in shared or global memory.
 struct Line {
   const void* data;
   DType dtype;
 };
-
-// Where the parts of a row lie in shared memory, in bytes.
-struct Layout {
-  int statistics, sums, lines, pitch, mixture, size;  // pitch: from line to line
-};
-template <class T>
-__host__ __device__ Layout layout(const Launch& l, int snapshots) {
-  const auto round = [](int n) { return (n + 15) / 16 * 16; };
-  const int warps = l.threads / 32;
-  Layout at;
-  at.statistics = round(sizeof(Row<T>));
-  at.sums = at.statistics + round((snapshots + 2) * warps * sizeof(SoftmaxSum<T>));
-  at.lines = at.sums + round((2 * snapshots + 1) * warps * sizeof(T));
-  at.pitch = round(l.line_bytes + 15);
-  at.mixture = at.lines + (l.keep == Keep::lines ? snapshots + 1 : l.keep == Keep::mixture ? 1 : 0) * at.pitch;
-  at.size = at.mixture;
-  if (l.keep == Keep::mixture) {  // of whole vectors for every thread
-    const int stretch = l.threads * kWidth;
-    at.size += (l.columns + stretch - 1) / stretch * stretch * static_cast<int>(sizeof(T));
-  }
-  return at;
-}
 
 // One row, or a block's slice of it. E is the type of all logits, or Any. Columns are counted from the slice's first.
 template <class T, class E, Order order, Keep keep>
@@ -363,13 +329,14 @@ rows_kernel(const __grid_constant__ EnsembleKD a, Launch l, bool mean, const int
 // A warp, a block or a cluster per row. Neither this nor the order of columns depends on where the tensors lie, so
 // neither do the bits.
 template <class T>
-Launch launch(const EnsembleKD& a, int itemsize, const Device& device) {
-  const int snapshots = static_cast<int>(a.snapshots), classes = static_cast<int>(a.classes);
+Launch launch(const EnsembleKD& a, int snapshots, int itemsize, const Device& device) {
+  const int classes = static_cast<int>(a.classes);
   const auto with = [&](Keep keep, int ranks, int budget) {
     Launch l{};
     l.keep = keep;
     l.ranks = ranks;
-    l.columns = ranks == 1 ? classes : ((classes + ranks - 1) / ranks + 63) / 64 * 64;
+    // Whole vectors, and some for the last: C is beyond 1024 here.
+    l.columns = ranks == 1 ? classes : ((classes + ranks - 1) / ranks + kWidth - 1) / kWidth * kWidth;
     l.threads = ranks == 1 && classes <= kWarpColumns ? 32 : l.columns <= 4096 ? 128 : kMaxThreads;
     l.line_bytes = keep == Keep::nothing ? 0 : l.columns * itemsize;
     for (l.rows_per_block = l.threads == 32 ? kWarpsPerBlock : 1;; l.rows_per_block /= 2) {
@@ -382,8 +349,8 @@ Launch launch(const EnsembleKD& a, int itemsize, const Device& device) {
   const auto choose = [&] {
     if (itemsize && a.classes * itemsize < device.shared * int64_t(device.ranks))
       for (int budget : {half, device.shared})
-        for (int ranks = budget == half ? 1 : device.ranks; ranks <= device.ranks; ranks *= 2)
-          for (Keep keep : {Keep::lines, Keep::mixture})
+        for (Keep keep : {Keep::lines, Keep::mixture})
+          for (int ranks = budget == half ? 1 : device.ranks; ranks <= device.ranks; ranks *= 2)
             if (keep == Keep::lines || may_mix)
               if (const Launch l = with(keep, ranks, budget); l.shared <= budget) return l;
     return with(Keep::nothing, 1, device.shared);
@@ -404,10 +371,30 @@ Order order(const EnsembleKD& a, int itemsize) {
   return bits % 16 ? Order::neighbours : Order::vectors;
 }
 
+// The kernels of few snapshots, of which some numbers have one of their own; the others take the next, and lines of 0.
+constexpr int kFewOf[] = {1, 2, 3, 4, 5, 8};
+int padded(int64_t snapshots) {
+  for (int few : kFewOf)
+    if (snapshots <= few) return few;
+  return static_cast<int>(snapshots);
+}
+
 template <class T, class E>
 struct Kernels {
   using Pointer = void (*)(EnsembleKD, Launch, bool, const int*);
-  static constexpr bool any = std::is_same_v<E, Any>;
+  static constexpr bool any = std::is_same_v<E, Any>, has_few = std::is_same_v<T, float> && !any;
+
+  // Of as many snapshots, or null.
+  template <int i = 0>
+  static Pointer get_few(Fusion fusion, int snapshots) {
+    if constexpr (has_few && i < std::size(kFewOf)) {
+      constexpr int M = kFewOf[i];
+      if (snapshots == M) return fusion == Fusion::logit ? few_rows_kernel<E, M, Fusion::logit>
+                                                         : few_rows_kernel<E, M, Fusion::probability>;
+      return get_few<i + 1>(fusion, snapshots);
+    }
+    return nullptr;
+  }
 
   static Pointer get(Order order, Keep keep) {
     if constexpr (!any) {
@@ -432,6 +419,13 @@ struct Kernels {
         if (cudaError_t error = set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared))
           return error;
       }
+    for (Fusion fusion : {Fusion::probability, Fusion::logit})
+      for (int few : kFewOf)
+        if (const Pointer kernel = get_few(fusion, few))
+          for (const auto& [attribute, value] :
+               {std::pair(cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared),
+                {cudaFuncAttributePreferredSharedMemoryCarveout, int(cudaSharedmemCarveoutMaxShared)}})
+            if (cudaError_t error = cudaFuncSetAttribute(kernel, attribute, value)) return error;
     // A GPU that is shared out in parts may have room for smaller clusters only, or for none.
     for (int ranks = kMaxRanks; d.major >= 9 && ranks > 1 && d.ranks == 1; ranks /= 2)
       if (room_for_clusters(get(Order::apart, Keep::lines), ranks, kMaxThreads, d.shared)) d.ranks = ranks;
@@ -443,10 +437,16 @@ struct Kernels {
     if (cudaError_t error = device_in_use(device, [](Device& d) { return prepare(d); })) return error;
     const int itemsize = any ? 0 : sizeof(E);
     const Order o = any ? Order::apart : order(a, itemsize);
-    Launch l = launch<T>(a, itemsize, device);
-    if (o == Order::neighbours) l.keep = Keep::nothing, l.line_bytes = 0;
+    const int few = has_few ? padded(a.snapshots) : 0;
+    Launch l = launch<T>(a, few ? few : static_cast<int>(a.snapshots), itemsize, device);
+    Pointer kernel = l.keep == Keep::lines ? get_few(a.fusion, few) : nullptr;
+    l.aligned = o == Order::vectors;
+    if (!kernel) {
+      if (o == Order::neighbours) l.keep = Keep::nothing, l.line_bytes = 0;
+      kernel = get(o, l.keep);
+    }
     const int64_t blocks = (a.rows + l.rows_per_block - 1) / l.rows_per_block * l.ranks;
-    return launch_kernel(get(o, l.keep), blocks, l.ranks, l.threads * l.rows_per_block, l.shared, stream, a, l, mean,
+    return launch_kernel(kernel, blocks, l.ranks, l.threads * l.rows_per_block, l.shared, stream, a, l, mean,
                          count);
   }
 };

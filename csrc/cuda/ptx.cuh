@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace eekd {
 
@@ -23,6 +24,22 @@ __device__ inline float fast_log2(float x) {
   return y;
 }
 __device__ inline double fast_log2(double x) { return log2(x); }
+
+// sum += a b, but where p is 0 or less than a normal number, for there a or b may be infinite. A NaN is added. In two
+// instructions: the compiler makes a selection or a jump of it.
+__device__ inline void add_where(float p, float& sum, float a, float b) {
+  asm("{\n\t.reg .pred q;\n\tsetp.geu.f32 q, %1, 0f00800000;\n\t@q fma.rn.f32 %0, %2, %3, %0;\n\t}"
+      : "+f"(sum) : "f"(p), "f"(a), "f"(b));
+}
+
+// Two numbers rounded in one instruction, the first in the lower half of the word.
+template <class E>
+__device__ inline uint32_t narrow_pair(float a, float b) {
+  uint32_t word;
+  if constexpr (std::is_same_v<E, __half>) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
+  else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
+  return word;
+}
 
 __device__ inline char* shared_memory() {
   extern __shared__ __align__(16) char shared[];

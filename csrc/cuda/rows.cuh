@@ -70,6 +70,7 @@ __device__ T block_sum(T x, T* parts) {
 // The labels that count, 1 at least. Every thread of the block calls it.
 __device__ inline int counted(const int64_t* labels, int64_t rows, int64_t ignore_index, char* shared) {
   int count = 0;
+#pragma unroll 8
   for (int64_t b = threadIdx.x; b < rows; b += blockDim.x) count += labels[b] != ignore_index;
   count = block_sum(count, reinterpret_cast<int*>(shared));
   return count > 1 ? count : 1;
@@ -81,15 +82,17 @@ __global__ void count_kernel(const int64_t* labels, int64_t rows, int64_t ignore
   if (threadIdx.x == 0) *out = count;
 }
 
-// The sum of each of two rows of n numbers, by one block in a fixed order.
+// The sum of each of two rows of n numbers, by one block in a fixed order. Many loads are under way at once, here as in
+// the count: with one, a thread would wait for memory n / 1024 times.
 template <class T>
 __global__ void sum_kernel(const T* parts, int64_t n, T* first, T* second) {
-  for (int which = 0; which < 2; ++which) {
-    T sum = 0;
-    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) sum += parts[which * n + i];
-    sum = block_sum(sum, reinterpret_cast<T*>(shared_memory()));
-    if (threadIdx.x == 0) *(which ? second : first) = sum;
-  }
+  T sum = 0, other = 0;
+#pragma unroll 8
+  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) sum += parts[i], other += parts[n + i];
+  T* const shared = reinterpret_cast<T*>(shared_memory());
+  sum = block_sum(sum, shared);
+  other = block_sum(other, shared);
+  if (threadIdx.x == 0) *first = sum, *second = other;
 }
 
 // A row by what is O(M) or O(D) of it, before and after its columns.
@@ -119,6 +122,7 @@ struct RowKernel {
   // d_student of the columns from `begin`, and what the first block of a row has to write.
   __device__ void write_zeros(int64_t begin, int64_t columns) {
     const auto clear = [&](void* out, DType dtype, int64_t first, int64_t n) {
+#pragma unroll 1
       for (int64_t i = group.thread; out && i < n; i += group.threads) store<Any>(out, dtype, first + i, T(0));
     };
     clear(a.d_student, a.student.dtype, b * a.classes + begin, columns);
@@ -127,14 +131,17 @@ struct RowKernel {
     clear(a.weights, DType::f32, b * snapshots, snapshots);
     clear(a.d_scores, a.scores.dtype, b * snapshots, snapshots);
     clear(a.d_query, a.query.dtype, b * a.width, a.width);
+#pragma unroll 1
     for (int m = 0; m < snapshots; ++m) clear(a.d_keys, a.keys[0].dtype, (m * a.rows + b) * a.width, a.width);
   }
 
   // softmax of the scores, which are given, or the products of query and keys, or all the same.
   __device__ void weigh() {
     if (a.query.data) {
+#pragma unroll 1
       for (int m = group.warp(); m < snapshots; m += group.warps()) {
         T product = 0;
+#pragma unroll 1
         for (int64_t d = group.lane(); d < a.width; d += 32)
           product += load<T, Any>(a.query.data, a.query.dtype, b * a.query.stride + d) *
                      load<T, Any>(a.keys[m].data, a.keys[m].dtype, b * a.keys[m].stride + d);
@@ -142,21 +149,26 @@ struct RowKernel {
         if (group.lane() == 0) row.e[m] = product;
       }
     } else {
+#pragma unroll 1
       for (int m = group.thread; m < snapshots; m += group.threads)
         row.e[m] = a.scores.data ? load<T, Any>(a.scores.data, a.scores.dtype, b * a.scores.stride + m) : T(0);
     }
     group.sync();
     if (group.thread == 0) {
       T max = row.e[0], total = 0;
+#pragma unroll 1
       for (int m = 1; m < snapshots; ++m) max = row.e[m] > max ? row.e[m] : max;
+#pragma unroll 1
       for (int m = 0; m < snapshots; ++m) total += row.e[m] = fast_exp2((row.e[m] - max) * T(kLog2e));
       row.used = 0;
+#pragma unroll 1
       for (int m = 0; m < snapshots; ++m) {
         const T w = row.e[m] /= total;
         if (w != 0) row.id[row.used] = m, row.w[row.used++] = w;
       }
     }
     group.sync();
+#pragma unroll 1
     for (int m = group.thread; m < snapshots && group.rank == 0; m += group.threads)
       a.weights[b * snapshots + m] = static_cast<float>(row.e[m]);
   }
@@ -167,6 +179,7 @@ struct RowKernel {
   __device__ void finish(F label_logit) {
     const int64_t y = a.labels ? a.labels[b] : 0;
     const bool valid = y >= 0 && y < a.classes;
+#pragma unroll 1
     for (int j = group.thread; j < row.used; j += group.threads) row.label[j] = valid ? label_logit(j, y) : T(0);
     group.sync();
     if (group.thread == 0) {
@@ -179,40 +192,51 @@ struct RowKernel {
           loss -= static_cast<T>(a.alpha) * (s_y - row.hard.max - log(row.hard.sum));
         }
         if (a.fusion == Fusion::probability) {
+#pragma unroll 1
           for (int j = 0; j < row.used; ++j) z[j] = (z[j] - row.target[j].max) * k;
           attention_loss = mixture_nll(row.w, row.target, z, row.mean, row.used);
+#pragma unroll 1
           for (int j = 0; j < row.used; ++j) de[j] = row_scale * (row.w[j] - z[j]);
         } else {
           T mixed = 0;  // above the largest
+#pragma unroll 1
           for (int j = 0; j < row.used; ++j) {
             z[j] -= row.target[0].max;
             mixed += row.w[j] * z[j];
             z[j] = (row.mean[j] - z[j]) / tau;
           }
           attention_loss = log(row.target[0].sum) - mixed / tau;
+#pragma unroll 1
           for (int j = 0; mixed == -std::numeric_limits<T>::infinity() && j < row.used; ++j) z[j] = 0;  // p_y = 0
           softmax_grad(row.w, z, row_scale, de, row.used);
         }
       }
       if (by_kl) {
+#pragma unroll 1
         for (int j = 0; j < row.used; ++j)
           g[j] = a.fusion == Fusion::probability ? tau * tau * row.moved[j]
                                                  : tau * (row.moved[j] - row.kl * row.mean[j]);
         if (beta == 0)
+#pragma unroll 1
           for (int j = 0; j < row.used; ++j) g[j] = 0;
         softmax_grad(row.w, g, row_scale * beta, de, row.used);
       }
       static_cast<T*>(a.loss)[b] = row_scale * loss;
       static_cast<T*>(a.attention_loss)[b] = row_scale * attention_loss;
+#pragma unroll 1
       for (int m = 0; m < snapshots; ++m) row.e[m] = 0;
+#pragma unroll 1
       for (int j = 0; j < row.used; ++j) row.e[row.id[j]] = de[j];
     }
     group.sync();
+#pragma unroll 1
     for (int m = group.thread; a.d_scores && m < snapshots; m += group.threads)
       store<Any>(a.d_scores, a.scores.dtype, b * snapshots + m, row.e[m]);
+#pragma unroll 1
     for (int64_t d = group.thread; a.d_query && d < a.width; d += group.threads) {
       const T query = load<T, Any>(a.query.data, a.query.dtype, b * a.query.stride + d);
       T d_query = 0;
+#pragma unroll 1
       for (int m = 0; m < snapshots; ++m) {
         d_query += row.e[m] * load<T, Any>(a.keys[m].data, a.keys[m].dtype, b * a.keys[m].stride + d);
         store<Any>(a.d_keys, a.keys[m].dtype, (m * a.rows + b) * a.width + d, row.e[m] * query);

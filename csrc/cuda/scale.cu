@@ -7,6 +7,7 @@ namespace eekd {
 namespace {
 
 constexpr int kThreads = 256, kBlocks = 1024;  // enough to fill a GPU, and few enough to return at once
+constexpr int64_t kPiece = 2048;                 // columns of a row that a warp takes
 
 template <class T>
 __device__ T factor_of(const Scaled& x, int64_t row, T divisor) {
@@ -19,27 +20,37 @@ __device__ E times(E x, T f) {
   else return narrow<E>(static_cast<T>(widen(x)) * f);
 }
 
+// x[i] *= f for i = first, first + step, ... below n, 16 bytes at a time where x is aligned.
 template <class T, class E>
-__device__ void scale(const Scaled& x, T divisor) {
-  constexpr int n = 16 / sizeof(E);
-  E* data = static_cast<E*>(x.data);
-  const int64_t first = blockIdx.x * int64_t{kThreads} + threadIdx.x, step = int64_t{gridDim.x} * kThreads;
-  if (x.stride != 0) {
-    for (int64_t i = first; i < x.numel; i += step)
-      if (const T f = factor_of<T>(x, i / x.columns % x.rows, divisor); f != 1) data[i] = times(data[i], f);
-    return;
-  }
-  const T f = factor_of<T>(x, 0, divisor);
-  if (f == 1) return;
-  const int64_t whole = reinterpret_cast<uintptr_t>(data) % 16 ? 0 : x.numel / n;
+__device__ void scale(E* x, int64_t n, T f, int64_t first, int64_t step) {
+  constexpr int width = 16 / sizeof(E);
+  const int64_t whole = reinterpret_cast<uintptr_t>(x) % 16 ? 0 : n / width;
   for (int64_t i = first; i < whole; i += step) {
-    Vector<E, n>& piece = reinterpret_cast<Vector<E, n>*>(data)[i];
-    Vector<E, n> v = piece;
+    Vector<E, width>& piece = reinterpret_cast<Vector<E, width>*>(x)[i];
+    Vector<E, width> v = piece;
 #pragma unroll
     for (E& e : v.x) e = times(e, f);
     piece = v;
   }
-  for (int64_t i = whole * n + first; i < x.numel; i += step) data[i] = times(data[i], f);
+  for (int64_t i = whole * width + first; i < n; i += step) x[i] = times(x[i], f);
+}
+
+template <class T, class E>
+__device__ void scale(const Scaled& x, T divisor) {
+  E* const data = static_cast<E*>(x.data);
+  if (x.stride == 0) {
+    if (const T f = factor_of<T>(x, 0, divisor); f != 1)
+      scale(data, x.numel, f, blockIdx.x * int64_t{kThreads} + threadIdx.x, int64_t{gridDim.x} * kThreads);
+    return;
+  }
+  // A factor per row: a warp takes a piece of a row, so that no element asks for a division.
+  const int64_t pieces = (x.columns + kPiece - 1) / kPiece, warps = int64_t{gridDim.x} * (kThreads / 32);
+  for (int64_t before = 0; before < x.numel; before += x.rows * x.columns)
+    for (int64_t i = blockIdx.x * int64_t{kThreads / 32} + threadIdx.x / 32; i < x.rows * pieces; i += warps) {
+      const int64_t row = pieces == 1 ? i : i / pieces, begin = (i - row * pieces) * kPiece;
+      if (const T f = factor_of<T>(x, row, divisor); f != 1)
+        scale(data + before + row * x.columns + begin, min(kPiece, x.columns - begin), f, threadIdx.x % 32, 32);
+    }
 }
 
 template <class T>

@@ -4,7 +4,8 @@
 // reads what no other has written yet. Shared memory begins as NaN, ends at a page that may not be touched and is NaN
 // again once its block has ended. An asynchronous copy takes place only when its thread waits for it. A barrier that
 // some thread never reaches ends the process with a message. Blocks run in order, those of a cluster together: each
-// until it waits for another.
+// until it waits for another, or in an order drawn by chance. With EEKD_RACES, accesses that no barrier orders are found
+// (races.cpp).
 #pragma once
 
 #include <setjmp.h>
@@ -22,7 +23,26 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <random>
 #include <vector>
+
+#ifdef EEKD_RACES
+extern "C" {
+void race_launch();
+void race_cluster(unsigned index, unsigned threads);
+void race_watch(const void* begin, size_t bytes, bool shared);
+void race_switch(unsigned thread, bool in_kernel);
+void race_barrier(const unsigned* members, unsigned n);
+void race_access(const void* address, size_t bytes, bool writes);
+}
+#else
+inline void race_launch() {}
+inline void race_cluster(unsigned, unsigned) {}
+inline void race_watch(const void*, size_t, bool) {}
+inline void race_switch(unsigned, bool) {}
+inline void race_barrier(const unsigned*, unsigned) {}
+inline void race_access(const void*, size_t, bool) {}
+#endif
 
 #define __host__
 #define __device__
@@ -54,6 +74,8 @@ struct Device {
   int id, shared_per_block, shared_per_multiprocessor, multiprocessors, major, largest_cluster;
 } inline device;
 inline std::vector<unsigned> launches;  // the blocks per cluster of each
+inline unsigned seed = 0;               // of the order of fibers; 0: in a circle
+inline std::mt19937 chance;
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "CUDA on CPU: %s\n", what);
@@ -80,6 +102,7 @@ class Guarded {
 
 struct Barrier {
   unsigned arrived = 0, generation = 0;
+  std::vector<unsigned> members;
 };
 
 struct Block {
@@ -124,7 +147,12 @@ inline ucontext_t launcher;
 void begin();
 
 // Goes on with the next thread that has not ended: of this block in a circle, of the next where this one is stuck.
-inline void next() {
+inline void choose() {
+  if (seed) {
+    do current = &fibers[chance() % fibers.size()];
+    while (current->ended);
+    return;
+  }
   if (++stalled > blockDim.x || !current->block->running) {
     stalled = 0;
     do current = &fibers[(current - fibers.data() + blockDim.x) % fibers.size()];
@@ -133,6 +161,12 @@ inline void next() {
   const unsigned first = (current - fibers.data()) / blockDim.x * blockDim.x;
   do current = &fibers[first + (current - &fibers[first] + 1) % blockDim.x];
   while (current->ended);
+}
+
+inline void next() {
+  race_switch(0, false);
+  choose();
+  race_switch(current - fibers.data(), true);
   if (current->started) _longjmp(current->at, 1);
   current->started = true;
   ucontext_t fresh;
@@ -149,21 +183,26 @@ inline void begin() {
   if (!current->copies.empty()) fail("a thread ended before its copies arrived");
   current->ended = true;
   idle = stalled = 0;
+  race_switch(0, false);
   if (!--current->block->running) current->block->poison();
   if (!--alive) setcontext(&launcher);
   next();
 }
 
-__attribute__((noinline)) inline void wait(Barrier& barrier, unsigned threads) {
+// A shuffle waits like a barrier, but orders no accesses.
+__attribute__((noinline)) inline void wait(Barrier& barrier, unsigned threads, bool orders = true) {
   const unsigned generation = barrier.generation;
+  barrier.members.push_back(current - fibers.data());
   if (++barrier.arrived == threads) {
+    if (orders) race_barrier(barrier.members.data(), threads);
+    barrier.members.clear();
     barrier.arrived = 0;
     ++barrier.generation;
     idle = stalled = 0;
     return;
   }
   while (barrier.generation == generation) {
-    if (++idle > 4 * fibers.size()) fail("a barrier that some threads never reach");
+    if (++idle > (seed ? 64 : 4) * fibers.size()) fail("a barrier that some threads never reach");
     if (!_setjmp(current->at)) next();
   }
 }
@@ -176,7 +215,7 @@ T exchange(unsigned mask, T x, int lane_mask) {
   static_assert(sizeof(T) <= 8);
   auto& slots = current->block->exchange[current->parity ^= 1];
   std::memcpy(&slots[current->thread.x], &x, sizeof(T));
-  wait(barrier_of(mask), std::popcount(mask));
+  wait(barrier_of(mask), std::popcount(mask), false);
   const unsigned from = current->thread.x ^ lane_mask;
   if (from >= blockDim.x || !(mask >> from % 32 & 1)) fail("a shuffle with a lane that does not take part");
   std::memcpy(&x, &slots[from], sizeof(T));
@@ -187,6 +226,8 @@ inline void run(unsigned blocks, unsigned threads, size_t shared, unsigned ranks
   if (blocks % ranks) fail("a grid of no whole number of clusters");
   launches.push_back(ranks);
   body = std::move(f);
+  chance.seed(seed);
+  race_launch();
   gridDim = dim3(blocks);
   blockDim = dim3(threads);
   while (stacks.size() < threads * ranks) stacks.push_back(std::make_unique_for_overwrite<char[]>(kStack));
@@ -203,6 +244,8 @@ inline void run(unsigned blocks, unsigned threads, size_t shared, unsigned ranks
         fibers[rank * threads + i].thread = dim3(i, 0, 0);
       }
     }
+    race_cluster(first, fibers.size());
+    for (const auto& block : cluster) race_watch(block->shared.data, block->bytes, true);
     alive = fibers.size();
     idle = 0;
     stalled = 0;
@@ -213,6 +256,7 @@ inline void run(unsigned blocks, unsigned threads, size_t shared, unsigned ranks
       done = true;
       next();
     }
+    race_switch(0, false);
   }
 }
 
@@ -227,7 +271,7 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T x, int lane_mask) {
   return emulator::exchange(mask, x, lane_mask);
 }
-inline unsigned atomicOr(unsigned* x, unsigned bits) {
+__attribute__((noinline, no_sanitize("thread"))) inline unsigned atomicOr(unsigned* x, unsigned bits) {
   const unsigned before = *x;
   *x |= bits;
   return before;
@@ -245,6 +289,8 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
+inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+
 struct __half {
   _Float16 x;
 };
@@ -254,7 +300,7 @@ inline __half __float2half_rn(float x) { return {static_cast<_Float16>(x)}; }
 // The runtime: everything happens at once.
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
 enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
@@ -337,6 +383,19 @@ inline float fast_log2(float x) {
 }
 inline double fast_log2(double x) { return std::log2(x); }
 
+inline void add_where(float p, float& sum, float a, float b) {
+  if (!(p < 0x1p-126f)) sum = std::fma(a, b, sum);
+}
+
+template <class E>
+uint32_t narrow_pair(float a, float b) {
+  const auto bits = [](float x) -> uint32_t {
+    if constexpr (std::is_same_v<E, __half>) return std::bit_cast<uint16_t>(__float2half_rn(x));
+    else return __float2bfloat16_rn(x).bits;
+  };
+  return bits(a) | bits(b) << 16;
+}
+
 inline char* shared_memory() { return emulator::current->block->shared.data; }
 
 inline void copy_async(void* shared, const void* global, int bytes) {
@@ -346,6 +405,8 @@ inline void copy_async(void* shared, const void* global, int bytes) {
 }
 inline void arrived() {
   for (const auto& copy : emulator::current->copies) {
+    race_access(copy.from, copy.bytes, false);
+    race_access(copy.to, 16, true);
     std::memset(copy.to, 0, 16);
     std::memcpy(copy.to, copy.from, copy.bytes);
   }
