@@ -29,7 +29,7 @@ sdist wheel check-packages: install  # dist/; a wheel with CPU kernels only, and
 install: $(VENV)/eekd-$(EXTRAS)
 $(VENV)/eekd-$(EXTRAS): setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f) | $(PYTHON)
 	$(PYTHON) -m pip install --quiet "torch>=2.11" "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.24" ninja
-	$(PYTHON) -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PYTHON) -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
 	touch $@
 $(PYTHON):
 	python3 -m venv $(VENV)
