@@ -13,7 +13,10 @@ from eekd import command
 
 
 def commit() -> str | None:
-    """The commit of the source checkout eekd runs from, "+" appended where it has changes; None elsewhere."""
+    """The commit of the source checkout eekd runs from, "+" appended where it has changes; None elsewhere.
+
+    Where a copy of the checkout travels without its .git, the environment variable EEKD_COMMIT names the commit.
+    """
     root = Path(eekd.__file__).resolve().parent.parent
 
     def git(*args):
@@ -21,10 +24,10 @@ def commit() -> str | None:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return None
+            return os.environ.get("EEKD_COMMIT")
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("EEKD_COMMIT")
 
 
 def environment() -> dict:

@@ -27,7 +27,7 @@ def spread(values: list[float], scale: float = 1.0, sign: str = "") -> str:
 
 def provenance(record: dict, commits: Iterable[str] = ()) -> str:
     env = record["environment"]
-    commit = ", ".join(dict.fromkeys(c[:9] + c[40:] for c in commits or [env["commit"]]))
+    commit = ", ".join(dict.fromkeys(c[:9] + c[40:] for c in commits or [env["commit"] or "unknown"]))
     if "driver" in record:
         device = f"{record['device']}, driver {record['driver']}, triton {env['triton']}"
     else:

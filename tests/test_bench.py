@@ -385,8 +385,8 @@ def test_without_avx512_all_contenders_are_without():
 
 def test_the_record_of_this_machine_renders(quick, tmp_path):
     pytest.importorskip("matplotlib")
-    record = quick[1] | {"environment": quick[1]["environment"] | {"commit": "c" * 40}}
-    assert RENDER["bench"](record).count("\n| (") == 4
+    record = quick[1] | {"environment": quick[1]["environment"] | {"commit": None}}  # of a copy without its .git
+    assert RENDER["bench"](record).count("\n| (") == 4 and "commit unknown." in RENDER["bench"](record)
     assert RENDER["bandwidth"](record, tmp_path / "bench.svg") is None
 
 
@@ -444,3 +444,5 @@ def test_the_commit_of_another_checkout_is_not_ours(monkeypatch, tmp_path):
     package.mkdir(parents=True)
     monkeypatch.setattr(eekd, "__file__", str(package / "__init__.py"))
     assert info.commit() is None
+    monkeypatch.setenv("EEKD_COMMIT", "a" * 40)
+    assert info.commit() == "a" * 40

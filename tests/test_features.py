@@ -144,7 +144,7 @@ def test_every_named_model(name):
         model = models.build(name, num_classes=10)
         logits, features = (capture := LastFeatures(model))(torch.empty(2, 3, 32, 32))
     assert logits.shape == (2, 10) and features.shape == (2, capture.dim)
-    assert capture.layer == "classifier"
+    assert capture.layer == ("4" if name == "mlp64" else "classifier")
 
 
 @pytest.mark.full
