@@ -19,15 +19,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# Licence of the font files, read from each package's copyright file. Packages of one line have a design in common.
+# Licence of the font files, an SPDX name as read from each package's copyright file, then what has it; & is AND.
+# Packages of one line have a design in common; dkg-handwriting is named by the .sfd that its faces are made from.
 PACKAGES = """
-OFL-1.1      3270
+BSD-3-Clause 3270
 OFL-1.1      allerta
 OFL-1.1      anonymous-pro
 OFL-1.1      apropal
 OFL-1.1      arapey
 OFL-1.1      averia-gwf averia-sans-gwf averia-serif-gwf
-OFL-1.1      b612
+OFL-1.1&EPL-2.0&BSD-3-Clause b612
 OFL-1.1      babelstone-modern
 OFL-1.1      bajaderka
 OFL-1.1      blankenburg
@@ -45,7 +46,7 @@ OFL-1.1      courier-prime
 OFL-1.1      crosextra-carlito lato
 OFL-1.1      crosextra-caladea
 OFL-1.1      dancingscript
-Vera         dejavu-core dejavu-extra hack
+Bitstream-Vera dejavu-core dejavu-extra MIT&Bitstream-Vera hack
 OFL-1.1      dkg-handwriting
 OFL-1.1      dosis
 OFL-1.1      ebgaramond
@@ -58,13 +59,13 @@ OFL-1.1      firacode
 OFL-1.1      georgewilliams
 Unlicense    glasstty
 OFL-1.1      gnutypewriter
-BSD-3-clause go
-PD           goudybookletter
+BSD-3-Clause go
+public-domain goudybookletter
 OFL-1.1      havana
 OFL-1.1      hermit
 OFL-1.1      humor-sans
 OFL-1.0      inconsolata
-OFL-1.1      inter
+OFL-1.1&Apache-2.0 inter
 Apache-2.0   jetbrains-mono
 OFL-1.1      joscelyn
 OFL-1.1      junction
@@ -91,7 +92,7 @@ Apache-2.0   open-sans
 OFL-1.1      opendin
 OFL-1.1      oxygen
 OFL-1.1      play
-PD           prociono
+public-domain prociono
 OFL-1.1      quattrocento
 OFL-1.1      quicksand
 OFL-1.1      radisnoir
@@ -103,7 +104,7 @@ OFL-1.1      sil-gentium sil-gentium-basic
 OFL-1.1      solide-mirage
 OFL-1.1      sora
 OFL-1.1      stix
-PD           tuffy
+public-domain tuffy
 OFL-1.1      vollkorn
 OFL-1.1      yanone-kaffeesatz
 OFL-1.1      yrsa-rasa
@@ -127,8 +128,8 @@ def main() -> None:
     parser.add_argument("--packages", help="a folder to keep the packages in, or that has them")
     args = parser.parse_args()
     characters = CHARACTERS[args.classes]
-    designs = [line.split() for line in PACKAGES.strip().splitlines()]
-    names = [f"fonts-{name}" for _, *several in designs for name in several]
+    designs = [licences(line) for line in PACKAGES.strip().splitlines()]
+    names = [f"fonts-{name}" for several in designs for name in several]
     with tempfile.TemporaryDirectory() as scratch:
         kept = Path(args.packages or scratch)
         kept.mkdir(exist_ok=True, parents=True)
@@ -136,8 +137,8 @@ def main() -> None:
         if missing:
             subprocess.run(["apt-get", "download", *missing], cwd=kept, check=True)
         drawn, packages = {part: [] for part in PARTS}, []
-        for part, (licence, *several) in zip(parts(len(designs)), designs, strict=True):
-            for name in several:
+        for part, several in zip(parts(len(designs)), designs, strict=True):
+            for name, licence in several.items():
                 deb = next(kept.glob(f"fonts-{name}_*.deb"))
                 folder = Path(scratch, "unpacked", name)
                 folder.mkdir(parents=True)
@@ -156,6 +157,17 @@ def main() -> None:
     np.savez_compressed(args.out, **arrays)
     about = {"size": args.size, "characters": characters, "packages": packages}
     Path(args.out).with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def licences(line: str) -> dict[str, str]:
+    """The packages of a line, each with the licence before it: a word with a capital, or public-domain."""
+    found, licence = {}, ""
+    for word in line.split():
+        if word[0].isupper() or word == "public-domain":
+            licence = word.replace("&", " AND ")
+        else:
+            found[word] = licence
+    return found
 
 
 def parts(designs: int) -> list[str]:
