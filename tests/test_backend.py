@@ -1,5 +1,7 @@
 """use_backend: which implementation runs, for how long, and what it says where there is none."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -122,3 +124,22 @@ def test_a_backend_that_is_missing_never_runs_as_another(name, spied):
         except RuntimeError as error:
             assert name == "triton" and "triton" in str(error)
     assert bool(spied) == (name == "reference")
+
+
+def info(capability: str) -> subprocess.CompletedProcess:
+    """`eekd info` with EEKD_CPU_CAPABILITY set."""
+    environment = os.environ | {"EEKD_CPU_CAPABILITY": capability}
+    return subprocess.run([sys.executable, "-m", "eekd.info"], env=environment, capture_output=True, text=True)
+
+
+def test_the_environment_limits_the_instruction_set():
+    done = info("baseline")
+    assert done.returncode == 0 and ", kernels use baseline, " in done.stdout, done
+
+
+@pytest.mark.bad_input
+def test_an_unknown_instruction_set_is_refused_in_one_sentence():
+    done = info("avx3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == ("error: EEKD_CPU_CAPABILITY must be baseline, avx2 or avx512, and be in this build and "
+                           "processor, got avx3\n")  # fmt: skip

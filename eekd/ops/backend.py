@@ -8,6 +8,8 @@ import torch
 try:
     import eekd._C as _C  # after torch, whose libraries it needs
 except ImportError as error:
+    if "EEKD_CPU_CAPABILITY" in str(error):  # a wrong value, which no build mends
+        raise
     raise ImportError(
         f"eekd's compiled kernels could not be loaded ({error}); build them with `pip install -e .`, and do not run a "
         "non-editable install from the source folder, where the uncompiled sources shadow it"
