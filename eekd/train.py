@@ -1,6 +1,5 @@
 """The command line of training: python -m eekd.train [teacher | student --teacher RUN] [--flag value ...]."""
 
-import math
 import os
 import signal
 import sys
@@ -8,31 +7,27 @@ import warnings
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, get_args, get_origin
+from typing import Annotated, Literal, get_args, get_origin
 
 from eekd import command
 
 if __name__ == "__main__":
     command.stop_at_once()
 
-from eekd.config import TITLES, Config, differences, nearest, preset, settled, switched, word
+from eekd.config import Config, differences, nearest, preset, settled, switched, word
 from eekd.files import first_line, in_words, printable
 from eekd.signals import Stopped, signals
 
 try:
     import tyro
-    from rich import box, progress
     from rich.console import Console
-    from rich.measure import Measurement
-    from rich.table import Table
-    from rich.text import Text
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    from eekd import screen
 except ImportError as error:
     raise SystemExit(f"python -m eekd.train needs {error.name}: pip install 'eekd[train]'") from None
 
-if TYPE_CHECKING:  # torch, and what needs it, comes after the command line is read: --help is quick then
-    from eekd.trainers import Session
-
+# torch, and what needs it, is imported after the command line is read: --help is quick then.
 WATCHES = "non_finite", "skip_budget", "verify_loss"  # settings that a run may go on with others of
 
 
@@ -117,10 +112,10 @@ def _main(flags: Flags) -> int:
     except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:  # a name, a file, a value
         return _error(error)
     if flags.dry_run:
-        _show(console, _plan(session))
+        screen.show(console, screen.plan(session))
         return 0
     try:
-        with Display(console, session.config.seeds) as display:
+        with screen.Display(console, session.config.seeds) as display:
             if flags.resume:
                 run = resume(flags.resume, session=session, progress=display)
             else:
@@ -137,13 +132,13 @@ def _main(flags: Flags) -> int:
         return _fail(f"stopped, since another process ended or differs: {str(error).splitlines()[0]}", 1)
     summary = read_record(run / "summary.json", "seconds", "rows")
     if "seeds" not in summary:
-        _show(console, _results(summary["rows"]))
+        screen.show(console, screen.results(summary["rows"]))
         console.print(f"{summary['seconds']:.0f} s in all; everything is in {printable(run)}", highlight=False)
     elif distributed.first():
         from eekd.report import report
         from eekd.trainers.seeds import sentence
 
-        _show(console, _over_seeds(summary))
+        screen.show(console, screen.over_seeds(summary))
         print(f"{sentence(summary)} {summary['seconds']:.0f} s in all. Report: {printable(report(run))}".strip())
     return 0
 
@@ -243,125 +238,6 @@ def _literals() -> ConstructorRegistry:
         )
 
     return registry
-
-
-class Display:
-    """Progress of the phases: live bars on a terminal; elsewhere a line per epoch, of several seeds per phase."""
-
-    def __init__(self, console: Console, seeds: int = 1):
-        self.console, self.seeds = console, seeds
-        text = progress.TextColumn
-        self.bars = progress.Progress(
-            text("{task.description}"), progress.BarColumn(), text("{task.fields[state]}"),
-            progress.TimeElapsedColumn(), progress.TimeRemainingColumn(), console=console,
-            disable=not console.is_terminal,
-        )  # fmt: skip
-        self.tasks: dict[str, progress.TaskID] = {}
-
-    def __enter__(self):
-        self.bars.start()
-        return self
-
-    def __exit__(self, *error):
-        self.bars.stop()
-
-    def __call__(self, name: str, done: int, total: int, known: dict) -> None:
-        phase, comma, seed = name.partition(", ")
-        title = TITLES.get(phase, phase) + comma + seed
-        if name not in self.tasks:
-            self.tasks[name] = self.bars.add_task(title, total=total, state="")
-        state = f"epoch {known['epoch']}/{known['epochs']}  loss {known['train_loss']:.3f}"
-        if "val_accuracy" in known:
-            state += f"  val {known['val_accuracy']:.2%}"
-            if not self.console.is_terminal and (self.seeds == 1 or known["epoch"] == known["epochs"]):
-                self.console.print(f"{title}: {state}", highlight=False)
-        self.bars.update(self.tasks[name], completed=done, state=state)
-
-
-def _plan(session: "Session") -> Table:
-    from eekd import distributed
-    from eekd.trainers.plan import plan
-
-    data, rows, processes = session.data, plan(session), distributed.size()
-    table = _table(
-        ("phase", "network", "parameters", "epochs", "steps", "memory", "disk"),
-        f"{data.name}, {data.channels} x {data.image_size} x {data.image_size}: {len(data.train):,} images "
-        f"to train on, {len(data.val):,} to validate, {len(data.test):,} to test"
-        + f"; memory of each of {processes} processes" * (processes > 1)
-        + f"; computed in {_chosen(session)}"
-        + f"; all of it {session.config.seeds} times, with another seed each" * (session.config.seeds > 1),
-    )
-    for row in rows:
-        numbers = f"{row['parameters']:,}", str(row["epochs"]), f"{row['steps']:,}"
-        sizes = _size(row["memory"]), _size(row["disk"])
-        table.add_row(_name(TITLES.get(row["name"], row["name"])), _name(row["model"]), *numbers, *sizes)
-    return table
-
-
-def _chosen(session: "Session") -> str:
-    """Precision and memory format, "(auto)" behind what the device decided."""
-    asked, config = session.asked, session.config
-    words = config.precision, "channels_last" if config.channels_last else "contiguous memory"
-    auto = asked.precision == "auto", asked.channels_last == "auto"
-    return " and ".join(word + " (auto)" * by for word, by in zip(words, auto, strict=True))
-
-
-def _results(rows: list[dict]) -> Table:
-    columns = "", "network", "parameters", "epoch", "val %", "test %", "gain", "s/epoch"
-    table = _table(columns, "gain over CE in points of test accuracy")
-    for row in rows:
-        gain, seconds = row["gain"], row["seconds_per_epoch"]
-        table.add_row(
-            _name(TITLES.get(row["name"], row["name"])), _name(row["model"]), f"{row['parameters']:,}",
-            printable(row["epochs"]),
-            f"{100 * row['val_accuracy']:.2f}", f"{100 * row['test_accuracy']:.2f}",
-            "" if gain is None or row["name"] == "ce" else f"{100 * gain:+.2f}",
-            "" if seconds is None else f"{seconds:.2f}", end_section=row["kind"] in ("teacher", "ensemble"),
-        )  # fmt: skip
-    return table
-
-
-def _over_seeds(summary: dict) -> Table:
-    from eekd.trainers.seeds import points, spread
-
-    table = _table(("", "network", "test %", "over CE", "over KD (last)"), f"mean ± std over {len(summary['seeds'])} "
-                   "seeds; gains in points, seed by seed, with 95 % intervals")  # fmt: skip
-    for row in summary["rows"]:
-        gains = (points(row[key]) if row[key] else "" for key in ("over_ce", "over_last"))
-        table.add_row(_name(TITLES.get(row["name"], row["name"])), _name(row["model"]), spread(row["test"]), *gains,
-                      end_section=row["kind"] in ("teacher", "ensemble"))  # fmt: skip
-    return table
-
-
-def _table(columns: tuple[str, ...], caption: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=printable(caption), caption_justify="left")
-    for i, column in enumerate(columns):
-        # Where there is too little room, only columns that may wrap are narrowed: the names, which are cut instead.
-        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=i >= 2)
-    return table
-
-
-def _show(console: Console, table: Table) -> None:
-    """Prints a table; where there is too little room networks are cut first, then names, and numbers never."""
-
-    def excess() -> int:
-        wide = console.options.update(max_width=10_000)
-        return max(0, Measurement.get(console, wide, table).maximum - console.width)
-
-    if excess():
-        table.padding = 0
-        network = table.columns[1]
-        network.max_width = max(8, max(map(len, network.cells)) - excess())
-    console.print(table)
-
-
-def _name(text: str) -> Text:
-    return Text(printable(text), no_wrap=True, overflow="ellipsis")
-
-
-def _size(count: float) -> str:
-    power = min(int(math.log(max(count, 1), 1024)), 4)
-    return f"{count / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def _warn(message: Warning, category: type, filename: str, lineno: int, file=None, line=None) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eekd import files
+from eekd import files, screen
 from eekd import train as cli
 from eekd.bank import __main__ as bank
 from eekd.config import Config, Student, Teacher
@@ -268,7 +268,7 @@ def test_a_signal_saves_and_says_how_to_go_on(run, tmp_path, monkeypatch, capsys
         send(phase == "ce" and (where, done) in (("step", 2), ("last step", 4)) and "val_loss" not in known)
         send(where == "between" and phase == "teacher" and done == 8 and "val_loss" in known)
 
-    monkeypatch.setattr(cli.Display, "__call__", progress)
+    monkeypatch.setattr(screen.Display, "__call__", progress)
     for place, name, here in ((loop, "evaluate", "validation"), (teacher, "diagnose", "diagnosis")):
         def watched(*args, here=here, then=vars(place)[name]):  # noqa: B008
             send(where == here)
@@ -369,7 +369,7 @@ def test_no_file_can_be_written_any_more(run, tmp_path, monkeypatch, capsys, fil
         module = "files" if file.endswith(".tmp") else "trainers.folder"
         monkeypatch.setattr(f"eekd.{module}.open", refusing(out / file, reason), raising=False)
 
-    monkeypatch.setattr(cli.Display, "__call__", progress)
+    monkeypatch.setattr(screen.Display, "__call__", progress)
     assert cli.main(["--config", str(tmp_path / "config.json"), "--out", str(out)]) == 2
     monkeypatch.undo()
     name = file.replace("/.", "/").removeprefix(".").removesuffix(".tmp")

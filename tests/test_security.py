@@ -32,7 +32,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from torch import nn
 
-from eekd import report, train
+from eekd import report, screen, train
 from eekd.bank import LogitBank
 from eekd.bank.reader import shard_names
 from eekd.checkpoint import load_tensors, load_weights, save_tensors
@@ -913,12 +913,12 @@ def printed(what):
 def test_tables_do_not_speak_to_the_terminal(monkeypatch):
     scores = {"val_accuracy": 0.5, "test_accuracy": 0.5, "gain": None, "seconds_per_epoch": None}
     rows = [{"kind": "student", "name": HOSTILE, "model": HOSTILE, "parameters": 1, "epochs": HOSTILE, **scores}]
-    found = printed(train._results(rows))
+    found = printed(screen.results(rows))
     assert found.count(printable(HOSTILE)) == 3 and all(line.isprintable() for line in found.splitlines())
     row = {"name": "ce", "model": HOSTILE, "parameters": 1, "epochs": 1, "steps": 1, "memory": 1, "disk": 1}
     monkeypatch.setattr("eekd.trainers.plan.plan", lambda session: [row])
     data = dataclasses.replace(load("digits"), name=HOSTILE)
-    found = printed(train._plan(SimpleNamespace(data=data, asked=Config(), config=Config())))
+    found = printed(screen.plan(SimpleNamespace(data=data, asked=Config(), config=Config())))
     assert found.count(printable(HOSTILE)) == 2 and all(line.isprintable() for line in found.splitlines())
 
 

@@ -55,7 +55,8 @@ MAY_IMPORT = {
         "signals", "snapshots", "statistics", "topk",
     },
     "charts": set(),
-    "train": {"bank", "command", "config", "distributed", "files", "report", "signals", "trainers"},
+    "screen": {"config", "distributed", "files", "trainers"},
+    "train": {"bank", "command", "config", "distributed", "files", "report", "screen", "signals", "trainers"},
     "bank.__main__": {"bank", "command", "distributed", "files", "signals"},
     "bank.writer": {
         "bank", "checkpoint", "config", "data", "distributed", "files", "info", "snapshots", "topk", "trainers",

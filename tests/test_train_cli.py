@@ -9,6 +9,7 @@ import sys
 import pytest
 from rich.console import Console
 
+from eekd import screen
 from eekd import train as cli
 from eekd.config import Config, preset, settled
 from eekd.files import sha256_of
@@ -107,12 +108,12 @@ def test_dry_run_writes_nothing(here, capsys):
 
 
 def test_display_on_a_terminal():
-    screen = io.StringIO()
-    with cli.Display(Console(file=screen, force_terminal=True, width=100)) as display:
+    output = io.StringIO()
+    with screen.Display(Console(file=output, force_terminal=True, width=100)) as display:
         known = {"epoch": 1, "epochs": 2, "train_loss": 0.5}
         display("last", 1, 4, known)
         display("last", 2, 4, known | {"val_accuracy": 0.75})
-    assert "KD (last)" in screen.getvalue() and "epoch 1/2  loss 0.500  val 75.00%" in screen.getvalue()
+    assert "KD (last)" in output.getvalue() and "epoch 1/2  loss 0.500  val 75.00%" in output.getvalue()
 
 
 def test_ctrl_c_is_one_line(here, monkeypatch, capsys):
@@ -202,9 +203,9 @@ ROWS = [
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
 def test_results_keep_numbers_whole_and_shorten_names(width):
-    screen = io.StringIO()
-    cli._show(Console(file=screen, width=width, markup=False), cli._results(ROWS))
-    lines = screen.getvalue().splitlines()
+    output = io.StringIO()
+    screen.show(Console(file=output, width=width, markup=False), screen.results(ROWS))
+    lines = output.getvalue().splitlines()
     assert max(map(len, lines)) <= width
     assert all(number in lines[3] for number in ("123,456,789", " 200 ", "98.77", "97.53", "123.45"))
     assert all(number in lines[4] for number in (" 4,567", "100.00", "86.42", "-1.23", "1234.56"))
