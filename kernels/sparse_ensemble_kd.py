@@ -125,6 +125,32 @@ def _visit_top(
     return kl, means, moved
 
 
+@triton.jit
+def _visit_rest(log_q, z, w, used, k, z_top, z_sum, LOGIT: tl.constexpr, MEANS: tl.constexpr, MOVED: tl.constexpr):
+    """kernels.common.visit of one column: log_q (R), z (R, M), and p (R).
+
+    Written out, for of tiles of one column Triton 3.6 makes programs that it then refuses.
+    """
+    if LOGIT:
+        log_p = scaled(tl.sum(tl.where(used, w * z, 0.0), 1), z_top, k)
+        p = tl.exp2(log_p) * (1.0 / z_sum)
+        log_p -= log2(z_sum)
+    else:
+        each = tl.exp2(scaled(z, z_top, k))
+        p = tl.sum(tl.where(used, w / z_sum, 0.0) * each, 1)
+        log_p = log2(tl.where(p > 0, p, 1.0))
+    r = tl.where(p > 0, log_p - log_q, 0.0)
+    means = tl.zeros_like(w)
+    moved = tl.zeros_like(w)
+    if LOGIT and MEANS:
+        means = p[:, None] * tl.where(used & (p > 0)[:, None], z, 0.0)
+        if MOVED:
+            moved = r[:, None] * means
+    if MOVED and not LOGIT:
+        moved = tl.where(used, each * r[:, None] / z_sum, 0.0)
+    return p * r, means, moved, p
+
+
 @triton.jit(do_not_specialize=["snapshot_strides"])
 def sparse_rows_kernel(
     student, snapshots, tail, indices, labels, scores, query, keys, count,
@@ -235,16 +261,14 @@ def sparse_rows_kernel(
     # the bucket as a column
     d_kl = (scale * beta * tau)[:, None]
     d_ce = (scale * ce)[:, None]
-    log_q = (rest_top - finite(s_top) + log2(rest_sum) - log2(soft_sum))[:, None]
-    q = (tl.exp2(rest_top - finite(s_top)) * rest_sum / soft_sum)[:, None]
-    kl, means, moved, p = visit(
-        log_q, z_rest[:, :, None], w, used, k, z_top, z_sum, LOGIT, BY_KL or BY_LABEL, BY_KL
-    )  # fmt: skip
+    log_q = rest_top - finite(s_top) + log2(rest_sum) - log2(soft_sum)
+    q = tl.exp2(rest_top - finite(s_top)) * rest_sum / soft_sum
+    kl, means, moved, p = _visit_rest(log_q, z_rest, w, used, k, z_top, z_sum, LOGIT, BY_KL or BY_LABEL, BY_KL)
 
     if o_d_student is not None:
         # The columns of the bucket, in wide stores that pass over others: the K columns and the label's are written
         # after a barrier.
-        soft = tl.where(rest_sum[:, None] == 0, 0.0, d_kl * (q - p) / rest_sum[:, None])
+        soft = tl.where(rest_sum == 0, 0.0, scale * beta * tau * (q - p) / rest_sum)[:, None]
         hard = d_ce / hard_sum[:, None]
         if ON_CHIP:
             d = soft * powers(rest, rest_top, k, 1)
