@@ -245,12 +245,14 @@ def _scaled(unit: Tensor | None, grad: Tensor, count: Tensor | None) -> Tensor |
         return None
     if count is not None:
         grad = grad / count
-    if grad.dim():  # reduction="none": one factor per row of (…, B, n)
-        return torch.mul(unit, grad[:, None], out=torch.empty_like(unit))
-    # Reading a CPU scalar costs less than a pass over the gradient; elsewhere it would stall the device.
-    if grad.is_cpu and not torch.compiler.is_compiling() and grad.item() == 1:
-        return unit
-    return unit * grad
+    if grad.is_cpu and not grad.dim():
+        # Reading a CPU scalar costs less than a pass over the gradient; elsewhere it would stall the device.
+        if not torch.compiler.is_compiling() and grad.item() == 1:
+            return unit
+        return unit * grad
+    # One factor per row of (…, B, n), or one for all, which a GPU would round to 16 bits if it had no dimension.
+    factor = grad[:, None] if grad.dim() else grad[None, None]
+    return torch.mul(unit, factor, out=torch.empty_like(unit))
 
 
 def _refuse_options(temperature, alpha, fusion, attention_objective, reduction, ignore_index) -> None:
