@@ -63,10 +63,9 @@ def check(x: dict, **options) -> dict[str, Tensor]:
     temperature, student = options.get("temperature", 5.0), x["student_logits"].double()
     squared = temperature**2
     probability = max([(row / temperature).softmax(0).nan_to_num(0).max().item() for row in student], default=0)
-    rows = 1
-    if options.get("reduction", "mean") == "mean":
-        labels = x.get("labels")
-        rows = max(1, len(student) if labels is None else int((labels != options.get("ignore_index", -100)).sum()))
+    labels, reduction = x.get("labels"), options.get("reduction", "mean")
+    counted = max(1, len(student) if labels is None else int((labels != options.get("ignore_index", -100)).sum()))
+    rows = counted if reduction == "mean" else 1
     logits = max([z.nan_to_num(0, 0, 0).abs().max().item() for z in x["snapshot_logits"] if z.numel()], default=0)
     for name, value in got.items():
         assert value.shape == truth[name].shape and value.dtype == torchs[name].dtype, name
@@ -78,6 +77,8 @@ def check(x: dict, **options) -> dict[str, Tensor]:
             terms = 1
         if name == "d_student_logits":
             terms = max(terms, temperature * probability / rows)
+        if name in ("loss", "attention_loss") and reduction == "sum":
+            terms *= counted
         floor = terms * ATOL[got["loss"].dtype]
         assert_close(name, value.double(), torchs[name].double(), truth[name].double(), ATOL[value.dtype], floor)
     return got
@@ -87,9 +88,20 @@ def assert_close(name: str, value: Tensor, torchs: Tensor, truth: Tensor, rtol: 
     finite = truth.isfinite()
     torch.testing.assert_close(value[~finite], truth[~finite], equal_nan=True, msg=lambda m: f"{name}: {m}")
     if finite.any():
-        error = (value - truth)[finite].abs().max()
-        bound = 2 * (torchs - truth)[finite].abs().max() + max(rtol * truth[finite].abs().max(), floor)
-        assert error <= bound, f"{name}: error {error:.3g} exceeds {bound:.3g}"
+        error, reference = ((x - truth)[finite].abs().max() for x in (value, torchs))
+        largest = truth[finite].abs().max()
+        bound = 2 * reference + max(rtol * largest, floor)
+        assert error <= bound, (
+            f"{name}: error {error:.3g} exceeds {bound:.3g}: the reference's is {reference:.3g}, the largest value is "
+            f"{largest:.3g}, the floor {floor:.3g}"
+        )
+
+
+def assert_rounded_once(value: Tensor, full: Tensor) -> None:
+    """The value is a rounding of what another order of fp32 sums could have made of `full`."""
+    apart = 128 * torch.finfo(torch.float32).eps * full.abs().max()
+    low, high = ((full + step).to(value.dtype) for step in (-apart, apart))
+    assert ((low <= value) & (value <= high)).all()
 
 
 def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:

