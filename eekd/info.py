@@ -15,8 +15,10 @@ from eekd import command
 def commit() -> str | None:
     """The commit of the source checkout eekd runs from, "+" appended where it has changes; None elsewhere.
 
-    Where a copy of the checkout travels without its .git, the environment variable EEKD_COMMIT names the commit.
+    The environment variable EEKD_COMMIT names the commit of a copy whose .git was left behind or is of another commit.
     """
+    if named := os.environ.get("EEKD_COMMIT"):
+        return named
     root = Path(eekd.__file__).resolve().parent.parent
 
     def git(*args):
@@ -24,10 +26,10 @@ def commit() -> str | None:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return os.environ.get("EEKD_COMMIT")
+            return None
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("EEKD_COMMIT")
+        return None
 
 
 def environment() -> dict:

@@ -440,9 +440,13 @@ def test_the_environment_is_json_and_names_the_commit():
 
 
 def test_the_commit_of_another_checkout_is_not_ours(monkeypatch, tmp_path):
+    monkeypatch.delenv("EEKD_COMMIT", raising=False)
     package = tmp_path / "site-packages" / "eekd"
     package.mkdir(parents=True)
     monkeypatch.setattr(eekd, "__file__", str(package / "__init__.py"))
     assert info.commit() is None
+
+
+def test_the_environment_names_the_commit_before_git_does(monkeypatch):
     monkeypatch.setenv("EEKD_COMMIT", "a" * 40)
     assert info.commit() == "a" * 40
