@@ -97,11 +97,12 @@ def assert_close(name: str, value: Tensor, torchs: Tensor, truth: Tensor, rtol: 
         )
 
 
-def assert_rounded_once(value: Tensor, full: Tensor) -> None:
+def assert_rounded_once(name: str, value: Tensor, full: Tensor) -> None:
     """The value is a rounding of what another order of fp32 sums could have made of `full`."""
     apart = 128 * torch.finfo(torch.float32).eps * full.abs().max()
     low, high = ((full + step).to(value.dtype) for step in (-apart, apart))
-    assert ((low <= value) & (value <= high)).all()
+    wrong = ~((low <= value) & (value <= high))
+    assert not wrong.any(), f"{name}: {value[wrong]} where fp32 has {full[wrong]}"
 
 
 def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:

@@ -122,7 +122,7 @@ def test_half_precision_is_fp32_arithmetic_rounded_once(backend, device, size, d
     if device == "cpu":
         assert_same_bits(half, {k: v.to(half[k].dtype) for k, v in full.items()})
     for name, value in half.items():  # a GPU's threads hold other columns in 16 bits, and sum in another order
-        assert_rounded_once(value, full[name])
+        assert_rounded_once(name, value, full[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
