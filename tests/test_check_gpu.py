@@ -52,7 +52,7 @@ def test_runs_to_its_end_and_reports(tmp_path, capsys):
     assert got["ready"]["status"] == got["tests-native"]["status"] == got["train"]["status"] == 0
     with tarfile.open(tmp_path / check_gpu.ARCHIVE) as archive:
         inside = set(archive.getnames())
-    assert inside == {path.name for path in tmp_path.glob("*.json")} and len(inside) < 8
+    assert inside == {"output.txt"} | {path.name for path in tmp_path.glob("*.json")} and len(inside) < 8
     if not torch.cuda.is_available():
         assert got["memcheck-triton"]["status"] == "not run: no CUDA device"
 
@@ -78,6 +78,7 @@ def test_a_part_that_fails_or_takes_too_long_does_not_stop_the_rest(tmp_path, ca
         "bad": 3, "slow": "stopped after 2 s", "beside": 0, "absent": "not run: nobody has it", "good": 0,
     }  # fmt: skip
     assert got["good"]["output"] == ["fine"]
+    assert (tmp_path / "output.txt").read_text().endswith("== absent\n== good\nfine\n")
     time.sleep(max(0, start + 8 - time.monotonic()))
     assert not alive.exists()  # the grandchild was stopped too
 
@@ -91,6 +92,13 @@ def test_what_is_stopped_may_report_first_and_failures_are_printed_as_they_come(
     assert all(r["seconds"] < 6 for r in records(tmp_path).values())
     assert records(tmp_path)["suite"]["output"][-1] == "summary"
     assert "  suite: FAILED tests/x.py" in capsys.readouterr().out.splitlines()
+
+
+def test_of_long_output_the_record_has_the_end_and_a_file_all(tmp_path, monkeypatch):
+    staged(monkeypatch, {"long": python("print(*range(100), sep='\\n')")})
+    assert check(tmp_path) == 0
+    assert records(tmp_path)["long"]["output"] == [str(i) for i in range(60, 100)]
+    assert (tmp_path / "output.txt").read_text().split() == ["==", "long", *map(str, range(100))]
 
 
 def test_another_call_goes_on_with_what_has_not_passed(tmp_path, capsys, monkeypatch):
@@ -151,8 +159,11 @@ def test_parts_of_a_gpu(tmp_path, monkeypatch):
     stages = check_gpu.stages(True, False, tmp_path, tmp_path)
     parts = {name: part for stage in stages for name, part in stage.items()}
     assert [*stages[0]] == ["build"] and parts["build"].environment == {"CUDAARCHS": "90"}
-    first = [*parts][: [*parts].index("bench-triton") + 1]
-    assert first == ["build", "ready", "warm", "tests-native", "tests-triton", "bench-native", "bench-triton"]
+    first = [*parts][: [*parts].index("tests-rest") + 1]
+    assert first == [
+        "build", "ready", "warm", "bench-native", "bench-triton", "tests-native", "tests-triton", "tests-rest",
+    ]  # fmt: skip
+    assert [*stages[5]] == ["tests-native", "tests-triton"]  # at once
     assert parts["racecheck-native"].command[:3] == [str(tmp_path / "compute-sanitizer"), "--tool", "racecheck"]
     assert parts["racecheck-native"].command[-2:] == ["--launch", "native"] and not parts["racecheck-native"].missing
     assert "--quick" not in parts["bench"].command and "--tiny" not in parts["tune"].command

@@ -4,11 +4,12 @@ python tools/check_gpu.py --out DIR                     # until the budget of 9 
 python tools/check_gpu.py --out DIR                     # again: goes on with what has not passed
 python tools/check_gpu.py --out DIR --part tests-native # only this, passed or not
 
-The first four minutes are for the build, the tests of both backends and their times at all shapes; then come
-sanitizers, torch.compile and Liger, training and tune. Each backend has a process of its own, for an illegal access
-spoils all that its process does later. As each part ends DIR gets parts.json (command, environment, status, seconds and
-last lines of output of every part), the records of bench, forward and tune, and all of it in check-gpu.tar.gz. A part
-that fails or takes too long does not stop the others, but for the build; the exit status is 1 if any did.
+First come the build and the times of both backends at all shapes, in two minutes, then the ops' tests, all others that
+use a GPU, sanitizers, torch.compile and Liger, training and tune. Each backend has a process of its own, for an illegal
+access spoils all that its process does later. As each part ends DIR gets parts.json (command, environment, status,
+seconds and last lines of output of every part), output.txt with all lines, the records of bench, forward and tune, and
+all of it in check-gpu.tar.gz. A part that fails or takes too long does not stop the others, but for the build; the exit
+status is 1 if any did.
 """
 
 import argparse
@@ -32,8 +33,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 540  # seconds of a call, by default
+LINES = 40  # of a part's output, in parts.json
 GRACE = 10  # seconds between SIGINT, after which pytest reports, and SIGKILL
 ARCHIVE = "check-gpu.tar.gz"
+OUTPUT = "output.txt"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 BACKENDS = ("native", "triton")
 # B, M, C: every path, more snapshots than are unrolled, odd rows in step, and more rows than a program counts.
@@ -56,9 +59,9 @@ class Part(NamedTuple):
 def stages(gpu: bool, tiny: bool, out: Path, runs: Path) -> list[dict[str, Part]]:
     """Parts by name, in order; those of one stage run at once, for they are not timed."""
     python = [sys.executable]
-    pytest = [*python, "-m", "pytest", "-v", "-p", "no:cacheprovider"]
+    pytest = [*python, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--show-capture=no"]  # logs are long
     if gpu and importlib.util.find_spec("xdist"):
-        pytest += ["-n", str(max(1, (os.cpu_count() or 2) // 2))]  # which also share the compiling
+        pytest += ["-n", str(os.cpu_count() or 2)]  # which also share the compiling
     sanitizer = shutil.which("compute-sanitizer", path=os.environ["PATH"] + ":/usr/local/cuda/bin")
     unsanitized = "no CUDA device" if not gpu else "" if sanitizer else "compute-sanitizer was not found"
     me = [*python, __file__, *(["--tiny"] if tiny else [])]
@@ -78,7 +81,7 @@ def stages(gpu: bool, tiny: bool, out: Path, runs: Path) -> list[dict[str, Part]
     def tests(backend):
         which = f"{backend} and (formulas or columns_of_the_contract)" if tiny else backend
         return Part(
-            [*pytest, *suites, *([] if tiny else ["-m", "gpu"]), "-k", which], 130,
+            [*pytest, *suites, *([] if tiny else ["-m", "gpu"]), "-k", which], 240,
             "" if gpu or backend == "native" else "no CUDA device",
         )  # fmt: skip
 
@@ -89,11 +92,18 @@ def stages(gpu: bool, tiny: bool, out: Path, runs: Path) -> list[dict[str, Part]
             )
         },
         {"ready": Part([*me, "--ready"], 60)},
-        {"warm": Part([*me, "--warm"], 90, "" if gpu else "no CUDA device")},
-        {f"tests-{backend}": tests(backend) for backend in BACKENDS},
+        {"warm": Part([*me, "--warm", "bench"], 90, "" if gpu else "no CUDA device")},
         {"bench-native": bench("bench-native.json", "native", "eager", seconds=60)},
         {"bench-triton": bench("bench-triton.json", "triton", "eager", seconds=60)._replace(
             missing="" if gpu else "no CUDA device")},
+        {f"tests-{backend}": tests(backend) for backend in BACKENDS},
+        {
+            "tests-rest": Part(
+                [*pytest, "tests", *(f"--ignore={suite}" for suite in suites), "-m", "gpu"], 240,
+                "" if gpu else "no CUDA device",
+            )
+        },
+        {"warm-sanitized": Part([*me, "--warm", "sanitized"], 90, unsanitized)},
         {
             # Without torch's cache each tensor is an allocation, whose ends the sanitizer knows.
             f"{tool}-{backend}": Part(
@@ -218,15 +228,15 @@ def _warm(shape, fusion, small: bool) -> None:
         torch.cuda.synchronize()
 
 
-def warm() -> None:
-    """Compiles what the sanitizers and the bench launch of Triton, in as many processes as there are cores."""
+def warm(of: str) -> None:
+    """Compiles what the bench or the sanitizers launch of Triton, in as many processes as there are cores."""
     from eekd.kernels.bench import GPU_SHAPES
 
+    jobs = [(shape, "", True) for shape in SANITIZED]
+    if of == "bench":
+        jobs = [(shape, fusion, False) for fusion in ("probability", "logit") for shape in GPU_SHAPES]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        jobs = [pool.submit(_warm, shape, "", True) for shape in SANITIZED]
-        for fusion in ("probability", "logit"):
-            jobs += [pool.submit(_warm, shape, fusion, False) for shape in GPU_SHAPES]
-        for job in jobs:
+        for job in [pool.submit(_warm, *job) for job in jobs]:
             job.result()
 
 
@@ -280,7 +290,7 @@ def run(stage: dict[str, Part], end: float, environment: dict[str, str]) -> dict
                 read(name)
                 output.close()
                 status = interrupted.get(name, f"stopped after {seconds:.0f} s" if status is None else status)
-                rows[name] = {"status": status, "seconds": round(seconds, 1), "output": lines[-40:]}
+                rows[name] = {"status": status, "seconds": round(seconds, 1), "output": lines}
                 del running[name]
     finally:
         for process, *_ in running.values():
@@ -301,10 +311,10 @@ def facts(environment: dict[str, str]) -> dict:
 
 
 def write(out: Path, parts: dict[str, dict]) -> None:
-    """parts.json, and everything in one archive."""
+    """parts.json, and everything in one archive, output.txt included."""
     (out / "parts.json").write_text(json.dumps(parts, indent=1) + "\n")
     with tarfile.open(out / ARCHIVE, "w:gz") as archive:
-        for path in sorted(out.glob("*.json")):
+        for path in sorted([*out.glob("*.json"), out / OUTPUT]):
             archive.add(path, path.name)
 
 
@@ -317,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="each part small, whether there is a GPU or not")
     parser.add_argument("--launch", choices=BACKENDS, help="only launch its kernels, as the sanitizers do")
     parser.add_argument("--ready", action="store_true", help="only see whether both backends can be used")
-    parser.add_argument("--warm", action="store_true", help="only compile the Triton kernels")
+    parser.add_argument("--warm", choices=["bench", "sanitized"], help="only compile the Triton kernels of these parts")
     args = parser.parse_args(argv)
     gpu = torch.cuda.is_available()
     if not (gpu or args.tiny):
@@ -328,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
         elif args.ready:
             ready(gpu)
         else:
-            warm()
+            warm(args.warm)
         return 0
     end = time.monotonic() + args.budget
     name = torch.cuda.get_device_name().replace(" ", "-") if gpu else "cpu"
@@ -368,6 +378,9 @@ def main(argv: list[str] | None = None) -> int:
             if found is None or "build" in stage:
                 found = facts(environment)
             for part in stage:
+                with (out / OUTPUT).open("a") as file:
+                    print(f"== {part}", *got[part]["output"], sep="\n", file=file)
+                got[part]["output"] = got[part]["output"][-LINES:]
                 command = [w.replace(sys.executable, "python").replace(f"{ROOT}/", "") for w in stage[part].command]
                 parts[part] = {"gpu": name, "command": command, "environment": found, **got[part]}
                 status = got[part]["status"]
