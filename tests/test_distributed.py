@@ -4,6 +4,7 @@ import functools
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -355,6 +356,23 @@ def test_the_same_batch_gives_the_same_networks(norm_free, tmp_path, processes, 
             assert row.keys() == other.keys()
             for name in row.keys() - TIMES:
                 assert row[name] == pytest.approx(other[name], abs=1e-4), name
+
+
+@pytest.mark.full
+def test_processes_run_seed_after_seed(norm_free, tmp_path):
+    """The first seed's networks are those of a run of its own, and what is lost of the second is done again."""
+    command, one = norm_free
+    run, summary = tmp_path / "run", tmp_path / "run" / "summary.json"
+    launch(2, *command, run, "--seeds", 2)
+    assert_close(one, run / "seed-0", 2e-5)
+    before = read_json(summary)
+    assert before["seeds"] == [0, 1] and len({row["test"]["std"] for row in before["rows"]}) > 1
+    summary.unlink()
+    shutil.rmtree(run / "seed-1" / "students")
+    (run / "seed-1" / "summary.json").unlink()
+    launch(2, "-m", "eekd.train", "--resume", run)
+    again = read_json(summary)
+    assert [row["test"] for row in again["rows"]] == [row["test"] for row in before["rows"]]
 
 
 @pytest.mark.full
