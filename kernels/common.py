@@ -26,6 +26,8 @@ STREAMED_COLUMNS = 8  # of 32 bits per thread and block of a row that is read tw
 PACKED = 512  # numbers below which a program takes several rows
 READ_AHEAD = 88 * 1024  # bytes of shared memory for tiles on their way; sm_120 has 99 KB
 TABLES = Path(__file__).with_name("launch")
+COUNTS = tl.constexpr(32)  # programs that count labels, each some
+SUMMED = 2**17  # bytes that a program sums at a time, in 32 warps of 64 registers
 COUNT_IN_PROGRAM = 2048  # labels that every program counts for itself, which costs less than a launch
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -209,7 +211,8 @@ def forward(kernel, plan, student, snapshots, more, labels, scores, query, keys,
     """Fills the outputs of a forward, whose other inputs are `more`, by the launch that `plan` makes of its arguments.
 
     One launch for the rows; one more to add up a scalar loss, in a fixed order; and one before, to count the rows of a
-    mean, where there are too many for every program to count them.
+    mean, where there are too many for every program to count them. Each of the small launches has all its loads under
+    way at once, for their latency is most of its time.
     """
     loss, attention_loss, weights, d_student, d_scores, d_query, d_keys = outputs
     mean, ignore_index = options[-2:]
@@ -249,7 +252,7 @@ def forward(kernel, plan, student, snapshots, more, labels, scores, query, keys,
     count = parts = None
     o_loss, o_attention_loss = loss, attention_loss
     if mean and labels is not None and rows > COUNT_IN_PROGRAM:
-        count = student.new_empty((), dtype=torch.int32)
+        count = student.new_empty(COUNTS.value, dtype=torch.int32)
     if reduces:
         parts = loss.new_empty((2, -(-grid[0] // 4) * 4))  # both rows at multiples of 16 bytes
         o_loss, o_attention_loss = parts.unbind()
@@ -259,12 +262,16 @@ def forward(kernel, plan, student, snapshots, more, labels, scores, query, keys,
     )  # fmt: skip
     with torch.cuda.device_of(student):
         if count is not None:
-            counting = (labels, count, rows, ignore_index, 4096)
-            start(count_kernel, (1, 1, 1), counting, {"num_warps": 8}, ("count", device, *counting[2:]), aligned)
+            counting = (labels, count, rows, ignore_index, 1024)
+            grid_of_counts = (COUNTS.value, 1, 1)
+            start(count_kernel, grid_of_counts, counting, {"num_warps": 4}, ("count", device, *counting[2:]), aligned)
         start(kernel, grid, (*tensors, *found.numbers), found.options, key, aligned)
         if reduces:
-            sums = (parts, loss, attention_loss, grid[0], parts.stride(0), 1024)
-            start(sum_kernel, (1, 1, 1), sums, {"num_warps": 4}, ("sum", device, loss.dtype, grid[0]), aligned)
+            vector = 16 // loss.itemsize
+            block = max(1024, min(SUMMED // loss.itemsize, next_power_of_2(grid[0])))
+            warps = max(4, block * loss.itemsize // 4096)
+            sums = (parts, loss, attention_loss, grid[0], parts.stride(0), block, vector, 32 * warps)
+            start(sum_kernel, (2, 1, 1), sums, {"num_warps": warps}, ("sum", device, loss.dtype, grid[0]), aligned)
 
 
 @triton.jit
@@ -313,13 +320,13 @@ def softmax_grad(w, g):
 
 
 @triton.jit
-def counted(labels, B, ignore_index, BLOCK: tl.constexpr):
-    """How many of the B labels are not `ignore_index`, but 1 at least."""
+def counted(labels, B, ignore_index, begin, step, BLOCK: tl.constexpr):
+    """How many of the B labels are not `ignore_index`, in the blocks from `begin` on, `step` apart."""
     count = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, B, BLOCK):
+    for first in range(begin, B, step):
         at = first + tl.arange(0, BLOCK)
         count += (tl.load(labels + at, mask=at < B, other=ignore_index) != ignore_index).to(tl.int32)
-    return tl.maximum(tl.sum(count, 0), 1)
+    return tl.sum(count, 0)
 
 
 @triton.jit
@@ -327,9 +334,9 @@ def read_labels(labels, count, row, inside, row_scale, ignore_index, B, C, COUNT
     """Which rows count, their labels, which of these are classes, and what a row's loss is multiplied by; all (R)."""
     scale = tl.full(row.shape, row_scale, ACC)
     if COUNT_BLOCK > 0:
-        scale = scale / counted(labels, B, ignore_index, COUNT_BLOCK)
+        scale = scale / tl.maximum(counted(labels, B, ignore_index, 0, COUNT_BLOCK, COUNT_BLOCK), 1)
     elif count is not None:
-        scale = scale / tl.load(count)
+        scale = scale / tl.maximum(tl.sum(tl.load(count + tl.arange(0, COUNTS)), 0), 1)
     if labels is None:
         keep = inside
         valid = inside
@@ -560,18 +567,23 @@ def finish(
 
 
 @triton.jit
-def count_kernel(labels, o_count, B, ignore_index, BLOCK: tl.constexpr):
-    tl.store(o_count, counted(labels, B, ignore_index, BLOCK))
+def count_kernel(labels, o_counts, B, ignore_index, BLOCK: tl.constexpr):
+    """Each program's count of its labels; what is to be divided by is the sum of these."""
+    begin = tl.program_id(0) * BLOCK
+    tl.store(o_counts + tl.program_id(0), counted(labels, B, ignore_index, begin, COUNTS * BLOCK, BLOCK))
 
 
 @triton.jit
-def sum_kernel(parts, o_first, o_second, n, stride, BLOCK: tl.constexpr):
-    """The sums of the two rows of parts (2, n), each in one fixed order."""
-    first = tl.zeros([BLOCK], parts.dtype.element_ty)
-    second = tl.zeros([BLOCK], parts.dtype.element_ty)
+def sum_kernel(parts, o_first, o_second, n, stride, BLOCK: tl.constexpr, VECTOR: tl.constexpr, THREADS: tl.constexpr):
+    """The sums of the two rows of parts (2, n), by a program each and in one fixed order."""
+    row = parts + tl.program_id(0) * stride // VECTOR * VECTOR
+    read = (n + VECTOR - 1) // VECTOR * VECTOR  # whole vectors, which `stride` has
+    total = tl.zeros([THREADS], parts.dtype.element_ty)
     for begin in range(0, n, BLOCK):
         at = begin + tl.arange(0, BLOCK)
-        first += tl.load(parts + at, mask=at < n, other=0.0)
-        second += tl.load(parts + stride + at, mask=at < n, other=0.0)
-    tl.store(o_first, tl.sum(first, 0))
-    tl.store(o_second, tl.sum(second, 0))
+        x = tl.where(at < n, tl.load(row + at, mask=at < read, other=0.0), 0.0)
+        total += tl.sum(tl.sum(tl.reshape(x, (BLOCK // (THREADS * VECTOR), THREADS, VECTOR)), 2), 0)
+    if tl.program_id(0) == 0:
+        tl.store(o_first, tl.sum(total, 0))
+    else:
+        tl.store(o_second, tl.sum(total, 0))

@@ -125,6 +125,14 @@ def test_half_precision_is_fp32_arithmetic_rounded_once(backend, device, size, d
         assert_rounded_once(name, value, full[name])
 
 
+@pytest.mark.parametrize("rows", [2049, 70003])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_many_rows(backend, device, rows, reduction):
+    x = tensors(rows, 2, 3, device=device)
+    x["labels"][torch.arange(rows, device=device) % 5 == 2] = -100
+    check(x, reduction=reduction)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @sizes(*(size for size in SIZES if size[0] and size[2] <= 2500))
 def test_every_instruction_set(isa, dtype, size):

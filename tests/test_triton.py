@@ -30,7 +30,7 @@ DENSE = """
     formulas
     or (every_shape and (9x5x1001 or 5x3x5000 or 0x5x100 or 9x17x100) and (probability-label or logit-kl))
     or (every_shape and 65x5x10 and not 65x5x100 and (probability-label or logit-kl))
-    or (every_dtype and labels and logit-kl and (bfloat16 or float64) and 100)
+    or (every_dtype and labels and logit-kl and (bfloat16 or float64) and 100) or (many_rows and 2049)
     or (different_dtypes and probability) or (half_precision and logit-label)
     or (temperature_and_alpha and logit-kl) or (embedding_width and not 1500)
     or ten_thousand or far_apart or no_probability or padded_vocabulary or masked
@@ -245,6 +245,31 @@ assert launched[0][vector] == 1, launched[0][vector]
 def test_what_is_launched_again_is_what_was_launched_first():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", LAUNCHES], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+SMALL_LAUNCHES = """
+import torch
+from eekd.kernels import common
+
+for n in (1, 1023, 2049, 40000):
+    labels = torch.arange(n) % 7 - 1
+    counts = torch.empty(common.COUNTS.value, dtype=torch.int32)
+    common.count_kernel[(common.COUNTS.value, 1, 1)](labels, counts, n, -1, 1024, num_warps=4)
+    assert counts.sum() == (labels != -1).sum()
+    for dtype, block in ((torch.float32, 32768), (torch.float32, 1024), (torch.float64, 16384)):
+        parts = torch.full((2, -(-n // 4) * 4), torch.nan, dtype=dtype)
+        parts[:, :n] = torch.randint(-9, 9, (2, n))
+        first, second = torch.empty(2, dtype=dtype)
+        width = 16 // dtype.itemsize
+        common.sum_kernel[(2, 1, 1)](parts, first, second, n, parts.stride(0), block, width, block // 8, num_warps=4)
+        assert [first, second] == [*parts[:, :n].sum(1)]
+"""
+
+
+@interprets
+def test_labels_are_counted_and_parts_summed():
+    run = subprocess.run([sys.executable, "-c", SMALL_LAUNCHES], env=INTERPRETED, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
 

@@ -13,7 +13,8 @@ sparse_kernels = pytest.importorskip("eekd.kernels.sparse_ensemble_kd")
 ASTSource = pytest.importorskip("triton.compiler").ASTSource
 GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
 
-SEPARATE = pytest.importorskip("eekd.kernels.common").SEPARATE.value
+common = pytest.importorskip("eekd.kernels.common")
+SEPARATE = common.SEPARATE.value
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_LIMIT = {80: 163, 90: 227, 100: 227, 120: 99}  # KB per block
 SPILLED = 16  # bytes: each compiler keeps a few registers of one kernel or another on the stack
@@ -225,6 +226,26 @@ def test_the_backward_compiles_well(tmp_path, capability):
         stack, names = facts(compiled(capability, launched), tmp_path)
         assert stack == 0 and not [name for name in names if name.startswith(("LDL", "STL"))]
         assert sum(name.startswith("LDG") and ".128" in name for name in names) >= 3
+
+
+def test_the_small_launches_have_all_loads_under_way(tmp_path):
+    def code(of, warps, **launched):
+        kernel = compiled(90, launched | {"of": of, "options": {"num_warps": warps}})
+        stack, names = facts(kernel, tmp_path)
+        assert stack == 0
+        loads = [i for i, name in enumerate(names) if name.startswith("LDG") and ".128" in name]
+        return len(loads), sum(name.startswith("BAR") for name in names[: loads[-1]])
+
+    def empty(*size, dtype=torch.float32):
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    tensors = {"labels": empty(32768, dtype=torch.int64), "o_counts": empty(32, dtype=torch.int32)}
+    assert code(common.count_kernel, 4, **tensors, B=32768, ignore_index=-100, BLOCK=1024) == (4, 0)
+    for n in (32768, 32767):
+        numbers = {"n": n, "stride": 32768, "BLOCK": 32768, "VECTOR": 4, "THREADS": 1024}
+        assert code(
+            common.sum_kernel, 32, parts=empty(2, 32768), o_first=empty(), o_second=empty(), **numbers
+        ) == (8, 0)  # fmt: skip
 
 
 @pytest.mark.slow
