@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -47,19 +47,59 @@ def launch(processes: int, *command, **environment: str) -> subprocess.Completed
     return done
 
 
-def together(processes: int, tmp_path: Path, code: str) -> None:
-    """Runs code in processes that have joined; `rank` and `size` are their numbers."""
-    script = tmp_path / "script.py"
-    start = """
-        import torch
-        from torch import nn
-        from eekd import distributed
-        torch.manual_seed(0)
-        with distributed.joined():
-            rank, size = distributed.rank(), distributed.size()
+class Crew:
+    """Processes started by torchrun that run one program after another, since to start takes longer than most run."""
+
+    LOOP = """
+        import itertools, os, runpy, sys, time
+        from pathlib import Path
+        for number in itertools.count():
+            program = Path(sys.argv[1], f"{number}.py")
+            while not program.exists():
+                time.sleep(0.02)
+            runpy.run_path(str(program))
+            program.with_suffix("." + os.environ["RANK"]).touch()
     """
-    script.write_text(textwrap.dedent(start) + textwrap.indent(textwrap.dedent(code), "    "))
-    launch(processes, script)
+
+    def __init__(self, processes: int, folder: Path):
+        self.processes, self.folder, self.programs = processes, folder, 0
+        (folder / "loop.py").write_text(textwrap.dedent(self.LOOP))
+        start = [*TORCHRUN, "--nproc-per-node", str(processes), folder / "loop.py", folder]
+        with open(folder / "told", "w") as told:
+            self.torchrun = subprocess.Popen(start, env=ENVIRONMENT, stderr=told)
+
+    def run(self, program: str) -> None:
+        path = self.folder / f"{self.programs}.py"
+        self.programs += 1
+        (self.folder / "unfinished").write_text(program)
+        (self.folder / "unfinished").rename(path)
+        end = time.monotonic() + 300
+        while not all(path.with_suffix(f".{rank}").exists() for rank in range(self.processes)):
+            alive = self.torchrun.poll() is None and time.monotonic() < end
+            assert alive, (self.folder / "told").read_text()[-4000:]
+            time.sleep(0.02)
+
+    def end(self) -> None:
+        self.torchrun.terminate()
+        self.torchrun.wait()
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> Iterator[Callable[..., None]]:
+    """Runs code in processes that have joined, unless it is to join them; `rank` and `size` are their numbers."""
+    crews = {}
+    start = "import torch\nfrom torch import nn\nfrom eekd import distributed\ntorch.manual_seed(0)\n"
+    joined = "with distributed.joined():\n    rank, size = distributed.rank(), distributed.size()\n"
+
+    def run(processes: int, code: str, join: bool = True) -> None:
+        if processes not in crews or crews[processes].torchrun.poll() is not None:
+            crews[processes] = Crew(processes, tmp_path_factory.mktemp("crew"))
+        code = textwrap.dedent(code)
+        crews[processes].run(start + (joined + textwrap.indent(code, "    ") if join else code))
+
+    yield run
+    for crew in crews.values():
+        crew.end()
 
 
 def weights(run: Path, *folders: str) -> dict[str, torch.Tensor]:
@@ -79,15 +119,17 @@ def assert_close(run: Path, other: Path, tolerance: float) -> None:
         assert difference <= tolerance * (1 + tensor.abs().max().item()), name
 
 
-def test_what_processes_hand_each_other(tmp_path):
-    together(3, tmp_path, """
-        assert distributed.largest(rank, -rank, 7) == [2, 0, 7]
-        assert distributed.total(torch.tensor([rank + 1.0, 1.0])).tolist() == [6, 3]
-        assert distributed.from_all(torch.tensor([rank])).tolist() == [[0], [1], [2]]
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.full)])
+def test_what_processes_hand_each_other(together, processes):
+    together(processes, """
+        assert distributed.largest(rank, -rank, 7) == [size - 1, 0, 7]
+        assert distributed.total(torch.tensor([rank + 1.0, 1.0])).tolist() == [size * (size + 1) / 2, size]
+        assert distributed.from_all(torch.tensor([rank])).tolist() == [[r] for r in range(size)]
         assert distributed.from_first(lambda: f"a folder of {rank} ünd more") == "a folder of 0 ünd more"
-        buffers = [torch.tensor([rank * 3.0]), torch.tensor(rank), torch.full((2, 2), float(rank))]
+        buffers = [torch.tensor([rank * 4.0]), torch.tensor(rank), torch.full((2, 2), float(rank))]
         distributed.mean_(buffers)
-        assert buffers[0].tolist() == [3.0] and buffers[1] == rank and buffers[2].eq(1).all()
+        assert buffers[0].tolist() == [2.0 * (size - 1)] and buffers[1] == rank
+        assert buffers[2].eq((size - 1) / 2).all()
         try:
             distributed.from_first(lambda: 1 / 0)
         except (ZeroDivisionError, RuntimeError) as error:
@@ -179,6 +221,7 @@ def test_the_living_meet_among_what_the_dead_left():
             _of_the_living(store, number, 2, timedelta(seconds=1))
 
 
+@pytest.mark.full
 def test_machines_that_count_their_restarts_apart_go_on(tmp_path):
     """A killed worker's machine counts a restart, the other, whose worker is still busy, none."""
     script = tmp_path / "script.py"
@@ -216,9 +259,9 @@ def test_machines_that_count_their_restarts_apart_go_on(tmp_path):
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.full)])
-def test_synchronised_batch_norm_is_that_of_the_whole_batch(tmp_path, processes):
+def test_synchronised_batch_norm_is_that_of_the_whole_batch(together, processes):
     """Uneven shares; outputs, gradients and running statistics."""
-    together(processes, tmp_path, """
+    together(processes, """
         from eekd.trainers.loop import synchronised
         for momentum in (0.1, None):
             plain = nn.Sequential(nn.BatchNorm2d(3, momentum=momentum)).double()
@@ -251,9 +294,9 @@ def test_batch_norms_are_synchronised_in_place():
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.full)])
-def test_snapshots_spread_over_processes_say_the_same(tmp_path, processes):
+def test_snapshots_spread_over_processes_say_the_same(together, processes):
     """Five and three of them, uneven batches, a batch of none; one alone needs no exchange."""
-    together(processes, tmp_path, """
+    together(processes, """
         from eekd import SnapshotEnsemble, models
         for count in (5, 3):
             torch.manual_seed(1)
@@ -273,13 +316,10 @@ def test_snapshots_spread_over_processes_say_the_same(tmp_path, processes):
     """)
 
 
-def test_a_loop_that_joined_gpus_only_exchanges_tensors_of_the_cpu_too(tmp_path):
+def test_a_loop_that_joined_gpus_only_exchanges_tensors_of_the_cpu_too(together):
     """NCCL has no CPU; here it is gloo that was told to take none."""
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent("""
-        import torch
-        from torch import nn
-        from eekd import SnapshotEnsemble, distributed
+    together(2, """
+        from eekd import SnapshotEnsemble
         torch.distributed.init_process_group("cuda:gloo")
         rank = distributed.rank()
         assert distributed.largest(rank) == [1]
@@ -296,13 +336,12 @@ def test_a_loop_that_joined_gpus_only_exchanges_tensors_of_the_cpu_too(tmp_path)
         for got, expected in zip(SnapshotEnsemble(networks, snapshots_on="ranks")(x), SnapshotEnsemble(networks)(x)):
             torch.testing.assert_close(got, expected)
         torch.distributed.destroy_process_group()
-    """))
-    launch(2, script)
+    """, join=False)
 
 
-def test_ignored_rows_weigh_nothing_wherever_they_are(tmp_path):
+def test_ignored_rows_weigh_nothing_wherever_they_are(together):
     """The mean over the labelled rows of all processes, as docs/scale.md weighs the loss."""
-    together(2, tmp_path, """
+    together(2, """
         from torch.nn.parallel import DistributedDataParallel
         from eekd import EEKDLoss
         student, criterion = nn.Linear(6, 5), EEKDLoss("confidence")
@@ -384,9 +423,9 @@ def test_synchronised_batch_norm_makes_processes_agree(tmp_path):
 
 
 @pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.full), "fsdp"])
-def test_processes_leave_out_the_same_steps(tmp_path, parallel):
+def test_processes_leave_out_the_same_steps(together, tmp_path, parallel):
     """A batch is bad in one process: by policy "stop" all end, by "skip" all go on without it."""
-    together(2, tmp_path, f"""
+    together(2, f"""
         from pathlib import Path
         from eekd.config import Config, Student, Teacher
         from eekd.trainers import Session, train_teacher
