@@ -1,4 +1,5 @@
 import os
+import signal
 from collections import defaultdict
 from itertools import combinations
 
@@ -8,6 +9,9 @@ import torch
 
 from eekd import _C, use_backend
 from eekd.ops.backend import namespace
+
+# A shell without a terminal starts what it puts into the background with Ctrl-C ignored, which children inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     # Triton's interpreter cuts fp32 off to bf16, where a GPU rounds, and takes fp64 for an integer.
