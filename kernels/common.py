@@ -55,9 +55,12 @@ class Launch(NamedTuple):
         return {"num_warps": self.num_warps} | limits
 
 
-def bucket(classes: int, snapshots: int, itemsize: int) -> str:
+def bucket(classes: int, snapshots: int, itemsize: int, again: bool = False) -> str:
     """The entry of the launch table that holds this shape."""
-    return f"{next_power_of_2(classes)} classes, {next_power_of_2(snapshots)} snapshots, {itemsize} bytes"
+    if snapshots > SEPARATE.value:  # up to which each number is a program of its own
+        snapshots = next_power_of_2(snapshots)
+    columns = f"{next_power_of_2(classes)} classes, {snapshots} snapshots, {itemsize} bytes"
+    return f"{columns}, needed again" if again else columns
 
 
 @functools.lru_cache
@@ -83,17 +86,21 @@ def launch(classes: int, snapshots: int, itemsize: int, architecture: str, again
 
     `again`: the snapshots' columns are needed again when p is known, for logit fusion or the KL objective.
     """
-    found = tuned(architecture).get(bucket(classes, snapshots, itemsize))
+    found = tuned(architecture).get(bucket(classes, snapshots, itemsize, again))
     return found or by_rule(classes, snapshots, itemsize, again)
+
+
+def column_registers(snapshots: int, itemsize: int, again: bool) -> float:
+    """Of a thread for a column: what is kept of it in 32 bits, and the snapshots, as they are or widened too."""
+    words = itemsize / 4
+    return (6 + snapshots * (words + 1) if again else 5 + snapshots * words) * max(1, words)
 
 
 def by_rule(classes: int, snapshots: int, itemsize: int, again: bool = False) -> Launch:
     if snapshots > SEPARATE.value:
         return by_rule_of_tiles(classes, snapshots, itemsize)
     block, words = next_power_of_2(classes), itemsize / 4
-    # Registers for a column: what is kept of it in 32 bits, and the snapshots, as they are or widened for use again.
-    each = (6 + snapshots * (words + 1) if again else 5 + snapshots * words) * max(1, words)
-    held = 2 ** int(math.log2(REGISTERS / each))
+    held = 2 ** int(math.log2(REGISTERS / column_registers(snapshots, itemsize, again)))
     rows = max(1, PACKED // ((next_power_of_2(snapshots) + 3) * block)) if itemsize < 8 else 1
     rows = next_power_of_2(rows)
     warps = next_power_of_2(-(-rows * block // (32 * held)))

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy
@@ -16,7 +17,7 @@ import triton
 
 import eekd.kernels.ensemble_kd
 import eekd.kernels.sparse_ensemble_kd  # noqa: F401  both register the ops
-from eekd.kernels import common
+from eekd.kernels import common, tune
 from eekd.kernels.common import alignment, launch
 
 SUITES = [Path(__file__).with_name(f"test_{op}.py") for op in ("ensemble_kd", "sparse_ensemble_kd")]
@@ -150,12 +151,61 @@ def test_the_tuner_writes_the_table_that_launches_come_from(tmp_path, monkeypatc
     for cached in (common.tuned, launch):
         cached.cache_clear()
     try:
-        assert launch(1000, 3, 2, "cpu") == launch(513, 4, 2, "cpu") == other
+        assert launch(1000, 3, 2, "cpu") == launch(513, 3, 2, "cpu") == other
+        assert launch(1000, 3, 2, "cpu", again=True) == common.by_rule(1000, 3, 2, again=True)
         assert launch(1000, 3, 2, "sm_90") == common.by_rule(1000, 3, 2)
         assert launch(1025, 3, 2, "cpu") == common.by_rule(1025, 3, 2)
     finally:
         for cached in (common.tuned, launch):
             cached.cache_clear()
+
+
+TUNED = """
+import os
+from pathlib import Path
+from eekd.kernels import common, ensemble_kd, tune
+
+def entries():
+    return sorted(path.name for path in Path(os.environ["TRITON_CACHE_DIR"]).iterdir())
+
+shape = tune.Shape(4096, 5, 1000, torch.bfloat16, "probability")
+cut = common.Launch(1, 1024, True, 4, 1, 128)
+assert tune.compile_one(shape, cut) == tune.Compiled(64, 0)
+found = entries()
+tensors = tune.made(shape, "cpu")
+plan = tune.planned(shape, cut, tensors)
+ensemble_kd.rows_kernel[plan.grid](*tune.arguments(plan, tensors), **plan.options)
+assert launched[-1][0] == "rows_kernel" and entries() == found
+wrong = tune.compile_one(shape, cut._replace(block=2**21))
+assert wrong.registers == 0 and wrong.failure, wrong
+"""
+
+
+def test_what_the_tuner_compiles_beforehand_is_what_it_launches(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    run = subprocess.run([sys.executable, "-c", RECORDER + TUNED], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("classes", [100, 1000, 4096, 32000, 128256])
+@pytest.mark.parametrize("snapshots, itemsize", [(1, 2), (5, 2), (16, 4)])
+def test_the_tuner_tries_the_rule_first_and_many_warps(classes, snapshots, itemsize):
+    for again in (False, True):
+        found = tune.candidates(classes, snapshots, itemsize, again)
+        assert found[0] == common.by_rule(classes, snapshots, itemsize, again) and len({*found}) == len(found) < 60
+        assert {cut.num_warps for cut in found} >= {4, 8, 16}
+        assert all(32 * cut.num_warps * (cut.maxnreg or 0) <= 65536 for cut in found)
+
+
+def test_a_launch_that_fails_is_counted_and_passed_over():
+    class Failing:
+        def microseconds(self, cut, **how):
+            raise ValueError("a wrong result\nat great length")
+
+    failures = Counter()
+    assert tune.timed(Failing(), common.by_rule(10, 2, 4), failures, milliseconds=1) is None
+    assert failures == {"ValueError: a wrong result": 1}
 
 
 def test_the_tuner_without_a_gpu_says_so():
@@ -167,7 +217,7 @@ def test_the_tuner_without_a_gpu_says_so():
 
 
 # A driver that compiles for sm_90 and records launches instead of making them.
-LAUNCHES = """
+RECORDER = """
 import types
 import torch
 from triton.backends.compiler import GPUTarget
@@ -188,6 +238,8 @@ class Recorder:
 
 
 driver.set_active(Recorder())
+"""
+LAUNCHES = RECORDER + """
 from eekd.kernels import ensemble_kd as kernels
 
 
