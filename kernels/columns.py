@@ -7,7 +7,7 @@ the other. A long row's sums are of groups of columns that one thread holds, and
 import triton
 import triton.language as tl
 
-from .common import LOG2E, PTX, finite, log2, powers, scaled, write_columns
+from .common import LOG2E, PTX, finite, inverse, log2, powers, scaled, write_columns
 
 LEAST = tl.constexpr(1.2e-38)  # of the probabilities that have a logarithm on a GPU
 
@@ -178,7 +178,7 @@ def _visit(
     a = scaled(s, s_top[:, None], k)
     if LOGIT:
         b = scaled(t, t_top[:, None], k)
-        p = tl.exp2(b) * (1.0 / t_sum)[:, None]
+        p = tl.exp2(b) * inverse(t_sum)[:, None]
         r = (b - a) - (log2(t_sum) - log2(soft_sum))[:, None]
     else:
         r = log2(p) - (a - log2(soft_sum)[:, None])
@@ -197,9 +197,9 @@ def _visit(
             # Half of what it was before: another number, or the compiler would keep all lines in 32 bits for it.
             half = powers(_line(z[j], classes, INSIDE, ACC), finite(z_tops[j]) + 1.0, k, 1)
             moved = moved + (_sum(half * r, V, T),)
-    d = tl.exp2(a) * (kd / soft_sum)[:, None] - p * kd[:, None]
+    d = tl.exp2(a) * (kd * inverse(soft_sum))[:, None] - p * kd[:, None]
     if CE:
-        d += powers(s, hard_top, LOG2E, 1) * (ce / hard_sum)[:, None]
+        d += powers(s, hard_top, LOG2E, 1) * (ce * inverse(hard_sum))[:, None]
         d = tl.where(is_label, d - ce[:, None], d)
     return kl, means, moved, d
 
@@ -260,7 +260,7 @@ def columns(
                 top = tl.max(x, 1) * k
                 each = powers(x, top, k, 1)
                 total = tl.sum(each, 1)
-                p += tl.where(w[j] != 0, w[j] / total, 0.0)[:, None] * each
+                p += tl.where(w[j] != 0, w[j] * inverse(total), 0.0)[:, None] * each
                 tops = tops + (top,)
                 sums = sums + (total,)
         kl, means, moved, d = _visit(
@@ -317,7 +317,7 @@ def columns(
                 top, total = _total(z_tops[j], z_sums[j])
                 tops = tops + (top,)
                 sums = sums + (total,)
-                shares = shares + (tl.where(w[j] != 0, w[j] / total, 0.0),)
+                shares = shares + (tl.where(w[j] != 0, w[j] * inverse(total), 0.0),)
         kl = zeros
         means = _times(zeros, M if LOGIT and MEANS else 0)
         moved = _times(zeros, M if MOVED else 0)
@@ -378,7 +378,8 @@ def columns(
             z_top = _with(z_top, m, j, tops[j])
             z_sum = _with(z_sum, m, j, sums[j])
             if MOVED:
-                all_moved = _with(all_moved, m, j, tl.where(w[j] != 0, 2.0 * tl.sum(moved[j], 1) / sums[j], 0.0))
+                share = tl.where(w[j] != 0, 2.0 * inverse(sums[j]), 0.0)
+                all_moved = _with(all_moved, m, j, share * tl.sum(moved[j], 1))
     return tl.sum(kl, 1), all_means, all_moved, hard_top, hard_sum, z_top, z_sum
 
 

@@ -79,15 +79,17 @@ def candidates(classes: int, snapshots: int, itemsize: int, again: bool) -> list
         each = rows * whole / (32 * warps)  # columns of a thread
         if 4 <= each <= 64 and each * column <= 280 and (rows == 1 or whole <= 256 or rows * whole == 2048):
             found.append(Launch(rows, whole, True, warps, 1, None))
-            held = each * column + 40
-            limits = (most for most in (168, 128, 96) if 0.75 * held <= most < held and warps * 32 * most <= REGISTERS)
+            held = min(each * column + 40, REGISTERS / (32 * warps))
+            limits = (most for most in (200, 168, 128, 96) if 0.75 * held <= most < held)
             found += [Launch(rows, whole, True, warps, 1, most) for most in limits]
     for warps in (1, 2, 4, 8, 16):
         for most, many, stages in (
             (168, 1, 3), (128, 1, 2), (128, 1, 3), (128, 1, 4), (96, 1, 3), (255, 2, 2), (255, 2, 3), (168, 2, 3),
+            (128, 1, 1), (96, 1, 1), (168, 2, 1),
         ):  # fmt: skip
             block = 32 * warps * vector * many
             fits = lines * block * itemsize * (stages - 1) <= SHARED // max(1, REGISTERS // (warps * 32 * most))
+            fits = fits and (stages > 1 or whole * lines * itemsize <= 2**16)  # read again from the cache of an SM
             if block < whole and min(whole, 32768) <= 8192 * warps and warps * 32 * most <= REGISTERS and fits:
                 found.append(Launch(1, block, False, warps, stages, most))
     return list(dict.fromkeys(found))
