@@ -129,7 +129,8 @@ def stages(gpu: bool, tiny: bool, out: Path, runs: Path) -> list[dict[str, Part]
         },
         {
             "tune": Part(
-                [*python, "-m", "eekd.kernels.tune", "--out", str(out), *(["--tiny"] if tiny else tune)], 3600,
+                [*python, "-m", "eekd.kernels.tune", "--out", str(out), "--tried", str(out / "tried.json"),
+                 *(["--tiny"] if tiny else tune)], 3600,
                 environment={} if gpu else {"TRITON_INTERPRET": "1"},
             )
         },
