@@ -270,7 +270,7 @@ void launch_rows(eekd::EnsembleKD& a, const Tensor& student, bool mean, const Te
   void* stream = stream_of(device);
   std::optional<Tensor> per_row;
   if (reduces) per_row = torch::stable::new_empty(loss, {2, std::max<int64_t>(a.rows, 1)});
-  const Tensor count = torch::stable::new_empty(loss, {1}, ScalarType::Int);
+  const Tensor count = torch::stable::new_empty(loss, {eekd::kCounts}, ScalarType::Int);
   char* rows = static_cast<char*>(reduces ? per_row->mutable_data_ptr() : loss.mutable_data_ptr());
   a.loss = rows;
   a.attention_loss = reduces ? rows + a.rows * (loss.scalar_type() == ScalarType::Double ? 8 : 4)

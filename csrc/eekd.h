@@ -19,6 +19,7 @@ enum class Fusion : int { probability, logit };
 enum class Objective : int { label, kl };
 
 constexpr int kMaxSnapshots = 64;
+constexpr int kCounts = 32;  // parts in which CUDA counts labels
 
 // Arguments of ensemble_kd_fwd; eekd/ops/ensemble_kd.py documents what it computes.
 // T is double when a logit is double, float otherwise; scalars and per-row results are T, gradients have the
@@ -86,8 +87,8 @@ template <class T>
 int64_t sparse_ensemble_kd_fwd_cpu(const SparseEnsembleKD&, const Parallel&);
 
 // CUDA: all pointers are of the current device, all work is put on the stream, nothing waits. `mean` divides by the
-// labels that count, into `count` where there are many. Rows go to args.loss and args.attention_loss; unless `loss` is
-// null these lie one behind the other, and their sums go to `loss` and `attention_loss`. A label that is neither a
+// labels that count, by way of `count`, kCounts numbers, where there are many. Rows go to args.loss and
+// args.attention_loss; unless `loss` is null only their sums are wanted, in `loss` and `attention_loss`. A label that is neither a
 // class nor ignored makes its row NaN. Returns what went wrong, or null.
 template <class T>
 const char* ensemble_kd_fwd_cuda(const EnsembleKD& args, bool mean, void* loss, void* attention_loss, int* count,

@@ -47,6 +47,19 @@ class Code(list[Instruction]):
                 ends[int(target[1], 16)] = i.at
         return [self.between(first, last) for first, last in sorted(ends.items(), key=lambda e: (e[0], -e[1]))]
 
+    def blocks(self) -> list["Code"]:
+        """What is always executed from its first instruction to its last, in the order of the code."""
+        jumps = [i.operands for i in self if i.name.startswith("BRA")]
+        targets = {int(at, 16) for operands in jumps for at in re.findall("0x([0-9a-f]+)", operands)}
+        found = [Code()]
+        for i in self:
+            if i.at in targets:
+                found.append(Code())
+            found[-1].append(i)
+            if i.name.startswith("BRA"):
+                found.append(Code())
+        return [block for block in found if block]
+
     def innermost_loops(self) -> list["Code"]:
         loops = self.loops()
         return [a for a in loops if not any(a is not b and a[0].at <= b[0].at and b[-1].at <= a[-1].at for b in loops)]

@@ -216,7 +216,7 @@ class Emulator:
         scalars = (loss.data_ptr(), attention_loss.data_ptr()) if loss.dim() == 0 else (None, None)
         error = launcher(
             ctypes.byref(args), loss.dtype == torch.float64, mean, *map(ctypes.c_void_p, scalars),
-            ctypes.byref(ctypes.c_int(-1)),
+            (ctypes.c_int * 32)(*[-1] * 32),
         )  # fmt: skip
         if error:
             raise RuntimeError(error.decode())
@@ -380,7 +380,7 @@ def test_more_rows_than_a_grid_has_blocks(emulator, backend):
     args.snapshot[0] = Matrix(x.data_ptr(), 0, 1)
     args.loss, args.attention_loss, args.weights = (t.data_ptr() for t in out)
     error = emulator.library.ensemble_kd_fwd(
-        ctypes.byref(args), False, False, None, None, ctypes.byref(ctypes.c_int(-1))
+        ctypes.byref(args), False, False, None, None, (ctypes.c_int * 32)(*[-1] * 32)
     )
     assert error
 

@@ -60,21 +60,17 @@ struct alignas(16) Vector {
   E x[n];
 };
 
-// A vector of elements as words, which the compiler moves 16 bytes at a time and takes apart as told here: a bfloat16 is
-// a word's half, an instruction away.
+// A vector of elements, 16 bytes at a time.
 template <class E>
 __device__ inline void read_vector(const E* from, float (&x)[8]) {
-  if constexpr (std::is_same_v<E, __nv_bfloat16>) {
+  if constexpr (sizeof(E) == 2) {
     const auto v = *reinterpret_cast<const Vector<uint32_t, 4>*>(from);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      x[2 * i] = __uint_as_float(v.x[i] << 16);
-      x[2 * i + 1] = __uint_as_float(v.x[i] & 0xffff0000u);
-    }
+    for (int i = 0; i < 4; ++i) widen_pair<E>(v.x[i], x[2 * i], x[2 * i + 1]);
   } else {
     const auto v = *reinterpret_cast<const Vector<E, 8>*>(from);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = widen(v.x[i]);
+    for (int i = 0; i < 8; ++i) x[i] = v.x[i];
   }
 }
 template <class E>
@@ -166,13 +162,14 @@ struct Grid {
   Grid(const Grid&) = delete;
 };
 
+// How many clusters the device has room for at once.
 template <class... P>
-bool room_for_clusters(void (*kernel)(P...), int ranks, int threads, int shared) {
+int clusters_at_once(void (*kernel)(P...), int ranks, int threads, int shared) {
   const Grid grid(ranks, ranks, threads, shared);
   int clusters = 0;
-  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &grid.config) == cudaSuccess) return clusters > 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &grid.config) == cudaSuccess) return clusters;
   cudaGetLastError();
-  return false;
+  return 0;
 }
 
 template <class... P, class... A>

@@ -20,7 +20,44 @@ namespace eekd {
 namespace {
 
 constexpr int kMaxRanks = 8;         // blocks in a cluster that every GPU with clusters can have
+constexpr int kMostRanks = 16;       // that some can have, where they are asked for
+constexpr int64_t kMaxRows = 1 << 30;
 constexpr int kSplitColumns = 4096;  // that a block keeps where a row is split because rows are few
+
+// What of a row stays on chip between the visits.
+enum class Keep {
+  nothing,
+  lines,    // all M + 1 lines of logits
+  mixture,  // logit fusion, weights that do not learn: the mixed line as T, and the student's logits
+};
+
+struct Launch {
+  Keep keep;
+  int ranks, columns;  // blocks per row; columns of each but the last
+  int threads, rows_per_block, shared, line_bytes;
+};
+
+// Where the parts of a row lie in shared memory, in bytes.
+struct Layout {
+  int statistics, sums, lines, pitch, mixture, size;  // pitch: from line to line
+};
+template <class T>
+__host__ __device__ Layout layout(const Launch& l, int snapshots) {
+  const auto round = [](int n) { return (n + 15) / 16 * 16; };
+  const int warps = l.threads / 32;
+  Layout at;
+  at.statistics = round(sizeof(Row<T>));
+  at.sums = at.statistics + round((snapshots + 2) * warps * sizeof(SoftmaxSum<T>));
+  at.lines = at.sums + round((2 * snapshots + 1) * warps * sizeof(T));
+  at.pitch = round(l.line_bytes + 15);
+  at.mixture = at.lines + (l.keep == Keep::lines ? snapshots + 1 : l.keep == Keep::mixture ? 1 : 0) * at.pitch;
+  at.size = at.mixture;
+  if (l.keep == Keep::mixture) {  // of whole vectors for every thread
+    const int stretch = l.threads * kWidth;
+    at.size += (l.columns + stretch - 1) / stretch * stretch * static_cast<int>(sizeof(T));
+  }
+  return at;
+}
 
 // A line of logits of one row, in shared or global memory.
 struct Line {
@@ -379,14 +416,52 @@ int padded(int64_t snapshots) {
   return static_cast<int>(snapshots);
 }
 
+// A row of more columns than half of a multiprocessor's registers hold is split where there are clusters, so that two
+// rows are under way. No ranks: it does not fit.
+FewLaunch few_launch(const EnsembleKD& a, int few, int itemsize, bool aligned, const Device& device) {
+  FewLaunch l{};
+  l.alpha = static_cast<float>(a.alpha);
+  l.beta = static_cast<float>(a.labels ? 1 - a.alpha : 1);
+  l.tau = static_cast<float>(a.temperature);
+  l.k = static_cast<float>(kLog2e / a.temperature);
+  const auto round = [](int64_t n, int to) { return (n + to - 1) / to * to; };
+  struct Limits {
+    int ranks, threads;
+  };
+  for (const Limits most : {Limits{device.ranks, kFewThreads / 2}, {device.ranks, kFewThreads},
+                            {device.ranks == kMaxRanks ? kMostRanks : device.ranks, kFewThreads}})
+    for (int ranks = 1; ranks <= most.ranks; ranks *= 2) {
+      const int64_t columns = ranks == 1 ? a.classes : round((a.classes + ranks - 1) / ranks, kWidth);
+      const int64_t threads = round((columns + few_chunks(few) * kWidth - 1) / (few_chunks(few) * kWidth), 32);
+      if (threads > most.threads || (ranks - 1) * columns >= a.classes) continue;
+      l.columns = static_cast<int>(columns);
+      l.threads = static_cast<int>(threads);
+      l.pitch = static_cast<int>(round(round(columns, kWidth) * itemsize + 4, 16));
+      for (l.blocks = kFewThreads / l.threads; l.blocks; l.blocks /= 2)
+        for (l.stages = 2; l.stages; --l.stages) {
+          l.ranks = ranks;
+          l.aligned = false;  // what fits does not depend on it
+          l.at = few_layout(l, few, few_slots(few, a.fusion));
+          if (l.at.size > std::min(device.shared, device.shared_of_all_blocks / l.blocks - 1024)) continue;
+          l.aligned = aligned;
+          l.bulk = aligned && device.major >= 9;
+          l.at = few_layout(l, few, few_slots(few, a.fusion));
+          return l;
+        }
+    }
+  l.ranks = 0;
+  return l;
+}
+
 template <class T, class E>
 struct Kernels {
   using Pointer = void (*)(EnsembleKD, Launch, bool, const int*);
+  using FewPointer = void (*)(EnsembleKD, FewLaunch, bool, const int*);
   static constexpr bool any = std::is_same_v<E, Any>, has_few = std::is_same_v<T, float> && !any;
 
   // Of as many snapshots, or null.
   template <int i = 0>
-  static Pointer get_few(Fusion fusion, int snapshots) {
+  static FewPointer get_few(Fusion fusion, int snapshots) {
     if constexpr (has_few && i < std::size(kFewOf)) {
       constexpr int M = kFewOf[i];
       if (snapshots == M) return fusion == Fusion::logit ? few_rows_kernel<E, M, Fusion::logit>
@@ -421,32 +496,45 @@ struct Kernels {
       }
     for (Fusion fusion : {Fusion::probability, Fusion::logit})
       for (int few : kFewOf)
-        if (const Pointer kernel = get_few(fusion, few))
+        if (const FewPointer kernel = get_few(fusion, few))
           for (const auto& [attribute, value] :
                {std::pair(cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared),
-                {cudaFuncAttributePreferredSharedMemoryCarveout, int(cudaSharedmemCarveoutMaxShared)}})
-            if (cudaError_t error = cudaFuncSetAttribute(kernel, attribute, value)) return error;
+                {cudaFuncAttributePreferredSharedMemoryCarveout, int(cudaSharedmemCarveoutMaxShared)},
+                {cudaFuncAttributeNonPortableClusterSizeAllowed, 1}})
+            if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed && d.major < 9) {
+              continue;
+            } else if (cudaError_t error = cudaFuncSetAttribute(kernel, attribute, value)) {
+              return error;
+            }
     // A GPU that is shared out in parts may have room for smaller clusters only, or for none.
     for (int ranks = kMaxRanks; d.major >= 9 && ranks > 1 && d.ranks == 1; ranks /= 2)
-      if (room_for_clusters(get(Order::apart, Keep::lines), ranks, kMaxThreads, d.shared)) d.ranks = ranks;
+      if (clusters_at_once(get(Order::apart, Keep::lines), ranks, kMaxThreads, d.shared)) d.ranks = ranks;
     return cudaSuccess;
   }
 
-  static cudaError_t run(const EnsembleKD& a, bool mean, const int* count, cudaStream_t stream) {
+  // `sums`: null where each row's losses are wanted, else how many numbers they become.
+  static cudaError_t run(const EnsembleKD& a, bool mean, const int* count, int64_t* sums, cudaStream_t stream) {
     Device device;
     if (cudaError_t error = device_in_use(device, [](Device& d) { return prepare(d); })) return error;
     const int itemsize = any ? 0 : sizeof(E);
     const Order o = any ? Order::apart : order(a, itemsize);
-    const int few = has_few ? padded(a.snapshots) : 0;
-    Launch l = launch<T>(a, few ? few : static_cast<int>(a.snapshots), itemsize, device);
-    Pointer kernel = l.keep == Keep::lines ? get_few(a.fusion, few) : nullptr;
-    l.aligned = o == Order::vectors;
-    if (!kernel) {
-      if (o == Order::neighbours) l.keep = Keep::nothing, l.line_bytes = 0;
-      kernel = get(o, l.keep);
+    if (const FewPointer kernel = get_few(a.fusion, padded(a.snapshots))) {
+      FewLaunch l = few_launch(a, padded(a.snapshots), itemsize, o == Order::vectors, device);
+      const int64_t clusters = l.ranks == 0   ? 0
+                               : l.ranks == 1 ? l.blocks * device.multiprocessors
+                                              : clusters_at_once(kernel, l.ranks, l.threads, l.at.size);
+      if (clusters) {
+        if (a.rows > kMaxRows) return cudaErrorInvalidConfiguration;
+        const int64_t at_once = std::min(a.rows, clusters);
+        l.sums = sums;
+        if (sums) *sums = at_once;
+        return launch_kernel(kernel, at_once * l.ranks, l.ranks, l.threads, l.at.size, stream, a, l, mean, count);
+      }
     }
+    Launch l = launch<T>(a, static_cast<int>(a.snapshots), itemsize, device);
+    if (o == Order::neighbours) l.keep = Keep::nothing, l.line_bytes = 0;
     const int64_t blocks = (a.rows + l.rows_per_block - 1) / l.rows_per_block * l.ranks;
-    return launch_kernel(kernel, blocks, l.ranks, l.threads * l.rows_per_block, l.shared, stream, a, l, mean,
+    return launch_kernel(get(o, l.keep), blocks, l.ranks, l.threads * l.rows_per_block, l.shared, stream, a, l, mean,
                          count);
   }
 };
@@ -459,15 +547,16 @@ const char* ensemble_kd_fwd_cuda(const EnsembleKD& args, bool mean, void* loss, 
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   bool same = true;
   for (int64_t m = 0; m < args.snapshots; ++m) same &= args.snapshot[m].dtype == args.student.dtype;
-  return launch_all<T>(args, mean, loss, attention_loss, count, stream, [&](const int* counted) -> cudaError_t {
+  return launch_all<T>(args, mean, loss, attention_loss, count, stream, [&](const int* counted, int64_t& sums) -> cudaError_t {
+    const bool summed = loss;
     if constexpr (std::is_same_v<T, double>) {
-      return Kernels<T, Any>::run(args, mean, counted, stream);
+      return Kernels<T, Any>::run(args, mean, counted, summed ? &sums : nullptr, stream);
     } else {
-      if (!same) return Kernels<T, Any>::run(args, mean, counted, stream);
+      if (!same) return Kernels<T, Any>::run(args, mean, counted, summed ? &sums : nullptr, stream);
       switch (args.student.dtype) {
-        case DType::f32: return Kernels<T, float>::run(args, mean, counted, stream);
-        case DType::bf16: return Kernels<T, __nv_bfloat16>::run(args, mean, counted, stream);
-        default: return Kernels<T, __half>::run(args, mean, counted, stream);
+        case DType::f32: return Kernels<T, float>::run(args, mean, counted, summed ? &sums : nullptr, stream);
+        case DType::bf16: return Kernels<T, __nv_bfloat16>::run(args, mean, counted, summed ? &sums : nullptr, stream);
+        default: return Kernels<T, __half>::run(args, mean, counted, summed ? &sums : nullptr, stream);
       }
     }
   });

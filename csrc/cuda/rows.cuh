@@ -15,6 +15,7 @@ constexpr int kMaxThreads = 256;         // two such blocks find registers on a 
 constexpr int kWidth = 8;                // columns that a thread takes at once, of 32 bits as of 16: their bits agree
 constexpr int64_t kCountInBlock = 2048;  // labels that every block counts for itself, which costs less than a launch
 constexpr int64_t kMaxClasses = 1 << 30;
+static_assert(kCounts == 32, "a warp reads them all");
 
 // Which columns a thread owns, and how it reads them.
 enum class Order {
@@ -76,23 +77,46 @@ __device__ inline int counted(const int64_t* labels, int64_t rows, int64_t ignor
   return count > 1 ? count : 1;
 }
 
+// A block's part of the count.
 template <int = 0>  // so that every file may have it
 __global__ void count_kernel(const int64_t* labels, int64_t rows, int64_t ignore_index, int* out) {
-  const int count = counted(labels, rows, ignore_index, shared_memory());
-  if (threadIdx.x == 0) *out = count;
+  int count = 0;
+#pragma unroll 8
+  for (int64_t b = blockIdx.x * blockDim.x + threadIdx.x; b < rows; b += blockDim.x * kCounts)
+    count += labels[b] != ignore_index;
+  count = block_sum(count, reinterpret_cast<int*>(shared_memory()));
+  if (threadIdx.x == 0) out[blockIdx.x] = count;
 }
 
 // The sum of each of two rows of n numbers, by one block in a fixed order. Many loads are under way at once, here as in
 // the count: with one, a thread would wait for memory n / 1024 times.
 template <class T>
-__global__ void sum_kernel(const T* parts, int64_t n, T* first, T* second) {
+__global__ void sum_kernel(const T* parts, const T* others, int64_t n, T* first, T* second) {
   T sum = 0, other = 0;
 #pragma unroll 8
-  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) sum += parts[i], other += parts[n + i];
+  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) sum += parts[i], other += others[i];
   T* const shared = reinterpret_cast<T*>(shared_memory());
   sum = block_sum(sum, shared);
   other = block_sum(other, shared);
   if (threadIdx.x == 0) *first = sum, *second = other;
+}
+
+// Of an ignored row: d_student of the columns from `begin`, and what the first block of a row has to write.
+template <class T>
+__device__ void write_zeros(const EnsembleKD& a, Group group, int64_t b, int64_t begin, int64_t columns,
+                            bool losses = true) {
+  const auto clear = [&](void* out, DType dtype, int64_t first, int64_t n) {
+#pragma unroll 1
+    for (int64_t i = group.thread; out && i < n; i += group.threads) store<Any>(out, dtype, first + i, T(0));
+  };
+  clear(a.d_student, a.student.dtype, b * a.classes + begin, columns);
+  if (group.rank) return;
+  if (losses && group.thread == 0) static_cast<T*>(a.loss)[b] = static_cast<T*>(a.attention_loss)[b] = 0;
+  clear(a.weights, DType::f32, b * a.snapshots, a.snapshots);
+  clear(a.d_scores, a.scores.dtype, b * a.snapshots, a.snapshots);
+  clear(a.d_query, a.query.dtype, b * a.width, a.width);
+#pragma unroll 1
+  for (int64_t m = 0; m < a.snapshots; ++m) clear(a.d_keys, a.keys[0].dtype, (m * a.rows + b) * a.width, a.width);
 }
 
 // A row by what is O(M) or O(D) of it, before and after its columns.
@@ -119,21 +143,7 @@ struct RowKernel {
         k(static_cast<T>(kLog2e / a.temperature)),
         row(row) {}
 
-  // d_student of the columns from `begin`, and what the first block of a row has to write.
-  __device__ void write_zeros(int64_t begin, int64_t columns) {
-    const auto clear = [&](void* out, DType dtype, int64_t first, int64_t n) {
-#pragma unroll 1
-      for (int64_t i = group.thread; out && i < n; i += group.threads) store<Any>(out, dtype, first + i, T(0));
-    };
-    clear(a.d_student, a.student.dtype, b * a.classes + begin, columns);
-    if (group.rank) return;
-    if (group.thread == 0) static_cast<T*>(a.loss)[b] = static_cast<T*>(a.attention_loss)[b] = 0;
-    clear(a.weights, DType::f32, b * snapshots, snapshots);
-    clear(a.d_scores, a.scores.dtype, b * snapshots, snapshots);
-    clear(a.d_query, a.query.dtype, b * a.width, a.width);
-#pragma unroll 1
-    for (int m = 0; m < snapshots; ++m) clear(a.d_keys, a.keys[0].dtype, (m * a.rows + b) * a.width, a.width);
-  }
+  __device__ void write_zeros(int64_t begin, int64_t columns) { eekd::write_zeros<T>(a, group, b, begin, columns); }
 
   // softmax of the scores, which are given, or the products of query and keys, or all the same.
   __device__ void weigh() {
@@ -251,7 +261,9 @@ struct RowKernel {
 template <class T>
 __device__ T scale_of_rows(const EnsembleKD& a, bool mean, const int* count, char* shared) {
   if (!mean || !a.labels) return static_cast<T>(a.row_scale);
-  return T(1) / (count ? *count : counted(a.labels, a.rows, a.ignore_index, shared));
+  if (!count) return T(1) / counted(a.labels, a.rows, a.ignore_index, shared);
+  const int all = warp_sum(count[threadIdx.x % 32]);
+  return T(1) / (all > 1 ? all : 1);
 }
 __device__ inline bool ignored(const EnsembleKD& a, int64_t b) { return a.labels && a.labels[b] == a.ignore_index; }
 template <class T>
@@ -303,11 +315,14 @@ const char* launch_all(const EnsembleKD& a, bool mean, void* loss, void* attenti
   const bool counts = mean && a.labels && a.rows > kCountInBlock;
   cudaError_t error = cudaSuccess;
   if (counts)
-    error = launch_kernel(count_kernel<>, 1, 1, 1024, 32 * sizeof(int), stream, a.labels, a.rows, a.ignore_index, count);
-  if (a.rows && error == cudaSuccess) error = launch_rows(counts ? count : nullptr);
+    error = launch_kernel(count_kernel<>, kCounts, 1, 256, 32 * sizeof(int), stream, a.labels, a.rows, a.ignore_index,
+                          count);
+  int64_t sums = a.rows;  // how many numbers the rows' losses have become
+  if (a.rows && error == cudaSuccess) error = launch_rows(counts ? count : nullptr, sums);
   if (loss && error == cudaSuccess)
-    error = launch_kernel(sum_kernel<T>, 1, 1, 1024, 32 * sizeof(T), stream, static_cast<const T*>(a.loss), a.rows,
-                          static_cast<T*>(loss), static_cast<T*>(attention_loss));
+    error = launch_kernel(sum_kernel<T>, 1, 1, 1024, 32 * sizeof(T), stream, static_cast<const T*>(a.loss),
+                          static_cast<const T*>(a.attention_loss), sums, static_cast<T*>(loss),
+                          static_cast<T*>(attention_loss));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -419,7 +419,7 @@ template <class T>
 const char* sparse_ensemble_kd_fwd_cuda(const SparseEnsembleKD& args, bool mean, void* loss, void* attention_loss,
                                         int* count, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
-  return launch_all<T>(args.kd, mean, loss, attention_loss, count, stream, [&](const int* counted) -> cudaError_t {
+  return launch_all<T>(args.kd, mean, loss, attention_loss, count, stream, [&](const int* counted, int64_t&) -> cudaError_t {
     if constexpr (std::is_same_v<T, double>) {
       return launch_rows<T, Any>(args, mean, counted, stream);
     } else {

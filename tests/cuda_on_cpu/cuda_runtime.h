@@ -105,6 +105,19 @@ struct Barrier {
   std::vector<unsigned> members;
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, whole;
+};
+
+struct Phases {  // of a barrier that copies arrive at
+  int phase = 0, expected = 0;
+  bool arrived = false;
+  unsigned by = 0;
+  std::vector<Copy> copies;
+};
+
 struct Block {
   Block(unsigned index, size_t shared_bytes) : index(index), bytes((shared_bytes + 15) / 16 * 16), shared(bytes) {
     poison();
@@ -115,14 +128,9 @@ struct Block {
   Guarded shared;
   Barrier barrier;
   std::map<std::pair<unsigned, unsigned>, Barrier> of_lanes;  // by warp and mask
+  std::map<const void*, Phases> phases;
   std::vector<uint64_t> exchange[2];                          // per thread
   unsigned running;
-};
-
-struct Copy {
-  void* to;
-  const void* from;
-  int bytes;
 };
 
 struct Fiber {
@@ -189,6 +197,11 @@ inline void begin() {
   next();
 }
 
+__attribute__((noinline)) inline void yield() {
+  if (++idle > (seed ? 64 : 4) * fibers.size()) fail("a barrier that some threads never reach");
+  if (!_setjmp(current->at)) next();
+}
+
 // A shuffle waits like a barrier, but orders no accesses.
 __attribute__((noinline)) inline void wait(Barrier& barrier, unsigned threads, bool orders = true) {
   const unsigned generation = barrier.generation;
@@ -201,22 +214,18 @@ __attribute__((noinline)) inline void wait(Barrier& barrier, unsigned threads, b
     idle = stalled = 0;
     return;
   }
-  while (barrier.generation == generation) {
-    if (++idle > (seed ? 64 : 4) * fibers.size()) fail("a barrier that some threads never reach");
-    if (!_setjmp(current->at)) next();
-  }
+  while (barrier.generation == generation) yield();
 }
 
 inline Barrier& barrier_of(unsigned mask) { return current->block->of_lanes[{current->thread.x / 32, mask}]; }
 
-// What the lane of this warp gave; two buffers, so that a fast lane does not overwrite what a slow one has yet to read.
+// What another lane of this warp gave; two buffers, so that a fast lane does not overwrite what a slow one has to read.
 template <class T>
-T exchange(unsigned mask, T x, int lane_mask) {
+T exchange(unsigned mask, T x, unsigned from) {
   static_assert(sizeof(T) <= 8);
   auto& slots = current->block->exchange[current->parity ^= 1];
   std::memcpy(&slots[current->thread.x], &x, sizeof(T));
   wait(barrier_of(mask), std::popcount(mask), false);
-  const unsigned from = current->thread.x ^ lane_mask;
   if (from >= blockDim.x || !(mask >> from % 32 & 1)) fail("a shuffle with a lane that does not take part");
   std::memcpy(&x, &slots[from], sizeof(T));
   return x;
@@ -269,7 +278,11 @@ inline void __syncthreads() { emulator::wait(emulator::current->block->barrier, 
 inline void __syncwarp(unsigned mask = 0xffffffff) { emulator::wait(emulator::barrier_of(mask), std::popcount(mask)); }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T x, int lane_mask) {
-  return emulator::exchange(mask, x, lane_mask);
+  return emulator::exchange(mask, x, threadIdx.x ^ lane_mask);
+}
+template <class T>
+T __shfl_sync(unsigned mask, T x, int lane) {
+  return emulator::exchange(mask, x, threadIdx.x / 32 * 32 + lane);
 }
 __attribute__((noinline, no_sanitize("thread"))) inline unsigned atomicOr(unsigned* x, unsigned bits) {
   const unsigned before = *x;
@@ -307,7 +320,11 @@ enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrComputeCapabilityMajor,
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributePreferredSharedMemoryCarveout,
+  cudaFuncAttributeNonPortableClusterSizeAllowed,
+};
 constexpr int cudaSharedmemCarveoutMaxShared = 100;
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 struct cudaLaunchAttribute {
@@ -396,22 +413,85 @@ uint32_t narrow_pair(float a, float b) {
   return bits(a) | bits(b) << 16;
 }
 
+template <class E>
+void widen_pair(uint32_t word, float& a, float& b) {
+  if constexpr (std::is_same_v<E, __half>) {
+    a = std::bit_cast<_Float16>(static_cast<uint16_t>(word));
+    b = std::bit_cast<_Float16>(static_cast<uint16_t>(word >> 16));
+  } else {
+    a = std::bit_cast<float>(word << 16);
+    b = std::bit_cast<float>(word & 0xffff0000u);
+  }
+}
+
+inline bool any_lane(bool x) {
+  int any = x;
+  for (int i = 16; i; i /= 2) any |= __shfl_xor_sync(0xffffffff, any, i);
+  return any;
+}
+
 inline char* shared_memory() { return emulator::current->block->shared.data; }
 
 inline void copy_async(void* shared, const void* global, int bytes) {
   const auto misaligned = (reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) & 15;
   if (misaligned || bytes < 0 || bytes > 16) emulator::fail("an asynchronous copy that is not of 16 aligned bytes");
-  emulator::current->copies.push_back({shared, global, bytes});
+  emulator::current->copies.push_back({shared, global, bytes, 16});
+}
+inline void copy_async_word(void* shared, const void* global, int bytes) {
+  const auto misaligned = (reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) & 3;
+  if (misaligned || bytes < 0 || bytes > 4) emulator::fail("an asynchronous copy that is not of an aligned word");
+  emulator::current->copies.push_back({shared, global, bytes, 4});
 }
 inline void arrived() {
   for (const auto& copy : emulator::current->copies) {
     race_access(copy.from, copy.bytes, false);
-    race_access(copy.to, 16, true);
-    std::memset(copy.to, 0, 16);
+    race_access(copy.to, copy.whole, true);
+    std::memset(copy.to, 0, copy.whole);
     std::memcpy(copy.to, copy.from, copy.bytes);
   }
   emulator::current->copies.clear();
 }
+
+// Bulk copies take place when a thread waits for their barrier; until then their place is NaN.
+inline emulator::Phases& phases_of(uint64_t* barrier) { return emulator::current->block->phases[barrier]; }
+inline void make_barrier(uint64_t* barrier) { phases_of(barrier) = {}; }
+inline void arrive(uint64_t* barrier, int bytes) {
+  auto& phases = phases_of(barrier);
+  if (phases.arrived) emulator::fail("two arrivals in a phase");
+  phases.arrived = true;
+  phases.expected = bytes;
+  phases.by = emulator::current - emulator::fibers.data();
+}
+inline void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
+  const auto bits = reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global) | static_cast<unsigned>(bytes);
+  if (bits & 15 || bytes <= 0) emulator::fail("a bulk copy that is not of 16 aligned bytes");
+  race_access(global, bytes, false);
+  race_access(shared, bytes, true);
+  std::memset(shared, 0xff, bytes);
+  phases_of(barrier).copies.push_back({shared, global, bytes, bytes});
+}
+inline void wait(uint64_t* barrier, int phase) {
+  auto& phases = phases_of(barrier);
+  while (phases.phase == phase) {
+    if (!phases.arrived) {
+      emulator::yield();
+      continue;
+    }
+    for (const auto& copy : phases.copies) {
+      std::memcpy(copy.to, copy.from, copy.bytes);
+      phases.expected -= copy.bytes;
+    }
+    if (phases.expected) emulator::fail("a barrier that expects other bytes than are copied");
+    phases.copies.clear();
+    phases.arrived = false;
+    phases.phase = !phases.phase;
+    emulator::idle = emulator::stalled = 0;
+  }
+  const unsigned both[] = {phases.by, static_cast<unsigned>(emulator::current - emulator::fibers.data())};
+  race_barrier(both, both[0] == both[1] ? 1 : 2);
+}
+inline void before_copies() {}
+inline float fast_divide(float a, float b) { return a / b * (1 + error_of(a)); }
 
 inline void cluster_sync() { emulator::wait(emulator::cluster_barrier, emulator::fibers.size()); }
 template <class T>
