@@ -203,6 +203,39 @@ def online(record: dict) -> str:
                       f"paired differences. {provenance(record, record['commits'])}"])  # fmt: skip
 
 
+def gpu(record: dict) -> str:
+    """Both backends at many shapes."""
+    lines = ["| (B, M, C) | dtype | fusion | copy, µs | triton | native | eager | % of the floor | triton, × eager |"]
+    lines += ["|---|---|---|--:|--:|--:|--:|--:|--:|"]
+    for row in record["shapes"]:
+        copy, triton, native, eager = row["copy_us"], row["triton"]["us"], row["native"]["us"], row.get("eager_us")
+        numbers = f"{copy:.0f} | {triton:.0f} | {native:.0f} | {f'{eager:,.0f}' if eager else ''}"
+        ratio = f"{eager / triton:.1f}" if eager else ""
+        lines.append(f"| {tuple(row['shape'])} | {row['dtype']} | {row['fusion']} | {numbers} | "
+                     f"{100 * copy / min(triton, native):.0f} | {ratio} |")  # fmt: skip
+    note = f" {record['note']}" if "note" in record else ""
+    return "\n".join([*lines, "", f"Forward + backward, median: {provenance(record)}{note}"])
+
+
+def tried(record: dict) -> str:
+    """What a kernel became, step by step."""
+    shapes = [str(tuple(shape)) for shape in record["tried_at"]]
+    lines = [f"| {' | '.join(shapes)} | what |", "|" + "--:|" * len(shapes) + "---|"]
+    lines += [f"| {' | '.join(map(str, step['rows_us']))} | {step['what']} |" for step in record["tried"]]
+    return "\n".join(lines)
+
+
+def launches(record: dict) -> str:
+    """A launch table: what Triton's rows kernel takes by the rule, and by the launch that was found."""
+    lines = ["| bucket | by the rule, µs | by the table | columns at once | warps | registers at most |"]
+    lines += ["|---|--:|--:|--:|--:|--:|"]
+    for bucket, entry in record["launches"].items():
+        cut = entry["launch"]
+        how = f"{cut['block']}{'' if cut['on_chip'] else ', read twice'} | {cut['num_warps']} | {cut['maxnreg'] or ''}"
+        lines.append(f"| {bucket} | {entry['us_by_rule']:.0f} | {entry['us']:.0f} | {how} |")
+    return "\n".join([*lines, "", f"The rows alone: {provenance(record)}"])
+
+
 def attention(record: dict, part: str) -> str:
     """A table of results/attention.py: snapshots, fits, students or targets; means over seeds."""
     commits = [made["commit"] for kind in ("teachers", "cells", "fits") for made in record[kind]]
@@ -370,6 +403,12 @@ def plot(record: dict, path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def file_of(name: str) -> Path:
+    """Of a record: here, or a launch table of the kernels."""
+    file = HERE / f"{name}.json"
+    return file if file.exists() else HERE.parent / "kernels" / "launch" / f"{name}.json"
+
+
 def main(argv: list[str]) -> int:
     pages = [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
     stale, record, study = [], HERE / "study.json", HERE.parent / "docs" / "study.md"
@@ -386,16 +425,18 @@ def main(argv: list[str]) -> int:
 
         def fill(match: re.Match) -> str:
             name, _, part = match[1].partition("/")
-            record, *more = (json.loads((HERE / f"{one}.json").read_text()) for one in name.split("+"))
+            record, *more = (json.loads(file_of(one).read_text()) for one in name.split("+"))
             if more:
                 table = side_by_side([record, *more])
             elif part == "sentence":
                 table = f"> {over_seeds.sentence(record['summary'])}"
+            elif part == "tried":
+                table = tried(record)
             elif part:
                 table = attention(record, part)
             else:
                 kinds = {"rows": bench, "forwards": forwards, "pairs": cost, "ways": scaling, "claims": online,
-                         "runs": seeds, "summary": demo}  # fmt: skip
+                         "runs": seeds, "summary": demo, "shapes": gpu, "launches": launches}  # fmt: skip
                 table = next(table for key, table in kinds.items() if key in record)(record)
             return f"<!-- table:{match[1]} -->\n{table}\n<!-- end -->"
 
