@@ -681,3 +681,22 @@ def test_a_process_leaves_as_it_would_and_runs_no_python_after(tmp_path):
         done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
         assert (done.returncode, done.stdout.split("\n")[0]) == (code, "to the end"), done
         assert code < 0 or done.stdout == "to the end\nat exit\n"
+
+
+@pytest.mark.slow
+def test_no_process_dies_at_its_end(tmp_path):
+    """As many runs at a time as load the machine fourfold: about one of 35 once died when it had written everything.
+
+    EEKD_RUNS says how many runs there are.
+    """
+    flags = ["-m", "eekd.train", *SMALL, "--teacher.epochs", "1", "--teacher.snapshots", "1", "--students", "ce",
+             "--student.epochs", "1", "--out"]  # fmt: skip
+
+    def run(number: int) -> str:
+        start = [*TORCHRUN, "--nproc-per-node", "2", *flags, str(tmp_path / f"{number}")]
+        done = subprocess.run(start, env=ENVIRONMENT, capture_output=True, text=True)
+        return done.stderr[-2000:] if done.returncode or "terminate called" in done.stderr else ""
+
+    with ThreadPoolExecutor(2 * len(os.sched_getaffinity(0))) as pool:
+        died = [told for told in pool.map(run, range(int(os.environ.get("EEKD_RUNS", 20)))) if told]
+    assert not died, "\n".join(died)
