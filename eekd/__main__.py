@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
 def run() -> None:
     """The console command: `main` as a process."""
-    command.stop_at_once()
+    command.start()
     command.run(main)
 
 

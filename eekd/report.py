@@ -17,7 +17,7 @@ from reprlib import repr  # a damaged file must not become a page of error
 from eekd import command
 
 if __name__ == "__main__":
-    command.stop_at_once()
+    command.start()
 
 from eekd.charts import Chart, Html, Line, bars, heatmap, limits, lines, page, table, tag, ticks
 from eekd.config import TITLES, Config

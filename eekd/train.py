@@ -12,7 +12,7 @@ from typing import Annotated, Literal, get_args, get_origin
 from eekd import command
 
 if __name__ == "__main__":
-    command.stop_at_once()
+    command.start()
 
 from eekd.config import Config, differences, nearest, preset, settled, switched, word
 from eekd.files import first_line, in_words, printable

@@ -35,7 +35,7 @@ from eekd import command
 from eekd.kernels.options import LETTERS, PARSER, parse
 
 if __name__ == "__main__":
-    command.stop_at_once()
+    command.start()
     parse(command.arguments(None))  # a mistake, or a call for help, ends here, before torch is imported
 
 import torch

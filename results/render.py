@@ -194,6 +194,37 @@ def scaling(record: dict) -> str:
     return "\n".join([*lines, "", f"{note} {provenance(record)}"])
 
 
+def precisions(record: dict) -> str:
+    """Seconds of an epoch by settings, on a processor as it is and limited."""
+    lines = ["| preset | trained | settings | s | s, limited to AVX2 | × |", "|---|---|---|--:|--:|--:|"]
+    for row in record["settings"]:
+        names = [row["preset"], row["phase"], row["setting"]]
+        if row["setting"] == "preset":
+            words = dict.fromkeys(row["computed"].values())
+            names[2] = "the preset's: " + (" and ".join(words) if len(words) > 1 else [*words][0])
+        whole, limited = row["seconds"].values()
+        lines.append(_row(*names, f"{whole:.2f}", f"{limited:.2f}", f"{limited / whole:.1f}"))
+    note = (
+        f"An epoch of {record['images']:,} images in one thread. One machine, as it is and limited by "
+        "`EEKD_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2`, not two machines"
+    )
+    return "\n".join([*lines, "", f"{note}. {provenance(record)}"])
+
+
+def waiting(record: dict) -> str:
+    """Seconds of an epoch by how long threads spin, alone and beside a busy process."""
+    lines = ["| teacher of | turns | alone | beside a busy process |", "|---|--:|--:|--:|"]
+    whose = {"300000": "300,000, libgomp's", "3000": "3,000, eekd's", "0": "0, `OMP_WAIT_POLICY=passive`"}
+    for row in record["spins"]:
+        cells = (f"{row['seconds'][busy]:.2f}" if busy in row["seconds"] else "" for busy in ("0", "1"))
+        lines.append(_row(row["preset"], whose[row["spins"]], *cells))
+    note = (
+        f"Seconds of an epoch of {record['images']:,} images in two threads, which have two cores for themselves, or "
+        "share them with a process that is always busy and the machine's other work"
+    )
+    return "\n".join([*lines, "", f"{note}. {provenance(record)}"])
+
+
 def online(record: dict) -> str:
     """Students from a bank against the same ones beside running snapshots."""
     config = record["config"]
@@ -436,7 +467,8 @@ def main(argv: list[str]) -> int:
                 table = attention(record, part)
             else:
                 kinds = {"rows": bench, "forwards": forwards, "pairs": cost, "ways": scaling, "claims": online,
-                         "runs": seeds, "summary": demo, "shapes": gpu, "launches": launches}  # fmt: skip
+                         "runs": seeds, "summary": demo, "shapes": gpu, "launches": launches, "settings": precisions,
+                         "spins": waiting}  # fmt: skip
                 table = next(table for key, table in kinds.items() if key in record)(record)
             return f"<!-- table:{match[1]} -->\n{table}\n<!-- end -->"
 

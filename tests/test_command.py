@@ -150,6 +150,30 @@ command.run(main)
     assert process.communicate(timeout=10) == ("", "stopped by SIGINT\n") and process.returncode == 130
 
 
+SPINS = "3000" if len(os.sched_getaffinity(0)) <= 4 else "None"
+
+
+@pytest.mark.parametrize("entry, given, spins", [
+    (["-m", "eekd", "train"], {}, SPINS), (["-m", "eekd.train"], {}, SPINS), (["-m", "eekd.compare"], {}, SPINS),
+    (["-m", "eekd.bank", "--teacher", "."], {}, SPINS), (["-m", "eekd", "train"], {"GOMP_SPINCOUNT": "5"}, "5"),
+    (["-m", "eekd", "train"], {"OMP_WAIT_POLICY": "passive"}, "None"),
+])  # fmt: skip
+def test_threads_wait_briefly_unless_the_environment_says_otherwise(entry, given, spins, torch_that):
+    environment = torch_that("import os\nprint(os.environ.get('GOMP_SPINCOUNT'), flush=True)\nos._exit(0)")
+    kept = {name: value for name, value in environment.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, *entry], env=kept | given, capture_output=True, text=True)
+    assert done.stdout == f"{spins}\n", done
+
+
+def test_torch_takes_how_threads_wait_from_the_environment():
+    """libgomp says so when torch loads it."""
+    code = "import os; os.environ |= {'GOMP_SPINCOUNT': '3000', 'OMP_DISPLAY_ENV': 'VERBOSE'}; import torch"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("torch was built with another OpenMP")
+    assert "GOMP_SPINCOUNT = '3000'" in done.stderr
+
+
 def test_a_signal_after_the_end_changes_nothing():
     code = "import atexit, os, signal; from eekd import command; atexit.register(os.kill, os.getpid(), signal.SIGINT)"
     done = subprocess.run([sys.executable, "-c", f"{code}; command.run(lambda: 3)"], capture_output=True, text=True)

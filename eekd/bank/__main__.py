@@ -6,7 +6,7 @@ import sys
 from eekd import command
 
 if __name__ == "__main__":
-    command.stop_at_once()
+    command.start()
 
 from eekd.bank import Flags
 from eekd.files import in_words, printable

@@ -10,7 +10,7 @@ from typing import Annotated
 from eekd import command
 
 if __name__ == "__main__":
-    command.stop_at_once()
+    command.start()
 
 from eekd.compare import METHODS, method
 from eekd.config import Config, preset, settled, switched
