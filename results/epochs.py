@@ -114,7 +114,8 @@ def main() -> None:
     rows = {"precision": precision, "waiting": waiting}[args.what](args.rounds, args.epochs, args.first)
     (args.json or Path(__file__).parent / f"{args.what}-cpu.json").write_text(json.dumps({
         "command": ["python", "results/epochs.py", *sys.argv[1:]], "environment": environment(),
-        "images": IMAGES[args.what], "threads_per_process": {"precision": 1, "waiting": 2}[args.what],
+        "note": "medians of the epochs after the first", "images": IMAGES[args.what],
+        "threads_per_process": {"precision": 1, "waiting": 2}[args.what],
         {"precision": "settings", "waiting": "spins"}[args.what]: rows,
     }, indent=1) + "\n")  # fmt: skip
 

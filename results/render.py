@@ -208,7 +208,7 @@ def precisions(record: dict) -> str:
         f"An epoch of {record['images']:,} images in one thread. One machine, as it is and limited by "
         "`EEKD_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2`, not two machines"
     )
-    return "\n".join([*lines, "", f"{note}. {provenance(record)}"])
+    return "\n".join([*lines, "", f"{note}; {record['note']}. {provenance(record)}"])
 
 
 def waiting(record: dict) -> str:
@@ -222,7 +222,7 @@ def waiting(record: dict) -> str:
         f"Seconds of an epoch of {record['images']:,} images in two threads, which have two cores for themselves, or "
         "share them with a process that is always busy and the machine's other work"
     )
-    return "\n".join([*lines, "", f"{note}. {provenance(record)}"])
+    return "\n".join([*lines, "", f"{note}; {record['note']}. {provenance(record)}"])
 
 
 def online(record: dict) -> str:
