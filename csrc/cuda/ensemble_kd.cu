@@ -495,17 +495,18 @@ struct Kernels {
           return error;
       }
     for (Fusion fusion : {Fusion::probability, Fusion::logit})
-      for (int few : kFewOf)
-        if (const FewPointer kernel = get_few(fusion, few))
-          for (const auto& [attribute, value] :
-               {std::pair(cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared),
-                {cudaFuncAttributePreferredSharedMemoryCarveout, int(cudaSharedmemCarveoutMaxShared)},
-                {cudaFuncAttributeNonPortableClusterSizeAllowed, 1}})
-            if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed && d.major < 9) {
-              continue;
-            } else if (cudaError_t error = cudaFuncSetAttribute(kernel, attribute, value)) {
-              return error;
-            }
+      for (int few : kFewOf) {
+        const FewPointer kernel = get_few(fusion, few);
+        if (!kernel) continue;
+        const auto set = [&](cudaFuncAttribute attribute, int value) {
+          return cudaFuncSetAttribute(kernel, attribute, value);
+        };
+        if (cudaError_t error = set(cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared)) return error;
+        if (cudaError_t error = set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared))
+          return error;
+        if (d.major < 9) continue;
+        if (cudaError_t error = set(cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) return error;
+      }
     // A GPU that is shared out in parts may have room for smaller clusters only, or for none.
     for (int ranks = kMaxRanks; d.major >= 9 && ranks > 1 && d.ranks == 1; ranks /= 2)
       if (clusters_at_once(get(Order::apart, Keep::lines), ranks, kMaxThreads, d.shared)) d.ranks = ranks;
