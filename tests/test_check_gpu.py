@@ -83,6 +83,7 @@ def test_a_part_that_fails_or_takes_too_long_does_not_stop_the_rest(tmp_path, ca
     assert not alive.exists()  # the grandchild was stopped too
 
 
+@pytest.mark.full
 def test_what_is_stopped_may_report_first_and_failures_are_printed_as_they_come(tmp_path, capsys, monkeypatch):
     code = "import time\nprint('FAILED tests/x.py')\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('summary')"
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
@@ -101,6 +102,7 @@ def test_of_long_output_the_record_has_the_end_and_a_file_all(tmp_path, monkeypa
     assert (tmp_path / "output.txt").read_text().split() == ["==", "long", *map(str, range(100))]
 
 
+@pytest.mark.full
 def test_another_call_goes_on_with_what_has_not_passed(tmp_path, capsys, monkeypatch):
     staged(monkeypatch, {"good": python("")}, {"bad": python("raise SystemExit(1)")})
     assert check(tmp_path) == 1
@@ -124,6 +126,7 @@ def test_the_kernels_are_this_trees_without_an_installation(tmp_path, monkeypatc
     assert kernels == "kernels/__init__.py" and package.endswith("/tree/eekd/__init__.py")
 
 
+@pytest.mark.full
 def test_a_wheel_that_is_missing_is_installed_from_a_folder(tmp_path, monkeypatch):
     import zipfile
 
@@ -143,6 +146,7 @@ def test_what_is_excused_is_no_failure(tmp_path, monkeypatch):
     assert check(tmp_path) == 0
 
 
+@pytest.mark.full
 def test_the_budget_is_kept(tmp_path, capsys, monkeypatch):
     staged(monkeypatch, {"slow": python("import time; time.sleep(60)")}, {"last": python("")})
     assert check(tmp_path, budget=7) == 1

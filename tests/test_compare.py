@@ -176,6 +176,7 @@ def test_what_is_finished_is_not_made_again(out, monkeypatch):
     assert (out / "study.json").read_bytes() == before
 
 
+@pytest.mark.full
 def test_interrupted_before_every_cell_and_teacher_it_comes_out_the_same(record, tmp_path, monkeypatch):
     replace, calls = os.replace, []
 

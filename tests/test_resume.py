@@ -799,8 +799,9 @@ def killed_at_random(nets, tmp_path, kills):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_kill_9(nets, tmp_path):
-    killed_at_random(nets, tmp_path, 5)
+@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.full)])
+def test_kill_9(nets, tmp_path, kills):
+    killed_at_random(nets, tmp_path, kills)
 
 
 @pytest.mark.slow

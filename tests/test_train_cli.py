@@ -38,8 +38,9 @@ def sentence(capsys) -> str:
     return re.sub(r"[\s│╭╮╰╯─]+", " ", printed.err + printed.out).strip()
 
 
+@pytest.mark.full
 def test_the_default_command(tmp_path):
-    """Everything, end to end, as the README's first command runs it."""
+    """Everything, end to end, by the general recipe."""
     command = [sys.executable, "-m", "eekd.train", "--device", "cpu"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
