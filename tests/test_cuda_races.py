@@ -1,5 +1,6 @@
 """The CUDA kernels without a GPU, under orders of their threads drawn by chance: no access that no barrier orders."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -82,20 +83,22 @@ def test_every_access_is_ordered(emulator, monkeypatch, case):
 
 
 @pytest.mark.parametrize(
-    "file, text",
+    "file, snapshots, text",
     [
-        ("few.cuh", "    arrived();\n    group.sync();\n    find_statistics();"),
-        ("few.cuh", "      add_warps(sums, targets + 2);\n      group.sync_blocks();"),
-        ("rows.cuh", "if (w != 0) row.id[row.used] = m, row.w[row.used++] = w;\n      }\n    }\n    group.sync();"),
+        ("few.cuh", 5, "      put(sums(), part);\n      group.sync();"),
+        ("few.cuh", 5, "lane % lanes == 0) own()[slot] = sum;\n        group.sync_blocks();"),
+        ("few.cuh", 5, "if (by_kl) put(sums_next() + slots * group.warps(), total.moved);\n    group.sync();"),
+        ("few.cuh", 5, "wait(barrier(stage), phases >> stage & 1);"),
+        ("rows.cuh", 9, "row.id[row.used] = m, row.w[row.used++] = w;\n      }\n    }\n    group.sync();"),
     ],
 )
-def test_a_barrier_that_is_missing_is_found(monkeypatch, tmp_path, file, text):
-    without = text.replace("group.sync();", "").replace("group.sync_blocks();", "")
+def test_a_barrier_that_is_missing_is_found(monkeypatch, tmp_path, file, snapshots, text):
+    without = re.sub(r"group\.sync(_blocks)?\(\);|^wait\(.*\);", "", text)
     emulator = RacingEmulator(tmp_path, (file, text, without))
     use(emulator, monkeypatch)
 
     def run(x, **options):
         kd(**x, reduction="none", **options)
 
-    x = tensors(1, 5, 3000, dtype=torch.bfloat16)
+    x = tensors(1, snapshots, 3000, dtype=torch.bfloat16)
     assert emulator.races("clusters", x, 1, run)

@@ -191,7 +191,7 @@ struct FewKernel {
     const bool is_snapshot = slot < a.snapshots;
     const float most = largest_of_slots(is_snapshot ? score : -kInf);
     float w = is_snapshot ? fast_exp2((score - most) * float(kLog2e)) : 0.0f;
-    w = fast_divide(w, over_slots(w));
+    w /= over_slots(w);  // exactly, for what the sum of all lacks of 1 is times large logits later
     if (group.warp() == 0) {
       if (lane % lanes == 0) ahead(stage).w[slot] = w;
       if (lane == 0) ahead(stage).y = y;
