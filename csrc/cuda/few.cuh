@@ -94,7 +94,6 @@ struct FewKernel {
   static constexpr float kInf = std::numeric_limits<float>::infinity();
 
   enum class Attention { fixed, by_label, by_kl };  // what the gradient of the scores needs of the columns
-
   static constexpr Attention by_label_or_fixed = probability ? Attention::fixed : Attention::by_label;
 
   // Of a row, before its columns: the weights, and the label or what it is instead.
@@ -162,6 +161,7 @@ struct FewKernel {
   __device__ bool odd(int b, int j, int first) const {
     return size == 2 && reinterpret_cast<uintptr_t>(source(b, j) + first) & 2;
   }
+
   // Reads what the next row's copies depend on.
   __device__ void look_ahead(int b) {
     if (b >= a.rows) return;
@@ -221,6 +221,7 @@ struct FewKernel {
     }
     look_ahead(next);
   }
+
   // By a warp; other copies to the same place may follow.
   __device__ void clear(char* to, int bytes) const {
     for (int i = 16 * lane; i < bytes; i += 16 * 32) *reinterpret_cast<Vector<uint32_t, 4>*>(to + i) = {};
