@@ -381,9 +381,9 @@ class Kernel {
     const auto column = [&](int i, Vec<T> p) __attribute__((always_inline)) {
       Vec<T> r;
       if constexpr (fusion == Fusion::probability)
-        r = log2(max(p, splat(std::numeric_limits<T>::min()))) - (load(student + i) * k - student_max) + log_sum;
+        r = log2(max(p, splat(std::numeric_limits<T>::min()))) - scaled(load(student + i), k, student_max) + log_sum;
       else
-        r = (load(mixture + i) * k - mixture_max) - (load(student + i) * k - student_max) + log_sum;
+        r = scaled(load(mixture + i), k, mixture_max) - scaled(load(student + i), k, student_max) + log_sum;
       r = p > 0 ? r : Vec<T>{};
       const Vec<T> pr = p * r;
       kl += pr;

@@ -55,6 +55,21 @@ template <class T>
 inline void store_to(T* p, Vec<T> v) {  // anywhere
   *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = v;
 }
+// k x - less, rounded once: by an FMA, or where there is none in double.
+template <class T>
+[[gnu::always_inline]] inline Vec<T> scaled(Vec<T> x, T k, T less) {
+#if defined(__x86_64__) && !defined(__FMA__)
+  if constexpr (std::is_same_v<T, float>) {
+    using Wide = Simd<double>::Vec;
+    const double scale = k, rest = less;
+    const auto half = [&](auto part) { return __builtin_convertvector(part, Wide) * scale - rest; };
+    const Wide low = half(__builtin_shufflevector(x, x, 0, 1)), high = half(__builtin_shufflevector(x, x, 2, 3));
+    return __builtin_convertvector(__builtin_shufflevector(low, high, 0, 1, 2, 3), Vec<float>);
+  }
+#endif
+  return x * k - less;
+}
+
 template <class V>
 inline V max(V a, V b) {  // a NaN in b is passed over; the sum of exponentials keeps it
   return b > a ? b : a;

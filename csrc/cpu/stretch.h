@@ -26,7 +26,7 @@ T max_of(const S* x, int n) {
   return largest<T>(most);
 }
 
-// SoftmaxSum holds k max here: the exponent k x - k max is rounded once, by an FMA, and so is the same wherever it is
+// SoftmaxSum holds k max here: the exponent k x - k max is rounded once, and so is the same wherever it is
 // formed, as k (x - max), which takes an instruction more.
 
 // e = 2^(scale x - max), 0 beyond n, unless e is null; returns its sum.
@@ -38,13 +38,13 @@ template <class T, class S>
   for (; i + unroll * w <= n; i += unroll * w) {
     if (ahead) prefetch(x, i + ahead, unroll * w);
     for (int u = 0; u < unroll; ++u) {
-      const Vec<T> v = exp2(load_from<T>(x + i + u * w) * scale - max);
+      const Vec<T> v = exp2(scaled(load_from<T>(x + i + u * w), scale, max));
       if (e) store(e + i + u * w, v);
       total[u] += v;
     }
   }
   for (; i < n; i += w) {
-    const Vec<T> v = exp2(load_from<T>(x + i, n - i) * scale - max);
+    const Vec<T> v = exp2(scaled(load_from<T>(x + i, n - i), scale, max));
     if (e) store(e + i, v);
     total[0] += v;
   }
