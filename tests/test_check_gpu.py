@@ -38,7 +38,7 @@ def staged(monkeypatch, *stages):
 @pytest.mark.full
 def test_runs_to_its_end_and_reports(tmp_path, capsys):
     names = ["ready", "warm", "bench-native", "tests-native", "memcheck-triton", "forward", "train", "tune"]
-    assert check(tmp_path, *names) == 0
+    assert check(tmp_path, *names, budget=1200) == 0
     out = capsys.readouterr().out
     table = out[out.index("result\n") :]
     got = records(tmp_path)
