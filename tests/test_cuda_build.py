@@ -73,7 +73,7 @@ def test_every_kernel_on_every_architecture():
     assert {name for _, name in found} == LIMITS.keys()
     assert sorted(found) == sorted((a, name) for a in _C.cuda_architectures.split() for name in LIMITS)
     # The kernels of few snapshots were made for sm_90; what they spill elsewhere is not known to matter.
-    elsewhere = {name: (255, 256) for name in LIMITS if name.startswith("few_rows_kernel")}
+    elsewhere = {name: (255, 1024) for name in LIMITS if name.startswith("few_rows_kernel")}
     limits = {(a, name): (LIMITS if a == "90" else LIMITS | elsewhere)[name] for a, name in found}
     assert not {key: value for key, value in found.items() if any(map(int.__gt__, value, limits[key]))}
 
