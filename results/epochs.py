@@ -3,8 +3,7 @@
 python results/epochs.py precision    # results/precision-cpu.json: the processor as it is, and limited to AVX2
 python results/epochs.py waiting      # results/waiting-cpu.json: alone, and beside processes that are always busy
 
-Runs take turns; medians of epochs after the first of each run. With --first, as root, runs that are to have the
-machine for themselves go before its other work, by `chrt -f 1`; those beside a busy process share it with that work.
+Runs take turns; medians of epochs after the first of each run.
 """
 
 import argparse
@@ -31,17 +30,14 @@ SPINS = {"300000": {"GOMP_SPINCOUNT": "300000"}, "3000": {}, "0": {"OMP_WAIT_POL
 COMPANY = [("glyphs", 0), ("glyphs", 1), ("fashion-mnist-cpu", 0)]  # how many other processes keep a core busy each
 
 
-def epochs(
-    scratch: str, flags: list, threads: int, variables: dict, first: bool
-) -> tuple[dict[str, list[float]], str]:
+def epochs(scratch: str, flags: list, threads: int, variables: dict) -> tuple[dict[str, list[float]], str]:
     """Of a run the seconds of every epoch but the first, by phase, and what it computed in."""
     run = Path(tempfile.mkdtemp(dir=scratch), "run")
     ours = *LIMIT, "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
     own = {name: value for name, value in os.environ.items() if name not in ours}
     own |= {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""} | variables
-    command = ["chrt", "-f", "1"] * first + [sys.executable, "-m", "eekd.train"]
-    command += [*map(str, flags), "--seeds", "1", "--out", run]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=own)
+    subprocess.run([sys.executable, "-m", "eekd.train", *map(str, flags), "--seeds", "1", "--out", run],
+                   check=True, stdout=subprocess.DEVNULL, env=own)  # fmt: skip
     made = read_settings(run)
     phases = [name for name in PHASES if (run / name).exists()]
     found = {PHASES[name]: [row["seconds"] for row in read_metrics(run / name, {})[1:]] for name in phases}
@@ -60,13 +56,13 @@ def runs_of(preset: str, count: int) -> dict[str, list]:
     return runs
 
 
-def precision(rounds: int, count: int, first: bool) -> list[dict]:
+def precision(rounds: int, count: int) -> list[dict]:
     times, computed = {}, {}
     cases = [(preset, *run, *processor) for preset in PRESETS for run in runs_of(preset, count).items()
              for processor in PROCESSORS.items()]  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         for preset, setting, flags, processor, variables in cases * rounds:
-            found, made = epochs(scratch, flags, 1, variables, first)
+            found, made = epochs(scratch, flags, 1, variables)
             for phase, seconds in found.items():
                 key = preset, phase, setting
                 times.setdefault(key, {}).setdefault(processor, []).extend(seconds)
@@ -88,7 +84,7 @@ def beside(busy: int):
             other.wait()
 
 
-def waiting(rounds: int, count: int, first: bool) -> list[dict]:
+def waiting(rounds: int, count: int) -> list[dict]:
     times = {}
     cases = [(*company, *spins) for company in COMPANY for spins in SPINS.items()]
     with tempfile.TemporaryDirectory() as scratch:
@@ -96,7 +92,7 @@ def waiting(rounds: int, count: int, first: bool) -> list[dict]:
             flags = ["teacher", "--preset", preset, "--train-limit", IMAGES["waiting"]]
             flags += ["--teacher.epochs", count, "--teacher.snapshots", 1]
             with beside(busy):
-                found, _ = epochs(scratch, flags, 2, variables, first and not busy)
+                found, _ = epochs(scratch, flags, 2, variables)
             times.setdefault((preset, spins), {}).setdefault(busy, []).extend(found["teacher"])
             print(preset, spins, busy, found, flush=True)
     return [{"preset": preset, "spins": spins, "seconds": {n: median(found) for n, found in each.items()}, "all": each}
@@ -108,10 +104,9 @@ def main() -> None:
     parser.add_argument("what", choices=["precision", "waiting"])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=2, help="of a phase; the first is not counted")
-    parser.add_argument("--first", action="store_true", help="before the machine's other work; needs root")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rows = {"precision": precision, "waiting": waiting}[args.what](args.rounds, args.epochs, args.first)
+    rows = {"precision": precision, "waiting": waiting}[args.what](args.rounds, args.epochs)
     (args.json or Path(__file__).parent / f"{args.what}-cpu.json").write_text(json.dumps({
         "command": ["python", "results/epochs.py", *sys.argv[1:]], "environment": environment(),
         "note": "medians of the epochs after the first", "images": IMAGES[args.what],
