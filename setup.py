@@ -15,11 +15,15 @@ COMPILERS = "c++", "g++", "clang++"
 def check_tools() -> None:
     """One sentence before CMake's many, where a tool is missing."""
     if not any(map(shutil.which, [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else COMPILERS)):
-        raise SystemExit("error: eekd's kernels need a C++20 compiler: install one (apt-get install g++), or a wheel "
-                         "of eekd, which needs none")  # fmt: skip
+        raise SystemExit(
+            "error: eekd's kernels need a C++20 compiler: install one (apt-get install g++), or a wheel "
+            "of eekd, which needs none"
+        )
     if missing := [tool for tool in ("cmake", "ninja") if not shutil.which(tool)]:
-        raise SystemExit(f"error: eekd's build needs {' and '.join(missing)}: pip install {' '.join(missing)}, or "
-                         "leave out --no-build-isolation")  # fmt: skip
+        raise SystemExit(
+            f"error: eekd's build needs {' and '.join(missing)}: pip install {' '.join(missing)}, or "
+            "leave out --no-build-isolation"
+        )
 
 
 class CMakeBuild(build_ext):
@@ -30,11 +34,20 @@ class CMakeBuild(build_ext):
         build = Path(__file__).resolve().parent / "build" / "editable" if self.editable_mode else Path(self.build_temp)
         build = build.resolve()
         build.mkdir(parents=True, exist_ok=True)
-        subprocess.check_call([
-            "cmake", "-S", str(Path(__file__).resolve().parent), "-B", str(build), "-G", "Ninja",
-            "-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
-        ])  # fmt: skip
+        subprocess.check_call(
+            [
+                "cmake",
+                "-S",
+                str(Path(__file__).resolve().parent),
+                "-B",
+                str(build),
+                "-G",
+                "Ninja",
+                "-DCMAKE_BUILD_TYPE=Release",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
+            ]
+        )
         subprocess.check_call(["cmake", "--build", str(build), *(["-v"] if os.environ.get("VERBOSE") else [])])
 
 

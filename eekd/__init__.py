@@ -33,31 +33,30 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from eekd.attention import SnapshotAttention
     from eekd.bank import LogitBank
-    from eekd.features import LastFeatures
-    from eekd.losses import EEKDLoss
+    from eekd.method.attention import SnapshotAttention
+    from eekd.method.losses import EEKDLoss
+    from eekd.method.topk import TopKLogits, top_k_logits
     from eekd.ops import EnsembleKD, ensemble_kd, sparse_ensemble_kd, use_backend
     from eekd.snapshots import SnapshotEnsemble, SnapshotRecorder
-    from eekd.topk import TopKLogits, top_k_logits
+    from eekd.snapshots.features import LastFeatures
 else:  # torch takes seconds to import: it comes with the first name that needs it
     __getattr__, __dir__ = attach(
         __name__,
         {
-            "EEKDLoss": "losses",
+            "EEKDLoss": "method.losses",
             "EnsembleKD": "ops",
-            "LastFeatures": "features",
+            "LastFeatures": "snapshots.features",
             "LogitBank": "bank",
-            "SnapshotAttention": "attention",
+            "SnapshotAttention": "method.attention",
             "SnapshotEnsemble": "snapshots",
             "SnapshotRecorder": "snapshots",
-            "TopKLogits": "topk",
+            "TopKLogits": "method.topk",
             "ensemble_kd": "ops",
             "sparse_ensemble_kd": "ops",
-            "top_k_logits": "topk",
+            "top_k_logits": "method.topk",
             "use_backend": "ops",
             "_C": "ops.backend",  # which imports torch first, and says what to do where there is none
         },
-        modules=("attention", "bank", "checkpoint", "data", "distributed", "features", "forwards", "losses", "models",
-                 "ops", "reference", "snapshots", "topk", "trainers"),
+        modules=("bank", "data", "io", "method", "models", "ops", "parallel", "snapshots", "train"),
     )

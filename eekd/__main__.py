@@ -14,14 +14,18 @@ VERBS = {
     "info": "prints versions, what was compiled, and the devices",
     "bench": "checks and times the kernels",
 }
-MODULES = {"bank": "eekd.bank.__main__", "compare": "eekd.compare.__main__", "bench": "eekd.kernels.bench"}
-HELP = "\n".join([
-    "usage: eekd VERB [--flag value ...]", "",
-    *(f"  {verb:8} {what}" for verb, what in VERBS.items()), "",
-    "  eekd VERB --help                     the flags of a verb",
-    "  eekd --version                       the version",
-    "  eekd --print-completion bash|zsh     a script by which the shell completes verbs and flags",
-])  # fmt: skip
+MODULES = {"info": "eekd.info", "bench": "eekd.kernels.bench"}
+HELP = "\n".join(
+    [
+        "usage: eekd VERB [--flag value ...]",
+        "",
+        *(f"  {verb:8} {what}" for verb, what in VERBS.items()),
+        "",
+        "  eekd VERB --help                     the flags of a verb",
+        "  eekd --version                       the version",
+        "  eekd --print-completion bash|zsh     a script by which the shell completes verbs and flags",
+    ]
+)
 
 
 def main(argv: list[str] | None = None) -> int | None:
@@ -32,7 +36,7 @@ def main(argv: list[str] | None = None) -> int | None:
             from eekd.kernels import options
 
             options.parse(command.arguments(rest))  # before torch is imported
-        return importlib.import_module(MODULES.get(verb, f"eekd.{verb}")).main(rest)
+        return importlib.import_module(MODULES.get(verb, f"eekd.{verb}.__main__")).main(rest)
     if verb in ("-h", "--help", "help"):
         print(HELP)
         return 0
@@ -43,8 +47,10 @@ def main(argv: list[str] | None = None) -> int | None:
         return 0
     command.arguments([verb])
     if verb == "--print-completion":
-        print(f"error: --print-completion must be followed by bash or zsh, got {' '.join(rest) or 'nothing'}",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"error: --print-completion must be followed by bash or zsh, got {' '.join(rest) or 'nothing'}",
+            file=sys.stderr,
+        )
         return 2
     near = difflib.get_close_matches(verb, VERBS, 1, 0.5)
     hint = f"did you mean {near[0]!r}?" if near else "there are " + ", ".join(VERBS)

@@ -53,6 +53,6 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     code = main()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    if distributed := sys.modules.get("eekd.distributed"):
-        distributed.leave(code or 0)  # which knows how one of several processes ends
+    if parallel := sys.modules.get("eekd.parallel"):
+        parallel.exit_process(code or 0)  # which knows how one of several processes ends
     sys.exit(code)

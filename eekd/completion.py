@@ -4,13 +4,14 @@ import argparse
 import dataclasses
 from typing import get_type_hints
 
-from eekd import report
 from eekd.bank import Flags as BankFlags
-from eekd.compare import METHODS
 from eekd.compare import __main__ as compare
-from eekd.config import PRESETS, choices, word
+from eekd.compare.methods import METHODS
 from eekd.kernels import options
-from eekd.train import Flags as TrainFlags
+from eekd.report import __main__ as report
+from eekd.train.__main__ import Flags as TrainFlags
+from eekd.train.config import choices, word
+from eekd.train.presets import PRESETS
 
 SCRIPT = """\
 _eekd() {{
@@ -46,8 +47,12 @@ def script(shell: str) -> str:
         "bench": _of(options.PARSER),
     }
     flags = [f'      {verb}) words="{" ".join([*known, "--help", "--version"])}";;' for verb, known in of_verbs.items()]
-    values = [f'      "{verb} {flag}") words="{" ".join(map(word, words))}";;'
-              for verb, known in of_verbs.items() for flag, words in known.items() if words]
+    values = [
+        f'      "{verb} {flag}") words="{" ".join(map(word, words))}";;'
+        for verb, known in of_verbs.items()
+        for flag, words in known.items()
+        if words
+    ]
     values.append('      "train train") words="teacher student";;')
     drawn = SCRIPT.format(verbs=" ".join(of_verbs), flags="\n".join(flags), values="\n".join(values))
     return "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n" * (shell == "zsh") + drawn
@@ -69,5 +74,8 @@ def _flags(kind: type, prefix: str = "") -> dict[str, tuple]:
 
 
 def _of(parser: argparse.ArgumentParser) -> dict[str, tuple]:
-    return {action.option_strings[-1]: tuple(action.choices or ()) for action in parser._actions
-            if action.option_strings and action.dest != "help"}  # fmt: skip
+    return {
+        action.option_strings[-1]: tuple(action.choices or ())
+        for action in parser._actions
+        if action.option_strings and action.dest != "help"
+    }

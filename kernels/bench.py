@@ -43,9 +43,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import eekd
-from eekd import _C, reference
+from eekd import _C
 from eekd.info import environment
 from eekd.kernels.timing import events, in_graph, microseconds, peak_extra_bytes, rotation, wall
+from eekd.ops import reference
 from eekd.ops.backend import namespace
 
 BACKENDS, BASELINES = ("native", "triton"), ("eager", "compile", "liger")
@@ -442,7 +443,7 @@ def main(argv: list[str] | None = None) -> None:
 
     functions, missing = contenders(
         cuda, ["default", "max-autotune-no-cudagraphs"][: 1 if args.quick else 2], args.contender
-    )  # fmt: skip
+    )
     typed = ["python", "-m", "eekd.kernels.bench", *argv]
     record = {"op": args.op, "command": typed, "seed": args.seed, "threads": args.threads, "device": args.device}
     record |= {"environment": environment(), "load": os.getloadavg(), "missing": missing, "rows": []}

@@ -45,9 +45,18 @@ def _times(x, M: tl.constexpr):
 
 @triton.jit
 def _lines(
-    snapshots, w, row, i, read, snapshot_stride, snapshot_strides, M: tl.constexpr, STACKED: tl.constexpr,
-    VECTOR: tl.constexpr, INSIDE: tl.constexpr,
-):  # fmt: skip
+    snapshots,
+    w,
+    row,
+    i,
+    read,
+    snapshot_stride,
+    snapshot_strides,
+    M: tl.constexpr,
+    STACKED: tl.constexpr,
+    VECTOR: tl.constexpr,
+    INSIDE: tl.constexpr,
+):
     """The columns i of each snapshot with a weight, as they are in memory; elsewhere 0, which needs no selection."""
     z = ()
     for j in tl.static_range(M):
@@ -71,8 +80,12 @@ def _widened(x, ACC: tl.constexpr):
     if PTX and x.dtype == tl.bfloat16 and tl.float32 == ACC and x.numel >= 256:
         out = tl.inline_asm_elementwise(
             "{.reg .b32 a, b; shl.b32 a, $2, 16; and.b32 b, $2, 0xffff0000; mov.b32 $0, a; mov.b32 $1, b;}",
-            "=f,=f,r", [x], tl.float32, is_pure=True, pack=2,
-        )  # fmt: skip
+            "=f,=f,r",
+            [x],
+            tl.float32,
+            is_pure=True,
+            pack=2,
+        )
     else:
         out = x.to(ACC)
     return out
@@ -96,9 +109,25 @@ def _mixed(z, w, classes, M: tl.constexpr, INSIDE: tl.constexpr, ACC: tl.constex
 
 @triton.jit
 def _read(
-    student, snapshots, w, i, row, student_stride, snapshot_stride, snapshot_strides, shift, bound, keep, C,
-    M: tl.constexpr, STACKED: tl.constexpr, VECTOR: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr, ACC,
-):  # fmt: skip
+    student,
+    snapshots,
+    w,
+    i,
+    row,
+    student_stride,
+    snapshot_stride,
+    snapshot_strides,
+    shift,
+    bound,
+    keep,
+    C,
+    M: tl.constexpr,
+    STACKED: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    INSIDE: tl.constexpr,
+    ACC,
+):
     """The columns i of the student (R, N), of the snapshots as they are in memory, and which are classes.
 
     All are if INSIDE; else whole vectors are read, so that the mask leaves the loads wide.
@@ -146,9 +175,27 @@ def _total(top, total):
 
 @triton.jit
 def _statistics(
-    s, z, classes, w, k, s_top, soft_sum, hard_top, hard_sum, z_tops, z_sums, t_top, t_sum,
-    V: tl.constexpr, T: tl.constexpr, M: tl.constexpr, LOGIT: tl.constexpr, CE: tl.constexpr, INSIDE: tl.constexpr, ACC,
-):  # fmt: skip
+    s,
+    z,
+    classes,
+    w,
+    k,
+    s_top,
+    soft_sum,
+    hard_top,
+    hard_sum,
+    z_tops,
+    z_sums,
+    t_top,
+    t_sum,
+    V: tl.constexpr,
+    T: tl.constexpr,
+    M: tl.constexpr,
+    LOGIT: tl.constexpr,
+    CE: tl.constexpr,
+    INSIDE: tl.constexpr,
+    ACC,
+):
     """Takes columns into the groups' softmax statistics of the student, at τ and at 1, and of the targets."""
     s_top, soft_sum = _absorb(s_top, soft_sum, s, k, V, T)
     if CE:
@@ -169,11 +216,33 @@ def _statistics(
 
 @triton.jit
 def _visit(
-    s, z, p, t, classes, is_label, w, k, kd, ce, s_top, soft_sum, hard_top, hard_sum, z_tops, t_top, t_sum,
-    V: tl.constexpr, T: tl.constexpr, M: tl.constexpr, LOGIT: tl.constexpr, CE: tl.constexpr, MEANS: tl.constexpr,
+    s,
+    z,
+    p,
+    t,
+    classes,
+    is_label,
+    w,
+    k,
+    kd,
+    ce,
+    s_top,
+    soft_sum,
+    hard_top,
+    hard_sum,
+    z_tops,
+    t_top,
+    t_sum,
+    V: tl.constexpr,
+    T: tl.constexpr,
+    M: tl.constexpr,
+    LOGIT: tl.constexpr,
+    CE: tl.constexpr,
+    MEANS: tl.constexpr,
     MOVED: tl.constexpr,
-    INSIDE: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    INSIDE: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """What kernels.common.visit sums over columns, of each column, and d loss / d s; all (R, N)."""
     a = scaled(s, s_top[:, None], k)
     if LOGIT:
@@ -214,12 +283,40 @@ def _mix(z, p, shares, tops, classes, k, M: tl.constexpr, INSIDE: tl.constexpr, 
 
 @triton.jit
 def columns(
-    student, snapshots, o_d_student, row, m, y, valid, w_all, inside, keep, shift, bound, k, d_kl, d_ce,
-    C, student_stride, snapshot_stride, snapshot_strides,
-    M: tl.constexpr, STACKED: tl.constexpr, LOGIT: tl.constexpr, CE: tl.constexpr, MEANS: tl.constexpr,
-    MOVED: tl.constexpr, ON_CHIP: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
-    SHIFTED: tl.constexpr, V: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    student,
+    snapshots,
+    o_d_student,
+    row,
+    m,
+    y,
+    valid,
+    w_all,
+    inside,
+    keep,
+    shift,
+    bound,
+    k,
+    d_kl,
+    d_ce,
+    C,
+    student_stride,
+    snapshot_stride,
+    snapshot_strides,
+    M: tl.constexpr,
+    STACKED: tl.constexpr,
+    LOGIT: tl.constexpr,
+    CE: tl.constexpr,
+    MEANS: tl.constexpr,
+    MOVED: tl.constexpr,
+    ON_CHIP: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    V: tl.constexpr,
+    T: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """Sums kl (R), means and moved (R, M) of kernels.common.visit; hard_top, hard_sum; z_top, z_sum of finish."""
     w = _elements(w_all, m, M)
     i = tl.arange(0, BLOCK)
@@ -236,9 +333,25 @@ def columns(
 
     if ON_CHIP:
         s, z, classes = _read(
-            student, snapshots, w, i, row, student_stride, snapshot_stride, snapshot_strides, shift, bound, keep, C,
-            M, STACKED, VECTOR, SHIFTED, False, ACC,
-        )  # fmt: skip
+            student,
+            snapshots,
+            w,
+            i,
+            row,
+            student_stride,
+            snapshot_stride,
+            snapshot_strides,
+            shift,
+            bound,
+            keep,
+            C,
+            M,
+            STACKED,
+            VECTOR,
+            SHIFTED,
+            False,
+            ACC,
+        )
         largest = tl.max(s, 1)
         s_top = largest * k
         hard_top = largest * LOG2E
@@ -264,9 +377,33 @@ def columns(
                 tops = tops + (top,)
                 sums = sums + (total,)
         kl, means, moved, d = _visit(
-            s, z, p, t, classes, i[None, :] == y[:, None], w, k, d_kl, d_ce, s_top, soft_sum, hard_top, hard_sum, tops,
-            t_top, t_sum, V, T, M, LOGIT, CE, MEANS, MOVED, False, ACC,
-        )  # fmt: skip
+            s,
+            z,
+            p,
+            t,
+            classes,
+            i[None, :] == y[:, None],
+            w,
+            k,
+            d_kl,
+            d_ce,
+            s_top,
+            soft_sum,
+            hard_top,
+            hard_sum,
+            tops,
+            t_top,
+            t_sum,
+            V,
+            T,
+            M,
+            LOGIT,
+            CE,
+            MEANS,
+            MOVED,
+            False,
+            ACC,
+        )
         if o_d_student is not None:
             write_columns(o_d_student, d, row, i, shift, classes, inside, C, VECTOR, SHIFTED, False)
     else:
@@ -287,23 +424,91 @@ def columns(
         z_sums = _times(zeros, M)
         for first in tl.range(begin, whole, BLOCK, num_stages=STAGES):
             s, z, classes = _read(
-                student, snapshots, w, first + i, row, student_stride, snapshot_stride, snapshot_strides, shift, bound,
-                keep, C, M, STACKED, VECTOR, SHIFTED, True, ACC,
-            )  # fmt: skip
+                student,
+                snapshots,
+                w,
+                first + i,
+                row,
+                student_stride,
+                snapshot_stride,
+                snapshot_strides,
+                shift,
+                bound,
+                keep,
+                C,
+                M,
+                STACKED,
+                VECTOR,
+                SHIFTED,
+                True,
+                ACC,
+            )
             s_top, soft_sum, hard_top, hard_sum, z_tops, z_sums, t_tops, t_sums = _statistics(
-                s, z, classes, w, k, s_top, soft_sum, hard_top, hard_sum, z_tops, z_sums, t_tops, t_sums,
-                V, T, M, LOGIT, CE, True, ACC,
-            )  # fmt: skip
+                s,
+                z,
+                classes,
+                w,
+                k,
+                s_top,
+                soft_sum,
+                hard_top,
+                hard_sum,
+                z_tops,
+                z_sums,
+                t_tops,
+                t_sums,
+                V,
+                T,
+                M,
+                LOGIT,
+                CE,
+                True,
+                ACC,
+            )
         for edge in range(1 - (begin > 0), edges):
             first = edge * whole
             s, z, classes = _read(
-                student, snapshots, w, first + i, row, student_stride, snapshot_stride, snapshot_strides, shift, bound,
-                keep, C, M, STACKED, VECTOR, SHIFTED, False, ACC,
-            )  # fmt: skip
+                student,
+                snapshots,
+                w,
+                first + i,
+                row,
+                student_stride,
+                snapshot_stride,
+                snapshot_strides,
+                shift,
+                bound,
+                keep,
+                C,
+                M,
+                STACKED,
+                VECTOR,
+                SHIFTED,
+                False,
+                ACC,
+            )
             s_top, soft_sum, hard_top, hard_sum, z_tops, z_sums, t_tops, t_sums = _statistics(
-                s, z, classes, w, k, s_top, soft_sum, hard_top, hard_sum, z_tops, z_sums, t_tops, t_sums,
-                V, T, M, LOGIT, CE, False, ACC,
-            )  # fmt: skip
+                s,
+                z,
+                classes,
+                w,
+                k,
+                s_top,
+                soft_sum,
+                hard_top,
+                hard_sum,
+                z_tops,
+                z_sums,
+                t_tops,
+                t_sums,
+                V,
+                T,
+                M,
+                LOGIT,
+                CE,
+                False,
+                ACC,
+            )
         s_top, soft_sum = _total(s_top, soft_sum)
         hard_top, hard_sum = _total(hard_top, hard_sum)
         shares = _times(zero, M)
@@ -323,9 +528,25 @@ def columns(
         moved = _times(zeros, M if MOVED else 0)
         for first in tl.range(begin, whole, BLOCK, num_stages=STAGES):
             s, z, classes = _read(
-                student, snapshots, w, first + i, row, student_stride, snapshot_stride, snapshot_strides, shift, bound,
-                keep, C, M, STACKED, VECTOR, SHIFTED, True, ACC,
-            )  # fmt: skip
+                student,
+                snapshots,
+                w,
+                first + i,
+                row,
+                student_stride,
+                snapshot_stride,
+                snapshot_strides,
+                shift,
+                bound,
+                keep,
+                C,
+                M,
+                STACKED,
+                VECTOR,
+                SHIFTED,
+                True,
+                ACC,
+            )
             p = nil
             t = nil
             if LOGIT:
@@ -333,9 +554,33 @@ def columns(
             else:
                 p = _mix(z, p, shares, tops, classes, k, M, True, ACC)
             more_kl, more_means, more_moved, d = _visit(
-                s, z, p, t, classes, i[None, :] == (y - first)[:, None], w, k, d_kl, d_ce, s_top, soft_sum, hard_top,
-                hard_sum, tops, t_top, t_sum, V, T, M, LOGIT, CE, MEANS, MOVED, True, ACC,
-            )  # fmt: skip
+                s,
+                z,
+                p,
+                t,
+                classes,
+                i[None, :] == (y - first)[:, None],
+                w,
+                k,
+                d_kl,
+                d_ce,
+                s_top,
+                soft_sum,
+                hard_top,
+                hard_sum,
+                tops,
+                t_top,
+                t_sum,
+                V,
+                T,
+                M,
+                LOGIT,
+                CE,
+                MEANS,
+                MOVED,
+                True,
+                ACC,
+            )
             kl += more_kl
             means = _plus(means, more_means, M if LOGIT and MEANS else 0)
             moved = _plus(moved, more_moved, M if MOVED else 0)
@@ -344,9 +589,25 @@ def columns(
         for edge in range(1 - (begin > 0), edges):
             first = edge * whole
             s, z, classes = _read(
-                student, snapshots, w, first + i, row, student_stride, snapshot_stride, snapshot_strides, shift, bound,
-                keep, C, M, STACKED, VECTOR, SHIFTED, False, ACC,
-            )  # fmt: skip
+                student,
+                snapshots,
+                w,
+                first + i,
+                row,
+                student_stride,
+                snapshot_stride,
+                snapshot_strides,
+                shift,
+                bound,
+                keep,
+                C,
+                M,
+                STACKED,
+                VECTOR,
+                SHIFTED,
+                False,
+                ACC,
+            )
             p = nil
             t = nil
             if LOGIT:
@@ -354,9 +615,33 @@ def columns(
             else:
                 p = _mix(z, p, shares, tops, classes, k, M, False, ACC)
             more_kl, more_means, more_moved, d = _visit(
-                s, z, p, t, classes, i[None, :] == (y - first)[:, None], w, k, d_kl, d_ce, s_top, soft_sum, hard_top,
-                hard_sum, tops, t_top, t_sum, V, T, M, LOGIT, CE, MEANS, MOVED, False, ACC,
-            )  # fmt: skip
+                s,
+                z,
+                p,
+                t,
+                classes,
+                i[None, :] == (y - first)[:, None],
+                w,
+                k,
+                d_kl,
+                d_ce,
+                s_top,
+                soft_sum,
+                hard_top,
+                hard_sum,
+                tops,
+                t_top,
+                t_sum,
+                V,
+                T,
+                M,
+                LOGIT,
+                CE,
+                MEANS,
+                MOVED,
+                False,
+                ACC,
+            )
             kl += more_kl
             means = _plus(means, more_means, M if LOGIT and MEANS else 0)
             moved = _plus(moved, more_moved, M if MOVED else 0)

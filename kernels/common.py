@@ -179,9 +179,25 @@ class Plan(NamedTuple):
 
 
 def planned(
-    kernel, cut, student, snapshots, labels, scores, query, keys, temperature, alpha, logit_fusion, kl_objective, mean,
-    ignore_index, loss, d_scores, d_query, **more,
-) -> Plan:  # fmt: skip
+    kernel,
+    cut,
+    student,
+    snapshots,
+    labels,
+    scores,
+    query,
+    keys,
+    temperature,
+    alpha,
+    logit_fusion,
+    kl_objective,
+    mean,
+    ignore_index,
+    loss,
+    d_scores,
+    d_query,
+    **more,
+) -> Plan:
     """The launch of `kernel` cut like this, whose arguments are `more` and those that depend on the tensors here."""
     rows, classes = student.shape
     stacked = snapshots[0].dim() == 3
@@ -192,22 +208,36 @@ def planned(
     padded = next_power_of_2(m)
     width = 0 if query is None else query.shape[1]
     numbers = more | dict(
-        B=rows, C=classes, D=width, student_stride=student.stride(0),
+        B=rows,
+        C=classes,
+        D=width,
+        student_stride=student.stride(0),
         snapshot_stride=snapshots[0].stride(0) if stacked else 0,
         snapshot_strides=row_strides[0] if stacked else tuple(row_strides),
         scores_stride=0 if scores is None else scores.stride(0),
         query_stride=0 if query is None else query.stride(0),
         key_stride=0 if keys is None else keys.stride(0),
         key_row_stride=0 if keys is None else keys.stride(1),
-        temperature=temperature, alpha=alpha, row_scale=1.0 / rows if mean and not counts else 1.0,
+        temperature=temperature,
+        alpha=alpha,
+        row_scale=1.0 / rows if mean and not counts else 1.0,
         ignore_index=ignore_index,
-        M=m, STACKED=stacked, LOGIT=logit_fusion, BY_KL=attends and kl_objective, BY_LABEL=attends and not kl_objective,
-        CE=labels is not None and alpha > 0, SUM=loss.dim() == 0,
+        M=m,
+        STACKED=stacked,
+        LOGIT=logit_fusion,
+        BY_KL=attends and kl_objective,
+        BY_LABEL=attends and not kl_objective,
+        CE=labels is not None and alpha > 0,
+        SUM=loss.dim() == 0,
         COUNT_BLOCK=next_power_of_2(rows) if counts and rows <= COUNT_IN_PROGRAM else 0,
-        ON_CHIP=cut.on_chip, STAGES=cut.num_stages, R=cut.rows, MP=padded, BLOCK=cut.block,
+        ON_CHIP=cut.on_chip,
+        STAGES=cut.num_stages,
+        R=cut.rows,
+        MP=padded,
+        BLOCK=cut.block,
         DBLOCK=min(next_power_of_2(max(width, 1)), max(16, 1024 // padded)),
         ACC=tl.float64 if loss.dtype == torch.float64 else tl.float32,
-    )  # fmt: skip
+    )
     names = kernel.arg_names[-len(numbers) :]
     assert set(names) == numbers.keys()
     return Plan((triton.cdiv(rows, cut.rows), 1, 1), tuple(numbers[name] for name in names), cut.options)
@@ -236,13 +266,24 @@ def forward(kernel, plan, student, snapshots, more, labels, scores, query, keys,
     stacked = one.dim() == 3
     reduces = loss.dim() == 0
     key = (
-        kernel.__name__, device, student.shape, student.stride(0), student.dtype,
-        one.shape, one.dtype, one.stride() if stacked else tuple(z.stride(0) for z in snapshots),
+        kernel.__name__,
+        device,
+        student.shape,
+        student.stride(0),
+        student.dtype,
+        one.shape,
+        one.dtype,
+        one.stride() if stacked else tuple(z.stride(0) for z in snapshots),
         *((x.stride(), x.dtype) for x in more),
-        labels is None, None if scores is None else (scores.stride(0), scores.dtype),
+        labels is None,
+        None if scores is None else (scores.stride(0), scores.dtype),
         None if query is None else (query.shape[1], query.stride(0), query.dtype, *keys.stride(), keys.dtype),
-        options, reduces, d_student is None, d_scores is None, d_query is None,
-    )  # fmt: skip
+        options,
+        reduces,
+        d_student is None,
+        d_scores is None,
+        d_query is None,
+    )
     pointers = 0
     for x in (student, *snapshots, *more, labels, scores, query, keys, *outputs):
         if x is not None:
@@ -252,7 +293,7 @@ def forward(kernel, plan, student, snapshots, more, labels, scores, query, keys,
     if found is None:
         found = plan(
             student, snapshots, *more, labels, scores, query, keys, *options, loss, d_student, d_scores, d_query
-        )  # fmt: skip
+        )
         if aligned:
             if len(_plans) >= KEPT:
                 _plans.clear()
@@ -266,9 +307,18 @@ def forward(kernel, plan, student, snapshots, more, labels, scores, query, keys,
         parts = loss.new_empty((2, -(-grid[0] // 4) * 4))  # both rows at multiples of 16 bytes
         o_loss, o_attention_loss = parts.unbind()
     tensors = (
-        student, one if stacked else snapshots, *more, labels, scores, query, keys, count, o_loss, o_attention_loss,
+        student,
+        one if stacked else snapshots,
+        *more,
+        labels,
+        scores,
+        query,
+        keys,
+        count,
+        o_loss,
+        o_attention_loss,
         *outputs[2:],
-    )  # fmt: skip
+    )
     with torch.cuda.device_of(student):
         if count is not None:
             counting = (labels, count, rows, ignore_index, 1024)
@@ -392,9 +442,23 @@ def _products(query, keys, row, m, alive, D, query_stride, key_stride, key_row_s
 
 @triton.jit
 def attend(
-    scores, query, keys, o_weights, row, m, inside, keep, D, scores_stride, query_stride, key_stride, key_row_stride,
-    M: tl.constexpr, DBLOCK: tl.constexpr, ACC,
-):  # fmt: skip
+    scores,
+    query,
+    keys,
+    o_weights,
+    row,
+    m,
+    inside,
+    keep,
+    D,
+    scores_stride,
+    query_stride,
+    key_stride,
+    key_row_stride,
+    M: tl.constexpr,
+    DBLOCK: tl.constexpr,
+    ACC,
+):
     """Softmax over the snapshots: which are asked (R, M), which have a weight, and the weights."""
     alive = keep[:, None] & (m < M)[None, :]
     if query is not None:
@@ -424,9 +488,8 @@ def _spread(values, m, M: tl.constexpr):
 
 @triton.jit
 def snapshot_rows(
-    snapshots, row, m, snapshot_stride, snapshot_strides,
-    M: tl.constexpr, STACKED: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
+    snapshots, row, m, snapshot_stride, snapshot_strides, M: tl.constexpr, STACKED: tl.constexpr, VECTOR: tl.constexpr
+):
     """Where the rows of the snapshots begin (R, M), at whole vectors."""
     if not STACKED:
         p_snapshot = snapshots[0]
@@ -518,9 +581,24 @@ def write_columns(
 
 @triton.jit
 def _write_embeddings(
-    query, keys, o_d_query, o_d_keys, de, row, m, inside, alive, each, B, D,
-    query_stride, key_stride, key_row_stride, ACC, DBLOCK: tl.constexpr,
-):  # fmt: skip
+    query,
+    keys,
+    o_d_query,
+    o_d_keys,
+    de,
+    row,
+    m,
+    inside,
+    alive,
+    each,
+    B,
+    D,
+    query_stride,
+    key_stride,
+    key_row_stride,
+    ACC,
+    DBLOCK: tl.constexpr,
+):
     """d_query = Σ_m de_m key_m,  d_key_m = de_m query."""
     for first in range(0, D, DBLOCK):
         d = first + tl.arange(0, DBLOCK)
@@ -535,12 +613,45 @@ def _write_embeddings(
 
 @triton.jit
 def finish(
-    query, keys, o_loss, o_attention_loss, o_d_scores, o_d_query, o_d_keys,
-    kl, means, moved, z_y, ce_loss, w, used, alive, keep, inside, row, m, scale, ce, beta, tau, k, z_top, z_sum,
-    B, D, query_stride, key_stride, key_row_stride,
-    M: tl.constexpr, LABELS: tl.constexpr, LOGIT: tl.constexpr, BY_KL: tl.constexpr, SUM: tl.constexpr,
-    DBLOCK: tl.constexpr, ACC,
-):  # fmt: skip
+    query,
+    keys,
+    o_loss,
+    o_attention_loss,
+    o_d_scores,
+    o_d_query,
+    o_d_keys,
+    kl,
+    means,
+    moved,
+    z_y,
+    ce_loss,
+    w,
+    used,
+    alive,
+    keep,
+    inside,
+    row,
+    m,
+    scale,
+    ce,
+    beta,
+    tau,
+    k,
+    z_top,
+    z_sum,
+    B,
+    D,
+    query_stride,
+    key_stride,
+    key_row_stride,
+    M: tl.constexpr,
+    LABELS: tl.constexpr,
+    LOGIT: tl.constexpr,
+    BY_KL: tl.constexpr,
+    SUM: tl.constexpr,
+    DBLOCK: tl.constexpr,
+    ACC,
+):
     """What is O(M) per row, of the sums of its columns and of the snapshots' logits z_y (R, M) at its label."""
     inverse_tau = 1.0 / tau
     kl = kl * LN2  # the sums are of log2
@@ -580,9 +691,24 @@ def finish(
         tl.store(o_d_scores + (row * M)[:, None] + m[None, :], de.to(o_d_scores.dtype.element_ty), mask=each)
     if o_d_query is not None:
         _write_embeddings(
-            query, keys, o_d_query, o_d_keys, de, row, m, inside, alive, each, B, D,
-            query_stride, key_stride, key_row_stride, ACC, DBLOCK,
-        )  # fmt: skip
+            query,
+            keys,
+            o_d_query,
+            o_d_keys,
+            de,
+            row,
+            m,
+            inside,
+            alive,
+            each,
+            B,
+            D,
+            query_stride,
+            key_stride,
+            key_row_stride,
+            ACC,
+            DBLOCK,
+        )
 
 
 @triton.jit

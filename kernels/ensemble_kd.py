@@ -34,7 +34,7 @@ from .common import (
     start,
     visit,
     write_columns,
-)  # fmt: skip
+)
 
 SCALED = 2048  # elements of a gradient that a program of the backward scales at a time
 SCALING_PROGRAMS = 1024  # enough to fill a GPU, and few enough to return at once
@@ -70,9 +70,25 @@ def _statistics(
 
 @triton.jit
 def _visit(
-    s, z, is_label, w, used, k, kd, ce, s_top, soft_sum, hard_top, hard_sum, z_top, z_sum,
-    LOGIT: tl.constexpr, CE: tl.constexpr, MEANS: tl.constexpr, MOVED: tl.constexpr,
-):  # fmt: skip
+    s,
+    z,
+    is_label,
+    w,
+    used,
+    k,
+    kd,
+    ce,
+    s_top,
+    soft_sum,
+    hard_top,
+    hard_sum,
+    z_top,
+    z_sum,
+    LOGIT: tl.constexpr,
+    CE: tl.constexpr,
+    MEANS: tl.constexpr,
+    MOVED: tl.constexpr,
+):
     """The sums of kernels.common.visit over columns, and d loss / d s (R, N)."""
     log_q = log2_softmax(s, s_top, soft_sum, k)
     q = softmax(s, s_top, soft_sum, k)
@@ -85,10 +101,33 @@ def _visit(
 
 @triton.jit
 def _tile(
-    p_student, p_snapshot, o_d_student, row, m, y, w, used, inside, keep, shift, bound, k, d_kl, d_ce, C,
-    LOGIT: tl.constexpr, CE: tl.constexpr, MEANS: tl.constexpr, MOVED: tl.constexpr, ON_CHIP: tl.constexpr,
-    STAGES: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, SHIFTED: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    p_student,
+    p_snapshot,
+    o_d_student,
+    row,
+    m,
+    y,
+    w,
+    used,
+    inside,
+    keep,
+    shift,
+    bound,
+    k,
+    d_kl,
+    d_ce,
+    C,
+    LOGIT: tl.constexpr,
+    CE: tl.constexpr,
+    MEANS: tl.constexpr,
+    MOVED: tl.constexpr,
+    ON_CHIP: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """As kernels.columns.columns, with one tile of all snapshots, for which there are too many to unroll them."""
     R: tl.constexpr = w.shape[0]
     MP: tl.constexpr = w.shape[1]
@@ -128,9 +167,25 @@ def _tile(
         if CE:
             is_label = (i[None, :] - shift[:, None]) == y[:, None]
         kl, means, moved, d = _visit(
-            s, z, is_label, w, used, k, d_kl[:, None], d_ce[:, None], s_top, soft_sum, hard_top, hard_sum, z_top, z_sum,
-            LOGIT, CE, MEANS, MOVED,
-        )  # fmt: skip
+            s,
+            z,
+            is_label,
+            w,
+            used,
+            k,
+            d_kl[:, None],
+            d_ce[:, None],
+            s_top,
+            soft_sum,
+            hard_top,
+            hard_sum,
+            z_top,
+            z_sum,
+            LOGIT,
+            CE,
+            MEANS,
+            MOVED,
+        )
         if o_d_student is not None:
             d = tl.where(keep[:, None], d, 0.0)
             write_columns(o_d_student, d, row, i, shift, classes, inside, C, VECTOR, SHIFTED, False)
@@ -141,9 +196,25 @@ def _tile(
             if CE:
                 is_label = (first + i[None, :] - shift[:, None]) == y[:, None]
             more_kl, more_means, more_moved, d = _visit(
-                s, z, is_label, w, used, k, d_kl[:, None], d_ce[:, None], s_top, soft_sum, hard_top, hard_sum, z_top,
-                z_sum, LOGIT, CE, MEANS, MOVED,
-            )  # fmt: skip
+                s,
+                z,
+                is_label,
+                w,
+                used,
+                k,
+                d_kl[:, None],
+                d_ce[:, None],
+                s_top,
+                soft_sum,
+                hard_top,
+                hard_sum,
+                z_top,
+                z_sum,
+                LOGIT,
+                CE,
+                MEANS,
+                MOVED,
+            )
             kl += more_kl
             means += more_means
             moved += more_moved
@@ -155,16 +226,54 @@ def _tile(
 
 @triton.jit(do_not_specialize=["snapshot_strides"])
 def rows_kernel(
-    student, snapshots, labels, scores, query, keys, count,
-    o_loss, o_attention_loss, o_weights, o_d_student, o_d_scores, o_d_query, o_d_keys,
-    B, C, D, student_stride, snapshot_stride, snapshot_strides, scores_stride,
-    query_stride, key_stride, key_row_stride,
-    temperature: tl.float64, alpha: tl.float64, row_scale: tl.float64, ignore_index,
-    M: tl.constexpr, STACKED: tl.constexpr, LOGIT: tl.constexpr, BY_KL: tl.constexpr, BY_LABEL: tl.constexpr,
-    CE: tl.constexpr, SUM: tl.constexpr, COUNT_BLOCK: tl.constexpr, ON_CHIP: tl.constexpr, STAGES: tl.constexpr,
-    R: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr, DBLOCK: tl.constexpr, VECTOR: tl.constexpr,
-    SHIFTED: tl.constexpr, V: tl.constexpr, T: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    student,
+    snapshots,
+    labels,
+    scores,
+    query,
+    keys,
+    count,
+    o_loss,
+    o_attention_loss,
+    o_weights,
+    o_d_student,
+    o_d_scores,
+    o_d_query,
+    o_d_keys,
+    B,
+    C,
+    D,
+    student_stride,
+    snapshot_stride,
+    snapshot_strides,
+    scores_stride,
+    query_stride,
+    key_stride,
+    key_row_stride,
+    temperature: tl.float64,
+    alpha: tl.float64,
+    row_scale: tl.float64,
+    ignore_index,
+    M: tl.constexpr,
+    STACKED: tl.constexpr,
+    LOGIT: tl.constexpr,
+    BY_KL: tl.constexpr,
+    BY_LABEL: tl.constexpr,
+    CE: tl.constexpr,
+    SUM: tl.constexpr,
+    COUNT_BLOCK: tl.constexpr,
+    ON_CHIP: tl.constexpr,
+    STAGES: tl.constexpr,
+    R: tl.constexpr,
+    MP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DBLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    V: tl.constexpr,
+    T: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """One program takes R rows: all their columns at once if ON_CHIP, else in blocks, and those twice.
 
     `snapshots` is a tuple of M pointers with M `snapshot_strides` from row to row, or one pointer, `snapshot_stride`
@@ -175,17 +284,29 @@ def rows_kernel(
     inside = row < B
     tau = tl.full([], temperature, ACC)
     k = LOG2E / tau
-    keep, y, valid, scale = read_labels(
-        labels, count, row, inside, row_scale, ignore_index, B, C, COUNT_BLOCK, ACC
-    )  # fmt: skip
+    keep, y, valid, scale = read_labels(labels, count, row, inside, row_scale, ignore_index, B, C, COUNT_BLOCK, ACC)
     ce = tl.full([], alpha, ACC)
     beta = 1.0 - ce
     if labels is None:
         beta = tl.full([], 1.0, ACC)
     alive, used, w = attend(
-        scores, query, keys, o_weights, row, m, inside, keep, D, scores_stride, query_stride, key_stride,
-        key_row_stride, M, DBLOCK, ACC,
-    )  # fmt: skip
+        scores,
+        query,
+        keys,
+        o_weights,
+        row,
+        m,
+        inside,
+        keep,
+        D,
+        scores_stride,
+        query_stride,
+        key_stride,
+        key_row_stride,
+        M,
+        DBLOCK,
+        ACC,
+    )
     at_student = row * student_stride
     shift = tl.zeros([R], tl.int32)
     bound = tl.zeros([R], tl.int32) + C // VECTOR * VECTOR
@@ -200,15 +321,69 @@ def rows_kernel(
     d_ce = scale * ce * counts
     if M <= SEPARATE:
         kl, means, moved, hard_top, hard_sum, z_top, z_sum = columns(
-            student, snapshots, o_d_student, row, m, y, valid, w, inside, keep, shift, bound, k, d_kl, d_ce,
-            C, student_stride, snapshot_stride, snapshot_strides, M, STACKED, LOGIT, CE, BY_KL or BY_LABEL, BY_KL,
-            ON_CHIP, STAGES, BLOCK, VECTOR, SHIFTED, V, T, ACC,
-        )  # fmt: skip
+            student,
+            snapshots,
+            o_d_student,
+            row,
+            m,
+            y,
+            valid,
+            w,
+            inside,
+            keep,
+            shift,
+            bound,
+            k,
+            d_kl,
+            d_ce,
+            C,
+            student_stride,
+            snapshot_stride,
+            snapshot_strides,
+            M,
+            STACKED,
+            LOGIT,
+            CE,
+            BY_KL or BY_LABEL,
+            BY_KL,
+            ON_CHIP,
+            STAGES,
+            BLOCK,
+            VECTOR,
+            SHIFTED,
+            V,
+            T,
+            ACC,
+        )
     else:
         kl, means, moved, hard_top, hard_sum, z_top, z_sum = _tile(
-            p_student, p_snapshot, o_d_student, row, m, y, w, used, inside, keep, shift, bound, k, d_kl, d_ce, C,
-            LOGIT, CE, BY_KL or BY_LABEL, BY_KL, ON_CHIP, STAGES, BLOCK, VECTOR, SHIFTED, ACC,
-        )  # fmt: skip
+            p_student,
+            p_snapshot,
+            o_d_student,
+            row,
+            m,
+            y,
+            w,
+            used,
+            inside,
+            keep,
+            shift,
+            bound,
+            k,
+            d_kl,
+            d_ce,
+            C,
+            LOGIT,
+            CE,
+            BY_KL or BY_LABEL,
+            BY_KL,
+            ON_CHIP,
+            STAGES,
+            BLOCK,
+            VECTOR,
+            SHIFTED,
+            ACC,
+        )
 
     z_y = tl.zeros([R, MP], ACC)
     ce_loss = tl.zeros([R], ACC)
@@ -218,10 +393,45 @@ def rows_kernel(
             s_y = tl.load(p_student + shift + y, mask=valid, other=0.0).to(ACC)
             ce_loss = LN2 * (log2(hard_sum) - scaled(s_y, hard_top, LOG2E))
     finish(
-        query, keys, o_loss, o_attention_loss, o_d_scores, o_d_query, o_d_keys,
-        kl, means, moved, z_y, ce_loss, w, used, alive, keep, inside, row, m, scale, ce, beta, tau, k, z_top, z_sum,
-        B, D, query_stride, key_stride, key_row_stride, M, labels is not None, LOGIT, BY_KL, SUM, DBLOCK, ACC,
-    )  # fmt: skip
+        query,
+        keys,
+        o_loss,
+        o_attention_loss,
+        o_d_scores,
+        o_d_query,
+        o_d_keys,
+        kl,
+        means,
+        moved,
+        z_y,
+        ce_loss,
+        w,
+        used,
+        alive,
+        keep,
+        inside,
+        row,
+        m,
+        scale,
+        ce,
+        beta,
+        tau,
+        k,
+        z_top,
+        z_sum,
+        B,
+        D,
+        query_stride,
+        key_stride,
+        key_row_stride,
+        M,
+        labels is not None,
+        LOGIT,
+        BY_KL,
+        SUM,
+        DBLOCK,
+        ACC,
+    )
 
 
 @triton.jit
@@ -254,10 +464,26 @@ def _scale(x, times, columns, factor, stride, count, B, PER_ROW: tl.constexpr, N
 
 @triton.jit
 def scale_kernel(
-    d_loss, d_attention_loss, count, d_student, d_scores, d_query, d_keys, loss_stride, attention_stride, B, M, C, D,
-    PER_ROW: tl.constexpr, ATTENTION_PER_ROW: tl.constexpr, MP: tl.constexpr, CP: tl.constexpr, DP: tl.constexpr,
+    d_loss,
+    d_attention_loss,
+    count,
+    d_student,
+    d_scores,
+    d_query,
+    d_keys,
+    loss_stride,
+    attention_stride,
+    B,
+    M,
+    C,
+    D,
+    PER_ROW: tl.constexpr,
+    ATTENTION_PER_ROW: tl.constexpr,
+    MP: tl.constexpr,
+    CP: tl.constexpr,
+    DP: tl.constexpr,
     TILE: tl.constexpr,
-):  # fmt: skip
+):
     """Scales the gradients that the forward wrote for an upstream gradient of 1; where it is 1, touches nothing."""
     if d_student is not None:
         _scale(d_student, 1, C, d_loss, loss_stride, count, B, PER_ROW, CP, TILE)
@@ -278,9 +504,24 @@ SCHEMA = (
 
 
 def plan(
-    student, snapshots, labels, scores, query, keys, temperature, alpha, logit_fusion, kl_objective, mean, ignore_index,
-    loss, d_student, d_scores, d_query, cut=None,
-):  # fmt: skip
+    student,
+    snapshots,
+    labels,
+    scores,
+    query,
+    keys,
+    temperature,
+    alpha,
+    logit_fusion,
+    kl_objective,
+    mean,
+    ignore_index,
+    loss,
+    d_student,
+    d_scores,
+    d_query,
+    cut=None,
+):
     """The launch for these tensors, as `cut` or else as the launch table has it."""
     rows, classes = student.shape
     stacked = snapshots[0].dim() == 3
@@ -298,21 +539,59 @@ def plan(
     # M pointers take the registers that M lines would.
     again = logit_fusion or not stacked or (kl_objective and (d_scores is not None or d_query is not None))
     cut = cut or common.launch(
-        classes + (vector - 1 if shifted else 0), m, 8 if wide else max(sizes), common.architecture(student.device),
+        classes + (vector - 1 if shifted else 0),
+        m,
+        8 if wide else max(sizes),
+        common.architecture(student.device),
         again,
     )
     held = min(16 // (8 if wide else max(sizes)), cut.block)  # columns next to each other that a thread has
     return planned(
-        rows_kernel, cut, student, snapshots, labels, scores, query, keys, temperature, alpha, logit_fusion,
-        kl_objective, mean, ignore_index, loss, d_scores, d_query, VECTOR=vector, SHIFTED=shifted,
-        V=held, T=max(1, min(32 * cut.num_warps, cut.block // held)),
-    )  # fmt: skip
+        rows_kernel,
+        cut,
+        student,
+        snapshots,
+        labels,
+        scores,
+        query,
+        keys,
+        temperature,
+        alpha,
+        logit_fusion,
+        kl_objective,
+        mean,
+        ignore_index,
+        loss,
+        d_scores,
+        d_query,
+        VECTOR=vector,
+        SHIFTED=shifted,
+        V=held,
+        T=max(1, min(32 * cut.num_warps, cut.block // held)),
+    )
 
 
 def ensemble_kd_fwd(
-    student, snapshots, labels, scores, query, keys, temperature, alpha, logit_fusion, kl_objective, mean, ignore_index,
-    loss, attention_loss, weights, d_student, d_scores, d_query, d_keys,
-):  # fmt: skip
+    student,
+    snapshots,
+    labels,
+    scores,
+    query,
+    keys,
+    temperature,
+    alpha,
+    logit_fusion,
+    kl_objective,
+    mean,
+    ignore_index,
+    loss,
+    attention_loss,
+    weights,
+    d_student,
+    d_scores,
+    d_query,
+    d_keys,
+):
     """Fills the outputs. A label that is neither a class nor `ignore_index` gives NaN, for a GPU cannot raise."""
     options = temperature, alpha, logit_fusion, kl_objective, mean, ignore_index
     outputs = loss, attention_loss, weights, d_student, d_scores, d_query, d_keys

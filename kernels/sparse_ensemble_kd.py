@@ -111,9 +111,30 @@ def _top(p_student, p_snapshot, p_indices, j, y, keep, used, C, K, VECTOR: tl.co
 
 @triton.jit
 def _visit_top(
-    o_d_student, s, z, c, exists, row, y, w, used, k, kd, ce, s_top, soft_sum, hard_top, hard_sum,
-    z_top, z_sum, C, LOGIT: tl.constexpr, CE: tl.constexpr, MEANS: tl.constexpr, MOVED: tl.constexpr,
-):  # fmt: skip
+    o_d_student,
+    s,
+    z,
+    c,
+    exists,
+    row,
+    y,
+    w,
+    used,
+    k,
+    kd,
+    ce,
+    s_top,
+    soft_sum,
+    hard_top,
+    hard_sum,
+    z_top,
+    z_sum,
+    C,
+    LOGIT: tl.constexpr,
+    CE: tl.constexpr,
+    MEANS: tl.constexpr,
+    MOVED: tl.constexpr,
+):
     """The sums of kernels.common.visit over these of the K columns; writes their part of d_student."""
     log_q = log2_softmax(s, s_top, soft_sum, k)
     kl, means, moved, p = visit(log_q, z, w, used, k, z_top, z_sum, LOGIT, MEANS, MOVED)
@@ -153,17 +174,63 @@ def _visit_rest(log_q, z, w, used, k, z_top, z_sum, LOGIT: tl.constexpr, MEANS: 
 
 @triton.jit(do_not_specialize=["snapshot_strides"])
 def sparse_rows_kernel(
-    student, snapshots, tail, indices, labels, scores, query, keys, count,
-    o_loss, o_attention_loss, o_weights, o_d_student, o_d_scores, o_d_query, o_d_keys,
-    B, C, K, D, student_stride, snapshot_stride, snapshot_strides, tail_stride, tail_row_stride, indices_stride,
-    scores_stride, query_stride, key_stride, key_row_stride,
-    temperature: tl.float64, alpha: tl.float64, row_scale: tl.float64, ignore_index,
-    M: tl.constexpr, STACKED: tl.constexpr, LOGIT: tl.constexpr, BY_KL: tl.constexpr, BY_LABEL: tl.constexpr,
-    CE: tl.constexpr, SUM: tl.constexpr, COUNT_BLOCK: tl.constexpr, ON_CHIP: tl.constexpr, STAGES: tl.constexpr,
-    R: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr, DBLOCK: tl.constexpr, VECTOR: tl.constexpr,
-    SHIFTED: tl.constexpr, KVECTOR: tl.constexpr, KP: tl.constexpr, KBLOCK: tl.constexpr, MARKED: tl.constexpr,
-    UNROLLED: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    student,
+    snapshots,
+    tail,
+    indices,
+    labels,
+    scores,
+    query,
+    keys,
+    count,
+    o_loss,
+    o_attention_loss,
+    o_weights,
+    o_d_student,
+    o_d_scores,
+    o_d_query,
+    o_d_keys,
+    B,
+    C,
+    K,
+    D,
+    student_stride,
+    snapshot_stride,
+    snapshot_strides,
+    tail_stride,
+    tail_row_stride,
+    indices_stride,
+    scores_stride,
+    query_stride,
+    key_stride,
+    key_row_stride,
+    temperature: tl.float64,
+    alpha: tl.float64,
+    row_scale: tl.float64,
+    ignore_index,
+    M: tl.constexpr,
+    STACKED: tl.constexpr,
+    LOGIT: tl.constexpr,
+    BY_KL: tl.constexpr,
+    BY_LABEL: tl.constexpr,
+    CE: tl.constexpr,
+    SUM: tl.constexpr,
+    COUNT_BLOCK: tl.constexpr,
+    ON_CHIP: tl.constexpr,
+    STAGES: tl.constexpr,
+    R: tl.constexpr,
+    MP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DBLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    KVECTOR: tl.constexpr,
+    KP: tl.constexpr,
+    KBLOCK: tl.constexpr,
+    MARKED: tl.constexpr,
+    UNROLLED: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """One program takes R rows: the student's C columns, then the K columns and the bucket of the rest.
 
     The student's columns are taken at once if ON_CHIP, else in blocks of BLOCK, and those twice; the K columns at once
@@ -175,17 +242,29 @@ def sparse_rows_kernel(
     inside = row < B
     tau = tl.full([], temperature, ACC)
     k = LOG2E / tau
-    keep, y, valid, scale = read_labels(
-        labels, count, row, inside, row_scale, ignore_index, B, C, COUNT_BLOCK, ACC
-    )  # fmt: skip
+    keep, y, valid, scale = read_labels(labels, count, row, inside, row_scale, ignore_index, B, C, COUNT_BLOCK, ACC)
     ce = tl.full([], alpha, ACC)
     beta = 1.0 - ce
     if labels is None:
         beta = tl.full([], 1.0, ACC)
     alive, used, w = attend(
-        scores, query, keys, o_weights, row, m, inside, keep, D, scores_stride, query_stride, key_stride,
-        key_row_stride, M, DBLOCK, ACC,
-    )  # fmt: skip
+        scores,
+        query,
+        keys,
+        o_weights,
+        row,
+        m,
+        inside,
+        keep,
+        D,
+        scores_stride,
+        query_stride,
+        key_stride,
+        key_row_stride,
+        M,
+        DBLOCK,
+        ACC,
+    )
     at_student = row * student_stride
     shift = tl.zeros([R], tl.int32)
     bound = tl.zeros([R], tl.int32) + C // VECTOR * VECTOR
@@ -202,9 +281,7 @@ def sparse_rows_kernel(
     j = tl.arange(0, KBLOCK)
     WHOLE: tl.constexpr = ON_CHIP and KP <= KBLOCK
     if WHOLE:  # before the student's columns, whose layout is then the one that the compiler spreads
-        top, z, c, exists, place, wrong = _top(
-            p_student, p_snapshot, p_indices, j, y, keep, used, C, K, KVECTOR, ACC
-        )  # fmt: skip
+        top, z, c, exists, place, wrong = _top(p_student, p_snapshot, p_indices, j, y, keep, used, C, K, KVECTOR, ACC)
     if CE:
         s_y = tl.load(p_student + y, mask=valid, other=0.0).to(ACC)
 
@@ -251,7 +328,7 @@ def sparse_rows_kernel(
         for first in range(0, K, KBLOCK):
             top, z, c, exists, more_place, more_wrong = _top(
                 p_student, p_snapshot, p_indices, first + j, y, keep, used, C, K, KVECTOR, ACC
-            )  # fmt: skip
+            )
             s_top, soft_sum = absorb(s_top, soft_sum, top, k, 1)
             z_top, z_sum = absorb_targets(z_top, z_sum, z, w, used, k, LOGIT)
             place = tl.maximum(place, more_place)
@@ -293,9 +370,30 @@ def sparse_rows_kernel(
     # the K columns
     if WHOLE:
         more_kl, more_means, more_moved = _visit_top(
-            o_d_student, top, z, c, exists, row, y, w, used, k, d_kl, d_ce, s_top, soft_sum, hard_top,
-            hard_sum, z_top, z_sum, C, LOGIT, CE, BY_KL or BY_LABEL, BY_KL,
-        )  # fmt: skip
+            o_d_student,
+            top,
+            z,
+            c,
+            exists,
+            row,
+            y,
+            w,
+            used,
+            k,
+            d_kl,
+            d_ce,
+            s_top,
+            soft_sum,
+            hard_top,
+            hard_sum,
+            z_top,
+            z_sum,
+            C,
+            LOGIT,
+            CE,
+            BY_KL or BY_LABEL,
+            BY_KL,
+        )
         kl += more_kl
         means += more_means
         moved += more_moved
@@ -303,11 +401,32 @@ def sparse_rows_kernel(
         for first in range(0, K, KBLOCK):
             top, z, c, exists, _, _ = _top(
                 p_student, p_snapshot, p_indices, first + j, y, keep, used, C, K, KVECTOR, ACC
-            )  # fmt: skip
+            )
             more_kl, more_means, more_moved = _visit_top(
-                o_d_student, top, z, c, exists, row, y, w, used, k, d_kl, d_ce, s_top, soft_sum, hard_top,
-                hard_sum, z_top, z_sum, C, LOGIT, CE, BY_KL or BY_LABEL, BY_KL,
-            )  # fmt: skip
+                o_d_student,
+                top,
+                z,
+                c,
+                exists,
+                row,
+                y,
+                w,
+                used,
+                k,
+                d_kl,
+                d_ce,
+                s_top,
+                soft_sum,
+                hard_top,
+                hard_sum,
+                z_top,
+                z_sum,
+                C,
+                LOGIT,
+                CE,
+                BY_KL or BY_LABEL,
+                BY_KL,
+            )
             kl += more_kl
             means += more_means
             moved += more_moved
@@ -321,10 +440,45 @@ def sparse_rows_kernel(
         if CE:
             ce_loss = LN2 * (log2(hard_sum) - scaled(s_y, hard_top, LOG2E))
     finish(
-        query, keys, o_loss, o_attention_loss, o_d_scores, o_d_query, o_d_keys,
-        kl, means, moved, z_y, ce_loss, w, used, alive, keep, inside, row, m, scale, ce, beta, tau, k, z_top, z_sum,
-        B, D, query_stride, key_stride, key_row_stride, M, labels is not None, LOGIT, BY_KL, SUM, DBLOCK, ACC,
-    )  # fmt: skip
+        query,
+        keys,
+        o_loss,
+        o_attention_loss,
+        o_d_scores,
+        o_d_query,
+        o_d_keys,
+        kl,
+        means,
+        moved,
+        z_y,
+        ce_loss,
+        w,
+        used,
+        alive,
+        keep,
+        inside,
+        row,
+        m,
+        scale,
+        ce,
+        beta,
+        tau,
+        k,
+        z_top,
+        z_sum,
+        B,
+        D,
+        query_stride,
+        key_stride,
+        key_row_stride,
+        M,
+        labels is not None,
+        LOGIT,
+        BY_KL,
+        SUM,
+        DBLOCK,
+        ACC,
+    )
 
 
 SCHEMA = (
@@ -344,9 +498,26 @@ def by_rule(classes: int, kept: int, itemsize: int) -> common.Launch:
 
 
 def plan(
-    student, snapshots, tail, indices, labels, scores, query, keys, temperature, alpha, logit_fusion, kl_objective,
-    mean, ignore_index, loss, d_student, d_scores, d_query, cut=None,
-):  # fmt: skip
+    student,
+    snapshots,
+    tail,
+    indices,
+    labels,
+    scores,
+    query,
+    keys,
+    temperature,
+    alpha,
+    logit_fusion,
+    kl_objective,
+    mean,
+    ignore_index,
+    loss,
+    d_student,
+    d_scores,
+    d_query,
+    cut=None,
+):
     """The launch for these tensors, as `cut` or else as the rule has it."""
     rows, classes = student.shape
     kept = indices.shape[1]
@@ -355,7 +526,7 @@ def plan(
     size, wide = student.element_size(), loss.dtype == torch.float64
     vector, shifted = alignment(
         classes, size, [student.data_ptr() // size], [student.stride(0)] if rows > 1 else [classes], []
-    )  # fmt: skip
+    )
     strides = [z.stride(-2) for z in snapshots] if rows > 1 else [kept]
     if stacked and m > 1:
         strides.append(snapshots[0].stride(0))
@@ -370,18 +541,60 @@ def plan(
 
     marked = at_most(CHOSEN * threads * 32 // cut.block)
     return planned(
-        sparse_rows_kernel, cut, student, snapshots, labels, scores, query, keys, temperature, alpha, logit_fusion,
-        kl_objective, mean, ignore_index, loss, d_scores, d_query, K=kept, tail_stride=tail.stride(0),
-        tail_row_stride=tail.stride(1), indices_stride=indices.stride(0), VECTOR=vector, SHIFTED=shifted,
-        KVECTOR=kvector, KP=whole, KBLOCK=at_most(TOP * threads // ((padded + 3) * (2 if wide else 1))), MARKED=marked,
+        sparse_rows_kernel,
+        cut,
+        student,
+        snapshots,
+        labels,
+        scores,
+        query,
+        keys,
+        temperature,
+        alpha,
+        logit_fusion,
+        kl_objective,
+        mean,
+        ignore_index,
+        loss,
+        d_scores,
+        d_query,
+        K=kept,
+        tail_stride=tail.stride(0),
+        tail_row_stride=tail.stride(1),
+        indices_stride=indices.stride(0),
+        VECTOR=vector,
+        SHIFTED=shifted,
+        KVECTOR=kvector,
+        KP=whole,
+        KBLOCK=at_most(TOP * threads // ((padded + 3) * (2 if wide else 1))),
+        MARKED=marked,
         UNROLLED=UNROLLED * marked,
-    )  # fmt: skip
+    )
 
 
 def sparse_ensemble_kd_fwd(
-    student, snapshots, tail, indices, labels, scores, query, keys, temperature, alpha, logit_fusion, kl_objective,
-    mean, ignore_index, loss, attention_loss, weights, d_student, d_scores, d_query, d_keys,
-):  # fmt: skip
+    student,
+    snapshots,
+    tail,
+    indices,
+    labels,
+    scores,
+    query,
+    keys,
+    temperature,
+    alpha,
+    logit_fusion,
+    kl_objective,
+    mean,
+    ignore_index,
+    loss,
+    attention_loss,
+    weights,
+    d_student,
+    d_scores,
+    d_query,
+    d_keys,
+):
     """Fills the outputs. An index or a label that is not a class gives NaN, for a GPU cannot raise."""
     options = temperature, alpha, logit_fusion, kl_objective, mean, ignore_index
     more = tail, indices

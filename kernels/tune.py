@@ -24,10 +24,10 @@ import torch
 import triton
 from triton import next_power_of_2
 
-from eekd import reference
 from eekd.info import environment
 from eekd.kernels import common, ensemble_kd
 from eekd.kernels.common import Launch
+from eekd.ops import reference
 
 CLASSES = [2**n for n in range(3, 19)]
 SNAPSHOTS = (1, 2, 3, 4, 5, 8, 16)
@@ -84,9 +84,18 @@ def candidates(classes: int, snapshots: int, itemsize: int, again: bool) -> list
             found += [Launch(rows, whole, True, warps, 1, most) for most in limits]
     for warps in (1, 2, 4, 8, 16):
         for most, many, stages in (
-            (168, 1, 3), (128, 1, 2), (128, 1, 3), (128, 1, 4), (96, 1, 3), (255, 2, 2), (255, 2, 3), (168, 2, 3),
-            (128, 1, 1), (96, 1, 1), (168, 2, 1),
-        ):  # fmt: skip
+            (168, 1, 3),
+            (128, 1, 2),
+            (128, 1, 3),
+            (128, 1, 4),
+            (96, 1, 3),
+            (255, 2, 2),
+            (255, 2, 3),
+            (168, 2, 3),
+            (128, 1, 1),
+            (96, 1, 1),
+            (168, 2, 1),
+        ):
             block = 32 * warps * vector * many
             fits = lines * block * itemsize * (stages - 1) <= SHARED // max(1, REGISTERS // (warps * 32 * most))
             fits = fits and (stages > 1 or whole * lines * itemsize <= 2**16)  # read again from the cache of an SM
@@ -99,9 +108,23 @@ def planned(shape: Shape, cut: Launch, tensors: list):
     """The plan of a launch on student, snapshots, labels, scores and outputs."""
     student, logits, labels, scores, outputs = tensors
     return ensemble_kd.plan(
-        student, (logits,), labels, scores, None, None, 5.0, 0.5, shape.fusion == "logit", False, False, -100,
-        outputs[0], *outputs[3:], None, cut,
-    )  # fmt: skip
+        student,
+        (logits,),
+        labels,
+        scores,
+        None,
+        None,
+        5.0,
+        0.5,
+        shape.fusion == "logit",
+        False,
+        False,
+        -100,
+        outputs[0],
+        *outputs[3:],
+        None,
+        cut,
+    )
 
 
 def arguments(planned, tensors: list) -> tuple:
@@ -172,9 +195,13 @@ class Bench:
         self.ends = torch.arange(shape.rows, device=device).roll(CHECKED)[: 2 * CHECKED]
         leaves = student[self.ends].double().requires_grad_(), scores[self.ends].double().requires_grad_()
         out = reference.ensemble_kd(
-            leaves[0], logits[:, self.ends].double(), labels[self.ends], scores=leaves[1], fusion=shape.fusion,
+            leaves[0],
+            logits[:, self.ends].double(),
+            labels[self.ends],
+            scores=leaves[1],
+            fusion=shape.fusion,
             reduction="none",
-        )  # fmt: skip
+        )
         grads = torch.autograd.grad((out[0] + out[2]).sum(), leaves)
         self.truth = [out[0].detach(), out[2].detach(), out[1], *grads]
 

@@ -24,24 +24,29 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eekd import LastFeatures, ensemble_kd
-from eekd.attention import SnapshotAttention
-from eekd.config import Config, Student, Teacher
 from eekd.data import ImageData
 from eekd.info import commit, environment
-from eekd.losses import log_weights
+from eekd.method.attention import SnapshotAttention
+from eekd.method.weightings import log_weights
 from eekd.snapshots import SnapshotEnsemble, SnapshotRecorder
-from eekd.trainers import Session
-from eekd.trainers.loop import accuracy, learning_rate
+from eekd.train import Session
+from eekd.train.config import Config, Student, Teacher
+from eekd.train.trainer import accuracy, learning_rate
 
 HERE = Path(__file__).parent
 RECORD = HERE / "attention.json"
 WORK = HERE.parent / "runs" / "attention"  # what teachers and students say, kept for the next start
 HELD = 10_000  # of the images held out; the others validate
 CONFIG = Config(
-    data="fashion-mnist", train_limit=10_000, val_fraction=0.5, augment="none", precision="bf16", channels_last=True,
+    data="fashion-mnist",
+    train_limit=10_000,
+    val_fraction=0.5,
+    augment="none",
+    precision="bf16",
+    channels_last=True,
     teacher=Teacher(model="resnet8", epochs=20, batch_size=128, schedule="cosine"),
     student=Student(model="resnet8_w4", epochs=10, batch_size=128, schedule="cosine"),
-)  # fmt: skip
+)
 
 
 @cache
@@ -88,10 +93,14 @@ def teacher(seed: int) -> dict:
             for images, labels, _ in session.loader(split, phase)
         ]
         logits, features, labels = zip(*batches, strict=True)
-        said |= {f"{split}_logits": torch.cat(logits, 1), f"{split}_features": torch.cat(features, 1),
-                 f"{split}_labels": torch.cat(labels)}  # fmt: skip
+        said |= {
+            f"{split}_logits": torch.cat(logits, 1),
+            f"{split}_features": torch.cat(features, 1),
+            f"{split}_labels": torch.cat(labels),
+        }
     save_file(said, known)
     return said
+
 
 @torch.no_grad()
 def quality(log_w: Tensor, logits: Tensor, labels: Tensor, temperature: float) -> dict:
@@ -102,8 +111,10 @@ def quality(log_w: Tensor, logits: Tensor, labels: Tensor, temperature: float) -
     w, y = log_w.exp(), labels[:, None]
     found = {}
     for name, tau, lw in (
-        ("nll", temperature, log_w), ("nll_mean", temperature, w.mean(0).log().expand_as(log_w)), ("nll_1", 1.0, log_w)
-    ):  # fmt: skip
+        ("nll", temperature, log_w),
+        ("nll_mean", temperature, w.mean(0).log().expand_as(log_w)),
+        ("nll_1", 1.0, log_w),
+    ):
         log_p = (lw.t()[:, :, None] + (logits / tau).log_softmax(-1)).logsumexp(0)
         found[name] = -log_p.gather(1, y).mean().item()
         if name == "nll":
@@ -209,10 +220,16 @@ CONFIRMED = "last", "uniform", "attention", "last two"  # what the first seeds l
 def parts(said: dict) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Logits, features and labels of training, held-out and validation images."""
     found = {}
-    for name, split, rows in (("train", "train", slice(None)), ("held", "val", slice(HELD)),
-                              ("val", "val", slice(HELD, None))):  # fmt: skip
-        found[name] = (said[f"{split}_logits"][:, rows], said[f"{split}_features"][:, rows],
-                       said[f"{split}_labels"][rows])  # fmt: skip
+    for name, split, rows in (
+        ("train", "train", slice(None)),
+        ("held", "val", slice(HELD)),
+        ("val", "val", slice(HELD, None)),
+    ):
+        found[name] = (
+            said[f"{split}_logits"][:, rows],
+            said[f"{split}_features"][:, rows],
+            said[f"{split}_labels"][rows],
+        )
     return found
 
 
@@ -282,8 +299,10 @@ def student(seed: int, cell: Cell, known: dict) -> dict:
             if attention:
                 weights.append(w.mean(0))
                 if len(weights) % 10 == 1:
-                    norms.append([norm(p.grad for p in m.parameters()) for m in (model, attention)]
-                                 + [norm(m.parameters()) for m in (model, attention)])  # fmt: skip
+                    norms.append(
+                        [norm(p.grad for p in m.parameters()) for m in (model, attention)]
+                        + [norm(m.parameters()) for m in (model, attention)]
+                    )
             optimizer.step()
         if attention:
             names = "grad_student", "grad_attention", "norm_student", "norm_attention"
@@ -339,8 +358,9 @@ def fit(seed: int, cell: Cell, known: dict, phase: Student) -> dict:
     with torch.no_grad():
         return {
             name: quality(scores_for(said[name], u).log_softmax(1), z, y, cell.temperature)
-            for name, (z, u, y) in known.items() if name != "held"
-        }  # fmt: skip
+            for name, (z, u, y) in known.items()
+            if name != "held"
+        }
 
 
 def norm(tensors) -> float:
@@ -392,13 +412,30 @@ def main() -> None:
                     split: (torch.stack([x[split][0][-1] for x in of]), features, labels)
                     for split, (_, features, labels) in known.items()
                 }
-            once("cells", student, seed, CELLS[name], known,
-                 name=name, seed=seed, settings=dataclasses.asdict(CELLS[name]))  # fmt: skip
+            once(
+                "cells",
+                student,
+                seed,
+                CELLS[name],
+                known,
+                name=name,
+                seed=seed,
+                settings=dataclasses.asdict(CELLS[name]),
+            )
 
     def fits(names: Iterable[str]) -> None:
         for name, seed in itertools.product(names, EXPLORE):
-            once("fits", fit, seed, FITS[name], known_of(seed), CONFIG.student,
-                 name=name, seed=seed, settings=dataclasses.asdict(FITS[name]))  # fmt: skip
+            once(
+                "fits",
+                fit,
+                seed,
+                FITS[name],
+                known_of(seed),
+                CONFIG.student,
+                name=name,
+                seed=seed,
+                settings=dataclasses.asdict(FITS[name]),
+            )
 
     for seed in EXPLORE:
         once("teachers", snapshots, known_of(seed), seed=seed)

@@ -21,10 +21,10 @@ from torch import nn
 
 from eekd import models
 from eekd.bank import __main__ as bank
-from eekd.checkpoint import load_weights
-from eekd.config import Config, Student, Teacher
 from eekd.info import environment
-from eekd.trainers import Session, train, train_student
+from eekd.io.tensors import load_weights
+from eekd.train import Session, train, train_student
+from eekd.train.config import Config, Student, Teacher
 
 EPOCHS, VIEWS, M = 200, 8, 5
 
@@ -36,10 +36,16 @@ def pair(name: str, images: int) -> Config:
         size, batch, low = (28, 128, {"precision": "bf16", "channels_last": True})
     teacher, student = name.split("-")
     return Config(
-        data="fashion-mnist", image_size=size, train_limit=images, val_fraction=0.002, augment="crop-flip",
+        data="fashion-mnist",
+        image_size=size,
+        train_limit=images,
+        val_fraction=0.002,
+        augment="crop-flip",
         teacher=Teacher(model=teacher, epochs=M, batch_size=batch, snapshots=M, lr=0.01),  # so few steps: no faster
-        student=Student(model=student, epochs=1, batch_size=batch), students=(), **low,
-    )  # fmt: skip
+        student=Student(model=student, epochs=1, batch_size=batch),
+        students=(),
+        **low,
+    )
 
 
 class Short(Session):
@@ -86,8 +92,12 @@ def plain(session: Session, folder: Path, attention: bool):
                 v = taken[0].float()
             p = (z / tau).softmax(-1)
             if attention:
-                e = torch.einsum("bd,mbd->mb", query(F.layer_norm(v.detach(), v.shape[1:])),
-                                 keys(F.layer_norm(u, u.shape[2:]))) / 8**0.5  # fmt: skip
+                e = (
+                    torch.einsum(
+                        "bd,mbd->mb", query(F.layer_norm(v.detach(), v.shape[1:])), keys(F.layer_norm(u, u.shape[2:]))
+                    )
+                    / 8**0.5
+                )
                 p = (e.softmax(0)[..., None] * p).sum(0)
                 learned = -p.gather(1, labels[:, None]).log().mean()
                 p = p.detach()

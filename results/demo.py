@@ -8,9 +8,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from eekd.config import preset
 from eekd.info import environment
-from eekd.trainers import train
+from eekd.train import train
+from eekd.train.presets import preset
 
 
 def main() -> None:

@@ -9,9 +9,10 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from eekd.config import Config, Student, preset
 from eekd.info import environment
-from eekd.trainers import Session, train_student, train_teacher
+from eekd.train import Session, train_student, train_teacher
+from eekd.train.config import Config, Student
+from eekd.train.presets import preset
 
 GRID = [dict(lr=lr) for lr in (0.03, 0.1, 0.3)]
 TEACHING = [dict(temperature=t, alpha=a) for t, a in ((2.0, 0.1), (4.0, 0.1), (2.0, 0.5))]

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
-from eekd import config
 from eekd.info import environment
-from eekd.trainers.folder import read_metrics, read_settings
+from eekd.train import config
+from eekd.train.run_folder import read_metrics, read_settings
 
 PRESETS = "glyphs", "fashion-mnist-cpu"
 IMAGES = {"precision": 6000, "waiting": 3000}  # of an epoch
@@ -36,8 +36,12 @@ def epochs(scratch: str, flags: list, threads: int, variables: dict) -> tuple[di
     ours = *LIMIT, "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
     own = {name: value for name, value in os.environ.items() if name not in ours}
     own |= {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""} | variables
-    subprocess.run([sys.executable, "-m", "eekd.train", *map(str, flags), "--seeds", "1", "--out", run],
-                   check=True, stdout=subprocess.DEVNULL, env=own)  # fmt: skip
+    subprocess.run(
+        [sys.executable, "-m", "eekd.train", *map(str, flags), "--seeds", "1", "--out", run],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        env=own,
+    )
     made = read_settings(run)
     phases = [name for name in PHASES if (run / name).exists()]
     found = {PHASES[name]: [row["seconds"] for row in read_metrics(run / name, {})[1:]] for name in phases}
@@ -58,8 +62,12 @@ def runs_of(preset: str, count: int) -> dict[str, list]:
 
 def precision(rounds: int, count: int) -> list[dict]:
     times, computed = {}, {}
-    cases = [(preset, *run, *processor) for preset in PRESETS for run in runs_of(preset, count).items()
-             for processor in PROCESSORS.items()]  # fmt: skip
+    cases = [
+        (preset, *run, *processor)
+        for preset in PRESETS
+        for run in runs_of(preset, count).items()
+        for processor in PROCESSORS.items()
+    ]
     with tempfile.TemporaryDirectory() as scratch:
         for preset, setting, flags, processor, variables in cases * rounds:
             found, made = epochs(scratch, flags, 1, variables)

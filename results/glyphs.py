@@ -196,8 +196,10 @@ def complete(font: ImageFont.FreeTypeFont, characters: str) -> bool:
     """Whether a face has every character, each with a picture of its own: small capitals are no lower case."""
     pictures = [(mask.size, bytes(mask)) for mask in map(font.getmask, characters)]
     absent = font.getmask("\uffff")
-    return len(set(pictures)) == len(pictures) and (absent.size, bytes(absent)) not in pictures and all(
-        width and height for (width, height), _ in pictures
+    return (
+        len(set(pictures)) == len(pictures)
+        and (absent.size, bytes(absent)) not in pictures
+        and all(width and height for (width, height), _ in pictures)
     )
 
 

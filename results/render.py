@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from eekd.compare import page as comparison
-from eekd.config import TITLES
-from eekd.trainers import seeds as over_seeds
+from eekd.train import seeds as over_seeds
+from eekd.train.config import TITLES
 
 HERE = Path(__file__).parent
 
@@ -230,8 +230,14 @@ def online(record: dict) -> str:
     config = record["config"]
     what = f"{record['images']:,} images, augment {config['augment']}, {config['student']['epochs']} epochs"
     table = comparison.online(record)[2:-1]
-    return "\n".join([*table, "", f"{what}, {len(record['seeds'])} seeds; in brackets Student's 95 % interval of the "
-                      f"paired differences. {provenance(record, record['commits'])}"])  # fmt: skip
+    return "\n".join(
+        [
+            *table,
+            "",
+            f"{what}, {len(record['seeds'])} seeds; in brackets Student's 95 % interval of the "
+            f"paired differences. {provenance(record, record['commits'])}",
+        ]
+    )
 
 
 def gpu(record: dict) -> str:
@@ -242,8 +248,10 @@ def gpu(record: dict) -> str:
         copy, triton, native, eager = row["copy_us"], row["triton"]["us"], row["native"]["us"], row.get("eager_us")
         numbers = f"{copy:.0f} | {triton:.0f} | {native:.0f} | {f'{eager:,.0f}' if eager else ''}"
         ratio = f"{eager / triton:.1f}" if eager else ""
-        lines.append(f"| {tuple(row['shape'])} | {row['dtype']} | {row['fusion']} | {numbers} | "
-                     f"{100 * copy / min(triton, native):.0f} | {ratio} |")  # fmt: skip
+        lines.append(
+            f"| {tuple(row['shape'])} | {row['dtype']} | {row['fusion']} | {numbers} | "
+            f"{100 * copy / min(triton, native):.0f} | {ratio} |"
+        )
     note = f" {record['note']}" if "note" in record else ""
     return "\n".join([*lines, "", f"Forward + backward, median: {provenance(record)}{note}"])
 
@@ -289,8 +297,14 @@ def _snapshots(record: dict) -> list[str]:
     teachers = record["teachers"]
     rows = [(f"snapshot {i + 1}", "members", i) for i in range(len(teachers[0]["val"]["members"]))]
     rows += [("uniform mean", "uniform", 0), ("for each image the best by its label", "oracle", 0)]
-    lines = _head("", *(f"{what}, {where}" for what in ("accuracy, %", "nll at 1", "nll at 5")
-                        for where in ("training", "validation")))  # fmt: skip
+    lines = _head(
+        "",
+        *(
+            f"{what}, {where}"
+            for what in ("accuracy, %", "nll at 1", "nll at 5")
+            for where in ("training", "validation")
+        ),
+    )
     for title, kind, i in rows:
         cells = []
         for key, scale, digits in (("accuracy", 100, 2), ("nll_1", 1, 3), ("nll", 1, 3)):
@@ -310,8 +324,16 @@ def _fixed(record: dict) -> list[str]:
 
 
 def _fits(record: dict) -> list[str]:
-    lines = _head("attention learned", "nll at 5, training", "nll at 5", "nll at 1", "of the mean weights, at 5",
-                  "accuracy, %", "weights", "entropy")  # fmt: skip
+    lines = _head(
+        "attention learned",
+        "nll at 5, training",
+        "nll at 5",
+        "nll at 1",
+        "of the mean weights, at 5",
+        "accuracy, %",
+        "weights",
+        "entropy",
+    )
     whole = len(record["explored_on"])
     rows = {"uniform": [[t[split]["uniform"][0] for t in record["teachers"]] for split in ("val", "train")]}
     for name in dict.fromkeys(fit["name"] for fit in record["fits"]):
@@ -321,8 +343,11 @@ def _fits(record: dict) -> list[str]:
     for name, (val, train) in rows.items():
         numbers = [f"{mean(q['nll'] for q in train):.3f}"]
         numbers += [f"{mean(q[key] for q in val):.3f}" for key in ("nll", "nll_1", "nll_mean")]
-        numbers += [f"{100 * mean(q['accuracy'] for q in val):.2f}", _weights([q["weights"] for q in val]),
-                    f"{mean(q['weight_entropy'] for q in val):.2f}"]  # fmt: skip
+        numbers += [
+            f"{100 * mean(q['accuracy'] for q in val):.2f}",
+            _weights([q["weights"] for q in val]),
+            f"{mean(q['weight_entropy'] for q in val):.2f}",
+        ]
         lines.append(_row(name, *numbers))
     return lines
 
@@ -347,8 +372,16 @@ def _students(record: dict) -> list[str]:
 
 
 def _targets(record: dict) -> list[str]:
-    lines = _head("taught by", "nll, training", "nll", "nll at 1", "less uniform's", "weights", "entropy",
-                  "gradient ‖attention‖ / ‖student‖")  # fmt: skip
+    lines = _head(
+        "taught by",
+        "nll, training",
+        "nll",
+        "nll at 1",
+        "less uniform's",
+        "weights",
+        "entropy",
+        "gradient ‖attention‖ / ‖student‖",
+    )
     cells = [c for c in record["cells"] if "target" in c["val"]]
     for name in dict.fromkeys(c["name"] for c in cells):
         same = [c for c in cells if c["name"] == name]
@@ -392,8 +425,13 @@ def bandwidth(record: dict, path: Path) -> str | None:
         for (name, snapshots), points in sorted(lines.items()):
             colour, marker = {"native": ("#4477aa", "o"), "triton": ("#cc3311", "s")}[name]
             style = ["-", "--", "-.", ":"][sorted({m for _, m in lines}).index(snapshots) % 4]
-            axes.plot(*zip(*sorted(points.items()), strict=True), marker + style, color=colour, ms=4,
-                      label=f"{name}, M = {snapshots}")  # fmt: skip
+            axes.plot(
+                *zip(*sorted(points.items()), strict=True),
+                marker + style,
+                color=colour,
+                ms=4,
+                label=f"{name}, M = {snapshots}",
+            )
         axes.set(title=f"{fusion} fusion", xlabel="classes C", xscale="log", ylim=(0, None))
         axes.axhline(100, color="#888888", lw=0.8)
         axes.spines[["top", "right"]].set_visible(False)

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from eekd.info import environment
-from eekd.trainers.folder import read_metrics
+from eekd.train.run_folder import read_metrics
 
 BATCH, EPOCHS = 128, 3
 WAYS = {  # students and flags
@@ -31,8 +31,10 @@ def run(processes: int, *flags) -> None:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     subprocess.run(
         [sys.executable, *(launch if processes > 1 else []), "-m", "eekd.train", *map(str, flags)],
-        check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+        check=True,
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
 
 
 def main() -> None:

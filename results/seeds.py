@@ -9,9 +9,10 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from eekd.config import Config, preset
 from eekd.info import environment
-from eekd.trainers import train
+from eekd.train import train
+from eekd.train.config import Config
+from eekd.train.presets import preset
 
 
 def main() -> None:
@@ -30,8 +31,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
             run = train(replace(config, seed=seed), Path(folder, str(seed)))
-            record["config"] |= {name: getattr(Config.load(run / "config.json"), name)
-                                 for name in ("precision", "channels_last")}  # as "auto" chose
+            record["config"] |= {
+                name: getattr(Config.load(run / "config.json"), name) for name in ("precision", "channels_last")
+            }  # as "auto" chose
             curves = {}
             for phase in ("teacher", *(f"students/{name}" for name in config.students)):
                 rows = [json.loads(line) for line in (run / phase / "metrics.jsonl").read_text().splitlines()]

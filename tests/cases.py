@@ -99,10 +99,7 @@ def tensors(
     def normal(*size, scale=1.0):
         return (torch.randn(size, generator=generator) * scale).to(device, dtype)
 
-    x = {
-        "student_logits": normal(rows, classes, scale=2),
-        "snapshot_logits": normal(snapshots, rows, classes, scale=3),
-    }
+    x = {"student_logits": normal(rows, classes, scale=2), "snapshot_logits": normal(snapshots, rows, classes, scale=3)}
     if labels:
         x["labels"] = torch.randint(classes, (rows,), generator=generator).to(device)
     if attention == "scores":
@@ -113,9 +110,7 @@ def tensors(
     return sparse(x, k, temperature=temperature)
 
 
-def sparse(
-    x: dict[str, Tensor], k: int | None = None, *, temperature: float = 5.0, seed: int = 0
-) -> dict[str, Tensor]:
+def sparse(x: dict[str, Tensor], k: int | None = None, *, temperature: float = 5.0, seed: int = 0) -> dict[str, Tensor]:
     """The arguments of sparse_ensemble_kd that keep k classes of each row of x, the labels of even rows among them.
 
     Without k, x as it is.

@@ -14,7 +14,7 @@ import torch
 from cases import kd
 from torch import Tensor
 
-from eekd import reference
+from eekd.ops import reference
 
 ATOL = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 DIFFERENTIABLE = ("student_logits", "scores", "query", "keys")

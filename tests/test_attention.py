@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eekd.attention import SnapshotAttention
+from eekd.method.attention import SnapshotAttention
 
 B, M, DS, DT = 6, 3, 5, 7
 
@@ -75,11 +75,23 @@ def test_scale_and_normalisation_are_shown():
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("options", [
-    {"student_dim": 0}, {"student_dim": None}, {"student_dim": 2.0}, {"snapshot_dim": -1},
-    {"snapshot_dim": "8"}, {"embed_dim": 0}, {"embed_dim": 0.5}, {"scale": 0.0}, {"scale": -1},
-    {"scale": float("nan")}, {"scale": float("inf")}, {"scale": "auto"},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"student_dim": 0},
+        {"student_dim": None},
+        {"student_dim": 2.0},
+        {"snapshot_dim": -1},
+        {"snapshot_dim": "8"},
+        {"embed_dim": 0},
+        {"embed_dim": 0.5},
+        {"scale": 0.0},
+        {"scale": -1},
+        {"scale": float("nan")},
+        {"scale": float("inf")},
+        {"scale": "auto"},
+    ],
+)
 def test_impossible_options_are_refused(options):
     name = next(iter(options))
     with pytest.raises(ValueError, match=f"^{name} must be a .*, got"):
@@ -87,15 +99,18 @@ def test_impossible_options_are_refused(options):
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("student, snapshots, name", [
-    ((B, DS + 1), (M, B, DT), "student_features"),
-    ((B, 1, DS), (M, B, DT), "student_features"),
-    ((DS,), (M, B, DT), "student_features"),
-    ((B, DS), (M, B, DT + 1), "snapshot_features"),
-    ((B, DS), (M, B + 1, DT), "snapshot_features"),
-    ((B, DS), (B, M, DT), "snapshot_features"),
-    ((B, DS), (B, DT), "snapshot_features"),
-])
+@pytest.mark.parametrize(
+    "student, snapshots, name",
+    [
+        ((B, DS + 1), (M, B, DT), "student_features"),
+        ((B, 1, DS), (M, B, DT), "student_features"),
+        ((DS,), (M, B, DT), "student_features"),
+        ((B, DS), (M, B, DT + 1), "snapshot_features"),
+        ((B, DS), (M, B + 1, DT), "snapshot_features"),
+        ((B, DS), (B, M, DT), "snapshot_features"),
+        ((B, DS), (B, DT), "snapshot_features"),
+    ],
+)
 def test_features_of_other_shapes_are_refused(student, snapshots, name):
     with pytest.raises(ValueError, match=f"^{name} must have shape .*, got"):
         SnapshotAttention(DS, DT)(torch.zeros(student), torch.zeros(snapshots))

@@ -9,16 +9,17 @@ import warnings
 import pytest
 import torch
 
-from eekd.config import Config, preset, settled, switched
-from eekd.trainers import placement
-from eekd.trainers.placement import chosen, natively, slowdown
+from eekd.train import runtime
+from eekd.train.config import Config, settled, switched
+from eekd.train.presets import preset
+from eekd.train.runtime import chosen, natively, slowdown
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("native, precision", [(True, "bf16"), (False, "fp32")])
 def test_auto_is_what_the_device_computes_in(monkeypatch, native, precision):
-    monkeypatch.setattr(placement, "natively", lambda precision, device: native or precision in ("auto", "fp32"))
+    monkeypatch.setattr(runtime, "natively", lambda precision, device: native or precision in ("auto", "fp32"))
     with warnings.catch_warnings(action="error"):
         config = chosen(Config(), CPU)
     assert (config.precision, config.channels_last) == (precision, True)
@@ -31,8 +32,8 @@ def test_weights_to_be_sharded_are_contiguous():
 
 
 def test_emulated_bf16_warns_with_a_measured_factor(monkeypatch):
-    monkeypatch.setattr(placement, "natively", lambda precision, device: False)
-    monkeypatch.setattr(placement, "slowdown", lambda precision, device: 9.0)
+    monkeypatch.setattr(runtime, "natively", lambda precision, device: False)
+    monkeypatch.setattr(runtime, "slowdown", lambda precision, device: 9.0)
     with pytest.warns(UserWarning, match="bf16 is emulated by this cpu: a convolution took 9.0 times as long"):
         assert chosen(Config(precision="bf16"), CPU).precision == "bf16"
 
@@ -44,15 +45,19 @@ def test_the_factor_is_measured():
 def test_a_gpu_is_asked_whether_it_emulates(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     assert not natively("bf16", torch.device("cuda")) and natively("fp16", torch.device("cuda"))
-    monkeypatch.setattr(placement, "natively", lambda precision, device: True)
+    monkeypatch.setattr(runtime, "natively", lambda precision, device: True)
     assert chosen(Config(), torch.device("cuda")).channels_last is False
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 def test_onednn_limited_to_avx2_emulates():
-    program = "import torch; from eekd.trainers.placement import natively; print(natively('bf16', torch.device('cpu')))"
-    ran = subprocess.run([sys.executable, "-c", program], env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
-                         capture_output=True, text=True)  # fmt: skip
+    program = "import torch; from eekd.train.runtime import natively; print(natively('bf16', torch.device('cpu')))"
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
+        capture_output=True,
+        text=True,
+    )
     assert ran.stdout == "False\n", ran.stderr
 
 

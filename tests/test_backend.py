@@ -9,7 +9,8 @@ import torch
 from cases import tensors
 
 import eekd.kernels
-from eekd import _C, ensemble_kd, reference, use_backend
+from eekd import _C, ensemble_kd, use_backend
+from eekd.ops import reference
 from eekd.ops.backend import BACKENDS, backend_for, namespace
 
 CPU = torch.device("cpu")
@@ -141,5 +142,6 @@ def test_the_environment_limits_the_instruction_set():
 def test_an_unknown_instruction_set_is_refused_in_one_sentence():
     done = info("avx3")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == ("error: EEKD_CPU_CAPABILITY must be baseline, avx2 or avx512, and be in this build and "
-                           "processor, got avx3\n")  # fmt: skip
+    assert done.stderr == (
+        "error: EEKD_CPU_CAPABILITY must be baseline, avx2 or avx512, and be in this build and processor, got avx3\n"
+    )

@@ -20,25 +20,31 @@ import torch
 from safetensors import safe_open
 
 from eekd import EEKDLoss, LogitBank, SnapshotEnsemble, ensemble_kd, top_k_logits
-from eekd import train as train_cli
 from eekd.bank import __main__ as cli
 from eekd.bank import writer
 from eekd.bank.reader import projection
-from eekd.config import Config, Student, Teacher, Weighting
 from eekd.data import Loader
-from eekd.files import read_json, sha256_of, write_json_atomic
-from eekd.trainers import prepare, student, table, train, train_student
-from eekd.trainers.folder import locked
-from eekd.trainers.loop import Session
-from eekd.trainers.plan import plan
+from eekd.io.files import read_json, sha256_of, write_json_atomic
+from eekd.io.lock import locked
+from eekd.train import __main__ as train_cli
+from eekd.train import prepare, student, train, train_student, write_bank
+from eekd.train.config import Config, Student, Teacher, Weighting
+from eekd.train.estimate import plan
+from eekd.train.run import table
+from eekd.train.trainer import Session
 
 bad_input = pytest.mark.bad_input
 TAUGHT = [weighting for weighting in get_args(Weighting) if weighting != "ce"]
 COMMON = dict(model="resnet8_w4", batch_size=50, milestones=(), lr=0.02)
 CONFIG = Config(
-    train_limit=150, device="cpu", precision="fp32", channels_last=False, students=("last",),
-    teacher=Teacher(epochs=3, snapshots=3, **COMMON), student=Student(epochs=3, **COMMON),
-)  # fmt: skip
+    train_limit=150,
+    device="cpu",
+    precision="fp32",
+    channels_last=False,
+    students=("last",),
+    teacher=Teacher(epochs=3, snapshots=3, **COMMON),
+    student=Student(epochs=3, **COMMON),
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -178,9 +184,7 @@ def test_features_whole_projected_or_left_out(run, bank, tmp_path, features):
 def test_the_projection_keeps_products_on_average():
     u, v = torch.randn(2, 500, generator=torch.Generator().manual_seed(1))
     v = v + u
-    found = torch.stack([
-        (u @ r) @ (v @ r) for r in (projection(500, 100, seed) for seed in range(100))
-    ])  # fmt: skip
+    found = torch.stack([(u @ r) @ (v @ r) for r in (projection(500, 100, seed) for seed in range(100))])
     scale = u.norm() * v.norm()
     assert (found.mean() - u @ v).abs() < 0.03 * scale and 0.05 * scale < found.std() < 0.2 * scale
     assert (2 * projection(3, 4, 0)).tolist() == [[1, 1, -1, -1], [1, 1, 1, 1], [-1, 1, 1, 1]]  # for ever
@@ -247,8 +251,12 @@ def test_all_classes_train_as_a_dense_bank_does(run, bank, tmp_path):
     config = dataclasses.replace(CONFIG, student=dataclasses.replace(CONFIG.student, epochs=1))
     for weighting in ("attention", "entropy"):
         for name, path in (("dense", bank.path), ("all", tmp_path / "bank")):
-            train_student(dataclasses.replace(config, bank=str(path)), run / "teacher", weighting,
-                          tmp_path / f"{weighting}-{name}")  # fmt: skip
+            train_student(
+                dataclasses.replace(config, bank=str(path)),
+                run / "teacher",
+                weighting,
+                tmp_path / f"{weighting}-{name}",
+            )
         dense, whole = (rows(tmp_path / f"{weighting}-{name}")[0] for name in ("dense", "all"))
         for name in ("train_loss", "val_loss", "val_kd_loss", "weights"):
             assert whole[name] == pytest.approx(dense[name], rel=1e-5), (weighting, name)
@@ -299,12 +307,12 @@ def test_class_numbers_beyond_two_bytes(run, tmp_path, monkeypatch, classes, dty
     models = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2), torch.nn.Linear(2, classes))] * 2
     ensemble = SnapshotEnsemble(models)
     ensemble.hashes = ("0" * 64,) * 2
-    monkeypatch.setattr(writer, "Session", Wide)
-    monkeypatch.setattr(writer.SnapshotEnsemble, "load", lambda *args, **kwargs: ensemble)
+    monkeypatch.setattr(write_bank, "Session", Wide)
+    monkeypatch.setattr(SnapshotEnsemble, "load", lambda *args, **kwargs: ensemble)
     run = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("bank")))
     few = dataclasses.replace(CONFIG, train_limit=20)
-    monkeypatch.setattr(writer, "read_settings", lambda run: few)
-    monkeypatch.setattr(writer, "check_data", lambda session, run: None)
+    monkeypatch.setattr(write_bank, "read_settings", lambda run: few)
+    monkeypatch.setattr(write_bank, "check_data", lambda session, run: None)
     make(run, "--views", 1, "--top-k", 40)
     wide, index = LogitBank.open(run / "bank"), torch.arange(20)
     with safe_open(run / "bank" / "view-0-shard-0.safetensors", "pt") as file:
@@ -409,9 +417,9 @@ def test_more_views_are_added_to_a_bank(copy, bank):
     assert not torch.equal(more.rows(3, torch.arange(9))[0], more.rows(0, torch.arange(9))[0])
 
 
-@pytest.mark.parametrize("kind", [
-    pytest.param((), marks=pytest.mark.full, id="all classes"), pytest.param(("--top-k", "3"), id="top-k"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind", [pytest.param((), marks=pytest.mark.full, id="all classes"), pytest.param(("--top-k", "3"), id="top-k")]
+)
 def test_processes_share_the_shards(run, tmp_path, kind):
     """By torchrun, two of them; the bytes are those of one."""
     flags = ["-m", "eekd.bank", "--teacher", str(run), "--views", "3", *kind, "--out"]
@@ -425,8 +433,8 @@ def test_processes_share_the_shards(run, tmp_path, kind):
 
 @bad_input
 def test_a_shard_that_another_process_lost_is_named(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(writer.distributed, "wait_for_started", lambda: None)
-    for name in writer.distributed.TORCHRUN:
+    monkeypatch.setattr(writer.parallel, "long_barrier", lambda: None)
+    for name in writer.parallel.TORCHRUN:
         monkeypatch.setenv(name, "2" if "SIZE" in name else "0")
     assert cli.main(["--teacher", str(run), "--views", "1", "--out", str(tmp_path / "bank")]) == 2
     assert "view-0-shard-1.safetensors is missing or damaged: start again" in capsys.readouterr().err
@@ -632,8 +640,10 @@ def test_the_teacher_is_not_counted_into_memory(bank):
 ], ids=str)  # fmt: skip
 def test_other_images_are_refused(bank, tmp_path, changes, wanted):
     config = taught_from(bank, **changes)
-    for call in (lambda: train(config, tmp_path / "run"),
-                 lambda: train_student(config, bank.run / "teacher", "ce", tmp_path / "run")):  # fmt: skip
+    for call in (
+        lambda: train(config, tmp_path / "run"),
+        lambda: train_student(config, bank.run / "teacher", "ce", tmp_path / "run"),
+    ):
         with pytest.raises(ValueError, match=re.escape(f"{bank.path} was made with {wanted}") + "$"):
             call()
     assert not (tmp_path / "run").exists()

@@ -327,8 +327,11 @@ def synthetic(backends=("native", "triton"), measured=True):
                 rows.append(bench.row_of(bench.Case((64, m, c), "bfloat16", fusion), CPU, result))
     if not measured:
         for row in rows:
-            row["contenders"] = {n: {k: v for k, v in r.items() if k != "percent_of_copy"}
-                                 for n, r in row["contenders"].items() if n != "copy"}  # fmt: skip
+            row["contenders"] = {
+                n: {k: v for k, v in r.items() if k != "percent_of_copy"}
+                for n, r in row["contenders"].items()
+                if n != "copy"
+            }
     facts = {"environment": info.environment() | {"commit": "c" * 40}, "command": ["bench"], "device": "GPU"}
     return facts | {"driver": "1.2", "rows": rows, "summary": bench.summary_of(rows)}
 
@@ -349,9 +352,11 @@ def test_the_share_of_the_bandwidth_is_drawn(tmp_path):
     svg = (tmp_path / "bench.svg").read_text()
     for text in ("native, M = 1", "triton, M = 5", "probability fusion", "logit fusion", "classes C"):
         assert text in svg
-    assert "triton" not in (RENDER["bandwidth"](synthetic(("native",)), tmp_path / "cpu.svg") or "") + (
-        tmp_path / "cpu.svg"
-    ).read_text()
+    assert (
+        "triton"
+        not in (RENDER["bandwidth"](synthetic(("native",)), tmp_path / "cpu.svg") or "")
+        + (tmp_path / "cpu.svg").read_text()
+    )
 
 
 def test_a_plot_without_its_figures_is_skipped_with_the_reason(tmp_path):

@@ -75,8 +75,12 @@ def test_a_part_that_fails_or_takes_too_long_does_not_stop_the_rest(tmp_path, ca
     assert out.count("passed") == 2 and "why" in out and "begun" in out
     got = records(tmp_path)
     assert {name: r["status"] for name, r in got.items()} == {
-        "bad": 3, "slow": "stopped after 2 s", "beside": 0, "absent": "not run: nobody has it", "good": 0,
-    }  # fmt: skip
+        "bad": 3,
+        "slow": "stopped after 2 s",
+        "beside": 0,
+        "absent": "not run: nobody has it",
+        "good": 0,
+    }
     assert got["good"]["output"] == ["fine"]
     assert (tmp_path / "output.txt").read_text().endswith("== absent\n== good\nfine\n")
     time.sleep(max(0, start + 8 - time.monotonic()))
@@ -165,8 +169,15 @@ def test_parts_of_a_gpu(tmp_path, monkeypatch):
     assert [*stages[0]] == ["build"] and parts["build"].environment == {"CUDAARCHS": "90"}
     first = [*parts][: [*parts].index("tests-rest") + 1]
     assert first == [
-        "build", "ready", "warm", "bench-native", "bench-triton", "tests-native", "tests-triton", "tests-rest",
-    ]  # fmt: skip
+        "build",
+        "ready",
+        "warm",
+        "bench-native",
+        "bench-triton",
+        "tests-native",
+        "tests-triton",
+        "tests-rest",
+    ]
     assert [*stages[5]] == ["tests-native", "tests-triton"]  # at once
     assert parts["racecheck-native"].command[:3] == [str(tmp_path / "compute-sanitizer"), "--tool", "racecheck"]
     assert parts["racecheck-native"].command[-2:] == ["--launch", "native"] and not parts["racecheck-native"].missing

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from eekd import checkpoint
-from eekd.files import read_checked, read_json, sha256_of, write_atomic, write_json_atomic
+from eekd.io import tensors as tensor_files
+from eekd.io.files import read_checked, read_json, sha256_of, write_atomic, write_json_atomic
 
 STATE = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.tensor([1.0, -1.0])}
 
@@ -35,7 +35,7 @@ def test_write_returns_the_hash_makes_folders_and_leaves_one_file(tmp_path):
 def test_files_are_readable_by_whom_the_umask_allows(tmp_path):
     umask = os.umask(0o022)
     try:
-        checkpoint.save_tensors(tmp_path / "file", STATE)
+        tensor_files.save_tensors(tmp_path / "file", STATE)
     finally:
         os.umask(umask)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o644
@@ -66,7 +66,7 @@ def test_the_bytes_are_on_disk_before_they_take_the_name(tmp_path, monkeypatch):
 def test_a_process_killed_before_replace_leaves_the_old_file(tmp_path):
     write_atomic(tmp_path / "file", b"old")
     crash = (
-        "import os, sys; from eekd.files import write_atomic; os.replace = lambda *_: os.kill(os.getpid(), 9);"
+        "import os, sys; from eekd.io.files import write_atomic; os.replace = lambda *_: os.kill(os.getpid(), 9);"
         "write_atomic(sys.argv[1], b'new')"
     )
     assert subprocess.run([sys.executable, "-c", crash, tmp_path / "file"]).returncode == -9
@@ -90,8 +90,8 @@ def test_tensors_of_any_kind_come_back_as_they_were(tmp_path):
         "bfloat16": torch.tensor([0.1, float("nan")], dtype=torch.bfloat16),
         "needs grad": nn.Parameter(torch.ones(2)),
     }
-    sha256 = checkpoint.save_tensors(tmp_path / "file", tensors, {"note": "ü"})
-    loaded = checkpoint.load_tensors(tmp_path / "file", sha256)
+    sha256 = tensor_files.save_tensors(tmp_path / "file", tensors, {"note": "ü"})
+    loaded = tensor_files.load_tensors(tmp_path / "file", sha256)
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert loaded[name].dtype == tensor.dtype and loaded[name].shape == tensor.shape
@@ -99,45 +99,48 @@ def test_tensors_of_any_kind_come_back_as_they_were(tmp_path):
 
 
 def test_tensors_come_back_from_the_device(tmp_path, device):
-    checkpoint.save_tensors(tmp_path / "file", {name: tensor.to(device) for name, tensor in STATE.items()})
-    assert same(checkpoint.load_tensors(tmp_path / "file"), STATE)
+    tensor_files.save_tensors(tmp_path / "file", {name: tensor.to(device) for name, tensor in STATE.items()})
+    assert same(tensor_files.load_tensors(tmp_path / "file"), STATE)
 
 
 def test_the_same_tensors_give_the_same_bytes(tmp_path):
-    assert checkpoint.save_tensors(tmp_path / "a", STATE) == checkpoint.save_tensors(tmp_path / "b", STATE)
+    assert tensor_files.save_tensors(tmp_path / "a", STATE) == tensor_files.save_tensors(tmp_path / "b", STATE)
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("entry, reason", [
-    (1.0, "a float"),
-    ({}, "a dict"),
-    (torch.ones(2).to_sparse(), "sparse_coo"),
-    (torch.ones(2, device="meta"), "meta"),
-])
+@pytest.mark.parametrize(
+    "entry, reason",
+    [
+        (1.0, "a float"),
+        ({}, "a dict"),
+        (torch.ones(2).to_sparse(), "sparse_coo"),
+        (torch.ones(2, device="meta"), "meta"),
+    ],
+)
 def test_only_dense_tensors_are_saved(tmp_path, entry, reason):
     with pytest.raises(TypeError, match=f"file: 'x' must be a dense tensor with data, got .*{reason}"):
-        checkpoint.save_tensors(tmp_path / "file", {"x": entry})
+        tensor_files.save_tensors(tmp_path / "file", {"x": entry})
     assert folder(tmp_path) == []
 
 
 @pytest.mark.bad_input
 def test_metadata_are_strings(tmp_path):
     with pytest.raises(TypeError, match="file: metadata 'step' must be a str, got a int"):
-        checkpoint.save_tensors(tmp_path / "file", STATE, {"step": 1})
+        tensor_files.save_tensors(tmp_path / "file", STATE, {"step": 1})
     assert folder(tmp_path) == []
 
 
 @pytest.mark.bad_input
 def test_every_flipped_bit_is_seen(tmp_path):
     path = tmp_path / "file"
-    sha256 = checkpoint.save_tensors(path, STATE)
+    sha256 = tensor_files.save_tensors(path, STATE)
     whole = path.read_bytes()
     for position in range(len(whole)):  # the header's length, the header, the tensors
         damaged = bytearray(whole)
         damaged[position] ^= 1 << position % 8
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"file was changed or damaged: its SHA-256 must be \w{64}, got"):
-            checkpoint.load_tensors(path, sha256)
+            tensor_files.load_tensors(path, sha256)
 
 
 @pytest.mark.bad_input
@@ -148,20 +151,16 @@ def test_a_truncated_file_is_an_error_without_a_hash_too(tmp_path, name, cut):
     if name.endswith("pt"):
         torch.save(STATE, path)
     else:
-        checkpoint.save_tensors(path, STATE)
+        tensor_files.save_tensors(path, STATE)
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(ValueError, match=name):
-        checkpoint.load_weights(path)
+        tensor_files.load_weights(path)
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("read", [
-    read_checked,
-    sha256_of,
-    read_json,
-    checkpoint.load_tensors,
-    checkpoint.load_weights,
-])
+@pytest.mark.parametrize(
+    "read", [read_checked, sha256_of, read_json, tensor_files.load_tensors, tensor_files.load_weights]
+)
 @pytest.mark.parametrize("name", ["nowhere", "."])
 def test_a_missing_file_is_named(tmp_path, read, name):
     with pytest.raises(FileNotFoundError, match="is missing or not a file"):
@@ -184,28 +183,31 @@ def test_what_json_lacks_is_not_written(tmp_path, value):
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("text", [
-    b"", b"{", b"\xff\xfe\x00", b"{} {}", b"[NaN]", b"[-Infinity]", b"[" * 100_000, b'{"a": 1,}', b"9" * 5000,
-])
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"\xff\xfe\x00", b"{} {}", b"[NaN]", b"[-Infinity]", b"[" * 100_000, b'{"a": 1,}', b"9" * 5000]
+)
 def test_what_is_not_json_is_named(tmp_path, text):
     (tmp_path / "file.json").write_bytes(text)
     with pytest.raises(ValueError, match="file.json is not JSON: "):
         read_json(tmp_path / "file.json")
 
 
-@pytest.mark.parametrize("nest", [
-    lambda state: state,
-    lambda state: {"state_dict": state, "epoch": 3},
-    lambda state: {"model": state, "best_acc": 0.5, "optimizer": {"lr": 0.1}},
-    lambda state: {"model_state_dict": state},
-    lambda state: {"net": {f"module.{name}": tensor for name, tensor in state.items()}},
-    lambda state: {"module": {"state_dict": state}},
-    lambda state: {f"module._orig_mod.{name}": tensor for name, tensor in state.items()},
-])
+@pytest.mark.parametrize(
+    "nest",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": state, "best_acc": 0.5, "optimizer": {"lr": 0.1}},
+        lambda state: {"model_state_dict": state},
+        lambda state: {"net": {f"module.{name}": tensor for name, tensor in state.items()}},
+        lambda state: {"module": {"state_dict": state}},
+        lambda state: {f"module._orig_mod.{name}": tensor for name, tensor in state.items()},
+    ],
+)
 def test_anybodys_torch_save_is_read(tmp_path, nest):
     torch.save(nest(nn.Linear(3, 2).state_dict() | STATE), tmp_path / "file.pth")
     model = nn.Linear(3, 2)
-    checkpoint.load_state(model, checkpoint.load_weights(tmp_path / "file.pth"), "file.pth")
+    tensor_files.load_state(model, tensor_files.load_weights(tmp_path / "file.pth"), "file.pth")
     assert same(model.state_dict(), STATE)
 
 
@@ -220,21 +222,24 @@ def endless():
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("content, reason", [
-    (nn.Linear(3, 2), "cannot be read as tensors without unpickling: "),
-    ({"model": STATE, "args": Custom()}, "cannot be read as tensors without unpickling: "),
-    (torch.ones(2), "must hold a state_dict of tensors, .*; got a torch.strided tensor on cpu$"),
-    ([STATE], "must hold a state_dict of tensors, .*; got a list$"),
-    ({}, "must hold a state_dict of tensors, .*; got a dict of nothing$"),
-    ({"state_dict": {}}, "must hold a state_dict of tensors, .*; got a dict of 'state_dict'$"),
-    ({"weights": STATE, "epoch": 1}, "must hold a state_dict .*; got a dict of 'weights', 'epoch'$"),
-    ({str(n): n for n in range(9)}, "must hold a state_dict .*; got a dict of '0', '1', '2' and 6 more$"),
-    (endless(), "must hold a state_dict of tensors, .*; got a dict of 'model'$"),
-])
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (nn.Linear(3, 2), "cannot be read as tensors without unpickling: "),
+        ({"model": STATE, "args": Custom()}, "cannot be read as tensors without unpickling: "),
+        (torch.ones(2), "must hold a state_dict of tensors, .*; got a torch.strided tensor on cpu$"),
+        ([STATE], "must hold a state_dict of tensors, .*; got a list$"),
+        ({}, "must hold a state_dict of tensors, .*; got a dict of nothing$"),
+        ({"state_dict": {}}, "must hold a state_dict of tensors, .*; got a dict of 'state_dict'$"),
+        ({"weights": STATE, "epoch": 1}, "must hold a state_dict .*; got a dict of 'weights', 'epoch'$"),
+        ({str(n): n for n in range(9)}, "must hold a state_dict .*; got a dict of '0', '1', '2' and 6 more$"),
+        (endless(), "must hold a state_dict of tensors, .*; got a dict of 'model'$"),
+    ],
+)
 def test_what_holds_no_weights_is_named(tmp_path, content, reason):
     torch.save(content, tmp_path / "file.pt")
     with pytest.raises(ValueError, match=f"file.pt .*{reason}"):
-        checkpoint.load_weights(tmp_path / "file.pt")
+        tensor_files.load_weights(tmp_path / "file.pt")
 
 
 @pytest.mark.bad_input
@@ -243,7 +248,7 @@ def test_what_holds_no_weights_is_named(tmp_path, content, reason):
 def test_any_other_file_is_named(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=name):
-        checkpoint.load_weights(tmp_path / name)
+        tensor_files.load_weights(tmp_path / name)
 
 
 @pytest.mark.bad_input
@@ -254,26 +259,31 @@ def test_nothing_in_a_pickle_is_run(tmp_path):
 
     torch.save({"state_dict": STATE, "x": Attack()}, tmp_path / "file.pt")
     with pytest.raises(ValueError, match="without unpickling"):
-        checkpoint.load_weights(tmp_path / "file.pt")
+        tensor_files.load_weights(tmp_path / "file.pt")
     assert folder(tmp_path) == ["file.pt"]
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("change, reason", [
-    (lambda state: state.pop("bias"), "missing: bias$"),
-    (lambda state: state.update(extra=torch.ones(1)), "unexpected: extra$"),
-    (lambda state: state.update(bias=torch.ones(3)), r"of another shape: bias \(3,\) for \(2,\)$"),
-    (lambda state: state.update(bias=torch.ones(2).int()), "of another kind: bias torch.int32 for torch"),
-    (lambda state: state.update({str(n): state.pop("bias", None) for n in range(5)}),
-     "missing: bias; unexpected: 0, 1, 2 and 2 more$"),
-    (lambda state: state.clear(), "missing: weight, bias$"),
-])
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda state: state.pop("bias"), "missing: bias$"),
+        (lambda state: state.update(extra=torch.ones(1)), "unexpected: extra$"),
+        (lambda state: state.update(bias=torch.ones(3)), r"of another shape: bias \(3,\) for \(2,\)$"),
+        (lambda state: state.update(bias=torch.ones(2).int()), "of another kind: bias torch.int32 for torch"),
+        (
+            lambda state: state.update({str(n): state.pop("bias", None) for n in range(5)}),
+            "missing: bias; unexpected: 0, 1, 2 and 2 more$",
+        ),
+        (lambda state: state.clear(), "missing: weight, bias$"),
+    ],
+)
 def test_a_state_of_another_architecture_is_refused_whole(change, reason):
     model, state = nn.Linear(3, 2), dict(STATE)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     change(state)
     with pytest.raises(ValueError, match=f"^their.pt does not fit this Linear: {reason}"):
-        checkpoint.load_state(model, state, "their.pt")
+        tensor_files.load_state(model, state, "their.pt")
     assert same(model.state_dict(), before)
 
 
@@ -285,25 +295,28 @@ class Wrapped(nn.Module):
         self.module = nn.Linear(3, 2)
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda: nn.Linear(3, 2),
-    lambda: torch.compile(nn.Linear(3, 2)),
-    lambda: nn.DataParallel(nn.Linear(3, 2)),
-    lambda: nn.DataParallel(torch.compile(nn.Linear(3, 2))),
-    lambda: torch.compile(nn.DataParallel(nn.Linear(3, 2))),
-    Wrapped,
-])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda: nn.Linear(3, 2),
+        lambda: torch.compile(nn.Linear(3, 2)),
+        lambda: nn.DataParallel(nn.Linear(3, 2)),
+        lambda: nn.DataParallel(torch.compile(nn.Linear(3, 2))),
+        lambda: torch.compile(nn.DataParallel(nn.Linear(3, 2))),
+        Wrapped,
+    ],
+)
 def test_state_goes_in_and_out_of_wrapped_models(wrap):
     model, other = wrap(), wrap()
-    checkpoint.load_state(model, STATE, "file")
-    assert same(checkpoint.bare_names(model.state_dict()), STATE)
-    checkpoint.load_state(other, model.state_dict(), "file")
-    assert same(checkpoint.bare_names(other.state_dict()), STATE)
+    tensor_files.load_state(model, STATE, "file")
+    assert same(tensor_files.bare_names(model.state_dict()), STATE)
+    tensor_files.load_state(other, model.state_dict(), "file")
+    assert same(tensor_files.bare_names(other.state_dict()), STATE)
 
 
 def test_a_part_may_be_compiled_and_dtypes_of_floats_may_differ():
     model = nn.Sequential(torch.compile(nn.Linear(3, 2)), nn.BatchNorm1d(2))
-    state = checkpoint.bare_names(model.state_dict())
+    state = tensor_files.bare_names(model.state_dict())
     assert "0.weight" in state and state["1.num_batches_tracked"].dtype == torch.int64
-    checkpoint.load_state(model.half(), {name: tensor.clone() for name, tensor in state.items()}, "file")
+    tensor_files.load_state(model.half(), {name: tensor.clone() for name, tensor in state.items()}, "file")
     assert model[1].weight.dtype == torch.float16

@@ -119,8 +119,14 @@ def test_a_signal_while_torch_is_imported_is_one_line(entry, number, torch_that,
     )
     flags = {"bank": ["--teacher", "run"], "report": ["."]}.get(entry[-1].split(".")[-1], [])
     (tmp_path / "config.json").write_text("{}")
-    process = subprocess.Popen([sys.executable, *entry, *flags], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env=environment)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, *entry, *flags],
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+    )
     assert process.stdout.readline() == "importing\n"
     process.send_signal(number)
     told, errors = process.communicate(timeout=10)
@@ -132,7 +138,7 @@ def test_a_second_ctrl_c_is_one_line(tmp_path):
     code = """
 import time
 from eekd import command
-from eekd.signals import signals
+from eekd.train.signals import signals
 def main():
     with signals, signals.held():
         print("held", flush=True)
@@ -191,18 +197,24 @@ def fresh(code: str) -> str:
 
 def test_importing_eekd_imports_no_torch_and_a_name_what_it_needs():
     fresh("import sys, eekd; assert not {'torch', 'numpy', 'tyro'} & set(sys.modules), sorted(sys.modules)")
-    fresh("import sys, eekd; eekd.ensemble_kd; assert 'eekd._C' in sys.modules; import torch; "
-          "torch.ops.eekd.ensemble_kd_fwd; torch.ops.eekd.sparse_ensemble_kd_fwd")  # fmt: skip
+    fresh(
+        "import sys, eekd; eekd.ensemble_kd; assert 'eekd._C' in sys.modules; import torch; "
+        "torch.ops.eekd.ensemble_kd_fwd; torch.ops.eekd.sparse_ensemble_kd_fwd"
+    )
     fresh("from eekd import _C; assert _C.cpu_capability()")
-    fresh("import eekd; assert eekd.reference.ensemble_kd and eekd.bank.LogitBank is eekd.LogitBank")
+    fresh("import eekd; assert eekd.ops.reference.ensemble_kd and eekd.bank.LogitBank is eekd.LogitBank")
     fresh("from eekd import *; assert EEKDLoss and SnapshotEnsemble.load and use_backend")
-    fresh("import inspect, eekd; assert dict(inspect.getmembers(eekd)).keys() >= set(eekd.__all__) == "
-          "set(eekd.__all__) & set(dir(eekd))")  # fmt: skip
+    fresh(
+        "import inspect, eekd; assert dict(inspect.getmembers(eekd)).keys() >= set(eekd.__all__) == "
+        "set(eekd.__all__) & set(dir(eekd))"
+    )
 
 
 def test_a_name_used_first_inside_of_torch_compile():
-    code = ("import torch, eekd\n@torch.compile(fullgraph=True, backend='eager')\n"
-            "def f(s, z):\n    return eekd.ensemble_kd(s, z).loss\nprint(f(torch.ones(3, 4), torch.ones(2, 3, 4)))")
+    code = (
+        "import torch, eekd\n@torch.compile(fullgraph=True, backend='eager')\n"
+        "def f(s, z):\n    return eekd.ensemble_kd(s, z).loss\nprint(f(torch.ones(3, 4), torch.ones(2, 3, 4)))"
+    )
     assert fresh(code).startswith("tensor(")
 
 
@@ -225,6 +237,7 @@ def test_an_unknown_name():
 
 def test_help_is_quick():
     """Of the import of torch it takes a small part; both are measured here."""
+
     def seconds(*words):
         start = time.perf_counter()
         subprocess.run([sys.executable, *words], check=True, capture_output=True)

@@ -19,9 +19,10 @@ import pytest
 import torch
 from scipy import stats
 
-from eekd.compare import METHODS, method, page, stage_ends
 from eekd.compare import __main__ as cli
-from eekd.compare.cells import alone
+from eekd.compare import page
+from eekd.compare.methods import METHODS, method, stage_ends
+from eekd.compare.runner import alone
 from eekd.compare.study import (
     CONTRADICTED,
     HOLDS,
@@ -35,9 +36,9 @@ from eekd.compare.study import (
     together,
     verdict,
 )
-from eekd.config import Config
-from eekd.files import printable, read_json, sha256_of, write_json_atomic
+from eekd.io.files import printable, read_json, sha256_of, write_json_atomic
 from eekd.snapshots import read_manifest
+from eekd.train.config import Config
 
 ROOT = Path(__file__).parent.parent
 bad_input = pytest.mark.bad_input
@@ -63,8 +64,13 @@ def compare(*args, **kwargs) -> int:
 
 def started(*args, **kwargs) -> subprocess.Popen:
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as here, or cells would not be alike
-    return subprocess.Popen([sys.executable, "-m", "eekd.compare", *command(*args, **kwargs)], env=os.environ | threads,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-m", "eekd.compare", *command(*args, **kwargs)],
+        env=os.environ | threads,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +134,9 @@ def test_teachers_are_what_they_are_called(out):
         rates[kind] = [json.loads(row)["lr"] for row in rows]
     assert rates["cyclic"][0] == rates["cyclic"][2] > rates["cyclic"][1] and rates["ordinary"] != rates["cyclic"]
     assert read_json(seed / "sed-1" / "config.json")["seed"] == 1000
-    assert {read_json(seed / kind / "bank" / "manifest.json")["images"]["seed"]
-            for kind in ("ordinary", "cyclic", "sed")} == {0}  # fmt: skip
+    assert {
+        read_json(seed / kind / "bank" / "manifest.json")["images"]["seed"] for kind in ("ordinary", "cyclic", "sed")
+    } == {0}
 
 
 def test_snapshots_picked_from_a_union_teach_like_a_teacher_that_kept_no_others(out, tmp_path):
@@ -167,8 +174,8 @@ def test_what_is_finished_is_not_made_again(out, monkeypatch):
         raise AssertionError("made again")
 
     for name in ("train_student", "train_teacher"):
-        monkeypatch.setattr(f"eekd.compare.cells.{name}", refuse)
-    monkeypatch.setattr("eekd.compare.cells.write_bank", refuse)
+        monkeypatch.setattr(f"eekd.compare.runner.{name}", refuse)
+    monkeypatch.setattr("eekd.compare.runner.write_bank", refuse)
     assert compare(out) == 0
     assert {path: path.stat().st_mtime_ns for path in files if path.name != ".lock"} == {
         path: mtime for path, mtime in files.items() if path.name != ".lock"
@@ -186,7 +193,7 @@ def test_interrupted_before_every_cell_and_teacher_it_comes_out_the_same(record,
             raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr("eekd.compare.cells.os.replace", once)
+    monkeypatch.setattr("eekd.compare.runner.os.replace", once)
     codes = []
     while not codes or codes[-1]:
         codes.append(compare(tmp_path, seeds=1))
@@ -199,7 +206,7 @@ def test_interrupted_before_every_cell_and_teacher_it_comes_out_the_same(record,
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_one_line(tmp_path, monkeypatch, capsys, number):
-    monkeypatch.setattr("eekd.compare.cells.train_teacher", lambda *_, **__: signal.raise_signal(number))
+    monkeypatch.setattr("eekd.compare.runner.train_teacher", lambda *_, **__: signal.raise_signal(number))
     assert compare(tmp_path, seeds=1) == 128 + number
     assert capsys.readouterr().err == "stopped; the same command goes on from here\n"
 
@@ -341,8 +348,9 @@ PAPER = {"uniform": 0.84, "attention": 0.87, "linear_increase": 0.82, "linear_de
 def test_verdicts_where_the_paper_is_right_and_where_it_is_wrong(record):
     right = known(record, PAPER, {"ordinary": 0.9, "cyclic": 0.92, "sed": 0.93})
     assert [row["verdict"] for row in right["claims"]] == [HOLDS] * len(right["claims"])
-    wrong = known(record, {name: 1.7 - value for name, value in PAPER.items()},
-                  {"ordinary": 0.9, "cyclic": 0.88, "sed": 0.87})  # fmt: skip
+    wrong = known(
+        record, {name: 1.7 - value for name, value in PAPER.items()}, {"ordinary": 0.9, "cyclic": 0.88, "sed": 0.87}
+    )
     assert [row["verdict"] for row in wrong["claims"]] == [CONTRADICTED] * (len(wrong["claims"]) - 1) + [HOLDS]
     for told, found in ((right, "**Holds.**"), (wrong, "**Contradicted.**")):
         text = page.page(told)

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eekd.config import PRESETS, Config, Student, Teacher, Weighting, nearest, preset
 from eekd.data import AUGMENTATIONS
-from eekd.losses import WEIGHTINGS
+from eekd.method.weightings import WEIGHTINGS
 from eekd.models import names
+from eekd.train.config import Config, Student, Teacher, Weighting, nearest
+from eekd.train.presets import PRESETS, preset
 
 FINITE = st.floats(1e-6, 1e6)
 TEXT = st.text(string.printable, min_size=1, max_size=20)
@@ -21,26 +22,52 @@ TEXT = st.text(string.printable, min_size=1, max_size=20)
 def _phase(**more):
     marks = st.lists(st.floats(0.01, 0.99), max_size=4, unique=True).map(sorted).map(tuple)
     common = dict(
-        model=TEXT, batch_size=st.integers(1, 4096), optimizer=st.sampled_from(["sgd", "adamw"]), lr=FINITE,
-        nesterov=st.booleans(), weight_decay=st.floats(0, 1), milestones=marks,
-    )  # fmt: skip
+        model=TEXT,
+        batch_size=st.integers(1, 4096),
+        optimizer=st.sampled_from(["sgd", "adamw"]),
+        lr=FINITE,
+        nesterov=st.booleans(),
+        weight_decay=st.floats(0, 1),
+        milestones=marks,
+    )
     return common | more
 
 
 SNAPSHOTS = st.shared(st.integers(1, 9), key="snapshots")
 CONFIGS = st.builds(
-    Config, data=TEXT, root=st.none() | TEXT, image_size=st.none() | st.integers(1, 512),
-    train_limit=st.none() | st.integers(1), val_fraction=st.floats(0.01, 0.99), workers=st.integers(0, 64),
-    seed=st.integers(0, 2**31 - 1), split_seed=st.integers(0), compile=st.booleans(),
-    augment=st.sampled_from(["auto", *AUGMENTATIONS]), precision=st.sampled_from(["fp32", "bf16", "fp16"]),
+    Config,
+    data=TEXT,
+    root=st.none() | TEXT,
+    image_size=st.none() | st.integers(1, 512),
+    train_limit=st.none() | st.integers(1),
+    val_fraction=st.floats(0.01, 0.99),
+    workers=st.integers(0, 64),
+    seed=st.integers(0, 2**31 - 1),
+    split_seed=st.integers(0),
+    compile=st.booleans(),
+    augment=st.sampled_from(["auto", *AUGMENTATIONS]),
+    precision=st.sampled_from(["fp32", "bf16", "fp16"]),
     students=st.lists(st.sampled_from(get_args(Weighting)), unique=True).map(tuple),
-    teacher=st.builds(Teacher, **_phase(
-        snapshots=SNAPSHOTS, epochs=st.builds(lambda m, k: m * k, SNAPSHOTS, st.integers(1, 50)),
-        schedule=st.sampled_from(["step", "cosine", "cyclic"]))),
-    student=st.builds(Student, **_phase(
-        epochs=st.integers(1, 300), temperature=FINITE, alpha=st.floats(0, 1), scale=st.none() | FINITE,
-        embed_dim=st.integers(1, 512), fusion=st.sampled_from(["probability", "logit"]))),
-)  # fmt: skip
+    teacher=st.builds(
+        Teacher,
+        **_phase(
+            snapshots=SNAPSHOTS,
+            epochs=st.builds(lambda m, k: m * k, SNAPSHOTS, st.integers(1, 50)),
+            schedule=st.sampled_from(["step", "cosine", "cyclic"]),
+        ),
+    ),
+    student=st.builds(
+        Student,
+        **_phase(
+            epochs=st.integers(1, 300),
+            temperature=FINITE,
+            alpha=st.floats(0, 1),
+            scale=st.none() | FINITE,
+            embed_dim=st.integers(1, 512),
+            fusion=st.sampled_from(["probability", "logit"]),
+        ),
+    ),
+)
 
 
 @given(CONFIGS)

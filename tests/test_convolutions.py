@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from eekd import LastFeatures, SnapshotEnsemble, convolutions, models
-from eekd.convolutions import Strided, guard, needs_guard
+from eekd import LastFeatures, SnapshotEnsemble, models
+from eekd.models import convolutions
+from eekd.models.convolutions import Strided, guard, needs_guard
 
 HERE = Path(__file__).resolve().parent
 FIVE_LINES = (HERE / "onednn_convolution.py").read_text()
@@ -26,8 +27,14 @@ onednn = pytest.mark.skipif(
 
 def on_avx2(program: str, **more: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1", **more}
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", program], env=env, cwd=HERE.parent, timeout=500,
-                          capture_output=True, text=True)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        env=env,
+        cwd=HERE.parent,
+        timeout=500,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture
@@ -38,7 +45,8 @@ def affected(monkeypatch):
 @onednn
 def test_the_convolution_dies_without_the_guard_and_not_with_it():
     bare = on_avx2(FIVE_LINES)
-    guarded = on_avx2(FIVE_LINES.replace("for _", "import eekd.convolutions\neekd.convolutions.guard(conv)\nfor _"))
+    guard = "from eekd.models import convolutions\nconvolutions.guard(conv)\nfor _"
+    guarded = on_avx2(FIVE_LINES.replace("for _", guard))
     assert (guarded.returncode, guarded.stdout) == (0, "survived\n"), guarded.stderr
     if bare.returncode == 0:
         pytest.skip(f"torch {torch.__version__} survives: is it mended? Then limit the guard to the versions before")
@@ -49,8 +57,8 @@ def test_the_convolution_dies_without_the_guard_and_not_with_it():
 EVERY_MODEL = """
 import torch, torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from eekd import convolutions
-from eekd.trainers.placement import Placement
+from eekd.models import convolutions
+from eekd.train.runtime import Placement
 
 class Watch(TorchDispatchMode):
     seen = 0
@@ -80,10 +88,11 @@ def train_each(names: list[str], guarded: bool = True) -> subprocess.CompletedPr
 
 
 @onednn
-@pytest.mark.parametrize("names", [
-    [name for name in models.names() if name not in HEAVY],
-    pytest.param([*HEAVY], marks=pytest.mark.slow),
-], ids=["light", "heavy"])  # fmt: skip
+@pytest.mark.parametrize(
+    "names",
+    [[name for name in models.names() if name not in HEAVY], pytest.param([*HEAVY], marks=pytest.mark.slow)],
+    ids=["light", "heavy"],
+)
 def test_every_named_model_trains_a_step_in_channels_last(names):
     assert set(names) <= set(models.names())
     ran = train_each(names)

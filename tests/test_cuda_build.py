@@ -28,8 +28,12 @@ LIMITS = {
     "rows_kernel d Any 0_0": (128, 64),
     "rows_kernel f Any 0_0": (104, 0),
     **{f"rows_kernel f {elements} {variant}": (128, 0) for elements in ELEMENTS for variant in ON_CHIP + STREAMED},
-    **{f"few_rows_kernel {x} {m} {f}": (255, 32 if x == "float" else 16)
-       for x in ELEMENTS for m in FEW for f in FUSIONS},  # fmt: skip
+    **{
+        f"few_rows_kernel {x} {m} {f}": (255, 32 if x == "float" else 16)
+        for x in ELEMENTS
+        for m in FEW
+        for f in FUSIONS
+    },
     "sparse_rows_kernel d Any 0": (128, 64),
     **{f"sparse_rows_kernel f {elements} {keeps}": (80, 0) for elements in ELEMENTS for keeps in (0, 1)},
     "sum_kernel d": (48, 0),
@@ -139,6 +143,7 @@ def test_no_warnings(source, architecture, tmp_path):
     strict = ["-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror"]
     done = subprocess.run(
         [checking_nvcc(), *options, *strict, "-c", SOURCES / source, "-o", tmp_path / "checked.o"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr

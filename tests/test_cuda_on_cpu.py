@@ -58,9 +58,17 @@ HERE = Path(__file__).parent / "cuda_on_cpu"
 SOURCES = sorted((HERE.parents[1] / "csrc" / "cuda").glob("*.cu"))
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 COMPILE = [
-    COMPILER, "-std=c++20", "-U_FORTIFY_SOURCE", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
-    "-fno-strict-aliasing", "-include", HERE / "cuda_runtime.h",
-]  # fmt: skip
+    COMPILER,
+    "-std=c++20",
+    "-U_FORTIFY_SOURCE",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-fno-strict-aliasing",
+    "-include",
+    HERE / "cuda_runtime.h",
+]
 
 if not COMPILER:
     pytest.skip("no C++ compiler", allow_module_level=True)
@@ -185,9 +193,29 @@ class Emulator:
             x.copy_(copy)
 
     def _launch(
-        self, tail, indices, student, snapshots, labels, scores, query, keys, temperature, alpha, logit_fusion,
-        kl_objective, mean, ignore_index, loss, attention_loss, weights, d_student, d_scores, d_query, d_keys,
-    ):  # fmt: skip
+        self,
+        tail,
+        indices,
+        student,
+        snapshots,
+        labels,
+        scores,
+        query,
+        keys,
+        temperature,
+        alpha,
+        logit_fusion,
+        kl_objective,
+        mean,
+        ignore_index,
+        loss,
+        attention_loss,
+        weights,
+        d_student,
+        d_scores,
+        d_query,
+        d_keys,
+    ):
         snapshots = snapshots[0] if snapshots[0].dim() == 3 else snapshots
         rows, classes = student.shape
         pointers = {
@@ -196,12 +224,23 @@ class Emulator:
         }  # fmt: skip
         per_row = loss.new_full((2, max(rows, 1)), torch.nan) if loss.dim() == 0 else torch.stack((loss, loss))
         args = Arguments(
-            rows=rows, snapshots=len(snapshots), classes=classes, width=0 if query is None else query.shape[1],
-            student=matrix(student), scores=matrix(scores), query=matrix(query), temperature=temperature, alpha=alpha,
-            fusion=logit_fusion, objective=kl_objective, ignore_index=ignore_index,
-            row_scale=1 / max(rows, 1) if mean else 1, loss=per_row[0].data_ptr(), attention_loss=per_row[1].data_ptr(),
+            rows=rows,
+            snapshots=len(snapshots),
+            classes=classes,
+            width=0 if query is None else query.shape[1],
+            student=matrix(student),
+            scores=matrix(scores),
+            query=matrix(query),
+            temperature=temperature,
+            alpha=alpha,
+            fusion=logit_fusion,
+            objective=kl_objective,
+            ignore_index=ignore_index,
+            row_scale=1 / max(rows, 1) if mean else 1,
+            loss=per_row[0].data_ptr(),
+            attention_loss=per_row[1].data_ptr(),
             **{name: value.data_ptr() for name, value in pointers.items() if value is not None},
-        )  # fmt: skip
+        )
         for m, z in enumerate(snapshots):
             args.snapshot[m] = matrix(z)
             if keys is not None:
@@ -210,14 +249,21 @@ class Emulator:
         if indices is not None:
             launcher = self.library.sparse_ensemble_kd_fwd
             args = SparseArguments(
-                kd=args, k=indices.shape[1], tail=tail.data_ptr(), tail_stride=tail.stride(),
-                indices=indices.data_ptr(), indices_stride=indices.stride(0),
-            )  # fmt: skip
+                kd=args,
+                k=indices.shape[1],
+                tail=tail.data_ptr(),
+                tail_stride=tail.stride(),
+                indices=indices.data_ptr(),
+                indices_stride=indices.stride(0),
+            )
         scalars = (loss.data_ptr(), attention_loss.data_ptr()) if loss.dim() == 0 else (None, None)
         error = launcher(
-            ctypes.byref(args), loss.dtype == torch.float64, mean, *map(ctypes.c_void_p, scalars),
+            ctypes.byref(args),
+            loss.dtype == torch.float64,
+            mean,
+            *map(ctypes.c_void_p, scalars),
             (ctypes.c_int * 32)(*[-1] * 32),
-        )  # fmt: skip
+        )
         if error:
             raise RuntimeError(error.decode())
         if loss.dim():

@@ -67,12 +67,25 @@ def cifar_python2(x, y, key="labels"):
 
     raw = x.tobytes()
     return (
-        b"\x80\x02}(" + text("batch_label") + text("batch 1") + text(key) + b"]("
-        + b"".join(map(integer, y.tolist())) + b"e" + text("data")
+        b"\x80\x02}("
+        + text("batch_label")
+        + text("batch 1")
+        + text(key)
+        + b"]("
+        + b"".join(map(integer, y.tolist()))
+        + b"e"
+        + text("data")
         + b"cnumpy.core.multiarray\n_reconstruct\nq\x07cnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01"
-        + integer(len(x)) + integer(3072) + b"\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNN"
-        + integer(-1) + integer(-1) + b"K\x00tb\x89T" + struct.pack("<i", len(raw)) + raw + b"tbu."
-    )  # fmt: skip
+        + integer(len(x))
+        + integer(3072)
+        + b"\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNN"
+        + integer(-1)
+        + integer(-1)
+        + b"K\x00tb\x89T"
+        + struct.pack("<i", len(raw))
+        + raw
+        + b"tbu."
+    )
 
 
 def cifar_python3(x, y, key="labels", protocol=2):
@@ -99,10 +112,7 @@ def cifar10_files(kind):
 def cifar100_files(kind):
     x, y = images(220, 3, 32), cycle(220, 100)
     if kind == "binary":
-        files = {
-            "train.bin": cifar_binary(x[:200], y[:200], True),
-            "test.bin": cifar_binary(x[200:], y[:20], True),
-        }
+        files = {"train.bin": cifar_binary(x[:200], y[:200], True), "test.bin": cifar_binary(x[200:], y[:20], True)}
         return files | {"fine_label_names.txt": "\n".join(NAMES).encode()}
     return {
         "train": cifar_python2(x[:200], y[:200], "fine_labels"),
@@ -220,9 +230,7 @@ def test_cifar10_reads_every_archive_anywhere(tmp_path, kind, place):
     form = "binary" if kind == "binary" else "python"
     root = {
         "folder": lambda: unpacked(tmp_path / "any", files),
-        "subfolder": lambda: (
-            unpacked(tmp_path / f"cifar-10-batches-{form[:3].replace('pyt', 'py')}", files).parent
-        ),
+        "subfolder": lambda: unpacked(tmp_path / f"cifar-10-batches-{form[:3].replace('pyt', 'py')}", files).parent,
         "archive": lambda: packed(tmp_path / "any.tar.gz", files),
         "archive in folder": lambda: packed(tmp_path / f"cifar-10-{form}.tar.gz", files).parent,
     }[place]()
@@ -393,9 +401,7 @@ def test_a_cifar_binary_of_the_wrong_size_is_refused(size):
 @bad_input
 @pytest.mark.parametrize(("label_bytes", "classes", "label"), [(1, 10, 10), (1, 10, 255), (2, 100, 100)])
 def test_a_cifar_label_out_of_range_is_refused(label_bytes, classes, label):
-    with pytest.raises(
-        ValueError, match=f"^f has labels from {label} to {label}, wanted 0 to {classes - 1}$"
-    ):
+    with pytest.raises(ValueError, match=f"^f has labels from {label} to {label}, wanted 0 to {classes - 1}$"):
         parse_cifar_binary(bytes([label] * label_bytes) + bytes(3072), "f", label_bytes, classes)
 
 
@@ -458,9 +464,7 @@ def damaged(draw, whole):
     data = bytearray(whole)
     for place in draw(st.lists(st.integers(0, min(len(data), 400) - 1), max_size=8)):
         data[place] = draw(st.integers(0, 255))
-    return bytes(data[: draw(st.one_of(st.just(len(data)), st.integers(0, len(data))))]) + draw(
-        st.binary(max_size=4)
-    )
+    return bytes(data[: draw(st.one_of(st.just(len(data)), st.integers(0, len(data))))]) + draw(st.binary(max_size=4))
 
 
 @fuzz
@@ -480,9 +484,7 @@ def test_fuzz_cifar_binary(data):
 @fuzz
 @given(
     st.one_of(
-        st.binary(max_size=80),
-        damaged(cifar_python2(X[:1], Y[:1])),
-        damaged(cifar_python3(X[:1], Y[:1], protocol=4)),
+        st.binary(max_size=80), damaged(cifar_python2(X[:1], Y[:1])), damaged(cifar_python3(X[:1], Y[:1], protocol=4))
     )
 )
 def test_fuzz_cifar_python(data):
@@ -534,9 +536,7 @@ def test_large_images_become_squares(tmp_path):
     shown = Encoded(files, channels=3, image_size=224, zoom=7 / 8).decode(0)
     assert torch.equal(data.test.images[0], shown)  # as ImageNet's protocol has it
     assert torch.equal(load(str(tmp_path), memory_budget=0).test.images.decode(0), shown)
-    whole = Encoded(
-        [str(path) for path in tmp_path.glob("train/*/*")], channels=3, image_size=224
-    ).decode_all()
+    whole = Encoded([str(path) for path in tmp_path.glob("train/*/*")], channels=3, image_size=224).decode_all()
     assert all((whole == image).flatten(1).all(1).any() for image in data.train.images)
     assert load(str(tmp_path), image_size=24).test.images.shape == (10, 3, 24, 24)
 
@@ -574,10 +574,7 @@ def test_a_truncated_image_is_named(tmp_path, number, keep):
         (lambda root: (root / "val").mkdir(), "val holds no images, wanted"),
         (lambda root: (root / "test" / "cat").mkdir(parents=True), "test holds no images, wanted"),
         (lambda root: [path.unlink() for path in root.rglob("*.png")], "train holds no images, wanted"),
-        (
-            lambda root: [path.unlink() or path.parent.rmdir() for path in root.glob("train/dog/*")],
-            "at least two",
-        ),
+        (lambda root: [path.unlink() or path.parent.rmdir() for path in root.glob("train/dog/*")], "at least two"),
     ],
 )
 def test_an_impossible_folder_is_refused(tmp_path, break_, said):
@@ -611,20 +608,13 @@ def test_parquet_files(tmp_path, hub):
         classes = hub.ClassLabel(names=["a", "b", "c", "d"])
         parquet(hub, tmp_path / "two" / f"{part}-00000-of-00001.parquet", label=classes)
     data = load("two", tmp_path)
-    assert (len(data.train), len(data.val), len(data.test)) == (40, 40, 40) and data.classes == (
-        "a",
-        "b",
-        "c",
-        "d",
-    )
+    assert (len(data.train), len(data.val), len(data.test)) == (40, 40, 40) and data.classes == ("a", "b", "c", "d")
 
 
 def test_parquet_with_words_for_labels(tmp_path, hub):
     parquet(hub, tmp_path / "all.parquet", labels=["dog", "cat"] * 20)
     data = load(str(tmp_path / "all.parquet"))
-    assert data.classes == ("cat", "dog") and torch.equal(
-        data.train.images[:, 0, 0, 0] % 2, 1 - data.train.labels
-    )
+    assert data.classes == ("cat", "dog") and torch.equal(data.train.images[:, 0, 0, 0] % 2, 1 - data.train.labels)
 
 
 def test_hugging_face_by_id_and_by_name(tmp_path, hub, monkeypatch):
@@ -708,11 +698,7 @@ def test_a_missing_package_says_what_to_install(tmp_path, monkeypatch, module, n
     [
         ({"name": "cifar-10"}, FileNotFoundError, "did you mean 'cifar10'"),
         ({"name": "fasion-mnist"}, FileNotFoundError, "did you mean 'fashion-mnist'"),
-        (
-            {"name": "imagenet"},
-            FileNotFoundError,
-            "wanted glyphs, digits, fashion-mnist, cifar10, cifar100, a path or",
-        ),
+        ({"name": "imagenet"}, FileNotFoundError, "wanted glyphs, digits, fashion-mnist, cifar10, cifar100, a path or"),
         ({"name": "./no/where"}, FileNotFoundError, "there is no dataset"),
         ({"name": "/no"}, FileNotFoundError, "there is no dataset '/no'"),
         ({"name": ""}, TypeError, "name is ''"),
@@ -831,9 +817,7 @@ def test_random_bits_are_those_of_splitmix64(seed, view, stream, index):
 
 def test_random_numbers_are_uniform_and_unrelated():
     index = torch.arange(90000)
-    draws = torch.stack(
-        [aug.random_below(9, *key, index) for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
-    )
+    draws = torch.stack([aug.random_below(9, *key, index) for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))])
     for row in draws:
         assert ((row.bincount(minlength=9) - 10000).abs() < 500).all()
     assert torch.corrcoef(draws.double()).fill_diagonal_(0).abs().max() < 0.02
@@ -847,9 +831,7 @@ def test_a_view_depends_on_nothing_but_its_numbers(kind, shape, device):
     out = aug.augment(x.to(device), index.to(device), kind=kind, seed=3, view=5).cpu()
     assert out.shape == x.shape and out.dtype == torch.uint8
     assert torch.equal(out, aug.augment(x, index, kind=kind, seed=3, view=5))
-    one_by_one = [
-        aug.augment(a[None], i[None], kind=kind, seed=3, view=5) for a, i in zip(x, index, strict=True)
-    ]
+    one_by_one = [aug.augment(a[None], i[None], kind=kind, seed=3, view=5) for a, i in zip(x, index, strict=True)]
     assert torch.equal(out, torch.cat(one_by_one))
     for seed, view in ((4, 5), (3, 6)):
         assert torch.equal(out, aug.augment(x, index, kind=kind, seed=seed, view=view)) == (kind == "none")
@@ -857,9 +839,7 @@ def test_a_view_depends_on_nothing_but_its_numbers(kind, shape, device):
 
 def test_pad_crop_is_a_window_of_the_padded_image(device):
     x = torch.randint(0, 256, (81, 2, 6, 7), dtype=torch.uint8, device=device)
-    top, left = (
-        v.flatten().to(device) for v in torch.meshgrid(torch.arange(9), torch.arange(9), indexing="ij")
-    )
+    top, left = (v.flatten().to(device) for v in torch.meshgrid(torch.arange(9), torch.arange(9), indexing="ij"))
     out = aug.pad_crop(x, top, left, 4)
     padded = torch.nn.functional.pad(x, (4, 4, 4, 4))
     for i in range(81):
@@ -938,9 +918,7 @@ def test_a_batch_is_normalised_and_indexed(device):
 
 @pytest.mark.parametrize("kind", AUGMENTATIONS)
 def test_an_epoch_can_be_replayed_on_any_device(kind, device):
-    loader, again = (
-        Loader(split_of(), batch_size=32, augment=kind, seed=1, device=d) for d in (device, "cpu")
-    )
+    loader, again = (Loader(split_of(), batch_size=32, augment=kind, seed=1, device=d) for d in (device, "cpu"))
     epochs = []
     for epoch in range(3):
         loader.set_epoch(epoch)
@@ -1026,10 +1004,7 @@ def test_ranks_share_the_batches_of_one_loader(world_size, drop_last):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 64])
 def test_ranks_share_an_evaluation(world_size):
-    shards = [
-        Loader(split_of(), batch_size=5, train=False, rank=r, world_size=world_size)
-        for r in range(world_size)
-    ]
+    shards = [Loader(split_of(), batch_size=5, train=False, rank=r, world_size=world_size) for r in range(world_size)]
     assert sorted(i for loader in shards for b in loader for i in b.index.tolist()) == list(range(100))
     assert len({len(list(loader)) for loader in shards}) == 1, "a network in shards runs everywhere or nowhere"
     assert all(len(list(loader)) == len(loader) for loader in shards)

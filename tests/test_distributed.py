@@ -22,20 +22,42 @@ from torch import nn
 
 import eekd.bank.__main__ as writer
 import eekd.compare.__main__ as comparison
-from eekd import checkpoint, distributed, models
-from eekd.distributed import _of_the_living
-from eekd.files import read_json
-from eekd.train import main
-from eekd.trainers.folder import read_metrics
-from eekd.trainers.loop import SyncBatchNorm, _device, synchronised
+from eekd import models, parallel
+from eekd.io import tensors as tensor_files
+from eekd.io.files import read_json
+from eekd.parallel import _of_the_living, convert_sync_batchnorm
+from eekd.parallel.sync_batchnorm import SyncBatchNorm
+from eekd.train.__main__ import main
+from eekd.train.run_folder import read_metrics
+from eekd.train.trainer import _device
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # GPUs may be too few
-SMALL = ["--precision", "fp32", "--channels-last=false",
-         "--train-limit", "155", "--teacher.model", "resnet8_w4", "--student.model", "resnet8_w4", "--teacher.epochs",
-         "2", "--student.epochs", "2", "--teacher.snapshots", "2", "--teacher.batch-size", "24", "--student.batch-size",
-         "24", "--deterministic", "--augment", "crop"]  # fmt: skip
+SMALL = [
+    "--precision",
+    "fp32",
+    "--channels-last=false",
+    "--train-limit",
+    "155",
+    "--teacher.model",
+    "resnet8_w4",
+    "--student.model",
+    "resnet8_w4",
+    "--teacher.epochs",
+    "2",
+    "--student.epochs",
+    "2",
+    "--teacher.snapshots",
+    "2",
+    "--teacher.batch-size",
+    "24",
+    "--student.batch-size",
+    "24",
+    "--deterministic",
+    "--augment",
+    "crop",
+]
 TIMES = {"seconds", "seconds_teacher", "seconds_forward", "seconds_backward"}
 
 
@@ -88,8 +110,8 @@ class Crew:
 def together(tmp_path_factory) -> Iterator[Callable[..., None]]:
     """Runs code in processes that have joined, unless it is to join them; `rank` and `size` are their numbers."""
     crews = {}
-    start = "import torch\nfrom torch import nn\nfrom eekd import distributed\ntorch.manual_seed(0)\n"
-    joined = "with distributed.joined():\n    rank, size = distributed.rank(), distributed.size()\n"
+    start = "import torch\nfrom torch import nn\nfrom eekd import parallel\ntorch.manual_seed(0)\n"
+    joined = "with parallel.process_group():\n    rank, size = parallel.rank(), parallel.world_size()\n"
 
     def run(processes: int, code: str, join: bool = True) -> None:
         if processes not in crews or crews[processes].torchrun.poll() is not None:
@@ -106,8 +128,11 @@ def weights(run: Path, *folders: str) -> dict[str, torch.Tensor]:
     """All that the run's networks learned."""
     files = [path for folder in folders or [""] for path in sorted((run / folder).rglob("*.safetensors"))]
     assert files
-    return {f"{path.relative_to(run)} {name}": tensor
-            for path in files for name, tensor in checkpoint.load_tensors(path).items()}  # fmt: skip
+    return {
+        f"{path.relative_to(run)} {name}": tensor
+        for path in files
+        for name, tensor in tensor_files.load_tensors(path).items()
+    }
 
 
 def assert_close(run: Path, other: Path, tolerance: float) -> None:
@@ -121,59 +146,64 @@ def assert_close(run: Path, other: Path, tolerance: float) -> None:
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_what_processes_hand_each_other(together, processes):
-    together(processes, """
-        assert distributed.largest(rank, -rank, 7) == [size - 1, 0, 7]
-        assert distributed.total(torch.tensor([rank + 1.0, 1.0])).tolist() == [size * (size + 1) / 2, size]
-        assert distributed.from_all(torch.tensor([rank])).tolist() == [[r] for r in range(size)]
-        assert distributed.from_first(lambda: f"a folder of {rank} ünd more") == "a folder of 0 ünd more"
+    together(
+        processes,
+        """
+        assert parallel.max_across_processes(rank, -rank, 7) == [size - 1, 0, 7]
+        assert parallel.all_reduce_sum(torch.tensor([rank + 1.0, 1.0])).tolist() == [size * (size + 1) / 2, size]
+        assert parallel.all_gather(torch.tensor([rank])).tolist() == [[r] for r in range(size)]
+        assert parallel.broadcast(lambda: f"a folder of {rank} ünd more") == "a folder of 0 ünd more"
         buffers = [torch.tensor([rank * 4.0]), torch.tensor(rank), torch.full((2, 2), float(rank))]
-        distributed.mean_(buffers)
+        parallel.all_reduce_mean_(buffers)
         assert buffers[0].tolist() == [2.0 * (size - 1)] and buffers[1] == rank
         assert buffers[2].eq((size - 1) / 2).all()
         try:
-            distributed.from_first(lambda: 1 / 0)
+            parallel.broadcast(lambda: 1 / 0)
         except (ZeroDivisionError, RuntimeError) as error:
             assert isinstance(error, ZeroDivisionError) == (rank == 0)
         else:
             raise AssertionError
 
         network = nn.Linear(3, 2)
-        distributed.check_replicas(network)
+        parallel.check_replicas(network)
         with torch.no_grad():
             network.bias[1] += 1e-7 * (rank == 1)
         try:
-            distributed.check_replicas(network)
+            parallel.check_replicas(network)
         except RuntimeError as error:
             assert "the network of process 1 differs from that of process 0" in str(error)
         else:
             raise AssertionError
-    """)
+    """,
+    )
 
 
 def test_only_who_ends_well_leaves_the_group(tmp_path):
     """Joined twice; then an error in one, which NCCL would make wait for the other."""
     script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent("""
+    script.write_text(
+        textwrap.dedent("""
         from pathlib import Path
         import torch
         from torch import nn
-        from eekd import distributed
+        from eekd import parallel
         for _ in range(2):
-            with distributed.joined():
+            with parallel.process_group():
                 network = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
-                assert distributed.largest(distributed.rank()) == [1]
+                assert parallel.max_across_processes(parallel.rank()) == [1]
             del network
             assert not torch.distributed.is_initialized()
             threads = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
             assert not any("gloo" in thread for thread in threads), threads  # one might free a tensor at Python's end
         try:
-            with distributed.joined():
-                distributed.wait()
-                if distributed.rank() == 1:
+            with parallel.process_group():
+                parallel.barrier()
+                if parallel.rank() == 1:
                     raise KeyError
         except KeyError:
             assert torch.distributed.is_initialized()
-    """))
+    """)
+    )
     told = launch(2, script).stderr
     assert not re.sub(r".*OMP_NUM_THREADS.*|\*+|\s", "", told), told
 
@@ -186,7 +216,7 @@ def test_only_who_ends_well_leaves_the_group(tmp_path):
 ])  # fmt: skip
 def test_nccl_needs_a_gpu_for_each_process(local, processes, gpus, backend, taken, monkeypatch):
     seen, devices = [], []
-    for name in distributed.TORCHRUN:
+    for name in parallel.TORCHRUN:
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("LOCAL_RANK", str(local))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
@@ -196,10 +226,10 @@ def test_nccl_needs_a_gpu_for_each_process(local, processes, gpus, backend, take
     monkeypatch.setattr(group, "rendezvous", lambda *_, **__: iter([(group.HashStore(), 0, 1)]))
     monkeypatch.setattr(group, "init_process_group", lambda backend, **_: seen.append(backend))
     monkeypatch.setattr(group, "destroy_process_group", lambda: seen.append("left"))
-    with distributed.joined():
+    with parallel.process_group():
         assert seen == [backend] and devices == taken
     assert seen[1:] == ["left"]
-    monkeypatch.setattr("eekd.train._main", lambda argv: 2)
+    monkeypatch.setattr("eekd.train.__main__._main", lambda argv: 2)
     assert main([]) == 2 and seen[2:] == [backend]  # this one failed, and stays
 
 
@@ -225,29 +255,46 @@ def test_the_living_meet_among_what_the_dead_left():
 def test_machines_that_count_their_restarts_apart_go_on(tmp_path):
     """A killed worker's machine counts a restart, the other, whose worker is still busy, none."""
     script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent("""
+    script.write_text(
+        textwrap.dedent("""
         import os, signal, sys, time
         from datetime import timedelta
         from pathlib import Path
-        from eekd import distributed
+        from eekd import parallel
         died = Path(sys.argv[1], "died")
         before = died.exists()
-        with distributed.joined(timedelta(seconds=60)):
-            distributed.wait()
-            if not before and distributed.first():
+        with parallel.process_group(timedelta(seconds=60)):
+            parallel.barrier()
+            if not before and parallel.is_main_process():
                 died.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             elif not before:
                 time.sleep(90)
-            assert distributed.largest(distributed.rank()) == [1]
+            assert parallel.max_across_processes(parallel.rank()) == [1]
             restarts = os.environ["TORCHELASTIC_RESTART_COUNT"]
-            Path(sys.argv[1], f"went-on-{distributed.rank()}").write_text(restarts)
-    """))
+            Path(sys.argv[1], f"went-on-{parallel.rank()}").write_text(restarts)
+    """)
+    )
     with socket.socket() as free:
         free.bind(("localhost", 0))
         endpoint = f"localhost:{free.getsockname()[1]}"
-    start = [*TORCHRUN[:-1], "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2", "--rdzv-backend", "c10d",
-             "--rdzv-endpoint", endpoint, "--monitor-interval", "0.1", script, tmp_path]  # fmt: skip
+    start = [
+        *TORCHRUN[:-1],
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        "--max-restarts",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        endpoint,
+        "--monitor-interval",
+        "0.1",
+        script,
+        tmp_path,
+    ]
     machines = [subprocess.Popen(start, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     try:
         told = [machine.communicate(timeout=200)[1] for machine in machines]
@@ -261,14 +308,16 @@ def test_machines_that_count_their_restarts_apart_go_on(tmp_path):
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_synchronised_batch_norm_is_that_of_the_whole_batch(together, processes):
     """Uneven shares; outputs, gradients and running statistics."""
-    together(processes, """
-        from eekd.trainers.loop import synchronised
+    together(
+        processes,
+        """
+        from eekd.parallel import convert_sync_batchnorm
         for momentum in (0.1, None):
             plain = nn.Sequential(nn.BatchNorm2d(3, momentum=momentum)).double()
             nn.init.uniform_(plain[0].weight)
             same = nn.Sequential(nn.BatchNorm2d(3, momentum=momentum)).double()
             same.load_state_dict(plain.state_dict())
-            same = synchronised(same)
+            same = convert_sync_batchnorm(same)
             x = torch.randn(7, 3, 4, 4, dtype=torch.double)
             whole, part = x.clone().requires_grad_(), x[rank::size].clone().requires_grad_()
             direction = torch.randn_like(x)
@@ -278,17 +327,18 @@ def test_synchronised_batch_norm_is_that_of_the_whole_batch(together, processes)
             (got * direction[rank::size]).sum().backward()
             torch.testing.assert_close(got, expected[rank::size])
             torch.testing.assert_close(part.grad, whole.grad[rank::size])
-            torch.testing.assert_close(distributed.total(same[0].weight.grad), plain[0].weight.grad)
+            torch.testing.assert_close(parallel.all_reduce_sum(same[0].weight.grad), plain[0].weight.grad)
             for name, buffer in plain.state_dict().items():
                 torch.testing.assert_close(same.state_dict()[name], buffer)
             torch.testing.assert_close(same.eval()(x), plain.eval()(x))
-    """)
+    """,
+    )
 
 
 def test_batch_norms_are_synchronised_in_place():
     network = models.build("resnet8_w4", num_classes=10, in_channels=1, image_size=8)
     names = list(network.state_dict())
-    assert list(synchronised(network).state_dict()) == names
+    assert list(convert_sync_batchnorm(network).state_dict()) == names
     assert any(isinstance(module, SyncBatchNorm) for module in network.modules())
     assert not any(type(module) is nn.BatchNorm2d for module in network.modules())
 
@@ -296,7 +346,9 @@ def test_batch_norms_are_synchronised_in_place():
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_snapshots_spread_over_processes_say_the_same(together, processes):
     """Five and three of them, uneven batches, a batch of none; one alone needs no exchange."""
-    together(processes, """
+    together(
+        processes,
+        """
         from eekd import SnapshotEnsemble, models
         for count in (5, 3):
             torch.manual_seed(1)
@@ -313,35 +365,42 @@ def test_snapshots_spread_over_processes_say_the_same(together, processes):
             assert torch.equal(got, expected)
         if rank == 0:
             alone(images)  # the others do not call
-    """)
+    """,
+    )
 
 
 def test_a_loop_that_joined_gpus_only_exchanges_tensors_of_the_cpu_too(together):
     """NCCL has no CPU; here it is gloo that was told to take none."""
-    together(2, """
+    together(
+        2,
+        """
         from eekd import SnapshotEnsemble
         torch.distributed.init_process_group("cuda:gloo")
-        rank = distributed.rank()
-        assert distributed.largest(rank) == [1]
-        assert distributed.total(torch.tensor(rank + 1)) == 3
-        assert distributed.from_all(torch.tensor(rank)).tolist() == [0, 1]
-        assert distributed.from_first(lambda: "word") == "word"
+        rank = parallel.rank()
+        assert parallel.max_across_processes(rank) == [1]
+        assert parallel.all_reduce_sum(torch.tensor(rank + 1)) == 3
+        assert parallel.all_gather(torch.tensor(rank)).tolist() == [0, 1]
+        assert parallel.broadcast(lambda: "word") == "word"
         buffer = torch.tensor([2.0 * rank])
-        distributed.mean_([buffer])
+        parallel.all_reduce_mean_([buffer])
         assert buffer == 1
         networks, x = [nn.Sequential(nn.Linear(3, 2)) for _ in range(2)], torch.randn(5, 3)
         for network in networks:
             for p in network.parameters():
-                torch.distributed.broadcast(p.detach(), 0, distributed.group_of(p))
+                torch.distributed.broadcast(p.detach(), 0, parallel.group_of(p))
         for got, expected in zip(SnapshotEnsemble(networks, snapshots_on="ranks")(x), SnapshotEnsemble(networks)(x)):
             torch.testing.assert_close(got, expected)
         torch.distributed.destroy_process_group()
-    """, join=False)
+    """,
+        join=False,
+    )
 
 
 def test_ignored_rows_weigh_nothing_wherever_they_are(together):
     """The mean over the labelled rows of all processes, as docs/scale.md weighs the loss."""
-    together(2, """
+    together(
+        2,
+        """
         from torch.nn.parallel import DistributedDataParallel
         from eekd import EEKDLoss
         student, criterion = nn.Linear(6, 5), EEKDLoss("confidence")
@@ -352,9 +411,10 @@ def test_ignored_rows_weigh_nothing_wherever_they_are(together):
         replica = DistributedDataParallel(student)
         loss, _ = criterion(replica(x[mine]), z[:, mine].contiguous(), labels[mine])
         rows = (labels[mine] != -100).sum()
-        (loss * (size * rows / distributed.total(rows))).backward()
+        (loss * (size * rows / parallel.all_reduce_sum(rows))).backward()
         torch.testing.assert_close(student.weight.grad, expected)
-    """)
+    """,
+    )
 
 
 NORM_FREE = """
@@ -372,8 +432,23 @@ def norm_free(tmp_path_factory) -> list:
     folder = tmp_path_factory.mktemp("norm-free")
     (folder / "net.py").write_text(NORM_FREE)
     model = f"{folder / 'net.py'}:build"
-    flags = ["-m", "eekd.train", *SMALL, "--teacher.model", model, "--student.model", model, "--teacher.lr", "0.02",
-             "--student.lr", "0.02", "--students", "ce", "uniform", "attention"]  # fmt: skip
+    flags = [
+        "-m",
+        "eekd.train",
+        *SMALL,
+        "--teacher.model",
+        model,
+        "--student.model",
+        model,
+        "--teacher.lr",
+        "0.02",
+        "--student.lr",
+        "0.02",
+        "--students",
+        "ce",
+        "uniform",
+        "attention",
+    ]
     launch(1, *flags, "--out", folder / "one")
     return [*flags, "--out"], folder / "one"
 
@@ -425,11 +500,13 @@ def test_synchronised_batch_norm_makes_processes_agree(tmp_path):
 @pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.full), "fsdp"])
 def test_processes_leave_out_the_same_steps(together, tmp_path, parallel):
     """A batch is bad in one process: by policy "stop" all end, by "skip" all go on without it."""
-    together(2, f"""
+    together(
+        2,
+        f"""
         from pathlib import Path
-        from eekd.config import Config, Student, Teacher
-        from eekd.trainers import Session, train_teacher
-        from eekd.trainers.folder import read_metrics
+        from eekd.train.config import Config, Student, Teacher
+        from eekd.train import Session, train_teacher
+        from eekd.train.run_folder import read_metrics
         shape = dict(model="resnet8_w4", epochs=1, batch_size=24)
         for policy in ("stop", "skip"):
             config = Config(train_limit=155, teacher=Teacher(**shape, snapshots=1), student=Student(**shape),
@@ -450,7 +527,8 @@ def test_processes_leave_out_the_same_steps(together, tmp_path, parallel):
                 assert (folder / ("non-finite-3" + "-process-1" * rank + ".json")).exists()
             else:
                 assert policy == "skip" and read_metrics(folder, {{}})[0]["skipped"] == 1
-    """)
+    """,
+    )
 
 
 DROPOUT = """
@@ -596,9 +674,25 @@ def test_the_slurm_script_goes_on_after_preemption(undisturbed, tmp_path):
 
 @pytest.mark.full
 def test_a_comparison_shares_its_seeds(tmp_path):
-    flags = ["-m", "eekd.compare", "--train-limit", "155", "--teacher.epochs", "1", "--student.epochs", "1",
-             "--teacher.snapshots", "1", "--teacher.model", "resnet8_w4", "--methods", "ce", "--seeds", "2",
-             "--out"]  # fmt: skip
+    flags = [
+        "-m",
+        "eekd.compare",
+        "--train-limit",
+        "155",
+        "--teacher.epochs",
+        "1",
+        "--student.epochs",
+        "1",
+        "--teacher.snapshots",
+        "1",
+        "--teacher.model",
+        "resnet8_w4",
+        "--methods",
+        "ce",
+        "--seeds",
+        "2",
+        "--out",
+    ]
     launch(2, *flags, tmp_path / "out")
     assert read_json(tmp_path / "out" / "study.json")["seeds"] == [0, 1]
 
@@ -619,10 +713,7 @@ def test_mistakes(environment, flags, message, monkeypatch, capsys):
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("command, flags", [
-    (writer, ["--teacher", "none"]),
-    (comparison, ["--methods", "ce"]),
-])  # fmt: skip
+@pytest.mark.parametrize("command, flags", [(writer, ["--teacher", "none"]), (comparison, ["--methods", "ce"])])
 def test_part_of_the_environment_is_not_enough_to_share_work(command, flags, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert command.main(flags) == 2
@@ -655,28 +746,31 @@ def test_a_restart_with_other_settings_is_refused(undisturbed, monkeypatch, caps
 
 def test_only_the_first_process_keeps_what_all_gather(monkeypatch):
     tensors = {"a": torch.ones(2), "b": torch.zeros(3)}
-    assert distributed.whole_in_first(tensors.items()) == tensors
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
-    assert distributed.whole_in_first(tensors.items()) == {}
+    assert parallel.gather_to_main_process(tensors.items()) == tensors
+    monkeypatch.setattr("eekd.parallel.collectives.is_main_process", lambda: False)
+    assert parallel.gather_to_main_process(tensors.items()) == {}
 
 
 def test_only_what_the_exchange_raises_is_laid_on_another_process():
     gloo = "[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:48769"
-    assert distributed.lost(RuntimeError(gloo)) and distributed.lost(torch.distributed.DistBackendError("NCCL"))
-    assert not distributed.lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert parallel.is_peer_failure(RuntimeError(gloo))
+    assert parallel.is_peer_failure(torch.distributed.DistBackendError("NCCL"))
+    assert not parallel.is_peer_failure(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_a_process_leaves_as_it_would_and_runs_no_python_after(tmp_path):
     """What Python does last of all could end a thread of gloo's, and the process with it."""
     script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent("""
+    script.write_text(
+        textwrap.dedent("""
         import atexit, os, sys
-        from eekd import distributed
+        from eekd import parallel
         atexit.register(print, "at exit")
         aborts = type("Aborts", (), {"__del__": lambda self, abort=os.abort: abort()})()
         print("to the end", flush=True)
-        distributed.leave(3)
-    """))
+        parallel.exit_process(3)
+    """)
+    )
     for environment, code in ((ENVIRONMENT | {"WORLD_SIZE": "2"}, 3), (ENVIRONMENT, -signal.SIGABRT)):
         done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
         assert (done.returncode, done.stdout.split("\n")[0]) == (code, "to the end"), done
@@ -689,8 +783,20 @@ def test_no_process_dies_at_its_end(tmp_path):
 
     EEKD_RUNS says how many runs there are.
     """
-    flags = ["-m", "eekd.train", *SMALL, "--teacher.epochs", "1", "--teacher.snapshots", "1", "--students", "ce",
-             "--student.epochs", "1", "--out"]  # fmt: skip
+    flags = [
+        "-m",
+        "eekd.train",
+        *SMALL,
+        "--teacher.epochs",
+        "1",
+        "--teacher.snapshots",
+        "1",
+        "--students",
+        "ce",
+        "--student.epochs",
+        "1",
+        "--out",
+    ]
 
     def run(number: int) -> str:
         start = [*TORCHRUN, "--nproc-per-node", "2", *flags, str(tmp_path / f"{number}")]

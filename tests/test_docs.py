@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from eekd import train
 from eekd.bank import __main__ as bank
 from eekd.compare import __main__ as compare
+from eekd.train import __main__ as train
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

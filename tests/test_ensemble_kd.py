@@ -814,10 +814,22 @@ def test_opcheck(device, size, attention, whole):
     torch.library.opcheck(
         (ops.sparse_ensemble_kd_fwd if kept else ops.ensemble_kd_fwd).default,
         (
-            s, [z] if whole else list(z), *kept, *given, 5.0, 0.5, False, True, whole, -100,
-            loss, attention_loss, s.new_zeros(4, 3), *gradients,
+            s,
+            [z] if whole else list(z),
+            *kept,
+            *given,
+            5.0,
+            0.5,
+            False,
+            True,
+            whole,
+            -100,
+            loss,
+            attention_loss,
+            s.new_zeros(4, 3),
+            *gradients,
         ),
-    )  # fmt: skip
+    )
 
 
 @sizes((4, 3, 5), (4, 3, 20, 5))
@@ -847,9 +859,11 @@ def assert_compiled_agrees(step, fast, x, **options):
         torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("sizes", [
-    ((7, 3, 20), (9, 4, 30), (12, 2, 10)), ((7, 3, 20, 5), (9, 4, 30, 8), (12, 2, 50, 40)),
-], ids=["dense", "sparse"])  # fmt: skip
+@pytest.mark.parametrize(
+    "sizes",
+    [((7, 3, 20), (9, 4, 30), (12, 2, 10)), ((7, 3, 20, 5), (9, 4, 30, 8), (12, 2, 50, 40))],
+    ids=["dense", "sparse"],
+)
 @readings
 def test_compiles_whole_and_once_for_every_size(kernels, device, sizes, fusion, objective):
     step, fast, counter = compiled(dynamic=True)
@@ -945,10 +959,15 @@ def calls(draw):
     k = draw(st.one_of(st.integers(1, min(classes, 40)), st.integers(max(1, classes - 3), classes))) if few else None
     labels = draw(st.booleans())
     x = tensors(
-        rows, snapshots, classes,
-        dtype=draw(st.sampled_from(DTYPES)), attention=draw(st.sampled_from(ATTENTIONS)),
-        width=draw(st.integers(1, 20)), labels=labels, seed=draw(st.integers(0, 2**20)),
-    )  # fmt: skip
+        rows,
+        snapshots,
+        classes,
+        dtype=draw(st.sampled_from(DTYPES)),
+        attention=draw(st.sampled_from(ATTENTIONS)),
+        width=draw(st.integers(1, 20)),
+        labels=labels,
+        seed=draw(st.integers(0, 2**20)),
+    )
     for name in ("student_logits", "snapshot_logits", "scores"):
         if name in x:
             x[name] = x[name] * draw(st.sampled_from([0.0, 0.1, 1.0, 10.0]))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import linear, relu
 
 from eekd import models
-from eekd.features import LastFeatures
+from eekd.snapshots.features import LastFeatures
 
 
 class Net(nn.Module):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from eekd.losses import WEIGHTINGS, EEKDLoss, log_weights
+from eekd.method.losses import EEKDLoss
+from eekd.method.weightings import WEIGHTINGS, log_weights
 
 B, M, C, DS, DT = 7, 4, 10, 5, 6
 FIXED = WEIGHTINGS[1:]
@@ -33,14 +34,16 @@ def expected_weights(weighting, z, y):
         p = [z[i, b].double().softmax(0) for i in range(M)]
         entropy = torch.stack([-(q * q.log()).sum() for q in p])
         ce = torch.stack([-q[y[b]].log() for q in p])
-        rows.append({
-            "uniform": torch.ones(M, dtype=torch.float64),
-            "last": F.one_hot(torch.tensor(M - 1), M).double(),
-            "linear_increase": m,
-            "linear_decrease": M + 1 - m,
-            "entropy": 1 - entropy / entropy.sum(),
-            "confidence": (1 - ce.softmax(0)) / (M - 1),
-        }[weighting])
+        rows.append(
+            {
+                "uniform": torch.ones(M, dtype=torch.float64),
+                "last": F.one_hot(torch.tensor(M - 1), M).double(),
+                "linear_increase": m,
+                "linear_decrease": M + 1 - m,
+                "entropy": 1 - entropy / entropy.sum(),
+                "confidence": (1 - ce.softmax(0)) / (M - 1),
+            }[weighting]
+        )
     rows = torch.stack(rows)
     return rows / rows.sum(1, keepdim=True)
 
@@ -256,13 +259,31 @@ def test_options_are_shown():
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("name, value", [
-    ("weighting", "atention"), ("weighting", None), ("fusion", "mean"), ("fusion", None),
-    ("attention_objective", "ce"), ("temperature", 0), ("temperature", -1.0), ("temperature", float("nan")),
-    ("temperature", float("inf")), ("temperature", "5"), ("temperature", None),
-    ("alpha", -0.1), ("alpha", 1.1), ("alpha", float("nan")), ("alpha", None),
-    ("student_dim", 0), ("student_dim", None), ("snapshot_dim", None), ("embed_dim", 0), ("scale", 0),
-])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("weighting", "atention"),
+        ("weighting", None),
+        ("fusion", "mean"),
+        ("fusion", None),
+        ("attention_objective", "ce"),
+        ("temperature", 0),
+        ("temperature", -1.0),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("temperature", "5"),
+        ("temperature", None),
+        ("alpha", -0.1),
+        ("alpha", 1.1),
+        ("alpha", float("nan")),
+        ("alpha", None),
+        ("student_dim", 0),
+        ("student_dim", None),
+        ("snapshot_dim", None),
+        ("embed_dim", 0),
+        ("scale", 0),
+    ],
+)
 def test_impossible_options_are_refused(name, value):
     with pytest.raises(ValueError, match=f"^{name} must be .*, got {value!r}"):
         EEKDLoss(**{**SIZES, name: value})

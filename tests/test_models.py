@@ -54,10 +54,18 @@ def test_adapts_to_channels_and_image_size(name, in_channels, image_size):
         assert model(torch.empty(2, in_channels, image_size, image_size)).shape == (2, 7)
 
 
-@pytest.mark.parametrize("name, relus", [
-    ("resnet20", 1 + 9 * 2), ("ResNet50", 1 + 16 * 3), ("wrn_16_2", 6 * 2 + 1), ("vgg13", 10),
-    ("MobileNetV2", 1 + 17 * 2 + 1), ("ShuffleNetV1", 1 + 16 * 3), ("ShuffleNetV2", 1 + 3 * 3 + 13 * 2 + 1),
-])
+@pytest.mark.parametrize(
+    "name, relus",
+    [
+        ("resnet20", 1 + 9 * 2),
+        ("ResNet50", 1 + 16 * 3),
+        ("wrn_16_2", 6 * 2 + 1),
+        ("vgg13", 10),
+        ("MobileNetV2", 1 + 17 * 2 + 1),
+        ("ShuffleNetV1", 1 + 16 * 3),
+        ("ShuffleNetV2", 1 + 3 * 3 + 13 * 2 + 1),
+    ],
+)
 def test_has_as_many_relus_as_the_benchmark(name, relus):
     with torch.device("meta"):
         model = models.build(name, num_classes=10)
@@ -65,19 +73,31 @@ def test_has_as_many_relus_as_the_benchmark(name, relus):
 
 
 # Pixels left before the mean: the resolution at which each family works, as in the benchmark.
-@pytest.mark.parametrize("name, size, left", [
-    ("resnet20", 32, 8), ("resnet8x4", 32, 8), ("ResNet50", 32, 4), ("wrn_16_2", 32, 8),
-    ("MobileNetV2", 32, 2), ("ShuffleNetV1", 32, 4), ("ShuffleNetV2", 32, 4),
-    ("vgg8", 32, 4), ("vgg13", 64, 4), ("vgg13", 28, 3), ("vgg13", 8, 4),
-])
+@pytest.mark.parametrize(
+    "name, size, left",
+    [
+        ("resnet20", 32, 8),
+        ("resnet8x4", 32, 8),
+        ("ResNet50", 32, 4),
+        ("wrn_16_2", 32, 8),
+        ("MobileNetV2", 32, 2),
+        ("ShuffleNetV1", 32, 4),
+        ("ShuffleNetV2", 32, 4),
+        ("vgg8", 32, 4),
+        ("vgg13", 64, 4),
+        ("vgg13", 28, 3),
+        ("vgg13", 8, 4),
+    ],
+)
 def test_resolution_of_the_last_feature_map(name, size, left):
     with torch.device("meta"):
         trunk = models.build(name, num_classes=10, image_size=size).trunk
         assert trunk(torch.empty(1, 3, size, size)).shape[2:] == (left, left)
 
 
-@pytest.mark.parametrize("name", ["resnet8", "resnet8_w4", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleNetV1",
-                                  "ShuffleNetV2", "ResNet50"])
+@pytest.mark.parametrize(
+    "name", ["resnet8", "resnet8_w4", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleNetV1", "ShuffleNetV2", "ResNet50"]
+)
 def test_every_parameter_learns(name, device):
     torch.manual_seed(0)
     model = models.build(name, num_classes=10, in_channels=1, image_size=16).to(device)
@@ -158,11 +178,21 @@ def test_a_users_own_factory(user_file, factory):
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("name, nearest", [
-    ("resnet9", "resnet8"), ("ResNet-20", "resnet20"), ("wrn-40-2", "wrn_40_2"), ("mobilenet", "MobileNetV2"),
-    ("MobileNetv2", "MobileNetV2"), ("ShuffleV1", "ShuffleNetV1"), ("resnet50", "ResNet50"), ("vgg", "vgg8"),
-    ("", ""), ("timm", ""),
-])
+@pytest.mark.parametrize(
+    "name, nearest",
+    [
+        ("resnet9", "resnet8"),
+        ("ResNet-20", "resnet20"),
+        ("wrn-40-2", "wrn_40_2"),
+        ("mobilenet", "MobileNetV2"),
+        ("MobileNetv2", "MobileNetV2"),
+        ("ShuffleV1", "ShuffleNetV1"),
+        ("resnet50", "ResNet50"),
+        ("vgg", "vgg8"),
+        ("", ""),
+        ("timm", ""),
+    ],
+)
 def test_an_unknown_name_is_answered_with_the_nearest(name, nearest):
     with pytest.raises(ValueError, match=f"no model is called {name!r}; the nearest is '{nearest}"):
         models.build(name, num_classes=10)
@@ -184,11 +214,20 @@ def test_timm_missing_says_how_to_install_it(monkeypatch):
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("sizes", [
-    {"num_classes": 0}, {"num_classes": -1}, {"num_classes": 10.0}, {"num_classes": "10"},
-    {"num_classes": True}, {"num_classes": 10, "in_channels": 0}, {"num_classes": 10, "in_channels": None},
-    {"num_classes": 10, "image_size": 0}, {"num_classes": 10, "image_size": (32, 32)},
-])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_classes": 0},
+        {"num_classes": -1},
+        {"num_classes": 10.0},
+        {"num_classes": "10"},
+        {"num_classes": True},
+        {"num_classes": 10, "in_channels": 0},
+        {"num_classes": 10, "in_channels": None},
+        {"num_classes": 10, "image_size": 0},
+        {"num_classes": 10, "image_size": (32, 32)},
+    ],
+)
 def test_impossible_sizes_are_refused(sizes):
     key = list(sizes)[-1]
     with pytest.raises(ValueError, match=f"{key} must be a whole number of at least 1, got"):
@@ -203,12 +242,15 @@ def test_a_name_must_be_a_string(name):
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("factory, error, words", [
-    ("absent", AttributeError, "must define 'absent'"),
-    ("narrow", TypeError, "must be callable with the keywords num_classes, in_channels, image_size"),
-    ("number", TypeError, "must be callable"),
-    ("words", TypeError, "must return an nn.Module, got str"),
-])
+@pytest.mark.parametrize(
+    "factory, error, words",
+    [
+        ("absent", AttributeError, "must define 'absent'"),
+        ("narrow", TypeError, "must be callable with the keywords num_classes, in_channels, image_size"),
+        ("number", TypeError, "must be callable"),
+        ("words", TypeError, "must return an nn.Module, got str"),
+    ],
+)
 def test_a_factory_of_another_kind_is_refused(user_file, factory, error, words):
     with pytest.raises(error, match=words):
         models.build(f"{user_file}:{factory}", num_classes=10)

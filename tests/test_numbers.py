@@ -15,23 +15,24 @@ import torch
 import torch.nn.functional as F
 from test_resume import EVERY_STEP, Killed, check_same, killer, untimed
 
-from eekd import losses
 from eekd import train as cli
 from eekd.bank import __main__ as bank
-from eekd.checkpoint import load_tensors
-from eekd.config import Config, Student, Teacher
 from eekd.data import Loader, load
-from eekd.features import LastFeatures
-from eekd.files import read_json, sha256_of, write_json_atomic
-from eekd.losses import WEIGHTINGS, EEKDLoss
+from eekd.io.files import read_json, sha256_of, write_json_atomic
+from eekd.io.tensors import load_tensors
+from eekd.method import losses
+from eekd.method.losses import EEKDLoss
+from eekd.method.topk import top_k_logits
+from eekd.method.weightings import WEIGHTINGS
 from eekd.ops.backend import backend_for
 from eekd.snapshots import SnapshotEnsemble
-from eekd.topk import top_k_logits
-from eekd.trainers import loop, prepare, train, train_student, train_teacher
-from eekd.trainers.loop import Session, learning_rate
-from eekd.trainers.numbers import Guard, Verifier, Watch, _overflow, differs, replay
-from eekd.trainers.placement import Placement
-from eekd.trainers.state import State
+from eekd.snapshots.features import LastFeatures
+from eekd.train import prepare, train, train_student, train_teacher, trainer
+from eekd.train.checkpoints import State
+from eekd.train.config import Config, Student, Teacher
+from eekd.train.nonfinite import Guard, Verifier, Watch, _overflow, differs, replay
+from eekd.train.runtime import Placement
+from eekd.train.trainer import Session, learning_rate
 
 NETS = """
 import random
@@ -130,8 +131,7 @@ def config_of(nets, teacher="net", student="small", **more) -> Config:
     return Config(
         teacher=Teacher(model=f"{nets}:{teacher}", snapshots=2, **common),
         student=Student(model=f"{nets}:{student}", optimizer="adamw", lr=1e-3, schedule="cosine", **common),
-        **dict(students=("attention",), train_limit=200, device="cpu", precision="fp32",
-               channels_last=False) | more,
+        **dict(students=("attention",), train_limit=200, device="cpu", precision="fp32", channels_last=False) | more,
     )
 
 
@@ -287,8 +287,11 @@ def after(folder, name: str) -> dict:
     if name == "teacher":
         return load_tensors(folder / "snapshot-2.safetensors")
     parts = {"0.": "student", "1.": "attention"}
-    return {start + key: tensor for start, file in parts.items()
-            for key, tensor in load_tensors(folder / f"{file}.safetensors").items()}  # fmt: skip
+    return {
+        start + key: tensor
+        for start, file in parts.items()
+        for key, tensor in load_tensors(folder / f"{file}.safetensors").items()
+    }
 
 
 @pytest.mark.parametrize("steps", [(0,), (2, 5), (3, 7), (4, 5, 6, 7)], ids=str)
@@ -355,7 +358,7 @@ def test_a_first_step_that_is_skipped_leaves_a_momentum_of_nothing(run):
     network = Session(run[0].config, run[0].data).network(run[0].config.teacher, 0)
     garbage = [torch.full((1 << 12,), 1e30) for _ in range(100)]
     del garbage
-    optimizer = loop._optimizer(run[0].config.teacher, network)
+    optimizer = trainer._optimizer(run[0].config.teacher, network)
     for parameter in network.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.found_inf = torch.ones(())
@@ -545,10 +548,14 @@ def test_a_step_of_several_batches_is_watched_to_the_bad_one(run, tmp_path, mark
     session, name, value = faulty(run, "image")
     session.config = dataclasses.replace(session.config, accumulate=2)
     network = session.network(session.config.teacher, 0)
-    state = State(network, loop._optimizer(session.config.teacher, network), torch.amp.GradScaler(enabled=False),
-                  session.device)  # fmt: skip
+    state = State(
+        network,
+        trainer._optimizer(session.config.teacher, network),
+        torch.amp.GradScaler(enabled=False),
+        session.device,
+    )
     loader = session.loader("train", session.config.teacher, train=True)
-    objective, _ = loop.classify(session, network, network, None)
+    objective, _ = trainer.classify(session, network, network, None)
     [sample] = mark(session, value, 1)
     guard = Guard(name, session, session.config.teacher, state, tmp_path, objective, lambda step: iter(loader), 8)
     guard.begin(0, 0.1)
@@ -665,6 +672,7 @@ BROKEN = {
 
 def broken(op, damage):
     """The op, damaged but in the reference."""
+
     def damaged(*args, **options):
         result = op(*args, **options)
         return result if backend_for(args[0].device) == "reference" else damage(result)
@@ -697,8 +705,16 @@ def test_a_wrong_loss_ends_the_phase(run, tmp_path, monkeypatch, wrong, precisio
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_a_wrong_gradient_is_found_in_every_precision(monkeypatch, weighting, dtype, by):
     for name in ("ensemble_kd", "sparse_ensemble_kd"):
-        monkeypatch.setattr(losses, name, broken(getattr(losses, name), lambda result: result._replace(
-            loss=result.loss.detach() + (1 + by) * (result.loss - result.loss.detach()))))  # fmt: skip
+        monkeypatch.setattr(
+            losses,
+            name,
+            broken(
+                getattr(losses, name),
+                lambda result: result._replace(
+                    loss=result.loss.detach() + (1 + by) * (result.loss - result.loss.detach())
+                ),
+            ),
+        )
     for seed, (k, fusion) in enumerate(itertools.product((None, 4), ("probability", "logit"))):
         for rows, classes, scale in ((16, 10, 3.0), (64, 200, 1.0), (257, 7, 10.0)):
             given = inputs(rows, classes, scale=scale, dtype=dtype, seed=seed, k=k)
@@ -707,7 +723,7 @@ def test_a_wrong_gradient_is_found_in_every_precision(monkeypatch, weighting, dt
 
 def test_the_first_batches_of_a_student_are_verified(run, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr("eekd.trainers.numbers.differs", lambda loss, *given: calls.append(given))
+    monkeypatch.setattr("eekd.train.nonfinite.differs", lambda loss, *given: calls.append(given))
     for wanted, name in ((0, "uniform"), (1, "last"), (3, "attention"), (2, "ce")):
         session = Session(dataclasses.replace(run[0].config, verify_loss=wanted), run[0].data)
         start(session, name, tmp_path / name, run[1] / "teacher")
@@ -729,8 +745,10 @@ def test_a_batch_that_is_not_finite_does_not_count_as_verified(run, tmp_path, ma
     session = taught(run, "small", non_finite="skip")
     mark(session, NAN, 0, 1)
     monkeypatch.setattr(losses, "ensemble_kd", broken(losses.ensemble_kd, BROKEN["loss"][1]))
-    with (pytest.warns(RuntimeWarning, match="; the step is left out$") as told,
-          pytest.raises(FloatingPointError, match="^attention: loss with the attention's is")):  # fmt: skip
+    with (
+        pytest.warns(RuntimeWarning, match="; the step is left out$") as told,
+        pytest.raises(FloatingPointError, match="^attention: loss with the attention's is"),
+    ):
         start(session, "attention", tmp_path / "phase", run[1] / "teacher")
     assert len(told) == 2
 
@@ -816,8 +834,8 @@ def test_a_skip_reads_a_bank_from_the_same_place(run, tmp_path, mark):
 
 RUN = """
 import sys, torch
-from eekd.config import Config
-from eekd.trainers import train
+from eekd.train.config import Config
+from eekd.train import train
 torch.set_num_threads(1)
 train(Config.load(sys.argv[1]), sys.argv[2])
 """

@@ -14,11 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eekd import charts
-from eekd.config import Config, Student, Teacher
-from eekd.files import read_json
-from eekd.report import SECTIONS, main, report
-from eekd.trainers import train
+from eekd.io.files import read_json
+from eekd.report import charts
+from eekd.report.__main__ import main
+from eekd.report.page import SECTIONS, report
+from eekd.train import train
+from eekd.train.config import Config, Student, Teacher
 
 STUDENTS = "ce", "last", "uniform", "confidence", "attention"
 NAMES = [draw.__name__ for draw in SECTIONS.values()]
@@ -30,8 +31,15 @@ def trained(tmp_path_factory):
     """A run of two snapshots and five students, made once; every test gets a copy."""
     shape = dict(model="resnet8_w4", epochs=4, batch_size=60)
     teacher, student = Teacher(**shape, snapshots=2), Student(**shape)
-    config = Config(teacher=teacher, student=student, students=STUDENTS, train_limit=180, device="cpu",
-                    precision="fp32", channels_last=False)
+    config = Config(
+        teacher=teacher,
+        student=student,
+        students=STUDENTS,
+        train_limit=180,
+        device="cpu",
+        precision="fp32",
+        channels_last=False,
+    )
     return train(config, tmp_path_factory.mktemp("run") / "whole")
 
 
@@ -96,8 +104,13 @@ def test_the_table_is_the_summary(run):
     words = drawn(run).words["results"]
     for row in json.loads((run / "summary.json").read_text())["rows"]:
         gain, seconds = row["gain"], row["seconds_per_epoch"]
-        cells = [row["model"], f"{row['parameters']:,}", str(row["epochs"]),
-                 f"{100 * row['val_accuracy']:.2f}", f"{100 * row['test_accuracy']:.2f}"]
+        cells = [
+            row["model"],
+            f"{row['parameters']:,}",
+            str(row["epochs"]),
+            f"{100 * row['val_accuracy']:.2f}",
+            f"{100 * row['test_accuracy']:.2f}",
+        ]
         cells += [f"{100 * gain:+.2f}".replace("-", "−")] if gain is not None and row["name"] != "ce" else []
         cells += [f"{seconds:.2f}"] if seconds is not None else []
         assert " ".join(cells) in words
@@ -107,8 +120,10 @@ def test_the_table_is_the_summary(run):
 
 
 def test_points_carry_the_recorded_values(run):
-    rows = [row | {"weights": [0.3 + epoch / 100, 0.7 - epoch / 100]}
-            for epoch, row in enumerate(rows_of(run, "attention"), 1)]
+    rows = [
+        row | {"weights": [0.3 + epoch / 100, 0.7 - epoch / 100]}
+        for epoch, row in enumerate(rows_of(run, "attention"), 1)
+    ]
     (run / "students/attention/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page, row = drawn(run), rows[2]
     assert "snapshot 1, epoch 3: 0.33" in page.words["attention"]
@@ -134,19 +149,39 @@ def test_cost_adds_up(run):
 
 def test_settings_and_environment_are_there(run):
     words, here = drawn(run).words["settings"], json.loads((run / "environment.json").read_text())
-    for told in ("students ce, last, uniform, confidence, attention", "val_fraction 0.1", "batch_size 60",
-                 "temperature 5.0", "detach_query true", "root none", f"torch {here['torch']}",
-                 f"commit {here['commit'] or 'none'}", here["data"]["fingerprint"], sys.orig_argv[0]):
+    for told in (
+        "students ce, last, uniform, confidence, attention",
+        "val_fraction 0.1",
+        "batch_size 60",
+        "temperature 5.0",
+        "detach_query true",
+        "root none",
+        f"torch {here['torch']}",
+        f"commit {here['commit'] or 'none'}",
+        here["data"]["fingerprint"],
+        sys.orig_argv[0],
+    ):
         assert told in words
 
 
-@pytest.mark.parametrize("own, even, verdict", [
-    (0.4, 0.6, "no: in the last epoch its −log p of the true label is 0.400, with uniform weights 0.600; "
-               "it was lower in 4 of 4 epochs."),
-    (0.6, 0.4, "yes: in the last epoch its −log p of the true label is 0.600, with uniform weights 0.400; "
-               "it was lower in 0 of 4 epochs."),
-    (0.5, 0.5, "neither better nor worse"),
-])
+@pytest.mark.parametrize(
+    "own, even, verdict",
+    [
+        (
+            0.4,
+            0.6,
+            "no: in the last epoch its −log p of the true label is 0.400, with uniform weights 0.600; "
+            "it was lower in 4 of 4 epochs.",
+        ),
+        (
+            0.6,
+            0.4,
+            "yes: in the last epoch its −log p of the true label is 0.600, with uniform weights 0.400; "
+            "it was lower in 0 of 4 epochs.",
+        ),
+        (0.5, 0.5, "neither better nor worse"),
+    ],
+)
 def test_the_verdict_on_uniform_weights(run, own, even, verdict):
     known = {"val_target_nll": own, "val_target_nll_uniform": even}
     lines = "".join(json.dumps(row | known) + "\n" for row in rows_of(run, "attention"))
@@ -160,8 +195,9 @@ def test_the_verdict_on_uniform_weights(run, own, even, verdict):
 def test_the_page_needs_nothing_else(run):
     page = drawn(run)
     assert not page.tags & {"script", "link", "img", "iframe", "object", "embed", "image", "use", "a"}
-    assert not [value for name, value in page.attributes
-                if name in ("src", "href", "srcset", "data") or name.startswith("on")]
+    assert not [
+        value for name, value in page.attributes if name in ("src", "href", "srcset", "data") or name.startswith("on")
+    ]
     text = (run / "report.html").read_text()
     assert "http://" not in text and "https://" not in text and "url(" not in text and "@import" not in text
     assert "default-src 'none'" in text
@@ -220,23 +256,44 @@ def untimed(run):
 ONLY_CONFIG = without("students", "teacher", "summary.json", "environment.json")
 
 
-@pytest.mark.parametrize("change, sentences", [
-    (without("summary.json"), {"": "The run has not ended: there is no summary.json yet."}),
-    (cut, {"": "EEKD (attention): 2 of 4 epochs, and no final measurements yet.",
-           "attention": "snapshot 1, epoch 2: ", "results": "EEKD (attention) resnet8_w4"}),
-    (teacher_only, {"": "No student: this run trains a teacher only.",
-                    "results": "No gain without the test accuracy of a CE student",
-                    "attention": "No student here has weights that depend on the sample.",
-                    "uniform": "No student here weighs several snapshots other than uniformly."}),
-    (in_teacher, {"": "teacher: 3 of 4 epochs, and no final measurements yet.",
-                  "results": "snapshot 1 resnet8_w4", "snapshots": "There is no snapshots.json yet",
-                  "disagreement": "no pair of snapshots", "curves": "teacher, epoch 3: "}),
-    (without("students/attention"), {"": "EEKD (attention): not found.", "attention": "confidence (CA-MKD)"}),
-    (without("teacher"), {"": "teacher: not found.", "curves": "CE only, epoch 4"}),
-    (without("environment.json"), {"settings": "There is no environment.json."}),
-    (untimed, {"cost": "No epoch has been timed yet."}),
-    (ONLY_CONFIG, {"": "CE only: not found.", "curves": "No epoch has been trained yet."}),
-])
+@pytest.mark.parametrize(
+    "change, sentences",
+    [
+        (without("summary.json"), {"": "The run has not ended: there is no summary.json yet."}),
+        (
+            cut,
+            {
+                "": "EEKD (attention): 2 of 4 epochs, and no final measurements yet.",
+                "attention": "snapshot 1, epoch 2: ",
+                "results": "EEKD (attention) resnet8_w4",
+            },
+        ),
+        (
+            teacher_only,
+            {
+                "": "No student: this run trains a teacher only.",
+                "results": "No gain without the test accuracy of a CE student",
+                "attention": "No student here has weights that depend on the sample.",
+                "uniform": "No student here weighs several snapshots other than uniformly.",
+            },
+        ),
+        (
+            in_teacher,
+            {
+                "": "teacher: 3 of 4 epochs, and no final measurements yet.",
+                "results": "snapshot 1 resnet8_w4",
+                "snapshots": "There is no snapshots.json yet",
+                "disagreement": "no pair of snapshots",
+                "curves": "teacher, epoch 3: ",
+            },
+        ),
+        (without("students/attention"), {"": "EEKD (attention): not found.", "attention": "confidence (CA-MKD)"}),
+        (without("teacher"), {"": "teacher: not found.", "curves": "CE only, epoch 4"}),
+        (without("environment.json"), {"settings": "There is no environment.json."}),
+        (untimed, {"cost": "No epoch has been timed yet."}),
+        (ONLY_CONFIG, {"": "CE only: not found.", "curves": "No epoch has been trained yet."}),
+    ],
+)
 def test_what_is_missing_is_said(run, change, sentences):
     change(run)
     page = drawn(run)
@@ -282,12 +339,15 @@ HOSTILE = "</style><script>alert('1')</script>&\"\ud800"
 
 def test_text_from_files_stays_text(run):
     rewrite(run / "config.json", lambda config: config | {"data": HOSTILE.replace("/", ":")})
-    rewrite(run / "environment.json",
-            lambda here: here | {"device": HOSTILE, "command": [HOSTILE], HOSTILE: HOSTILE})
-    rewrite(run / "summary.json",
-            lambda summary: [row.update(name=HOSTILE, model=HOSTILE) for row in summary["rows"]] and None)
-    rewrite(run / "teacher/snapshots.json",
-            lambda known: [member.update(name=HOSTILE) for member in known["test"]["members"]] and None)
+    rewrite(run / "environment.json", lambda here: here | {"device": HOSTILE, "command": [HOSTILE], HOSTILE: HOSTILE})
+    rewrite(
+        run / "summary.json",
+        lambda summary: [row.update(name=HOSTILE, model=HOSTILE) for row in summary["rows"]] and None,
+    )
+    rewrite(
+        run / "teacher/snapshots.json",
+        lambda known: [member.update(name=HOSTILE) for member in known["test"]["members"]] and None,
+    )
     (run / "students/ce").rename(run / "students" / "<b onload='x'>")
     page = drawn(run)
     shown = HOSTILE.replace("\ud800", "?")
@@ -312,33 +372,36 @@ def add(name, text):
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("change, message", [
-    (lambda run: shutil.rmtree(run), "run is not a run folder: there is no config.json in it"),
-    (without("config.json"), "run is not a run folder: there is no config.json in it"),
-    (lambda run: (shutil.rmtree(run), run.write_text("")), "run is not a run folder"),
-    (write("config.json", "{"), "config.json: the config is not JSON"),
-    (write("config.json", "[]"), "config.json: the config must be an object"),
-    (edit("config.json", sede=1), "config.json: sede is not a setting; did you mean 'seed'?"),
-    (write("environment.json", "{}"), "environment.json must be an object with format 1"),
-    (write("environment.json", '{"format": 1}'), "is not written as eekd.trainers.folder says: KeyError"),
-    (write("summary.json", "[1]"), "summary.json must be an object with format 1"),
-    (edit("summary.json", format=2), "summary.json must be an object with format 1"),
-    (edit("summary.json", rows=[{}]), "is not written as eekd.trainers.folder says: KeyError"),
-    (edit("summary.json", rows=None), "is not written as eekd.trainers.folder says: TypeError"),
-    (write("summary.json", '{"format": 1, "seconds": NaN}'), "summary.json is not JSON: NaN is not a number"),
-    (write("teacher/manifest.json", '{"format": 1}'), "manifest.json is no manifest of snapshots"),
-    (write("teacher/snapshots.json", "half"), "snapshots.json is not JSON"),
-    (edit("teacher/snapshots.json", test=[]), "is not written as eekd.trainers.folder says: TypeError"),
-    (edit("teacher/snapshots.json", test={"members": []}), "is not written as eekd.trainers.folder says"),
-    (write("students/ce/student.json", "\x80"), "student.json is not JSON"),
-    (edit("students/last/student.json", format="1"), "student.json must be an object with format 1"),
-    (edit("students/last/student.json", test=None), "is not written as eekd.trainers.folder says: TypeError"),
-    (add("students/ce/metrics.jsonl", "not a row\n"), "metrics.jsonl, line 5 is not JSON"),
-    (add("students/ce/metrics.jsonl", "[5]\n"), "metrics.jsonl, line 5 must be an object with an epoch"),
-    (add("teacher/metrics.jsonl", '{"epoch": "5"}\n'), "line 5 must be an object with an epoch"),
-    (add("teacher/metrics.jsonl", '{"epoch": 5, "val_loss": "<b>"}\n'), "is not written as eekd.trainers"),
-    (lambda run: (run / "report.html").mkdir(), "report.html"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda run: shutil.rmtree(run), "run is not a run folder: there is no config.json in it"),
+        (without("config.json"), "run is not a run folder: there is no config.json in it"),
+        (lambda run: (shutil.rmtree(run), run.write_text("")), "run is not a run folder"),
+        (write("config.json", "{"), "config.json: the config is not JSON"),
+        (write("config.json", "[]"), "config.json: the config must be an object"),
+        (edit("config.json", sede=1), "config.json: sede is not a setting; did you mean 'seed'?"),
+        (write("environment.json", "{}"), "environment.json must be an object with format 1"),
+        (write("environment.json", '{"format": 1}'), "is not written as eekd.train.run_folder says: KeyError"),
+        (write("summary.json", "[1]"), "summary.json must be an object with format 1"),
+        (edit("summary.json", format=2), "summary.json must be an object with format 1"),
+        (edit("summary.json", rows=[{}]), "is not written as eekd.train.run_folder says: KeyError"),
+        (edit("summary.json", rows=None), "is not written as eekd.train.run_folder says: TypeError"),
+        (write("summary.json", '{"format": 1, "seconds": NaN}'), "summary.json is not JSON: NaN is not a number"),
+        (write("teacher/manifest.json", '{"format": 1}'), "manifest.json is no manifest of snapshots"),
+        (write("teacher/snapshots.json", "half"), "snapshots.json is not JSON"),
+        (edit("teacher/snapshots.json", test=[]), "is not written as eekd.train.run_folder says: TypeError"),
+        (edit("teacher/snapshots.json", test={"members": []}), "is not written as eekd.train.run_folder says"),
+        (write("students/ce/student.json", "\x80"), "student.json is not JSON"),
+        (edit("students/last/student.json", format="1"), "student.json must be an object with format 1"),
+        (edit("students/last/student.json", test=None), "is not written as eekd.train.run_folder says: TypeError"),
+        (add("students/ce/metrics.jsonl", "not a row\n"), "metrics.jsonl, line 5 is not JSON"),
+        (add("students/ce/metrics.jsonl", "[5]\n"), "metrics.jsonl, line 5 must be an object with an epoch"),
+        (add("teacher/metrics.jsonl", '{"epoch": "5"}\n'), "line 5 must be an object with an epoch"),
+        (add("teacher/metrics.jsonl", '{"epoch": 5, "val_loss": "<b>"}\n'), "is not written as eekd.train"),
+        (lambda run: (run / "report.html").mkdir(), "report.html"),
+    ],
+)
 def test_a_bad_folder_ends_in_one_sentence(run, change, message, capsys):
     change(run)
     assert main([str(run)]) == 2
@@ -356,6 +419,7 @@ def test_bad_flags_end_in_usage(argv, capsys):
 
 
 # Charts
+
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e3), st.integers(1, 12), st.booleans())
 def test_ticks_are_round_and_inside(low, width, count, whole):
@@ -389,8 +453,9 @@ def test_far_apart_names_stay_where_their_lines_end():
 
 def test_a_gap_parts_a_line():
     points = [(1, 1.0), (2, 2.0), (3, None), (4, 3.0), (5, 0.0)]
-    whole, log = (charts.lines("title", "x", "y", [charts.Line("name", "red", points)], log=log)
-                  for log in (False, True))
+    whole, log = (
+        charts.lines("title", "x", "y", [charts.Line("name", "red", points)], log=log) for log in (False, True)
+    )
     pens = [re.search(r'd="([^"]*)" class="line"', str(chart))[1] for chart in (whole, log)]
     assert [re.sub("[^ML]", "", pen) for pen in pens] == ["MLML", "MLM"]
     assert "title: not recorded." in charts.lines("title", "x", "y", [charts.Line("name", "red", [(1, None)])])
@@ -405,7 +470,7 @@ def test_tag_escapes_all_but_markup():
 def luminance(colour):
     colour = colour.lstrip("#")
     colour = colour if len(colour) == 6 else "".join(2 * digit for digit in colour)
-    parts = [int(colour[i:i + 2], 16) / 255 for i in (0, 2, 4)]
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)]
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
     return sum(weight * p for weight, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
@@ -459,9 +524,19 @@ def browser(tmp_path_factory):
     program = next(filter(None, map(shutil.which, names)), None)
     if not program:
         pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
-    flags = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
-             "disable-background-networking", "disable-component-update", "hide-scrollbars",
-             "enable-logging=stderr", "dump-dom")
+    flags = (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-sync",
+        "disable-background-networking",
+        "disable-component-update",
+        "hide-scrollbars",
+        "enable-logging=stderr",
+        "dump-dom",
+    )
 
     def open_(path, *more):
         """The page as the browser has it, and what it wrote to its console."""
@@ -483,10 +558,14 @@ def test_the_browser_has_nothing_to_complain_about(run, browser, tmp_path):
     assert "Mnan" in console and "Content Security Policy" in console
 
 
-@pytest.mark.parametrize("flags", [
-    ("window-size=1280,900", "blink-settings=preferredColorScheme=1"),
-    ("window-size=500,900", "blink-settings=preferredColorScheme=0"),
-], ids=["wide light", "narrow dark"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("window-size=1280,900", "blink-settings=preferredColorScheme=1"),
+        ("window-size=500,900", "blink-settings=preferredColorScheme=0"),
+    ],
+    ids=["wide light", "narrow dark"],
+)
 @pytest.mark.parametrize("change", [whole, cut, ONLY_CONFIG], ids=["whole", "cut", "empty"])
 def test_the_browser_draws_every_section(run, browser, tmp_path, change, flags):
     change(run)
@@ -501,14 +580,24 @@ def test_the_browser_draws_every_section(run, browser, tmp_path, change, flags):
         assert section["height"] > 40 and section["faults"] == [] and section["invisible"] == 0, section
     if change is whole:
         figures = {section["id"]: section["figures"] for section in probe["found"]}
-        assert figures == {"results": 0, "curves": 4, "snapshots": 5, "disagreement": 1, "attention": 4,
-                           "uniform": 4, "cost": 1, "settings": 0}
+        assert figures == {
+            "results": 0,
+            "curves": 4,
+            "snapshots": 5,
+            "disagreement": 1,
+            "attention": 4,
+            "uniform": 4,
+            "cost": 1,
+            "settings": 0,
+        }
 
 
 def test_the_command_runs_without_optional_packages(run):
     """python -m eekd.report needs the core dependencies only."""
     absent = ["plotly", "matplotlib", "tyro", "rich", "sklearn", "tensorboard"]
-    code = (f"import runpy, sys; sys.modules.update(dict.fromkeys({absent})); "
-            "runpy.run_module('eekd.report', run_name='__main__')")
+    code = (
+        f"import runpy, sys; sys.modules.update(dict.fromkeys({absent})); "
+        "runpy.run_module('eekd.report', run_name='__main__')"
+    )
     done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == f"{run / 'report.html'}\n", done.stderr

@@ -19,18 +19,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from eekd import files, screen
-from eekd import train as cli
 from eekd.bank import __main__ as bank
-from eekd.config import Config, Student, Teacher
 from eekd.data import load
-from eekd.files import read_checked, read_json, sha256_of
-from eekd.signals import Stopped, signals
+from eekd.io import files
+from eekd.io.files import read_checked, read_json, sha256_of
+from eekd.io.lock import locked
 from eekd.snapshots import read_manifest
-from eekd.trainers import loop, prepare, resume, state, teacher, train, train_student, train_teacher
-from eekd.trainers.folder import locked, read_settings
-from eekd.trainers.loop import Session
-from eekd.trainers.state import Checkpoints
+from eekd.train import __main__ as cli
+from eekd.train import checkpoints, prepare, resume, screen, teacher, train, train_student, train_teacher, trainer
+from eekd.train.checkpoints import Checkpoints
+from eekd.train.config import Config, Student, Teacher
+from eekd.train.run_folder import read_settings
+from eekd.train.signals import Stopped, signals
+from eekd.train.trainer import Session
 
 NETS = """
 import random
@@ -50,10 +51,7 @@ def net(num_classes, in_channels, image_size, width=12):
 def small(num_classes, in_channels, image_size):
     return net(num_classes, in_channels, image_size, width=5)
 """
-VARIANTS = {
-    "fp32": dict(),
-    "fp16-channels_last": dict(precision="fp16", channels_last=True),
-}
+VARIANTS = {"fp32": dict(), "fp16-channels_last": dict(precision="fp16", channels_last=True)}
 EVERY_STEP = 1e-9  # for save_every
 
 
@@ -81,8 +79,8 @@ def config_of(nets, **more) -> Config:
     return Config(
         teacher=Teacher(model=f"{nets}:net", snapshots=2, **common),
         student=Student(model=f"{nets}:small", optimizer="adamw", lr=1e-3, schedule="cosine", **common),
-        **dict(students=("ce", "attention"), train_limit=200, device="cpu", precision="fp32",
-               channels_last=False) | more,
+        **dict(students=("ce", "attention"), train_limit=200, device="cpu", precision="fp32", channels_last=False)
+        | more,
     )
 
 
@@ -131,6 +129,7 @@ def untimed(folder):
 
 def check_same(one: Path, two: Path) -> None:
     """The same files in both, the same bytes in each but for times and paths."""
+
     def names(run):
         return {path.relative_to(run) for path in run.rglob("*") if path.is_file()}
 
@@ -146,8 +145,10 @@ def check_same(one: Path, two: Path) -> None:
     for name in ("teacher/snapshots.json", "summary.json"):
         first, second = read_json(one / name), read_json(two / name)
         assert (first["val"], first["test"]) == (second["val"], second["test"]) if "val" in first else True
-    rows = [[{k: v for k, v in row.items() if "seconds" not in k} for row in read_json(run / "summary.json")["rows"]]
-            for run in (one, two)]  # fmt: skip
+    rows = [
+        [{k: v for k, v in row.items() if "seconds" not in k} for row in read_json(run / "summary.json")["rows"]]
+        for run in (one, two)
+    ]
     assert rows[0] == rows[1]
 
 
@@ -269,7 +270,8 @@ def test_a_signal_saves_and_says_how_to_go_on(run, tmp_path, monkeypatch, capsys
         send(where == "between" and phase == "teacher" and done == 8 and "val_loss" in known)
 
     monkeypatch.setattr(screen.Display, "__call__", progress)
-    for place, name, here in ((loop, "evaluate", "validation"), (teacher, "diagnose", "diagnosis")):
+    for place, name, here in ((trainer, "evaluate", "validation"), (teacher, "diagnose", "diagnosis")):
+
         def watched(*args, here=here, then=vars(place)[name]):  # noqa: B008
             send(where == here)
             return then(*args)
@@ -305,7 +307,7 @@ def test_a_signal_is_agreed_on_and_not_lost(run, tmp_path, monkeypatch, when):
             shout(signal.SIGTERM)
         return [*numbers]
 
-    monkeypatch.setattr(loop.distributed, "largest", largest)
+    monkeypatch.setattr(trainer.parallel, "max_across_processes", largest)
     out = tmp_path / "run"
     assert cli.main(["--config", str(tmp_path / "config.json"), "--out", str(out)]) == 128 + signal.SIGTERM
     [known] = map(read_json, (out / "teacher/checkpoints").glob("*.json"))
@@ -355,18 +357,28 @@ def refusing(file: Path, reason: int):
 
 @pytest.mark.bad_input
 @pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EROFS])
-@pytest.mark.parametrize("file", [
-    "teacher/metrics.csv", "teacher/metrics.jsonl", "teacher/.snapshot-1.safetensors.tmp", "teacher/.manifest.json.tmp",
-    "teacher/checkpoints/.1.safetensors.tmp", "teacher/checkpoints/.1.json.tmp", "teacher/.snapshots.json.tmp",
-    "students/attention/.student.safetensors.tmp", "students/attention/.student.json.tmp", ".summary.json.tmp",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "file",
+    [
+        "teacher/metrics.csv",
+        "teacher/metrics.jsonl",
+        "teacher/.snapshot-1.safetensors.tmp",
+        "teacher/.manifest.json.tmp",
+        "teacher/checkpoints/.1.safetensors.tmp",
+        "teacher/checkpoints/.1.json.tmp",
+        "teacher/.snapshots.json.tmp",
+        "students/attention/.student.safetensors.tmp",
+        "students/attention/.student.json.tmp",
+        ".summary.json.tmp",
+    ],
+)
 def test_no_file_can_be_written_any_more(run, tmp_path, monkeypatch, capsys, file, reason):
     session, undisturbed = run
     (tmp_path / "config.json").write_text(dataclasses.replace(session.config, save_every=300.0).to_json())
     out = tmp_path / "run"
 
     def progress(self, phase, done, total, known):
-        module = "files" if file.endswith(".tmp") else "trainers.folder"
+        module = "io.files" if file.endswith(".tmp") else "train.run_folder"
         monkeypatch.setattr(f"eekd.{module}.open", refusing(out / file, reason), raising=False)
 
     monkeypatch.setattr(screen.Display, "__call__", progress)
@@ -517,13 +529,16 @@ def test_data_that_vanished_or_changed_before_going_on(nets, tmp_path, capsys):
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize(("typed", "told"), [
-    ("--seed 3", "another seed"),
-    ("--teacher.lr 0.2 --students ce", "another teacher.lr, students"),
-    ("--preset digits", "another preset"),
-    ("--out elsewhere", "another out"),
-    ("teacher", "another teacher"),
-])
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("--seed 3", "another seed"),
+        ("--teacher.lr 0.2 --students ce", "another teacher.lr, students"),
+        ("--preset digits", "another preset"),
+        ("--out elsewhere", "another out"),
+        ("teacher", "another teacher"),
+    ],
+)
 def test_flags_that_would_change_the_run_are_refused(run, capsys, typed, told):
     words = typed.split()
     command, flags = (words[:1], words[1:]) if words[0] == "teacher" else ([], words)
@@ -559,8 +574,15 @@ def test_what_is_finished_is_not_taken_for_another(run, tmp_path):
     with pytest.raises(ValueError, match="student.json was written with phase 'ce'"):
         train_student(session.config, undisturbed / "teacher", "uniform", students / "ce", session=session, resume=True)
     with pytest.raises(ValueError, match="student.json was written with snapshots "):
-        train_student(session.config, undisturbed / "teacher", "attention", students / "attention", session=session,
-                      which=[1], resume=True)  # fmt: skip
+        train_student(
+            session.config,
+            undisturbed / "teacher",
+            "attention",
+            students / "attention",
+            session=session,
+            which=[1],
+            resume=True,
+        )
 
 
 @pytest.mark.bad_input
@@ -571,8 +593,9 @@ def test_a_student_does_not_go_on_under_a_teacher_that_was_trained_again(run, tm
     session = Session(dataclasses.replace(run[0].config, seed=1), run[0].data)
     train_teacher(session.config, out / "teacher", session=session)
     with pytest.raises(ValueError, match=r"checkpoints/\d+.json was written with snapshots \["):
-        train_student(run[0].config, out / "teacher", "attention", out / "students/attention", session=run[0],
-                      resume=True)  # fmt: skip
+        train_student(
+            run[0].config, out / "teacher", "attention", out / "students/attention", session=run[0], resume=True
+        )
 
 
 @pytest.mark.bad_input
@@ -624,13 +647,13 @@ def test_validation_that_is_broken_off_draws_its_numbers_again(nets, tmp_path, m
     config = dataclasses.replace(config, teacher=noisy)
     session = Session(config)
 
-    def broken(*args, then=loop.evaluate):
+    def broken(*args, then=trainer.evaluate):
         then(*args)
         monkeypatch.undo()
         raise KeyboardInterrupt
 
     train_teacher(config, tmp_path / "one", session=session)
-    monkeypatch.setattr(loop, "evaluate", broken)
+    monkeypatch.setattr(trainer, "evaluate", broken)
     with pytest.raises(KeyboardInterrupt):
         train_teacher(config, tmp_path / "two", session=session)
     train_teacher(config, tmp_path / "two", session=session, resume=True)
@@ -639,8 +662,8 @@ def test_validation_that_is_broken_off_draws_its_numbers_again(nets, tmp_path, m
 
 def test_another_setup_is_told(run, tmp_path, monkeypatch):
     out = broken_off(run, tmp_path / "run")
-    made = state.made_with(torch.device("cpu"))
-    monkeypatch.setattr(state, "made_with", lambda device: made | {"torch": "9.9"})
+    made = checkpoints.made_with(torch.device("cpu"))
+    monkeypatch.setattr(checkpoints, "made_with", lambda device: made | {"torch": "9.9"})
     with pytest.warns(RuntimeWarning, match=r"goes on with torch '9.9' for .*: the last bits may differ"):
         resume(out, session=run[0])
 
@@ -659,8 +682,11 @@ def damage(path: Path, draw: random.Random) -> None:
 
 
 def files_of(run: Path) -> list[Path]:
-    return sorted(path.relative_to(run) for path in run.rglob("*") if path.is_file() and path.stat().st_size
-                  and path.name != ".lock")  # fmt: skip
+    return sorted(
+        path.relative_to(run)
+        for path in run.rglob("*")
+        if path.is_file() and path.stat().st_size and path.name != ".lock"
+    )
 
 
 def check_damage_to_a_finished_run(run, copy: Path, file: Path, draw: random.Random) -> None:
@@ -706,7 +732,7 @@ def test_damage_to_an_unfinished_run_is_named_and_passed_over(run, tmp_path):
 
 def test_a_power_cut(run, tmp_path, monkeypatch):
     """The files that were not waited for are there, and empty."""
-    monkeypatch.setattr(state, "SYNC", 1e9)
+    monkeypatch.setattr(checkpoints, "SYNC", 1e9)
     out = broken_off(run, tmp_path / "run")
     first, *lost = sorted((out / "teacher/checkpoints").glob("*.json"), key=lambda path: int(path.stem))
     assert [int(path.stem) for path in (first, *lost)] == [1, 5, 6]
@@ -755,7 +781,7 @@ def kill_at_random(config: str, folder: str, kills: int) -> None:
     torch.set_num_threads(1)
     draw, folder, number = random.Random(0), Path(folder), 0
     prepare(Config.load(config))  # imports what the forks need
-    state.made_with(torch.device("cpu"))  # nobody's commit may come between
+    checkpoints.made_with(torch.device("cpu"))  # nobody's commit may come between
 
     def start(out: Path) -> int:
         child = os.fork()
@@ -794,8 +820,13 @@ def killed_at_random(nets, tmp_path, kills):
     arguments = str(tmp_path / "config.json"), str(tmp_path), kills
     code = f"import test_resume; test_resume.kill_at_random{arguments}"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", code], cwd=Path(__file__).parent,
-                          capture_output=True, text=True, env=environment)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", code],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -32,19 +32,23 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from torch import nn
 
-from eekd import report, screen, train
 from eekd.bank import LogitBank
 from eekd.bank.reader import shard_names
-from eekd.checkpoint import load_tensors, load_weights, save_tensors
 from eekd.compare import __main__ as compare
-from eekd.compare import cells
-from eekd.config import Config, Student, Teacher
+from eekd.compare import runner
 from eekd.data import formats, load
 from eekd.data.encoded import open_image
-from eekd.files import printable, read_checked, read_json, write_atomic, write_json_atomic
+from eekd.io.files import printable, read_checked, read_json, write_atomic, write_json_atomic
+from eekd.io.lock import locked
+from eekd.io.tensors import load_tensors, load_weights, save_tensors
+from eekd.report import __main__ as report_command
+from eekd.report import page
 from eekd.snapshots import SnapshotEnsemble, SnapshotRecorder, read_manifest
-from eekd.trainers.folder import check_metrics, locked, read_settings
-from eekd.trainers.numbers import replay
+from eekd.train import __main__ as train_command
+from eekd.train import screen
+from eekd.train.config import Config, Student, Teacher
+from eekd.train.nonfinite import replay
+from eekd.train.run_folder import check_metrics, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 bad_input = pytest.mark.bad_input
@@ -54,13 +58,54 @@ bad_input = pytest.mark.bad_input
 
 PARTS = "eekd", "kernels", "results"
 SOURCES = [ROOT / "setup.py", *(path for part in PARTS for path in sorted((ROOT / part).rglob("*.py")))]
-MODULES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml", "runpy", "code", "codeop",
-           "imp", "ctypes", "urllib", "requests", "ftplib", "xmlrpc"}  # fmt: skip
-CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.jit.load", "torch.hub.load",
-         "torch.export.load", "torch.package.PackageImporter", "pandas.read_pickle", "numpy.lib.format.read_array"}
-METHODS = {"exec_module", "load_module", "import_module", "spec_from_file_location", "SourceFileLoader", "extractall",
-           "unpack_archive", "all_gather_object", "gather_object", "broadcast_object_list",
-           "scatter_object_list", "send_object_list", "recv_object_list"}  # fmt: skip
+MODULES = {
+    "pickle",
+    "_pickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "marshal",
+    "shelve",
+    "yaml",
+    "runpy",
+    "code",
+    "codeop",
+    "imp",
+    "ctypes",
+    "urllib",
+    "requests",
+    "ftplib",
+    "xmlrpc",
+}
+CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "torch.jit.load",
+    "torch.hub.load",
+    "torch.export.load",
+    "torch.package.PackageImporter",
+    "pandas.read_pickle",
+    "numpy.lib.format.read_array",
+}
+METHODS = {
+    "exec_module",
+    "load_module",
+    "import_module",
+    "spec_from_file_location",
+    "SourceFileLoader",
+    "extractall",
+    "unpack_archive",
+    "all_gather_object",
+    "gather_object",
+    "broadcast_object_list",
+    "scatter_object_list",
+    "send_object_list",
+    "recv_object_list",
+}
 # Where a setting names a Python file; and the archive's own unpickler, which finds nothing to call.
 ALLOWED = {
     "eekd/models/__init__.py": {"exec_module", "spec_from_file_location"},
@@ -77,8 +122,10 @@ def ways_to_code(source: str) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
-            names |= {alias.asname or alias.name.split(".")[0]: alias.name if alias.asname else alias.name.split(".")[0]
-                      for alias in node.names}  # fmt: skip
+            names |= {
+                alias.asname or alias.name.split(".")[0]: alias.name if alias.asname else alias.name.split(".")[0]
+                for alias in node.names
+            }
         elif isinstance(node, ast.ImportFrom):
             modules = [node.module or ""]
             names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
@@ -107,9 +154,10 @@ def ways_to_code(source: str) -> set[str]:
             found.add(name)
         if name == "numpy.load" and literal.get("allow_pickle", False) is not False:
             found.add(name)
-        if name.startswith("subprocess.") and (literal.get("shell", False) is not False or not (
-            isinstance(first, ast.List) or name.endswith("output") and isinstance(first, ast.Constant)
-        )):  # a list is no shell's business, and a constant no file's  # fmt: skip
+        if name.startswith("subprocess.") and (
+            literal.get("shell", False) is not False
+            or not (isinstance(first, ast.List) or name.endswith("output") and isinstance(first, ast.Constant))
+        ):  # a list is no shell's business, and a constant no file's
             found.add(name)
     return found
 
@@ -119,32 +167,35 @@ def test_no_source_turns_data_into_code(path):
     assert ways_to_code(path.read_text()) == ALLOWED.get(str(path.relative_to(ROOT)), set())
 
 
-@pytest.mark.parametrize(("source", "found"), [
-    ("import pickle", {"pickle"}),
-    ("from cloudpickle import loads", {"cloudpickle"}),
-    ("import pickle as p\np.loads(x)", {"pickle", "pickle.loads"}),
-    ("import marshal, yaml", {"marshal", "yaml"}),
-    ("eval(x)", {"eval"}),
-    ("def f():\n    exec(x)", {"exec"}),
-    ("__import__(x)", {"__import__"}),
-    ("import torch\ntorch.load(x)", {"torch.load"}),
-    ("import torch as t\nt.load(x, weights_only=False)", {"torch.load"}),
-    ("from torch import load\nload(x, weights_only=w)", {"torch.load"}),
-    ("import torch\ntorch.load(x, weights_only=True)", set()),
-    ("import torch\ntorch.compile(x)\nmodel.eval()", set()),
-    ("import numpy as np\nnp.load(x, allow_pickle=True)", {"numpy.load"}),
-    ("import numpy as np\nnp.load(x, allow_pickle=False)", set()),
-    ("import subprocess\nsubprocess.run('ls ' + x, shell=True)", {"subprocess.run"}),
-    ("import subprocess\nsubprocess.run(['ls', x], shell=True)", {"subprocess.run"}),
-    ("import subprocess\nsubprocess.getoutput(f'ls {x}')", {"subprocess.getoutput"}),
-    ("from subprocess import Popen\nPopen(x)", {"subprocess.Popen"}),
-    ("import subprocess\nsubprocess.run(['ls', x])", set()),
-    ("import os\nos.system(x)\nos.execv(x, y)", {"os.system", "os.execv"}),
-    ("from torch import distributed\ndistributed.all_gather_object(x, y)", {"all_gather_object"}),
-    ("from torch.distributed import broadcast_object_list\nbroadcast_object_list(x)", {"broadcast_object_list"}),
-    ("import importlib\nimportlib.import_module(x)", {"import_module"}),
-    ("tar.extractall(x)", {"extractall"}),
-])
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import pickle", {"pickle"}),
+        ("from cloudpickle import loads", {"cloudpickle"}),
+        ("import pickle as p\np.loads(x)", {"pickle", "pickle.loads"}),
+        ("import marshal, yaml", {"marshal", "yaml"}),
+        ("eval(x)", {"eval"}),
+        ("def f():\n    exec(x)", {"exec"}),
+        ("__import__(x)", {"__import__"}),
+        ("import torch\ntorch.load(x)", {"torch.load"}),
+        ("import torch as t\nt.load(x, weights_only=False)", {"torch.load"}),
+        ("from torch import load\nload(x, weights_only=w)", {"torch.load"}),
+        ("import torch\ntorch.load(x, weights_only=True)", set()),
+        ("import torch\ntorch.compile(x)\nmodel.eval()", set()),
+        ("import numpy as np\nnp.load(x, allow_pickle=True)", {"numpy.load"}),
+        ("import numpy as np\nnp.load(x, allow_pickle=False)", set()),
+        ("import subprocess\nsubprocess.run('ls ' + x, shell=True)", {"subprocess.run"}),
+        ("import subprocess\nsubprocess.run(['ls', x], shell=True)", {"subprocess.run"}),
+        ("import subprocess\nsubprocess.getoutput(f'ls {x}')", {"subprocess.getoutput"}),
+        ("from subprocess import Popen\nPopen(x)", {"subprocess.Popen"}),
+        ("import subprocess\nsubprocess.run(['ls', x])", set()),
+        ("import os\nos.system(x)\nos.execv(x, y)", {"os.system", "os.execv"}),
+        ("from torch import distributed\ndistributed.all_gather_object(x, y)", {"all_gather_object"}),
+        ("from torch.distributed import broadcast_object_list\nbroadcast_object_list(x)", {"broadcast_object_list"}),
+        ("import importlib\nimportlib.import_module(x)", {"import_module"}),
+        ("tar.extractall(x)", {"extractall"}),
+    ],
+)
 def test_the_search_finds_what_it_is_for(source, found):
     assert ways_to_code(source) == found
 
@@ -253,14 +304,17 @@ STATE = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}
 
 @bad_input
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize("write", [
-    lambda marker: pickle.dumps(Payload(marker)),
-    lambda marker: pickle.dumps({"state_dict": {"weight": Payload(marker)}}, protocol=2),
-    lambda marker: saved(Payload(marker)),
-    lambda marker: saved(STATE | {"x": Payload(marker)}),
-    lambda marker: saved({"model": STATE, "epoch": Payload(marker)}, _use_new_zipfile_serialization=False),
-    legacy_tar,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda marker: pickle.dumps(Payload(marker)),
+        lambda marker: pickle.dumps({"state_dict": {"weight": Payload(marker)}}, protocol=2),
+        lambda marker: saved(Payload(marker)),
+        lambda marker: saved(STATE | {"x": Payload(marker)}),
+        lambda marker: saved({"model": STATE, "epoch": Payload(marker)}, _use_new_zipfile_serialization=False),
+        legacy_tar,
+    ],
+)
 def test_weights_with_a_payload(tmp_path, marker, write, suffix):
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(write(marker))
@@ -286,15 +340,23 @@ def test_cifar_with_a_payload(tmp_path, marker, file, protocol):
 
 
 @bad_input
-@pytest.mark.parametrize("name", [
-    "config.json", "environment.json", "summary.json", "teacher/manifest.json", "teacher/snapshots.json",
-    "students/ce/student.json", "students/ce/metrics.jsonl",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "environment.json",
+        "summary.json",
+        "teacher/manifest.json",
+        "teacher/snapshots.json",
+        "students/ce/student.json",
+        "students/ce/metrics.jsonl",
+    ],
+)
 def test_a_run_whose_json_is_a_pickle(tmp_path, marker, name, capsys):
     run = a_run(tmp_path / "run")
     (run / name).parent.mkdir(parents=True, exist_ok=True)
     (run / name).write_bytes(pickle.dumps(Payload(marker), protocol=0) + b"\n")
-    assert report.main([str(run)]) == 2
+    assert report_command.main([str(run)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -310,8 +372,10 @@ def test_a_folder_for_hugging_face_with_code_in_it(tmp_path, marker, monkeypatch
     folder.mkdir()
     Image.new("L", (8, 8)).save(png, "PNG")
     # A type of one's own, which some versions of Arrow unpickled as soon as they saw it (CVE-2023-47248).
-    kind = {"ARROW:extension:name": "arrow.py_extension_type",
-            "ARROW:extension:metadata": pickle.dumps(Payload(marker))}  # fmt: skip
+    kind = {
+        "ARROW:extension:name": "arrow.py_extension_type",
+        "ARROW:extension:metadata": pickle.dumps(Payload(marker)),
+    }
     cells = arrow.array([{"bytes": png.getvalue(), "path": None}] * 40)
     fields = [arrow.field("image", cells.type), arrow.field("label", arrow.int64(), metadata=kind)]
     table = arrow.table([cells, arrow.array([0, 1] * 20)], schema=arrow.schema(fields))
@@ -379,7 +443,7 @@ def a_bank(folder, *, classes=4, shape=None, indices=None, spec=None, **changes)
 
 def test_reports_and_banks_run_no_factory(tmp_path, marker, capsys):
     run = a_run(tmp_path / "run", evil(tmp_path, marker))
-    assert report.main([str(run)]) == 0
+    assert report_command.main([str(run)]) == 0
     bank = LogitBank.open(a_bank(run / "bank", spec={"name": evil(tmp_path, marker)}))
     assert bank.rows(1, torch.tensor([0, 5]))[0].shape == (2, 2, 4)
     ensemble = SnapshotEnsemble.load(run / "teacher", lambda: nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))
@@ -406,7 +470,7 @@ def test_replay_runs_the_factory_that_was_trained(tmp_path):
     with contextlib.suppress(ValueError):  # of weights that are not there
         replay(path)
     assert (tmp_path / "ran").is_dir()
-    assert "eekd.trainers.numbers.replay" in (ROOT / "SECURITY.md").read_text()
+    assert "eekd.train.nonfinite.replay" in (ROOT / "SECURITY.md").read_text()
 
 
 def search(folder):
@@ -415,12 +479,15 @@ def search(folder):
     return subprocess.run([*shlex.split(command), folder], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("hide", [
-    lambda path: None,
-    lambda path: path.write_text(path.read_text().replace(".py:", r"\u002epy:")),
-    lambda path: path.write_text(path.read_text().replace(".py:", r".p\u0079:")),
-    lambda path: path.rename(path.with_suffix(".txt")) and path.symlink_to(path.with_suffix(".txt")),
-])
+@pytest.mark.parametrize(
+    "hide",
+    [
+        lambda path: None,
+        lambda path: path.write_text(path.read_text().replace(".py:", r"\u002epy:")),
+        lambda path: path.write_text(path.read_text().replace(".py:", r".p\u0079:")),
+        lambda path: path.rename(path.with_suffix(".txt")) and path.symlink_to(path.with_suffix(".txt")),
+    ],
+)
 def test_the_search_for_factories_in_security_md(tmp_path, hide):
     bad = a_run(tmp_path / "bad", evil(tmp_path, tmp_path / "ran"))
     for name in ("config.json", "teacher/manifest.json"):
@@ -436,8 +503,10 @@ def test_the_search_for_factories_in_security_md(tmp_path, hide):
 def test_json_is_utf_8(tmp_path, encoding):
     """Or that search would not see what is in it."""
     run = a_run(tmp_path / "run", "evil+.py:f")
-    for name, read in (("teacher/manifest.json", lambda: read_manifest(run / "teacher")),
-                       ("config.json", lambda: Config.load(run / "config.json"))):
+    for name, read in (
+        ("teacher/manifest.json", lambda: read_manifest(run / "teacher")),
+        ("config.json", lambda: Config.load(run / "config.json")),
+    ):
         text = json.dumps(read_json(run / name))  # without its seal
         (run / name).write_bytes(text.encode(encoding))
         refused(read, said=name)
@@ -528,8 +597,13 @@ def pickled(value):
 
 def array(data=b"U\0", shape=b"K\0\x85"):
     """An array whose bytes and shape are these bytes of a pickle."""
-    return (b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85U\x01b\x87R(K\x01" + shape
-            + b"cnumpy\ndtype\nU\x02u1K\0K\x01\x87R\x89" + data + b"tb")  # fmt: skip
+    return (
+        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85U\x01b\x87R(K\x01"
+        + shape
+        + b"cnumpy\ndtype\nU\x02u1K\0K\x01\x87R\x89"
+        + data
+        + b"tb"
+    )
 
 
 HUGE = struct.pack("<Q", 1 << 40)
@@ -568,22 +642,27 @@ def test_pickle_bombs(tmp_path, data, said):
 
 
 @bad_input
-@pytest.mark.parametrize("names", [
-    b"]" * 100_000 + b"a" * 99_999,  # as text it is too deep
-    b"](" + b"]" * 9 + b"c_codecs\nencode\ne",
-    b"](" + b"N" * 10 + b"e", b"](" + DOUBLED + b"h\1" * 9 + b"e", DOUBLED,
-    b"](" + (b"T" + struct.pack("<i", 1 << 20) + b"x" * (1 << 20)) * 9 + b"e",
-    b"U\nabcdefghij",
-])
+@pytest.mark.parametrize(
+    "names",
+    [
+        b"]" * 100_000 + b"a" * 99_999,  # as text it is too deep
+        b"](" + b"]" * 9 + b"c_codecs\nencode\ne",
+        b"](" + b"N" * 10 + b"e",
+        b"](" + DOUBLED + b"h\1" * 9 + b"e",
+        DOUBLED,
+        b"](" + (b"T" + struct.pack("<i", 1 << 20) + b"x" * (1 << 20)) * 9 + b"e",
+        b"U\nabcdefghij",
+    ],
+)
 def test_class_names_are_text_or_numbers(tmp_path, names):
     kind, said = contained(lambda: load("cifar10", cifar(tmp_path, meta=pickled(names))).classes)
     assert (kind, said) == (None, repr(tuple("0123456789")))
 
 
 @bad_input
-@pytest.mark.parametrize("labels", [
-    b"\x8b" + struct.pack("<i", 1 << 20) + b"\x7f" * (1 << 20), b"\x8a\xff" + b"\x80" * 255,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "labels", [b"\x8b" + struct.pack("<i", 1 << 20) + b"\x7f" * (1 << 20), b"\x8a\xff" + b"\x80" * 255]
+)
 def test_labels_without_end(tmp_path, labels):
     pixels = array(b"T" + struct.pack("<i", 3072) + bytes(3072), b"K\x01M\0\x0c\x86")
     data = b"\x80\x02}U\x04data" + pixels + b"sU\x06labels](" + labels + b"es."
@@ -651,16 +730,31 @@ def sealed(body):
 
 
 JSON = [
-    b"", b"3", b"null", b"[]", b"{}{}", b"\0" * 100, b"\xff\xfe{\0}\0", b'"\\ud800"', b"[" * 100_000, b"9" * 5000,
-    b'{"a":' * 100_000, b'{"a":' * 900 + b"1" + b"}" * 900, b'{"format": NaN}', b'{"format": 1e999}',
-    b'{"format": 1, "format": 2}', b'{"format": ' + b"9" * 4000 + b"}", b'{"' + b"a" * 3_000_000 + b'": 1}',
-    b'{"own_sha256": 3}', b'{"own_sha256": "' + b"0" * 64 + b'"}',
-]  # fmt: skip
+    b"",
+    b"3",
+    b"null",
+    b"[]",
+    b"{}{}",
+    b"\0" * 100,
+    b"\xff\xfe{\0}\0",
+    b'"\\ud800"',
+    b"[" * 100_000,
+    b"9" * 5000,
+    b'{"a":' * 100_000,
+    b'{"a":' * 900 + b"1" + b"}" * 900,
+    b'{"format": NaN}',
+    b'{"format": 1e999}',
+    b'{"format": 1, "format": 2}',
+    b'{"format": ' + b"9" * 4000 + b"}",
+    b'{"' + b"a" * 3_000_000 + b'": 1}',
+    b'{"own_sha256": 3}',
+    b'{"own_sha256": "' + b"0" * 64 + b'"}',
+]
 READERS = {
     "snapshots": ("manifest.json", read_manifest), "bank": ("manifest.json", LogitBank.open),
     "settings": ("config.json", read_settings), "environment": ("environment.json", read_settings),
-    "report": ("summary.json", report.report), "metrics": ("students/ce/metrics.jsonl", report.report),
-    "student": ("students/ce/student.json", report.report),
+    "report": ("summary.json", page.report), "metrics": ("students/ce/metrics.jsonl", page.report),
+    "student": ("students/ce/student.json", page.report),
 }  # fmt: skip
 
 
@@ -694,10 +788,17 @@ def test_json_too_large(tmp_path):
 
 
 @bad_input
-@pytest.mark.parametrize("read", [
-    read_checked, load_weights, load_tensors,
-    lambda path: formats.read_members(path, {"test_batch"}), formats.read_bytes,
-], ids=["read_checked", "load_weights", "load_tensors", "read_members", "read_bytes"])  # fmt: skip
+@pytest.mark.parametrize(
+    "read",
+    [
+        read_checked,
+        load_weights,
+        load_tensors,
+        lambda path: formats.read_members(path, {"test_batch"}),
+        formats.read_bytes,
+    ],
+    ids=["read_checked", "load_weights", "load_tensors", "read_members", "read_bytes"],
+)
 def test_files_that_never_end(tmp_path, read):
     """A terabyte of holes; a pipe that nobody writes to; a link to a device."""
     holes, pipe, device = (tmp_path / name for name in ("holes", "pipe", "device"))
@@ -710,15 +811,22 @@ def test_files_that_never_end(tmp_path, read):
 
 
 @bad_input
-@pytest.mark.parametrize("name", [
-    "config.json", "environment.json", "teacher/manifest.json", "teacher/metrics.jsonl", "students/ce/student.json",
-    "students/ce/metrics.jsonl",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "environment.json",
+        "teacher/manifest.json",
+        "teacher/metrics.jsonl",
+        "students/ce/student.json",
+        "students/ce/metrics.jsonl",
+    ],
+)
 def test_a_run_with_a_pipe_in_it(tmp_path, name):
     run = a_run(tmp_path / "run")
     (run / name).unlink(missing_ok=True)
     os.mkfifo(run / name)
-    refused(report.report, run, said="not a (file|run)")
+    refused(page.report, run, said="not a (file|run)")
 
 
 def png(width, height):
@@ -809,10 +917,22 @@ def test_a_table_of_the_hub_reads_files_of_the_cache_only(tmp_path, monkeypatch)
 
 
 @bad_input
-@pytest.mark.parametrize("file", [
-    "../snapshot-1.safetensors", "/etc/passwd.safetensors", "a/b.safetensors", "..safetensors", ".safetensors", "x.pt",
-    "x.safetensors\n", "x\0.safetensors", "~.safetensors", 3, None,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "file",
+    [
+        "../snapshot-1.safetensors",
+        "/etc/passwd.safetensors",
+        "a/b.safetensors",
+        "..safetensors",
+        ".safetensors",
+        "x.pt",
+        "x.safetensors\n",
+        "x\0.safetensors",
+        "~.safetensors",
+        3,
+        None,
+    ],
+)
 def test_a_manifest_that_leads_out_of_its_folder(tmp_path, file):
     run = a_run(tmp_path / "run")
     manifest = read_json(run / "teacher/manifest.json")
@@ -826,7 +946,7 @@ def test_a_manifest_that_leads_out_of_its_folder(tmp_path, file):
 def test_a_record_that_leads_out_of_its_folder(tmp_path, metrics):
     run = a_run(tmp_path / "run")
     write_json_atomic(run / "students/ce/student.json", {"format": 1, "metrics": metrics})
-    refused(report.report, run, said="must have a record with metrics of metrics.jsonl and metrics.csv")
+    refused(page.report, run, said="must have a record with metrics of metrics.jsonl and metrics.csv")
     refused(check_metrics, run / "students/ce", {"metrics": metrics})
 
 
@@ -870,7 +990,7 @@ def test_settings_of_a_teacher_are_checked_by_train_too(tmp_path):
     a_bank(run / "bank")
     for flags in (["--teacher", str(run)], ["--bank", str(run / "bank")]):
         with pytest.raises(ValueError, match="config.json was changed or damaged since the run began"):
-            train.parse(["student", *flags])
+            train_command.parse(["student", *flags])
 
 
 def test_what_is_written_follows_no_link_out(tmp_path, capsys):
@@ -880,18 +1000,21 @@ def test_what_is_written_follows_no_link_out(tmp_path, capsys):
     (run / ".report.html.tmp").symlink_to(secret)
     (run / "report.html").symlink_to(secret)
     (run / ".lock").symlink_to(secret)
-    assert report.main([str(run)]) == 0
+    assert report_command.main([str(run)]) == 0
     with pytest.raises(OSError, match=".lock"), locked(run):
         pass
     assert secret.read_text() == "mine" and not (run / "report.html").is_symlink()
 
 
 @bad_input
-@pytest.mark.parametrize("flags", [
-    lambda run: (report.main, [str(run)]),
-    lambda run: (train.main, ["--resume", str(run)]),
-    lambda run: (train.main, ["--config", str(run / "config.json")]),
-])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        lambda run: (report_command.main, [str(run)]),
+        lambda run: (train_command.main, ["--resume", str(run)]),
+        lambda run: (train_command.main, ["--config", str(run / "config.json")]),
+    ],
+)
 def test_what_a_file_says_does_not_speak_to_the_terminal(tmp_path, capsys, flags):
     run = a_run(tmp_path / "run")
     write_atomic(run / "config.json", json.dumps({"a\x1b]0;title\x07\u202e\x9b2J\nerror: none": 1}).encode())
@@ -916,7 +1039,7 @@ def test_tables_do_not_speak_to_the_terminal(monkeypatch):
     found = printed(screen.results(rows))
     assert found.count(printable(HOSTILE)) == 3 and all(line.isprintable() for line in found.splitlines())
     row = {"name": "ce", "model": HOSTILE, "parameters": 1, "epochs": 1, "steps": 1, "memory": 1, "disk": 1}
-    monkeypatch.setattr("eekd.trainers.plan.plan", lambda session: [row])
+    monkeypatch.setattr("eekd.train.estimate.plan", lambda session: [row])
     data = dataclasses.replace(load("digits"), name=HOSTILE)
     found = printed(screen.plan(SimpleNamespace(data=data, asked=Config(), config=Config())))
     assert found.count(printable(HOSTILE)) == 2 and all(line.isprintable() for line in found.splitlines())
@@ -927,8 +1050,8 @@ def test_lines_do_not_speak_to_the_terminal(tmp_path, monkeypatch, capsys):
         def __init__(self, out, config, names, views, augmented, data, say, progress):
             self.run = lambda: say(HOSTILE)
 
-    monkeypatch.setattr(cells, "keep_settings", lambda *known: None)
-    monkeypatch.setattr(cells, "Seed", Seed)
+    monkeypatch.setattr(runner, "keep_settings", lambda *known: None)
+    monkeypatch.setattr(runner, "Seed", Seed)
     monkeypatch.setattr("eekd.compare.study.gather", lambda out, *known: out / "study.json")
     compare.run(compare.Flags(methods=("ce",), settings=Config(data="digits", seeds=1), out=HOSTILE), [])
     found = capsys.readouterr().out
@@ -937,7 +1060,7 @@ def test_lines_do_not_speak_to_the_terminal(tmp_path, monkeypatch, capsys):
 
 @bad_input
 def test_names_of_tensors_are_printable_and_short():
-    from eekd.checkpoint import load_state
+    from eekd.io.tensors import load_state
 
     with pytest.raises(ValueError, match="does not fit this Linear") as caught:
         load_state(nn.Linear(3, 2), {"\x1b[2J" + "x" * 10**6: torch.ones(1)}, "file")
@@ -952,9 +1075,9 @@ def test_a_report_is_nothing_but_text_and_drawings(tmp_path):
     (run / "students/ce").rename(run / "students" / "<img onload='x'>")
     facts = {"format": 1, "command": [hostile], "data": {"test": 9}, hostile: {hostile: [hostile]}}
     write_json_atomic(run / "environment.json", facts)
-    page = report.report(run).read_text()
-    assert "<script" not in page and "<img" not in page and page.count("</title>") == page.count("<title>")
-    assert "default-src 'none'" in page and "&lt;script" in page
+    text = page.report(run).read_text()
+    assert "<script" not in text and "<img" not in text and text.count("</title>") == text.count("<title>")
+    assert "default-src 'none'" in text and "&lt;script" in text
 
 
 # ---- fuzz ----
@@ -979,7 +1102,7 @@ LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_s
 )  # fmt: skip
 VALUES = st.recursive(
     LEAVES, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3), max_leaves=6
-)  # fmt: skip
+)
 
 
 def rewritten(value):
@@ -1040,7 +1163,7 @@ PARSERS = {
     "config file": (rewritten(CONFIG), inside(Config.load)),
     "safetensors": (changed(safetensors.torch.save(STATE)), inside(load_tensors)),
     "torch.save": (changed(zipped()), inside(load_weights)),
-    "metrics": (rewritten({"epoch": 1, "weights": [0.5]}).map(lambda data: data + b"\n"), inside(report._rows)),
+    "metrics": (rewritten({"epoch": 1, "weights": [0.5]}).map(lambda data: data + b"\n"), inside(page._rows)),
     "image": (changed(png(4, 4)), lambda data, _: open_image(data, "f", "RGB")),
 }  # fmt: skip
 
@@ -1053,8 +1176,13 @@ def test_any_bytes_are_a_value_or_a_sentence(tmp_path, parser, examples):
     if parser == "bank manifest":
         strategy = rewritten(read_json(a_bank(tmp_path) / "manifest.json"))
 
-    @settings(max_examples=examples, deadline=None, database=None, derandomize=examples < 100,
-              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=examples < 100,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(strategy)
     def check(data):
         try:
@@ -1070,8 +1198,11 @@ def test_any_bytes_are_a_value_or_a_sentence(tmp_path, parser, examples):
 
 def requirements() -> dict[str, list[Requirement]]:
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    groups = {"build": known["build-system"]["requires"], "": known["project"]["dependencies"],
-              **known["project"]["optional-dependencies"]}  # fmt: skip
+    groups = {
+        "build": known["build-system"]["requires"],
+        "": known["project"]["dependencies"],
+        **known["project"]["optional-dependencies"],
+    }
     return {name: [Requirement(text) for text in texts] for name, texts in groups.items()}
 
 

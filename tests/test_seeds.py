@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from eekd import report, seeds_page, train
-from eekd.config import preset
+from eekd.report import report, seeds_page
 from eekd.statistics import interval, paired
-from eekd.trainers.folder import FORMAT
-from eekd.trainers.seeds import sentence, summary_of, verdict
+from eekd.train import __main__ as train
+from eekd.train.presets import preset
+from eekd.train.run_folder import FORMAT
+from eekd.train.seeds import sentence, summary_of, verdict
 
 TINY = "--data digits --train-limit 150 --teacher.model resnet8_w4 --teacher.epochs 2 --teacher.snapshots 2 "
 TINY += "--student.epochs 1 --device cpu --precision fp32 --augment none --seed 3 --seeds 2"
@@ -90,7 +91,7 @@ def test_the_folder_of_a_seed_with_other_settings_is_refused(run, capsys):
 
 
 def test_the_page_links_to_the_seeds(run):
-    page = report.report(run).read_text()
+    page = report(run).read_text()
     assert 'href="seed-4/report.html"' in page and (run / "seed-4" / "report.html").is_file()
     assert "EEKD (attention)" in page
 

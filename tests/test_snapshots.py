@@ -12,10 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from eekd import checkpoint, forwards, snapshots
-from eekd.files import read_json, sha256_of, write_json_atomic
+from eekd.io import tensors as tensor_files
+from eekd.io.files import read_json, sha256_of, write_json_atomic
 from eekd.models import build
-from eekd.snapshots import SnapshotEnsemble, SnapshotRecorder, _schedule, read_manifest
+from eekd.snapshots import SnapshotEnsemble, SnapshotRecorder, read_manifest
+from eekd.snapshots import recorder as recorder_module
+from eekd.snapshots.forward import Swapped
+from eekd.snapshots.recorder import _schedule
 
 SPEC = {"name": "resnet8_w4", "num_classes": 3, "in_channels": 1, "image_size": 8}
 HASH = "0123456789abcdef" * 4
@@ -107,15 +110,18 @@ def last_lost(manifest):
 # recording
 
 
-@pytest.mark.parametrize("options, steps", [
-    ({"epochs": 200}, [40, 80, 120, 160, 200]),
-    ({"total_steps": 7, "snapshots": 3}, [2, 4, 7]),
-    ({"total_steps": 5}, [1, 2, 3, 4, 5]),
-    ({"total_steps": 4, "snapshots": 1}, [4]),
-    ({"schedule": [1, 5, 6]}, [1, 5, 6]),
-    ({"epochs": 6, "schedule": (2, 6)}, [2, 6]),
-    ({"schedule": range(2, 9, 2)}, [2, 4, 6, 8]),
-])
+@pytest.mark.parametrize(
+    "options, steps",
+    [
+        ({"epochs": 200}, [40, 80, 120, 160, 200]),
+        ({"total_steps": 7, "snapshots": 3}, [2, 4, 7]),
+        ({"total_steps": 5}, [1, 2, 3, 4, 5]),
+        ({"total_steps": 4, "snapshots": 1}, [4]),
+        ({"schedule": [1, 5, 6]}, [1, 5, 6]),
+        ({"epochs": 6, "schedule": (2, 6)}, [2, 6]),
+        ({"schedule": range(2, 9, 2)}, [2, 4, 6, 8]),
+    ],
+)
 def test_each_stage_ends_with_one_snapshot_and_the_last_with_the_run(tmp_path, options, steps):
     recorder, model = SnapshotRecorder(tmp_path, **options), nn.Linear(1, 1)
     entries = []
@@ -126,7 +132,7 @@ def test_each_stage_ends_with_one_snapshot_and_the_last_with_the_run(tmp_path, o
     assert recorder.complete and [entry["step"] for entry in entries] == steps
     assert read_manifest(tmp_path)["snapshots"] == entries == recorder.manifest["snapshots"]
     for entry in entries:
-        assert checkpoint.load_tensors(tmp_path / entry["file"], entry["sha256"])["weight"] == entry["step"]
+        assert tensor_files.load_tensors(tmp_path / entry["file"], entry["sha256"])["weight"] == entry["step"]
     names = [f"snapshot-{m}.safetensors" for m in range(1, len(steps) + 1)]
     assert sorted(folder(tmp_path)) == ["manifest.json", *names]
 
@@ -151,17 +157,14 @@ def test_manifest_says_everything(tmp_path):
     assert read_json(tmp_path / "manifest.json") == {**empty, "snapshots": [entry]}
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda model: model,
-    torch.compile,
-    nn.DataParallel,
-    lambda model: torch.compile(nn.DataParallel(model)),
-])
+@pytest.mark.parametrize(
+    "wrap", [lambda model: model, torch.compile, nn.DataParallel, lambda model: torch.compile(nn.DataParallel(model))]
+)
 def test_wrappers_tied_weights_and_odd_buffers_are_recorded(tmp_path, device, wrap):
     net = Net().to(device)
     net.norm.num_batches_tracked += 7
     record(tmp_path, [wrap(net)], spec=None)
-    state = checkpoint.load_tensors(tmp_path / "snapshot-1.safetensors")
+    state = tensor_files.load_tensors(tmp_path / "snapshot-1.safetensors")
     assert state.keys() == net.state_dict().keys()
     assert all(torch.equal(state[name], tensor.cpu()) for name, tensor in net.state_dict().items())
     copy = SnapshotEnsemble.load(tmp_path, Net).models[0]
@@ -185,35 +188,38 @@ def test_distributed_models_are_recorded_by_the_first_process_only(tmp_path, mon
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("arguments, error, message", [
-    ({}, ValueError, "give total_steps or epochs, the number"),
-    ({"total_steps": 10, "epochs": 10}, ValueError, "give total_steps or epochs, not both"),
-    ({"total_steps": 4}, ValueError, "snapshots must be from 1 to 4, got 5"),
-    ({"epochs": 4, "snapshots": 0}, ValueError, "snapshots must be from 1 to 4, got 0"),
-    ({"epochs": 4, "snapshots": 2.0}, TypeError, "snapshots must be an int, got 2.0"),
-    ({"epochs": 4, "snapshots": True}, TypeError, "snapshots must be an int, got True"),
-    ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
-    ({"total_steps": -3}, ValueError, "total_steps must be at least 1, got -3"),
-    ({"total_steps": 10.0}, TypeError, "total_steps must be an int, got 10.0"),
-    ({"epochs": "10"}, TypeError, "epochs must be an int, got '10'"),
-    ({"epochs": 10, "schedule": "cosine"}, ValueError, "schedule must be \"uniform\" or .*, got 'cosine'"),
-    ({"epochs": 10, "schedule": []}, ValueError, r"schedule must be .*, got \[\]"),
-    ({"epochs": 10, "schedule": [5, 9]}, ValueError, r"rising steps up to epochs=10, got \[5, 9\]"),
-    ({"epochs": 10, "schedule": [5, 5, 10]}, ValueError, "schedule must be .* rising steps"),
-    ({"epochs": 10, "schedule": [6, 5, 10]}, ValueError, "schedule must be .* rising steps"),
-    ({"schedule": [0, 10]}, ValueError, "schedule must be .* rising steps"),
-    ({"schedule": [2.5, 10]}, ValueError, "schedule must be .* rising steps"),
-    ({"schedule": 3}, ValueError, "schedule must be .*, got 3"),
-    ({"schedule": torch.tensor([1, 2])}, ValueError, "schedule must be .*, got tensor"),
-    ({"schedule": None, "epochs": 5}, ValueError, "schedule must be .*, got None"),
-    ({"epochs": 10, "spec": "resnet20"}, TypeError, "spec must be a dict or None, got str"),
-    ({"epochs": 10, "spec": {"layer": nn.Linear}}, TypeError, "spec must be a dict that JSON can hold"),
-    ({"epochs": 10, "spec": {"rate": math.nan}}, TypeError, "spec must be a dict that JSON can hold"),
-    ({"epochs": 10, "done": 11}, ValueError, "done must be from 0 to 10, got 11"),
-    ({"epochs": 10, "done": -1}, ValueError, "done must be from 0 to 10, got -1"),
-    ({"epochs": 10, "done": None}, TypeError, "done must be an int, got None"),
-    ({"epochs": 10, "done": 1}, FileNotFoundError, "manifest.json is missing"),
-])
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({}, ValueError, "give total_steps or epochs, the number"),
+        ({"total_steps": 10, "epochs": 10}, ValueError, "give total_steps or epochs, not both"),
+        ({"total_steps": 4}, ValueError, "snapshots must be from 1 to 4, got 5"),
+        ({"epochs": 4, "snapshots": 0}, ValueError, "snapshots must be from 1 to 4, got 0"),
+        ({"epochs": 4, "snapshots": 2.0}, TypeError, "snapshots must be an int, got 2.0"),
+        ({"epochs": 4, "snapshots": True}, TypeError, "snapshots must be an int, got True"),
+        ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
+        ({"total_steps": -3}, ValueError, "total_steps must be at least 1, got -3"),
+        ({"total_steps": 10.0}, TypeError, "total_steps must be an int, got 10.0"),
+        ({"epochs": "10"}, TypeError, "epochs must be an int, got '10'"),
+        ({"epochs": 10, "schedule": "cosine"}, ValueError, "schedule must be \"uniform\" or .*, got 'cosine'"),
+        ({"epochs": 10, "schedule": []}, ValueError, r"schedule must be .*, got \[\]"),
+        ({"epochs": 10, "schedule": [5, 9]}, ValueError, r"rising steps up to epochs=10, got \[5, 9\]"),
+        ({"epochs": 10, "schedule": [5, 5, 10]}, ValueError, "schedule must be .* rising steps"),
+        ({"epochs": 10, "schedule": [6, 5, 10]}, ValueError, "schedule must be .* rising steps"),
+        ({"schedule": [0, 10]}, ValueError, "schedule must be .* rising steps"),
+        ({"schedule": [2.5, 10]}, ValueError, "schedule must be .* rising steps"),
+        ({"schedule": 3}, ValueError, "schedule must be .*, got 3"),
+        ({"schedule": torch.tensor([1, 2])}, ValueError, "schedule must be .*, got tensor"),
+        ({"schedule": None, "epochs": 5}, ValueError, "schedule must be .*, got None"),
+        ({"epochs": 10, "spec": "resnet20"}, TypeError, "spec must be a dict or None, got str"),
+        ({"epochs": 10, "spec": {"layer": nn.Linear}}, TypeError, "spec must be a dict that JSON can hold"),
+        ({"epochs": 10, "spec": {"rate": math.nan}}, TypeError, "spec must be a dict that JSON can hold"),
+        ({"epochs": 10, "done": 11}, ValueError, "done must be from 0 to 10, got 11"),
+        ({"epochs": 10, "done": -1}, ValueError, "done must be from 0 to 10, got -1"),
+        ({"epochs": 10, "done": None}, TypeError, "done must be an int, got None"),
+        ({"epochs": 10, "done": 1}, FileNotFoundError, "manifest.json is missing"),
+    ],
+)
 def test_recorder_refuses(tmp_path, arguments, error, message):
     with pytest.raises(error, match=message):
         SnapshotRecorder(tmp_path / "run", **arguments)
@@ -221,13 +227,16 @@ def test_recorder_refuses(tmp_path, arguments, error, message):
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("model, metrics, error, message", [
-    ({}, None, TypeError, "model must be an nn.Module, got dict"),
-    (None, None, TypeError, "model must be an nn.Module, got NoneType"),
-    (nn.Linear(1, 1), {"loss": "low"}, TypeError, r"metrics\['loss'\] must be a number, got 'low'"),
-    (nn.Linear(1, 1), {"loss": torch.ones(2)}, TypeError, r"metrics\['loss'\] must be a number"),
-    (nn.Linear(1, 1, device="meta"), None, TypeError, "snapshot-1.safetensors: 'weight' must be .* meta"),
-])
+@pytest.mark.parametrize(
+    "model, metrics, error, message",
+    [
+        ({}, None, TypeError, "model must be an nn.Module, got dict"),
+        (None, None, TypeError, "model must be an nn.Module, got NoneType"),
+        (nn.Linear(1, 1), {"loss": "low"}, TypeError, r"metrics\['loss'\] must be a number, got 'low'"),
+        (nn.Linear(1, 1), {"loss": torch.ones(2)}, TypeError, r"metrics\['loss'\] must be a number"),
+        (nn.Linear(1, 1, device="meta"), None, TypeError, "snapshot-1.safetensors: 'weight' must be .* meta"),
+    ],
+)
 def test_step_refuses_and_counts_nothing(tmp_path, model, metrics, error, message):
     recorder = SnapshotRecorder(tmp_path, 1, snapshots=1)
     before = folder(tmp_path)
@@ -254,7 +263,7 @@ def test_a_failed_save_can_be_tried_again(tmp_path, monkeypatch, failing):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr(snapshots if failing == "write_json_atomic" else checkpoint, failing, fail)
+        patch.setattr(recorder_module if failing == "write_json_atomic" else tensor_files, failing, fail)
         recorder.step(nn.Linear(1, 1))
     assert read_manifest(tmp_path) == manifest == recorder.manifest
     assert recorder.step(nn.Linear(1, 1))["step"] == 2 and len(read_manifest(tmp_path)["snapshots"]) == 2
@@ -283,12 +292,15 @@ def test_a_run_that_has_recorded_nothing_may_start_again(tmp_path):
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("prepare", [
-    lambda path: None,
-    lost("manifest.json"),
-    updated(snapshots=[]),
-    lambda path: [file.unlink() for file in path.glob("snapshot-*")],
-])
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        lambda path: None,
+        lost("manifest.json"),
+        updated(snapshots=[]),
+        lambda path: [file.unlink() for file in path.glob("snapshot-*")],
+    ],
+)
 def test_a_run_is_not_overwritten(run, prepare):
     path, _ = run
     prepare(path)
@@ -299,17 +311,20 @@ def test_a_run_is_not_overwritten(run, prepare):
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("options, prepare, error, message", [
-    ({"total_steps": 4}, None, ValueError, r"schedule must be that of .*json .*, got \[1, 2, 4\]"),
-    ({"spec": None}, None, ValueError, "spec must be that of .*manifest.json .*, got None"),
-    ({"spec": {**SPEC, "num_classes": 4}}, None, ValueError, "spec must be that of .*manifest.json"),
-    ({}, edited(last_lost), ValueError, r"manifest.json must list all .* got none of \[3\]"),
-    ({}, lost("snapshot-2.safetensors"), FileNotFoundError, "snapshot-2.safetensors is missing"),
-    ({}, filled("snapshot-2.safetensors", ""), ValueError, "snapshot-2.safetensors was changed"),
-    ({}, lost("manifest.json"), FileNotFoundError, "manifest.json is missing"),
-    ({}, filled("manifest.json", "{"), ValueError, "manifest.json is not JSON"),
-    ({"done": 0}, filled("manifest.json", "{}"), ValueError, "manifest.json is no manifest of snapshots"),
-])
+@pytest.mark.parametrize(
+    "options, prepare, error, message",
+    [
+        ({"total_steps": 4}, None, ValueError, r"schedule must be that of .*json .*, got \[1, 2, 4\]"),
+        ({"spec": None}, None, ValueError, "spec must be that of .*manifest.json .*, got None"),
+        ({"spec": {**SPEC, "num_classes": 4}}, None, ValueError, "spec must be that of .*manifest.json"),
+        ({}, edited(last_lost), ValueError, r"manifest.json must list all .* got none of \[3\]"),
+        ({}, lost("snapshot-2.safetensors"), FileNotFoundError, "snapshot-2.safetensors is missing"),
+        ({}, filled("snapshot-2.safetensors", ""), ValueError, "snapshot-2.safetensors was changed"),
+        ({}, lost("manifest.json"), FileNotFoundError, "manifest.json is missing"),
+        ({}, filled("manifest.json", "{"), ValueError, "manifest.json is not JSON"),
+        ({"done": 0}, filled("manifest.json", "{}"), ValueError, "manifest.json is no manifest of snapshots"),
+    ],
+)
 def test_only_the_same_run_is_continued(run, options, prepare, error, message):
     path, _ = run
     if prepare:
@@ -325,8 +340,9 @@ def test_only_the_same_run_is_continued(run, options, prepare, error, message):
 
 def manifest_of(**changes):
     files = ["snapshot-1.safetensors", "snapshot-2.safetensors"]
-    entries = [{"file": file, "sha256": HASH, "step": step, "metrics": {"x": 1.0}}
-               for step, file in enumerate(files, 1)]
+    entries = [
+        {"file": file, "sha256": HASH, "step": step, "metrics": {"x": 1.0}} for step, file in enumerate(files, 1)
+    ]
     return {"format": 1, "spec": SPEC, "schedule": [1, 2, 3], "snapshots": entries, **changes}
 
 
@@ -336,41 +352,44 @@ def entries_with(**changes):
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("content, reason", [
-    ([], r"it must be an object of .*, got \[\]"),
-    (None, "it must be an object of .*, got None"),
-    ({}, "it must be an object of .*, got {}"),
-    ({"format": 1, "spec": None}, "it must be an object of .*, got {"),
-    (manifest_of(format=2), "format must be 1, got 2"),
-    (manifest_of(format="1"), "format must be 1, got '1'"),
-    (manifest_of(format=True), "format must be 1, got True"),
-    (manifest_of(spec="resnet20"), "spec must be an object or null, got 'resnet20'"),
-    (manifest_of(schedule=3), "schedule must be a list of rising steps, got 3"),
-    (manifest_of(schedule=[2, 1]), r"schedule must be a list of rising steps, got \[2, 1\]"),
-    (manifest_of(schedule=["1"]), "schedule must be a list of rising steps"),
-    (manifest_of(schedule=[1]), r"steps of snapshots must be the first of schedule \[1\], got \[1, 2\]"),
-    (manifest_of(snapshots={}), "snapshots must be a list, got {}"),
-    (manifest_of(snapshots=[1]), "snapshot 0 must be an object, got 1"),
-    (manifest_of(snapshots=[{}]), "file of snapshot 0 must be .*, got None"),
-    (manifest_of(**entries_with(file="../snapshot-2.safetensors")), "in its folder"),
-    (manifest_of(**entries_with(file="/etc/snapshot-2.safetensors")), "in its folder"),
-    (manifest_of(**entries_with(file="sub/snapshot-2.safetensors")), "in its folder"),
-    (manifest_of(**entries_with(file="..\\snapshot-2.safetensors")), "in its folder"),
-    (manifest_of(**entries_with(file="snapshot\0.safetensors")), "in its folder"),
-    (manifest_of(**entries_with(file="snapshot-2.pt")), "the name of a .safetensors file"),
-    (manifest_of(**entries_with(file="snapshot-2.safetensors\n")), "in its folder"),
-    (manifest_of(**entries_with(file=2)), "file of snapshot 1 must be .*, got 2"),
-    (manifest_of(**entries_with(file="snapshot-1.safetensors")), "files of snapshots must differ"),
-    (manifest_of(**entries_with(sha256=HASH[:-1])), "sha256 of snapshot 1 must be 64 .*, got '0123"),
-    (manifest_of(**entries_with(sha256=HASH.upper())), "must be 64 hexadecimal digits"),
-    (manifest_of(**entries_with(sha256=None)), "sha256 of snapshot 1 must be .*, got None"),
-    (manifest_of(**entries_with(step=1)), r"steps of snapshots must be .*, got \[1, 1\]"),
-    (manifest_of(**entries_with(step=3)), r"steps of snapshots must be .*, got \[1, 3\]"),
-    (manifest_of(**entries_with(step=2.0)), r"steps of snapshots must be .*, got \[1, 2.0\]"),
-    (manifest_of(**entries_with(step=None)), r"steps of snapshots must be .*, got \[1, None\]"),
-    (manifest_of(**entries_with(metrics=None)), "metrics of snapshot 1 must be .*, got None"),
-    (manifest_of(**entries_with(metrics={"loss": "low"})), "metrics of snapshot 1 must be .*, got {'loss"),
-])
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ([], r"it must be an object of .*, got \[\]"),
+        (None, "it must be an object of .*, got None"),
+        ({}, "it must be an object of .*, got {}"),
+        ({"format": 1, "spec": None}, "it must be an object of .*, got {"),
+        (manifest_of(format=2), "format must be 1, got 2"),
+        (manifest_of(format="1"), "format must be 1, got '1'"),
+        (manifest_of(format=True), "format must be 1, got True"),
+        (manifest_of(spec="resnet20"), "spec must be an object or null, got 'resnet20'"),
+        (manifest_of(schedule=3), "schedule must be a list of rising steps, got 3"),
+        (manifest_of(schedule=[2, 1]), r"schedule must be a list of rising steps, got \[2, 1\]"),
+        (manifest_of(schedule=["1"]), "schedule must be a list of rising steps"),
+        (manifest_of(schedule=[1]), r"steps of snapshots must be the first of schedule \[1\], got \[1, 2\]"),
+        (manifest_of(snapshots={}), "snapshots must be a list, got {}"),
+        (manifest_of(snapshots=[1]), "snapshot 0 must be an object, got 1"),
+        (manifest_of(snapshots=[{}]), "file of snapshot 0 must be .*, got None"),
+        (manifest_of(**entries_with(file="../snapshot-2.safetensors")), "in its folder"),
+        (manifest_of(**entries_with(file="/etc/snapshot-2.safetensors")), "in its folder"),
+        (manifest_of(**entries_with(file="sub/snapshot-2.safetensors")), "in its folder"),
+        (manifest_of(**entries_with(file="..\\snapshot-2.safetensors")), "in its folder"),
+        (manifest_of(**entries_with(file="snapshot\0.safetensors")), "in its folder"),
+        (manifest_of(**entries_with(file="snapshot-2.pt")), "the name of a .safetensors file"),
+        (manifest_of(**entries_with(file="snapshot-2.safetensors\n")), "in its folder"),
+        (manifest_of(**entries_with(file=2)), "file of snapshot 1 must be .*, got 2"),
+        (manifest_of(**entries_with(file="snapshot-1.safetensors")), "files of snapshots must differ"),
+        (manifest_of(**entries_with(sha256=HASH[:-1])), "sha256 of snapshot 1 must be 64 .*, got '0123"),
+        (manifest_of(**entries_with(sha256=HASH.upper())), "must be 64 hexadecimal digits"),
+        (manifest_of(**entries_with(sha256=None)), "sha256 of snapshot 1 must be .*, got None"),
+        (manifest_of(**entries_with(step=1)), r"steps of snapshots must be .*, got \[1, 1\]"),
+        (manifest_of(**entries_with(step=3)), r"steps of snapshots must be .*, got \[1, 3\]"),
+        (manifest_of(**entries_with(step=2.0)), r"steps of snapshots must be .*, got \[1, 2.0\]"),
+        (manifest_of(**entries_with(step=None)), r"steps of snapshots must be .*, got \[1, None\]"),
+        (manifest_of(**entries_with(metrics=None)), "metrics of snapshot 1 must be .*, got None"),
+        (manifest_of(**entries_with(metrics={"loss": "low"})), "metrics of snapshot 1 must be .*, got {'loss"),
+    ],
+)
 def test_what_is_no_manifest_is_named(tmp_path, content, reason):
     (tmp_path / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"manifest.json is no manifest of snapshots: .*{reason}"):
@@ -492,21 +511,28 @@ def test_a_flipped_bit_is_seen(run, where):
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("prepare, options, error, message", [
-    (lost("snapshot-2.safetensors"), {}, FileNotFoundError, "snapshot-2.safetensors is missing"),
-    (filled("snapshot-2.safetensors", "x" * 9), {}, ValueError, "snapshot-2.safetensors was changed"),
-    (lost("manifest.json"), {}, FileNotFoundError, "manifest.json is missing"),
-    (edited(last_lost), {}, ValueError, "manifest.json lists 2 of 3 snapshots: let its run end"),
-    (updated(spec=None), {}, ValueError, "manifest.json names no architecture .* give a factory"),
-    (updated(spec={}), {}, ValueError, "manifest.json has a spec that cannot be built"),
-    (updated(spec={**SPEC, "name": "resnet9"}), {}, ValueError, "manifest.json has a spec that cannot be"),
-    (updated(spec={**SPEC, "num_classes": 7}), {}, ValueError,
-     r"snapshot-1.safetensors does not fit this \w+: of another shape: .*weight \(3, 16\) for \(7, 16\)"),
-    (None, {"factory": Net}, ValueError, "snapshot-1.safetensors does not fit this Net: missing: .*; unex"),
-    (None, {"factory": "resnet20"}, TypeError, "factory must be a function that makes a model, got str"),
-    (None, {"factory": dict}, TypeError, "factory must return an nn.Module, got dict"),
-    (None, {"layer": "nowhere"}, ValueError, "nowhere"),
-])
+@pytest.mark.parametrize(
+    "prepare, options, error, message",
+    [
+        (lost("snapshot-2.safetensors"), {}, FileNotFoundError, "snapshot-2.safetensors is missing"),
+        (filled("snapshot-2.safetensors", "x" * 9), {}, ValueError, "snapshot-2.safetensors was changed"),
+        (lost("manifest.json"), {}, FileNotFoundError, "manifest.json is missing"),
+        (edited(last_lost), {}, ValueError, "manifest.json lists 2 of 3 snapshots: let its run end"),
+        (updated(spec=None), {}, ValueError, "manifest.json names no architecture .* give a factory"),
+        (updated(spec={}), {}, ValueError, "manifest.json has a spec that cannot be built"),
+        (updated(spec={**SPEC, "name": "resnet9"}), {}, ValueError, "manifest.json has a spec that cannot be"),
+        (
+            updated(spec={**SPEC, "num_classes": 7}),
+            {},
+            ValueError,
+            r"snapshot-1.safetensors does not fit this \w+: of another shape: .*weight \(3, 16\) for \(7, 16\)",
+        ),
+        (None, {"factory": Net}, ValueError, "snapshot-1.safetensors does not fit this Net: missing: .*; unex"),
+        (None, {"factory": "resnet20"}, TypeError, "factory must be a function that makes a model, got str"),
+        (None, {"factory": dict}, TypeError, "factory must return an nn.Module, got dict"),
+        (None, {"layer": "nowhere"}, ValueError, "nowhere"),
+    ],
+)
 def test_load_refuses(run, prepare, options, error, message):
     if prepare:
         prepare(run[0])
@@ -529,7 +555,7 @@ def test_an_unfinished_run_gives_the_snapshots_one_asks_for(run):
 
 def test_anybodys_files_are_loaded(tmp_path, nets, images, device):
     paths = [tmp_path / name for name in ("a.safetensors", "b.pt", "c.pth")]
-    checkpoint.save_tensors(paths[0], nets[0].state_dict())
+    tensor_files.save_tensors(paths[0], nets[0].state_dict())
     torch.save({"state_dict": nn.DataParallel(nets[1]).state_dict(), "epoch": 3}, paths[1])
     torch.save({"model": nets[2].state_dict()}, paths[2])
     ensemble = SnapshotEnsemble.from_files(paths, Net, device)
@@ -551,16 +577,19 @@ def test_one_model_may_serve_as_the_factory(tmp_path, nets, images):
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("paths, options, error, message", [
-    ("a.pt", {}, ValueError, "paths must be a list of at least one file, got 'a.pt'"),
-    (Path("a.pt"), {}, ValueError, "paths must be a list of at least one file, got PosixPath"),
-    ([], {}, ValueError, r"paths must be a list of at least one file, got \[\]"),
-    (["nowhere.pt"], {}, FileNotFoundError, "nowhere.pt is missing"),
-    (["a.pt"], {"sha256": [HASH]}, ValueError, "a.pt was changed or damaged"),
-    (["a.pt"], {"sha256": [HASH, HASH]}, ValueError, "sha256 must hold a hash for each of 1 paths, got 2"),
-    (["a.pt"], {"factory": None}, TypeError, "factory must be a function that makes a model, got NoneType"),
-    (["a.pt"], {"factory": lambda: Net(classes=4)}, ValueError, "a.pt does not fit this Net"),
-])
+@pytest.mark.parametrize(
+    "paths, options, error, message",
+    [
+        ("a.pt", {}, ValueError, "paths must be a list of at least one file, got 'a.pt'"),
+        (Path("a.pt"), {}, ValueError, "paths must be a list of at least one file, got PosixPath"),
+        ([], {}, ValueError, r"paths must be a list of at least one file, got \[\]"),
+        (["nowhere.pt"], {}, FileNotFoundError, "nowhere.pt is missing"),
+        (["a.pt"], {"sha256": [HASH]}, ValueError, "a.pt was changed or damaged"),
+        (["a.pt"], {"sha256": [HASH, HASH]}, ValueError, "sha256 must hold a hash for each of 1 paths, got 2"),
+        (["a.pt"], {"factory": None}, TypeError, "factory must be a function that makes a model, got NoneType"),
+        (["a.pt"], {"factory": lambda: Net(classes=4)}, ValueError, "a.pt does not fit this Net"),
+    ],
+)
 def test_from_files_refuses(tmp_path, monkeypatch, paths, options, error, message):
     monkeypatch.chdir(tmp_path)
     torch.save(Net().state_dict(), "a.pt")
@@ -572,24 +601,30 @@ def test_from_files_refuses(tmp_path, monkeypatch, paths, options, error, messag
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("models, error, message", [
-    ([], ValueError, "models must hold at least one nn.Module"),
-    (Net(), TypeError, "models must be a list of nn.Modules, got one Net"),
-    (nn.Sequential(nn.Linear(1, 1)), TypeError, "models must be a list of nn.Modules, got one Sequential"),
-    ([Net(), "net"], TypeError, "models must be nn.Modules, got str"),
-    ([nn.Conv2d(1, 1, 1)], ValueError, "Linear"),
-])
+@pytest.mark.parametrize(
+    "models, error, message",
+    [
+        ([], ValueError, "models must hold at least one nn.Module"),
+        (Net(), TypeError, "models must be a list of nn.Modules, got one Net"),
+        (nn.Sequential(nn.Linear(1, 1)), TypeError, "models must be a list of nn.Modules, got one Sequential"),
+        ([Net(), "net"], TypeError, "models must be nn.Modules, got str"),
+        ([nn.Conv2d(1, 1, 1)], ValueError, "Linear"),
+    ],
+)
 def test_ensemble_refuses(models, error, message):
     with pytest.raises(error, match=message):
         SnapshotEnsemble(models)
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("other, message", [
-    ({"classes": 4}, r"logits of snapshot 1 must have snapshot 0's shape \(2, 3\), got \(2, 4\)"),
-    ({"classes": 1}, r"logits of snapshot 1 must have snapshot 0's shape \(2, 3\), got \(2, 1\)"),
-    ({"width": 6}, r"features of snapshot 1 must have snapshot 0's shape \(2, 5\), got \(2, 6\)"),
-])
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        ({"classes": 4}, r"logits of snapshot 1 must have snapshot 0's shape \(2, 3\), got \(2, 4\)"),
+        ({"classes": 1}, r"logits of snapshot 1 must have snapshot 0's shape \(2, 3\), got \(2, 1\)"),
+        ({"width": 6}, r"features of snapshot 1 must have snapshot 0's shape \(2, 5\), got \(2, 6\)"),
+    ],
+)
 def test_snapshots_must_agree(other, message):
     with pytest.raises(ValueError, match=message):
         SnapshotEnsemble([Net(), Net(**other)])(torch.randn(2, 1, 8, 8))
@@ -855,7 +890,7 @@ def test_a_convolution_that_serves_twice_is_folded_once_for_each():
 def test_host_snapshots_pass_through_two_slots(nets, images):
     nets[1].head.weight.data.mul_(2)
     ensemble = SnapshotEnsemble(nets)
-    swapped = forwards.Swapped(ensemble._captures)
+    swapped = Swapped(ensemble._captures)
     wanted = alone(ensemble, images.cpu())
     for _ in range(2):
         got = [torch.stack(rows) for rows in zip(*swapped(images.cpu()), strict=True)]
@@ -867,9 +902,21 @@ def test_host_snapshots_pass_through_two_slots(nets, images):
     got = [torch.stack(rows) for rows in zip(*swapped(images.cpu()), strict=True)]
     assert all(map(torch.equal, got, wanted)) and not (got[0][2] - ensemble.models[2].head.bias).any()
     assert held == {name: t.data_ptr() for name, t in swapped.slots[0].items()}
-    assert held.keys() == {"convolution.weight", "convolution.bias", "norm.weight", "norm.bias", "norm.running_mean",
-                           "norm.running_var", "norm.num_batches_tracked", "table", "hidden.weight", "hidden.bias",
-                           "tied.bias", "head.weight", "head.bias"}  # fmt: skip
+    assert held.keys() == {
+        "convolution.weight",
+        "convolution.bias",
+        "norm.weight",
+        "norm.bias",
+        "norm.running_mean",
+        "norm.running_var",
+        "norm.num_batches_tracked",
+        "table",
+        "hidden.weight",
+        "hidden.bias",
+        "tied.bias",
+        "head.weight",
+        "head.bias",
+    }
     ensemble.double()
     double = list(swapped(images.cpu().double()))
     assert double[0][0].dtype == torch.float64

@@ -12,7 +12,8 @@ from cases import DTYPES, INF, fusions, kept, readings, sizes, sparse, tensors
 from numerics import check, evaluate, exact
 from torch.nn import functional as F
 
-from eekd import ensemble_kd, reference, sparse_ensemble_kd
+from eekd import ensemble_kd, sparse_ensemble_kd
+from eekd.ops import reference
 
 # Numbers
 
@@ -28,9 +29,16 @@ def by_columns(temperature, alpha, fusion, attention_objective, **x):
     attention = {name: x[name] for name in ("scores", "query", "keys") if name in x}
     y = torch.tensor(at, device=s.device)
     loss, weights, attention_loss = reference.ensemble_kd(
-        columns, z, y, temperature=tau, alpha=0.0, fusion=fusion, attention_objective=attention_objective,
-        reduction="sum", **attention,
-    )  # fmt: skip
+        columns,
+        z,
+        y,
+        temperature=tau,
+        alpha=0.0,
+        fusion=fusion,
+        attention_objective=attention_objective,
+        reduction="sum",
+        **attention,
+    )
     ce = F.cross_entropy(s, x["labels"], reduction="sum")
     return alpha * ce + (1 - alpha) * loss, weights, attention_loss
 

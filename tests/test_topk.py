@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eekd import EEKDLoss, TopKLogits, ensemble_kd, sparse_ensemble_kd, top_k_logits
-from eekd.losses import WEIGHTINGS, log_weights
+from eekd.method.weightings import WEIGHTINGS, log_weights
 
 bad_input = pytest.mark.bad_input
 TEMPERATURES = (1, 1.2, 1.5, 2, 2.5, 3, 4, 6, 8, 12, 16, 20)
@@ -158,18 +158,21 @@ def test_weights_from_top_k():
     _, z, labels, *_ = batch(dtype=torch.float64)
     kept = top_k_logits(z, 6, labels)
     for weighting in set(WEIGHTINGS) - {"attention", "uniform", "entropy"}:
-        torch.testing.assert_close(log_weights(weighting, kept, labels), log_weights(weighting, z, labels),
-                                   rtol=1e-4, atol=1e-4)  # fmt: skip
+        torch.testing.assert_close(
+            log_weights(weighting, kept, labels), log_weights(weighting, z, labels), rtol=1e-4, atol=1e-4
+        )
     p = torch.cat((kept.logits, (left_out(z, kept)).logsumexp(2, keepdim=True)), 2).softmax(2)
     h = torch.special.entr(p).sum(2).t()
-    torch.testing.assert_close(log_weights("entropy", kept).exp().double(), 1 - h / h.sum(1, keepdim=True),
-                               rtol=1e-3, atol=1e-4)  # fmt: skip
+    torch.testing.assert_close(
+        log_weights("entropy", kept).exp().double(), 1 - h / h.sum(1, keepdim=True), rtol=1e-3, atol=1e-4
+    )
     labels[0] = (set(range(30)) - set(kept.indices[0].tolist())).pop()  # a label outside is the bucket's
     labels[1] = -100
     assert log_weights("confidence", kept, labels).isfinite().all()
     ce = -p[:, 0, -1].log()
-    torch.testing.assert_close(log_weights("confidence", kept, labels)[0].double(), (1 - ce.softmax(0)).log(),
-                               rtol=1e-4, atol=1e-4)  # fmt: skip
+    torch.testing.assert_close(
+        log_weights("confidence", kept, labels)[0].double(), (1 - ce.softmax(0)).log(), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_no_more_than_the_bound_is_lost():

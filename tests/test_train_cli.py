@@ -9,10 +9,11 @@ import sys
 import pytest
 from rich.console import Console
 
-from eekd import screen
-from eekd import train as cli
-from eekd.config import Config, preset, settled
-from eekd.files import sha256_of
+from eekd.io.files import sha256_of
+from eekd.train import __main__ as cli
+from eekd.train import screen
+from eekd.train.config import Config, settled
+from eekd.train.presets import preset
 
 TEACHER = "--teacher.epochs 2 --teacher.snapshots 2 --teacher.model resnet8_w4"
 SMALL = f"teacher {TEACHER} --student.epochs 1 --train-limit 150 --device cpu"
@@ -121,7 +122,7 @@ def test_ctrl_c_is_one_line(here, monkeypatch, capsys):
     def stop(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("eekd.trainers.train", stop)
+    monkeypatch.setattr("eekd.train.train", stop)
     assert cli.main([]) == 130
     assert sentence(capsys) == "stopped"
 
@@ -132,7 +133,7 @@ def test_out_of_memory_is_one_line(here, monkeypatch, capsys):
     def burst(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("eekd.trainers.train", burst)
+    monkeypatch.setattr("eekd.train.train", burst)
     assert cli.main([]) == 2
     assert "a smaller batch_size may fit" in sentence(capsys)
 
@@ -188,7 +189,7 @@ def test_bad_flags(run, here, capsys, typed, wanted):
 
 @pytest.mark.bad_input
 def test_without_rich_and_tyro_one_sentence_says_what_to_install():
-    code = "import sys; sys.modules['tyro'] = None; import eekd.train"
+    code = "import sys; sys.modules['tyro'] = None; import eekd.train.__main__"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "pip install 'eekd[train]'" in done.stderr
 

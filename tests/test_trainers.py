@@ -14,18 +14,20 @@ import numpy as np
 import pytest
 import torch
 
-from eekd import models, reference
-from eekd.checkpoint import load_tensors
-from eekd.config import Config, Student, Teacher, Weighting
+from eekd import models
 from eekd.data import Loader
-from eekd.features import LastFeatures
-from eekd.files import sha256_of
+from eekd.io.files import sha256_of
+from eekd.io.tensors import load_tensors
+from eekd.ops import reference
 from eekd.snapshots import SnapshotEnsemble, read_manifest
-from eekd.trainers import loop, prepare, table, train, train_student, train_teacher
-from eekd.trainers.folder import Log, new_folder
-from eekd.trainers.loop import Clock, Means, Session, evaluate, learning_rate
-from eekd.trainers.plan import plan
-from eekd.trainers.teacher import diagnose
+from eekd.snapshots.features import LastFeatures
+from eekd.train import prepare, train, train_student, train_teacher
+from eekd.train.config import Config, Student, Teacher, Weighting
+from eekd.train.estimate import plan
+from eekd.train.run import table
+from eekd.train.run_folder import Log, new_folder
+from eekd.train.teacher import diagnose
+from eekd.train.trainer import Clock, Means, Session, evaluate, learning_rate
 
 TINY = """
 from torch import nn
@@ -86,7 +88,8 @@ def test_learning_rate_steps_down_at_its_milestones():
 def test_processes_start_from_the_same_weights_and_draw_other_numbers(tiny, monkeypatch):
     session, drawn, weights = prepare(small(tiny)), [], None
     for rank in range(3):
-        monkeypatch.setattr(loop.distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr("eekd.parallel.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("eekd.parallel.is_main_process", lambda rank=rank: rank == 0)
         network = session.network(session.config.teacher, 0)
         drawn.append((torch.rand(()).item(), random.random(), np.random.rand()))
         weights = weights or network.state_dict()
@@ -130,9 +133,14 @@ def test_run_folder_is_complete(run):
     expected = {".lock", "config.json", "environment.json", "summary.json", "teacher", "students"}
     assert {path.name for path in run.iterdir()} == expected
     assert {path.name for path in (run / "teacher").iterdir()} == {
-        "manifest.json", "metrics.csv", "metrics.jsonl", "snapshots.json",
-        "snapshot-1.safetensors", "snapshot-2.safetensors", "snapshot-3.safetensors",
-    }  # fmt: skip
+        "manifest.json",
+        "metrics.csv",
+        "metrics.jsonl",
+        "snapshots.json",
+        "snapshot-1.safetensors",
+        "snapshot-2.safetensors",
+        "snapshot-3.safetensors",
+    }
     for weighting in WEIGHTINGS:
         files = {"metrics.csv", "metrics.jsonl", "student.json", "student.safetensors"}
         files |= {"attention.safetensors"} if weighting == "attention" else set()
@@ -143,10 +151,28 @@ def test_run_folder_is_complete(run):
 
 
 def test_metrics_of_every_epoch(run):
-    common = {"epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds",
-              "seconds_teacher", "seconds_forward", "seconds_backward"}  # fmt: skip
-    taught = {"train_attention_loss", "weights", "weight_entropy", "val_target_nll", "val_target_nll_uniform",
-              "val_kd_loss", "val_kd_loss_uniform"}  # fmt: skip
+    common = {
+        "epoch",
+        "step",
+        "lr",
+        "train_loss",
+        "train_accuracy",
+        "val_loss",
+        "val_accuracy",
+        "seconds",
+        "seconds_teacher",
+        "seconds_forward",
+        "seconds_backward",
+    }
+    taught = {
+        "train_attention_loss",
+        "weights",
+        "weight_entropy",
+        "val_target_nll",
+        "val_target_nll_uniform",
+        "val_kd_loss",
+        "val_kd_loss_uniform",
+    }
     for folder in (run / "teacher", *(run / "students").iterdir()):
         plain = folder.name in ("teacher", "ce")
         for epoch, row in enumerate(rows(folder), 1):
@@ -238,8 +264,9 @@ def test_would_uniform_have_been_better(run, config):
         query = v @ maps["attention.student.weight"].T / math.sqrt(phase.embed_dim)
         keys = u @ maps["attention.snapshots.weight"].T
         fixed = dict(temperature=phase.temperature, alpha=phase.alpha)
-        loss, _, nll = reference.ensemble_kd(logits.double(), z.double(), labels, query=query.double(),
-                                             keys=keys.double(), **fixed)  # fmt: skip
+        loss, _, nll = reference.ensemble_kd(
+            logits.double(), z.double(), labels, query=query.double(), keys=keys.double(), **fixed
+        )
         uniform_loss, _, uniform_nll = reference.ensemble_kd(logits.double(), z.double(), labels, **fixed)
     assert len(session.data.val) == len(labels)
     assert row["val_kd_loss"] == pytest.approx(loss.item(), rel=1e-4)
@@ -472,8 +499,11 @@ def test_plan_agrees_with_the_run(run, config):
 
 def test_plan_is_of_one_of_several_processes(config, monkeypatch):
     def planned(**changes) -> dict:
-        session = prepare(dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, snapshots=3),
-                                              students=("ce", "uniform"), **changes))  # fmt: skip
+        session = prepare(
+            dataclasses.replace(
+                config, teacher=dataclasses.replace(config.teacher, snapshots=3), students=("ce", "uniform"), **changes
+            )
+        )
         return {row["name"]: row for row in plan(session)}
 
     alone, parts = planned(), planned(accumulate=2)
@@ -481,7 +511,7 @@ def test_plan_is_of_one_of_several_processes(config, monkeypatch):
     snapshot = (alone["uniform"]["memory"] - alone["ce"]["memory"]) // 3
     assert parts["ce"]["steps"] == alone["ce"]["steps"]
     assert parts["ce"]["memory"] < alone["ce"]["memory"]
-    monkeypatch.setattr("eekd.distributed.size", lambda: 2)
+    monkeypatch.setattr("eekd.parallel.world_size", lambda: 2)
     ranks = planned(snapshots_on="ranks")
     assert ranks["ce"]["steps"] == alone["ce"]["steps"]
     assert ranks["ce"]["memory"] == parts["ce"]["memory"]
@@ -490,7 +520,7 @@ def test_plan_is_of_one_of_several_processes(config, monkeypatch):
 
 
 def test_the_library_needs_neither_rich_nor_tyro():
-    code = "import sys; sys.modules |= {'rich': None, 'tyro': None}; import eekd.trainers"
+    code = "import sys; sys.modules |= {'rich': None, 'tyro': None}; import eekd.train"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

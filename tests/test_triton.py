@@ -64,10 +64,14 @@ def run_suites(expression: str, marked: str):
 
 
 @interprets
-@pytest.mark.parametrize("left_out, marked", [
-    ("inductor or (sparse and (any_layout or ignored))", "not slow and not full"),  # seconds each
-    pytest.param("no_test", "not slow", marks=pytest.mark.full),
-], ids=["some", "more"])  # fmt: skip
+@pytest.mark.parametrize(
+    "left_out, marked",
+    [
+        ("inductor or (sparse and (any_layout or ignored))", "not slow and not full"),  # seconds each
+        pytest.param("no_test", "not slow", marks=pytest.mark.full),
+    ],
+    ids=["some", "more"],
+)
 @pytest.mark.parametrize("chosen", [f"not sparse and ({DENSE})", f"sparse and ({SPARSE})"], ids=["dense", "sparse"])
 def test_the_ops_suites_in_the_interpreter(chosen, left_out, marked):
     run_suites(f"{chosen} and not ({left_out})", marked)
@@ -210,9 +214,7 @@ def test_a_launch_that_fails_is_counted_and_passed_over():
 
 def test_the_tuner_without_a_gpu_says_so():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(
-        [sys.executable, "-m", "eekd.kernels.tune"], env=environment, capture_output=True, text=True
-    )  # fmt: skip
+    run = subprocess.run([sys.executable, "-m", "eekd.kernels.tune"], env=environment, capture_output=True, text=True)
     assert run.returncode == 2 and "no GPU was found" in run.stderr
 
 
@@ -239,7 +241,9 @@ class Recorder:
 
 driver.set_active(Recorder())
 """
-LAUNCHES = RECORDER + """
+LAUNCHES = (
+    RECORDER
+    + """
 from eekd.kernels import ensemble_kd as kernels
 
 
@@ -292,6 +296,7 @@ assert launched[0][0] == "rows_kernel" and len(kernels.common._compiled) == expe
 vector = kernels.rows_kernel.arg_names.index("VECTOR") - len(kernels.rows_kernel.arg_names)
 assert launched[0][vector] == 1, launched[0][vector]
 """
+)
 
 
 def test_what_is_launched_again_is_what_was_launched_first():

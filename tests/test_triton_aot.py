@@ -77,9 +77,17 @@ def arguments(count, classes, dtype, fusion, objective, attention="scores", whol
     options = (5.0, 0.5, fusion == "logit", objective == "kl", True, -100)
     scores, query, keys = inputs
     planned = module.plan(
-        student, snapshots, *more, labels, *inputs, *options,
-        empty(dtype=dtype if dtype == torch.float64 else torch.float32), student, scores, query,
-    )  # fmt: skip
+        student,
+        snapshots,
+        *more,
+        labels,
+        *inputs,
+        *options,
+        empty(dtype=dtype if dtype == torch.float64 else torch.float32),
+        student,
+        scores,
+        query,
+    )
     tensors = (
         student, logits if whole else snapshots, *more, labels, *inputs, empty(dtype=torch.int32), empty(rows),
         empty(rows), empty(rows, count), student, *inputs,
@@ -180,7 +188,13 @@ def instructions_per_column(kernel, folder, arguments):
 
 # The last two have no last columns, whose code is counted though it is skipped.
 BUDGET = [
-    (5, 1000, 100), (5, 4096, 100), (5, 32000, 100), (4, 1000, 100), (4, 4096, 100), (4, 32000, 100), (5, 8192, 128),
+    (5, 1000, 100),
+    (5, 4096, 100),
+    (5, 32000, 100),
+    (4, 1000, 100),
+    (4, 4096, 100),
+    (4, 32000, 100),
+    (5, 8192, 128),
     (5, 16384, 108),
 ]
 
@@ -243,9 +257,10 @@ def test_the_small_launches_have_all_loads_under_way(tmp_path):
     assert code(common.count_kernel, 4, **tensors, B=32768, ignore_index=-100, BLOCK=1024) == (4, 0)
     for n in (32768, 32767):
         numbers = {"n": n, "stride": 32768, "BLOCK": 32768, "VECTOR": 4, "THREADS": 1024}
-        assert code(
-            common.sum_kernel, 32, parts=empty(2, 32768), o_first=empty(), o_second=empty(), **numbers
-        ) == (8, 0)  # fmt: skip
+        assert code(common.sum_kernel, 32, parts=empty(2, 32768), o_first=empty(), o_second=empty(), **numbers) == (
+            8,
+            0,
+        )
 
 
 @pytest.mark.slow

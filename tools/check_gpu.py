@@ -81,9 +81,10 @@ def stages(gpu: bool, tiny: bool, out: Path, runs: Path) -> list[dict[str, Part]
     def tests(backend):
         which = f"{backend} and (formulas or columns_of_the_contract)" if tiny else backend
         return Part(
-            [*pytest, *suites, *([] if tiny else ["-m", "gpu"]), "-k", which], 240,
+            [*pytest, *suites, *([] if tiny else ["-m", "gpu"]), "-k", which],
+            240,
             "" if gpu or backend == "native" else "no CUDA device",
-        )  # fmt: skip
+        )
 
     found = [
         {
@@ -207,9 +208,12 @@ def launch_kernels(device: str, backend: str, shapes=SANITIZED) -> int:
                     for reduction in REDUCTIONS:
                         for logits in layouts:
                             out = op(
-                                **given, snapshot_logits=logits, fusion=fusion, attention_objective=objective,
+                                **given,
+                                snapshot_logits=logits,
+                                fusion=fusion,
+                                attention_objective=objective,
                                 reduction=reduction,
-                            )  # fmt: skip
+                            )
                             (2 * (out.loss + out.attention_loss)).sum().backward()
                             launches += 1
         if device == "cuda":
@@ -258,9 +262,14 @@ def run(stage: dict[str, Part], end: float, environment: dict[str, str]) -> dict
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // len(stage))), "PYTHONUNBUFFERED": "1"}
         output = tempfile.NamedTemporaryFile("w+", errors="replace")  # noqa: SIM115, and no pipe, for it could fill
         process = subprocess.Popen(
-            part.command, cwd=ROOT, env=os.environ | threads | environment | part.environment, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            part.command,
+            cwd=ROOT,
+            env=os.environ | threads | environment | part.environment,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
         running[name] = process, open(output.name, errors="replace"), [], time.monotonic()  # noqa: SIM115
 
     def send(process, what):
@@ -308,7 +317,7 @@ def facts(environment: dict[str, str]) -> dict:
     code = "import json; from eekd.info import environment; print(json.dumps(environment()))"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
-    )  # fmt: skip
+    )
     if found.returncode:
         return {"torch": torch.__version__, "commit": None, "eekd": found.stderr[-300:]}
     return json.loads(found.stdout.splitlines()[-1])
@@ -368,9 +377,10 @@ def main(argv: list[str] | None = None) -> int:
         rows, found = {}, None
         for stage in todo:
             stage = {
-                part: stage[part] for part in stage
+                part: stage[part]
+                for part in stage
                 if (part in args.part if args.part else parts.get(part, {}).get("status") != 0)
-            }  # fmt: skip
+            }
             if not stage:
                 continue
             print(f"{', '.join(stage)} ...", flush=True)

@@ -8,7 +8,7 @@ weighting are chosen later.
                                      the samples from s · shard_rows on; a sample is one contiguous read.
                                      Of a top-k bank: logits (rows, M, K), their classes indices (rows, K), 16 bits
                                      of an unsigned number, or int32 for more than 65,536 classes, and
-                                     atoms (rows, M, 2, J) float32, see eekd.topk
+                                     atoms (rows, M, 2, J) float32, see eekd.method.topk
       manifest.json                  written last, so it marks a finished bank (below)
       .lock                          held by the command that writes
 

@@ -9,8 +9,8 @@ if __name__ == "__main__":
     command.start()
 
 from eekd.bank import Flags
-from eekd.files import in_words, printable
-from eekd.signals import signals
+from eekd.io.files import in_words, printable
+from eekd.train.signals import signals
 
 try:
     import tyro
@@ -25,13 +25,13 @@ def main(argv: list[str] | None = None) -> int:
         flags = parse(command.arguments(argv))
         import torch  # not before: a mistake, or a call for help, needs no torch
 
-        from eekd import distributed
-        from eekd.bank.writer import write
+        from eekd import parallel
+        from eekd.train.write_bank import write_bank
     except (ImportError, ValueError) as error:
         return _error(error)
     with signals:
         try:
-            write(flags, Console(markup=False), *distributed.started())
+            write_bank(flags, Console(markup=False), *parallel.rank_and_world_size())
             return 0
         except KeyboardInterrupt:
             print("stopped; the same command goes on from here", file=sys.stderr)

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from eekd.files import printable, read_checked, read_json, sha256_of
-from eekd.topk import TopKLogits
+from eekd.io.files import printable, read_checked, read_json, sha256_of
+from eekd.method.topk import TopKLogits
 
 DENSE, TOP_K = 1, 2  # formats; older versions know the first one only
 MANIFEST = "manifest.json"
@@ -80,8 +80,9 @@ class LogitBank:
             raise TypeError(f"index must be int64 of shape (B,), got {got}")
         return self._said(self._gather(view, index.cpu(), [*self._stored], pinned=False), index.device)
 
-    def prefetch(self, view: int, indices: Sequence[Tensor], device: str | torch.device = "cpu",
-                 features: bool = True) -> Iterator[tuple[Tensor | TopKLogits, Tensor | None]]:  # fmt: skip
+    def prefetch(
+        self, view: int, indices: Sequence[Tensor], device: str | torch.device = "cpu", features: bool = True
+    ) -> Iterator[tuple[Tensor | TopKLogits, Tensor | None]]:
         """`rows(view, index)` on `device` for each of `indices`, gathered ahead by a thread, through pinned memory.
 
         `features=False` leaves the features unread.

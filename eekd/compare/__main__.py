@@ -12,10 +12,11 @@ from eekd import command
 if __name__ == "__main__":
     command.start()
 
-from eekd.compare import METHODS, method
-from eekd.config import Config, preset, settled, switched
-from eekd.files import in_words, printable
-from eekd.signals import signals
+from eekd.compare.methods import METHODS, method
+from eekd.io.files import in_words, printable
+from eekd.train.config import Config, settled, switched
+from eekd.train.presets import preset
+from eekd.train.signals import signals
 
 try:
     import tyro
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         flags = parse(argv)
         import torch  # not before: a mistake, or a call for help, needs no torch
 
-        from eekd.compare import cells  # noqa: F401
+        from eekd.compare import runner  # noqa: F401
     except (ImportError, OSError, TypeError, ValueError) as error:
         return _error(error)
     with signals:
@@ -97,8 +98,9 @@ def parse(argv: list[str]) -> Flags:
             raise ValueError(f"{name} must be left to {by}, got {getattr(chosen, name)!r}")
     for name in VARIED:
         if getattr(chosen.student, name) != (kept := getattr(Config().student, name)):
-            raise ValueError(f"student.{name} must be {kept!r}, since methods vary it, got "
-                             f"{getattr(chosen.student, name)!r}")  # fmt: skip
+            raise ValueError(
+                f"student.{name} must be {kept!r}, since methods vary it, got {getattr(chosen.student, name)!r}"
+            )
     if flags.views is not None and flags.views < 1:
         raise ValueError(f"views must be at least 1, got {flags.views}")
     if flags.first_seed < 0:
@@ -117,12 +119,12 @@ def parse(argv: list[str]) -> Flags:
 
 def run(flags: Flags, typed: list[str]) -> Path:
     """Makes the cells that are missing and writes study.json; returns its path."""
-    from eekd import distributed
-    from eekd.compare.cells import Seed, keep_settings, kept_settings
+    from eekd import parallel
+    from eekd.compare.runner import Seed, keep_settings, kept_settings
     from eekd.compare.study import gather
-    from eekd.trainers import prepare
+    from eekd.train import prepare
 
-    rank, processes = distributed.started()
+    rank, processes = parallel.rank_and_world_size()
     out = Path(flags.out or f"runs/compare-{Path(flags.settings.data).name}")
     wanted = dataclasses.replace(flags.settings, seeds=1)
     if (out / "settings.json").exists():
@@ -143,7 +145,7 @@ def run(flags: Flags, typed: list[str]) -> Path:
         for seed in range(flags.first_seed, flags.first_seed + flags.settings.seeds)[rank::processes]:
             config = dataclasses.replace(settings, seed=seed)
             Seed(out, config, flags.methods, views, augmented, session.data, say, progress).run()
-    distributed.wait_for_started()
+    parallel.long_barrier()
     path = gather(out, typed, augmented) if rank == 0 else out / "study.json"
     console.print(f"everything is in {printable(path.parent)}", highlight=False, soft_wrap=True)
     return path

@@ -7,8 +7,8 @@ import re
 import shlex
 from pathlib import Path
 
-from eekd.compare import KINDS
-from eekd.files import printable, write_atomic
+from eekd.compare.methods import KINDS
+from eekd.io.files import printable, write_atomic
 
 PRINCIPLES = {
     "quality": "Quality: does a stronger ensemble teach better?",
@@ -43,8 +43,19 @@ def page(record: dict, figures: str | None = None, more: str = "") -> str:
     def figure(name):
         return [f"![{FIGURES[name]}]({figures}{name}.svg)", ""] if name in shown else []
 
-    lines = ["# Ways to teach a student, compared", "", *_setting(record), "", *_verdicts(record), "",
-             "## Every method", "", *_methods(record), "", *figure("methods")]  # fmt: skip
+    lines = [
+        "# Ways to teach a student, compared",
+        "",
+        *_setting(record),
+        "",
+        *_verdicts(record),
+        "",
+        "## Every method",
+        "",
+        *_methods(record),
+        "",
+        *figure("methods"),
+    ]
     for principle, title in PRINCIPLES.items():
         lines += [f"## {title}", ""]
         for row in (row for row in record["claims"] if row["principle"] == principle):
@@ -75,17 +86,22 @@ def _setting(record: dict) -> list[str]:
         "± is the standard deviation over seeds. Differences are taken seed by seed; in brackets is Student's 95 % "
         "interval, which is not corrected for the number of comparisons. A claim *holds* where all its intervals lie "
         "on the claimed side of 0, is *contradicted* where one lies on the other side, and else is *undecided*.",
-    ]  # fmt: skip
+    ]
 
 
 def _verdicts(record: dict) -> list[str]:
-    return ["| claim of the paper | here |", "|---|---|",
-            *(f"| {row['claim']} | {row['verdict']} |" for row in record["claims"])]  # fmt: skip
+    return [
+        "| claim of the paper | here |",
+        "|---|---|",
+        *(f"| {row['claim']} | {row['verdict']} |" for row in record["claims"]),
+    ]
 
 
 def _methods(record: dict) -> list[str]:
-    lines = ["| method | name | M | validation, % | test, % | over CE, points | over uniform, points |",
-             "|---|---|--:|--:|--:|--:|--:|"]  # fmt: skip
+    lines = [
+        "| method | name | M | validation, % | test, % | over CE, points | over uniform, points |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
     for row in record["methods"]:
         cells = [row["title"], f"`{row['name']}`", str(len(row["epochs"]) or ""), percent(row["val"]),
                  percent(row["test"]), points(row["over_ce"]), points(row["over_uniform"])]  # fmt: skip
@@ -96,8 +112,11 @@ def _methods(record: dict) -> list[str]:
 def _ensembles(record: dict) -> list[str]:
     if not record["ensembles"]:
         return []
-    lines = ["| teacher | its snapshots, test % | ensemble (mean of probabilities), test % | over the ordinary one, "
-             "points |", "|---|---|--:|--:|"]  # fmt: skip
+    lines = [
+        "| teacher | its snapshots, test % | ensemble (mean of probabilities), test % | over the ordinary one, "
+        "points |",
+        "|---|---|--:|--:|",
+    ]
     for row in record["ensembles"]:
         each = " ".join(f"{100 * accuracy:.1f}" for accuracy in row["members"])
         lines.append(f"| {KINDS[row['kind']]} | {each} | {percent(row['test'])} | {points(row['over_ordinary'])} |")
@@ -120,37 +139,53 @@ def _number(record: dict) -> list[str]:
     series = {name: series_of(record, name) for name in ("uniform", "attention")}
     if not any(series.values()):
         return []
-    lines = ["| M | uniform, test % | attention, test % | teacher forwards per image: online | from a bank |",
-             "|--:|--:|--:|--:|--:|"]  # fmt: skip
+    lines = [
+        "| M | uniform, test % | attention, test % | teacher forwards per image: online | from a bank |",
+        "|--:|--:|--:|--:|--:|",
+    ]
     for m in sorted(set().union(*series.values())):
         rows = [series[name].get(m) for name in series]
         cost = next(row["cost"] for row in rows if row)
         each = [cost[key] / record["images"] for key in ("teaching", "teaching_bank")]
-        lines.append(f"| {m} | {' | '.join(percent(row['test']) if row else '' for row in rows)} | "
-                     f"{each[0]:.0f} | {each[1]:.0f} |")  # fmt: skip
+        lines.append(
+            f"| {m} | {' | '.join(percent(row['test']) if row else '' for row in rows)} | "
+            f"{each[0]:.0f} | {each[1]:.0f} |"
+        )
     return [*lines, ""]
 
 
 def _cost(record: dict) -> list[str]:
     base = next((row["cost"] for row in record["methods"] if row["name"] == "ce"), None)
     head = "| method | teachers | train teachers | teach: online | bank | train student | TFLOP: online | bank | "
-    lines = ["Forwards of one image by the network named, in millions; a training step counts as three. Each method "
-             "pays for its own teachers and bank.", "",
-             head + "s: teachers | bank | student |", "|---|" + "--:|" * 10]  # fmt: skip
+    lines = [
+        "Forwards of one image by the network named, in millions; a training step counts as three. Each method "
+        "pays for its own teachers and bank.",
+        "",
+        head + "s: teachers | bank | student |",
+        "|---|" + "--:|" * 10,
+    ]
     for row in record["methods"]:
         cost, seconds = row["cost"], row["seconds"]
         forwards = [cost[key] for key in ("teacher_training", "teaching", "teaching_bank", "student_training")]
         flops = [cost[key] for key in ("gflops_online", "gflops_bank")]
         spent = [seconds[key] for key in ("teachers", "bank", "student")]
-        cells = [row["title"], str(cost["teachers"]), *(number(x, 1e-6, ".3g") for x in forwards),
-                 *(number(x, 1e-3, ",.3g") for x in flops), *(number(x, 1, ",.0f") for x in spent)]  # fmt: skip
+        cells = [
+            row["title"],
+            str(cost["teachers"]),
+            *(number(x, 1e-6, ".3g") for x in forwards),
+            *(number(x, 1e-3, ",.3g") for x in flops),
+            *(number(x, 1, ",.0f") for x in spent),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     flops = record["flops"]
     if base and flops:
-        lines += ["", f"One forward is {flops['teacher'] / 1e6:,.2f} MFLOP of the teacher and "
-                  f"{flops['student'] / 1e6:,.2f} of the student. Seconds are wall-clock, of one process with "
-                  f"{_one(record['threads'])} thread(s), and hold the passes over validation and test images "
-                  "too."]  # fmt: skip
+        lines += [
+            "",
+            f"One forward is {flops['teacher'] / 1e6:,.2f} MFLOP of the teacher and "
+            f"{flops['student'] / 1e6:,.2f} of the student. Seconds are wall-clock, of one process with "
+            f"{_one(record['threads'])} thread(s), and hold the passes over validation and test images "
+            "too.",
+        ]
     return [*lines, ""]
 
 
@@ -159,8 +194,12 @@ def online(record: dict) -> list[str]:
     rows = [row for row in record["methods"] if row["over_online"]]
     if not rows:
         return []
-    lines = [f"## A bank of {record['views']} views against snapshots that run", "",
-             "| method | from the bank, test % | over online, points |", "|---|--:|--:|"]  # fmt: skip
+    lines = [
+        f"## A bank of {record['views']} views against snapshots that run",
+        "",
+        "| method | from the bank, test % | over online, points |",
+        "|---|--:|--:|",
+    ]
     lines += [f"| {row['title']} | {percent(row['test'])} | {points(row['over_online'])} |" for row in rows]
     return [*lines, ""]
 
@@ -189,8 +228,11 @@ def _parts(row: dict) -> list[str]:
 def _made(record: dict) -> list[str]:
     env = record["environment"]
     commits = _one([commit[:9] + "+" * commit.endswith("+") for commit in record["commits"]])
-    return [f"{_code(shlex.join(record['command']))} on {plain(env['cpu'])}, {_one(record['threads'])} thread(s) a "
-            f"process, torch {plain(env['torch'])}, commit {commits}; seeds {_one(record['seeds'])}.", ""]  # fmt: skip
+    return [
+        f"{_code(shlex.join(record['command']))} on {plain(env['cpu'])}, {_one(record['threads'])} thread(s) a "
+        f"process, torch {plain(env['torch'])}, commit {commits}; seeds {_one(record['seeds'])}.",
+        "",
+    ]
 
 
 def plain(value) -> str:
@@ -256,8 +298,9 @@ def plots(record: dict, folder: Path, stem: str = "study") -> None:
 
     draw = {"methods": _draw_methods, "quality": _draw_quality, "number": _draw_number, "cost": _draw_cost}
     for name in _drawn(record):
-        figure = plt.figure(figsize=(8, 0.8 + 0.24 * len(record["methods"]) if name == "methods" else 3.4),
-                            layout="constrained")  # fmt: skip
+        figure = plt.figure(
+            figsize=(8, 0.8 + 0.24 * len(record["methods"]) if name == "methods" else 3.4), layout="constrained"
+        )
         draw[name](record, figure)
         for axes in figure.axes:
             axes.spines[["top", "right"]].set_visible(False)
@@ -297,12 +340,21 @@ def _draw_quality(record: dict, figure) -> None:
         for name in names[row["kind"]]:
             if name in methods:
                 weighting = methods[name]["weighting"]
-                axes.errorbar(100 * row["test"]["mean"], 100 * methods[name]["test"]["mean"],
-                              xerr=100 * (row["test"]["std"] or 0), yerr=100 * (methods[name]["test"]["std"] or 0),
-                              fmt=markers[weighting], color=colours[row["kind"]], capsize=2,
-                              label=f"{KINDS[row['kind']]}: {weighting}")  # fmt: skip
-    axes.set(xlabel="test accuracy of the ensemble, %, ± std", ylabel="test accuracy of its student, %, ± std",
-             title="Does a stronger ensemble teach better?")  # fmt: skip
+                axes.errorbar(
+                    100 * row["test"]["mean"],
+                    100 * methods[name]["test"]["mean"],
+                    xerr=100 * (row["test"]["std"] or 0),
+                    yerr=100 * (methods[name]["test"]["std"] or 0),
+                    fmt=markers[weighting],
+                    color=colours[row["kind"]],
+                    capsize=2,
+                    label=f"{KINDS[row['kind']]}: {weighting}",
+                )
+    axes.set(
+        xlabel="test accuracy of the ensemble, %, ± std",
+        ylabel="test accuracy of its student, %, ± std",
+        title="Does a stronger ensemble teach better?",
+    )
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
@@ -313,17 +365,30 @@ def _draw_number(record: dict, figure) -> None:
         if not series:
             continue
         ms = [m for m, _ in series]
-        left.errorbar(ms, [100 * row["test"]["mean"] for _, row in series],
-                      yerr=[100 * (row["test"]["std"] or 0) for _, row in series], fmt="o-", ms=4, capsize=2,
-                      color=colour, label=name)  # fmt: skip
+        left.errorbar(
+            ms,
+            [100 * row["test"]["mean"] for _, row in series],
+            yerr=[100 * (row["test"]["std"] or 0) for _, row in series],
+            fmt="o-",
+            ms=4,
+            capsize=2,
+            color=colour,
+            label=name,
+        )
         for m, row in series:
             each = list(_tests(record, row["name"]).values())
             left.plot([m] * len(each), each, ".", color=colour, alpha=0.4, ms=4)
     both = series_of(record, "uniform") | series_of(record, "attention")
     costs = sorted((m, row["cost"]) for m, row in both.items())
     for key, style, label in (("teaching", "-", "online"), ("teaching_bank", "--", "from a bank")):
-        right.plot([m for m, _ in costs], [cost[key] / record["images"] for _, cost in costs], f"o{style}", ms=4,
-                   color=GREY, label=label)  # fmt: skip
+        right.plot(
+            [m for m, _ in costs],
+            [cost[key] / record["images"] for _, cost in costs],
+            f"o{style}",
+            ms=4,
+            color=GREY,
+            label=label,
+        )
     right.legend(frameon=False)
     for axes in (left, right):
         axes.set_xticks([m for m, _ in costs])
@@ -344,5 +409,8 @@ def _draw_cost(record: dict, figure) -> None:
             axes.annotate(label[row["name"]], (x, y), xytext=(5, 3), textcoords="offset points")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="floating-point operations, online, teachers included; 1 is CE only",
-             ylabel="test accuracy, %", title="Accuracy and cost, all methods")  # fmt: skip
+    axes.set(
+        xlabel="floating-point operations, online, teachers included; 1 is CE only",
+        ylabel="test accuracy, %",
+        title="Accuracy and cost, all methods",
+    )

@@ -34,13 +34,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from eekd import models
-from eekd.compare import FORMAT, KINDS, METHODS, SWEEP, Method, method, page
-from eekd.compare.cells import alone, cell_made
-from eekd.config import Config
-from eekd.files import read_json, write_json_atomic
+from eekd.compare import page
+from eekd.compare.methods import FORMAT, KINDS, METHODS, SWEEP, Method, method
+from eekd.compare.runner import alone, cell_made
 from eekd.info import environment
+from eekd.io.files import read_json, write_json_atomic
 from eekd.statistics import interval, mean_std, paired
-from eekd.trainers.folder import finite, read_metrics, read_record
+from eekd.train.config import Config
+from eekd.train.run_folder import finite, read_metrics, read_record
 
 HOLDS, CONTRADICTED, UNDECIDED, MISSING = "holds", "contradicted", "undecided", "not measured"
 
@@ -127,10 +128,13 @@ def summarise(record: dict, config: Config, flops: dict[str, int]) -> dict:
         by_name.setdefault(cell["name"], {})[cell["seed"]] = cell
     test = {name: {seed: cell["test"]["accuracy"] for seed, cell in cells.items()} for name, cells in by_name.items()}
     scores = {
-        kind: {teacher["seed"]: [member["accuracy"] for member in teacher["test"]["members"]]
-               for teacher in record["teachers"] if teacher["kind"] == kind}
+        kind: {
+            teacher["seed"]: [member["accuracy"] for member in teacher["test"]["members"]]
+            for teacher in record["teachers"]
+            if teacher["kind"] == kind
+        }
         for kind in KINDS
-    }  # fmt: skip
+    }
     ensemble = {kind: {seed: members[-1] for seed, members in found.items()} for kind, found in scores.items()}
     methods = []
     for name, cells in by_name.items():
@@ -202,8 +206,11 @@ def _seconds(how: Method, epochs: list[int], cells: list[dict], record: dict) ->
     kinds = ("ordinary", *(f"sed-{i}" for i in range(1, len(epochs)))) if how.teacher == "sed" else (how.teacher,)
     teachers = [t for t in record["teachers"] if t["seed"] in seeds]
     found["teachers"] = sum(t["seconds"] for t in teachers if t["kind"] in kinds) / len(seeds)
-    banks = [t["bank_seconds"] * len(epochs) / t["bank_snapshots"] for t in teachers
-             if t["kind"] == how.teacher and t["bank_seconds"] is not None and t["bank_snapshots"]]  # fmt: skip
+    banks = [
+        t["bank_seconds"] * len(epochs) / t["bank_snapshots"]
+        for t in teachers
+        if t["kind"] == how.teacher and t["bank_seconds"] is not None and t["bank_snapshots"]
+    ]
     found["bank"] = None if how.online or not banks else mean(banks)
     return found
 
@@ -242,12 +249,14 @@ def claims(test: dict, ensemble: dict, config: Config, costs: dict) -> list[dict
         text = f"accuracy of {name} per doubling of M"
         found.append(("number", f"Accuracy rises with M ({name}).", [part(text, slope(series))]))
         middle, most = series.get(m, {}), series.get(max(SWEEP), {}) if m < max(SWEEP) else {}
-        gained = {
-            s: 2 * middle[s] - series[1][s] - most[s] for s in middle if s in most and s in series.get(1, {})
-        }
-        found.append(("number", f"M = {m} is the compromise ({name}).",
-                      [part(f"gain from M = 1 to {m} above that from {m} to {max(SWEEP)}",
-                            interval(list(gained.values())))]))  # fmt: skip
+        gained = {s: 2 * middle[s] - series[1][s] - most[s] for s in middle if s in most and s in series.get(1, {})}
+        found.append(
+            (
+                "number",
+                f"M = {m} is the compromise ({name}).",
+                [part(f"gain from M = 1 to {m} above that from {m} to {max(SWEEP)}", interval(list(gained.values())))],
+            )
+        )
     rows = [{"principle": principle, "claim": claim, "parts": parts, "verdict": together([p["verdict"] for p in parts])}
             for principle, claim, parts in found]  # fmt: skip
     return [*rows, cheaper(costs)]
@@ -267,8 +276,12 @@ def slope(series: dict[int, dict[int, float]]) -> dict | None:
     x = [torch.tensor(float(m)).log2().item() for m in series]
     middle = mean(x)
     spread = sum((a - middle) ** 2 for a in x)
-    return interval([sum((a - middle) * found[seed] for a, found in zip(x, series.values(), strict=True)) / spread
-                     for seed in sorted(seeds)])  # fmt: skip
+    return interval(
+        [
+            sum((a - middle) * found[seed] for a, found in zip(x, series.values(), strict=True)) / spread
+            for seed in sorted(seeds)
+        ]
+    )
 
 
 def cheaper(costs: dict) -> dict:

@@ -1,8 +1,8 @@
 """Image data: datasets by name or path, and loaders whose order and augmentation can be replayed.
 
-    data = load("cifar10", root="~/data")
-    for images, labels, index in Loader(data.train, batch_size=128, augment=data.augment, device="cuda"):
-        ...
+data = load("cifar10", root="~/data")
+for images, labels, index in Loader(data.train, batch_size=128, augment=data.augment, device="cuda"):
+    ...
 """
 
 from .augment import AUGMENTATIONS

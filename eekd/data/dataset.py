@@ -90,9 +90,15 @@ class ImageData:
 
 
 def load(
-    name: str, root: str | os.PathLike | None = None, *, val_fraction: float = 0.1, seed: int = 0,
-    train_limit: int | None = None, image_size: int | None = None, memory_budget: int = 1 << 30,
-) -> ImageData:  # fmt: skip
+    name: str,
+    root: str | os.PathLike | None = None,
+    *,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    train_limit: int | None = None,
+    image_size: int | None = None,
+    memory_budget: int = 1 << 30,
+) -> ImageData:
     """A dataset by name (glyphs, digits, fashion-mnist, cifar10, cifar100), path, or Hugging Face id (owner/name).
 
     A path is a folder of train/CLASS/*.png, val/CLASS/*.png and perhaps test/, or a parquet file, or a folder
@@ -208,7 +214,9 @@ def _settle(images: Tensor | Encoded, image_size: int | None, memory_budget: int
     if image_size in (None, images.shape[3]):
         return images
     size = (image_size, image_size)
-    return torch.cat([
-        F.interpolate(chunk.float(), size, mode="bilinear", antialias=True).round_().to(torch.uint8)
-        for chunk in images.split(4096)
-    ])  # fmt: skip
+    return torch.cat(
+        [
+            F.interpolate(chunk.float(), size, mode="bilinear", antialias=True).round_().to(torch.uint8)
+            for chunk in images.split(4096)
+        ]
+    )

@@ -24,8 +24,15 @@ class Encoded:
     folders  where the files must lie whose paths are data, as those in a table are; None: anywhere
     """
 
-    def __init__(self, items: Sequence, *, channels: int, image_size: int, zoom: float = 1.0,
-                 folders: Sequence[Path] | None = None):  # fmt: skip
+    def __init__(
+        self,
+        items: Sequence,
+        *,
+        channels: int,
+        image_size: int,
+        zoom: float = 1.0,
+        folders: Sequence[Path] | None = None,
+    ):
         self.items, self.channels, self.image_size, self.zoom = items, channels, image_size, zoom
         self.folders = folders
         self.rows = np.arange(len(items))

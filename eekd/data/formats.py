@@ -241,12 +241,15 @@ class _Unpickler(pickle._Unpickler):
         ("numpy", "dtype"): _Dtype,
         ("_codecs", "encode"): _Latin1,
     }
-    codes = re.findall(r"\w+", """
+    codes = re.findall(
+        r"\w+",
+        """
         PROTO FRAME STOP MARK PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET NONE NEWTRUE NEWFALSE INT BININT
         BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE
         SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE
         TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT DICT SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE BUILD
-    """)
+    """,
+    )
 
     def __init__(self, data: bytes):
         super().__init__(_Steps(data), encoding="latin1")

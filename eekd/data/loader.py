@@ -37,10 +37,21 @@ class Loader:
     """
 
     def __init__(
-        self, split: Split, *, batch_size: int, augment: str = "none", seed: int = 0,
-        device: str | torch.device = "cpu", train: bool = True, drop_last: bool = False, workers: int = 0,
-        rank: int = 0, world_size: int = 1, views: int | None = None, view_seed: int | None = None,
-    ):  # fmt: skip
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        augment: str = "none",
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        train: bool = True,
+        drop_last: bool = False,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        views: int | None = None,
+        view_seed: int | None = None,
+    ):
         if not isinstance(split, Split):
             raise TypeError(f"split is a {type(split).__name__}, wanted a Split such as load(...).train")
         if augment not in AUGMENTATIONS:
@@ -68,11 +79,14 @@ class Loader:
         if self._encoded:
             self._work = []  # of the epoch: (view, samples of a batch), each batch for one process
             self._decoder = DataLoader(
-                _Decoder(split.images, self.view_seed, crop=self.augment == "imagenet"), batch_size=None,
-                sampler=self._work, num_workers=workers,
-                persistent_workers=workers > 0, pin_memory=self.device.type == "cuda",
+                _Decoder(split.images, self.view_seed, crop=self.augment == "imagenet"),
+                batch_size=None,
+                sampler=self._work,
+                num_workers=workers,
+                persistent_workers=workers > 0,
+                pin_memory=self.device.type == "cuda",
                 generator=torch.Generator(),  # else every epoch would draw from the global one
-            )  # fmt: skip
+            )
         else:
             self._images = split.images.to(self.device)
 

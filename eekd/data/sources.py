@@ -20,14 +20,8 @@ Part = tuple[Tensor | Encoded, Tensor]
 
 _GLYPHS = Path(__file__).with_name("glyphs.npz")
 _DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-_FASHION = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)  # fmt: skip
-_HUB = {
-    "fashion-mnist": "zalando-datasets/fashion_mnist",
-    "cifar10": "uoft-cs/cifar10",
-    "cifar100": "uoft-cs/cifar100",
-}
+_FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+_HUB = {"fashion-mnist": "zalando-datasets/fashion_mnist", "cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _LABELS = ("label", "fine_label", "labels", "target", "class")
 _SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -131,16 +125,26 @@ class _Cifar(NamedTuple):
 
 _CIFAR = {
     "cifar10": _Cifar(
-        10, tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch", 1, "labels",
-        "label_names", ("batches.meta.txt", "batches.meta"),
+        10,
+        tuple(f"data_batch_{i}" for i in range(1, 6)),
+        "test_batch",
+        1,
+        "labels",
+        "label_names",
+        ("batches.meta.txt", "batches.meta"),
         ("cifar-10-batches-bin", "cifar-10-binary.tar.gz", "cifar-10-batches-py", "cifar-10-python.tar.gz"),
     ),
     "cifar100": _Cifar(
-        100, ("train",), "test", 2, "fine_labels",
-        "fine_label_names", ("fine_label_names.txt", "meta"),
+        100,
+        ("train",),
+        "test",
+        2,
+        "fine_labels",
+        "fine_label_names",
+        ("fine_label_names.txt", "meta"),
         ("cifar-100-binary", "cifar-100-binary.tar.gz", "cifar-100-python", "cifar-100-python.tar.gz"),
     ),
-}  # fmt: skip
+}
 
 
 def _cifar(name: str, root: Path) -> Found:
@@ -232,9 +236,11 @@ def _hugging_face(source: str | Path, image_size: int | None, problem: str) -> F
 
 
 def _encoded(
-    parts: dict[str, tuple[Sequence, list]], classes: list[str], image_size: int | None,
+    parts: dict[str, tuple[Sequence, list]],
+    classes: list[str],
+    image_size: int | None,
     folders: list[Path] | None = None,
-) -> Found:  # fmt: skip
+) -> Found:
     """Images to decode, with labels; the first one tells grey from colour, and small from large."""
     image = open_image(*Encoded(parts["train"][0], channels=3, image_size=1, folders=folders).read(0))
     channels = 1 if image.mode in ("1", "L") else 3

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
-from eekd.convolutions import guard
+from eekd.models.convolutions import guard
 from eekd.models.mlp import mlp
 from eekd.models.mobilenetv2 import mobilenetv2
 from eekd.models.resnet import resnet, resnet50
@@ -47,7 +47,7 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
 
     `name` is one of `names()`, `timm:NAME`, or `path/to/file.py:factory`, where the factory takes the other
     three arguments by keyword and returns an nn.Module. The four as a dict are the architecture a manifest
-    stores: `build(**spec)` makes it again. Its convolutions are guarded, see `eekd.convolutions.guard`.
+    stores: `build(**spec)` makes it again. Its convolutions are guarded, see `eekd.models.convolutions.guard`.
 
     Raises ValueError for an unknown name, naming the nearest, and for sizes below 1; FileNotFoundError
     and AttributeError for a missing file or factory; TypeError for a factory of another kind.

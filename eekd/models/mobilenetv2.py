@@ -5,15 +5,7 @@ from torch import nn
 from eekd.models.blocks import Classifier, Sum, conv_bn, conv_bn_relu
 
 # expansion, outputs, blocks, stride of the first block
-STAGES = (
-    (1, 8, 1, 1),
-    (6, 12, 2, 1),
-    (6, 16, 3, 2),
-    (6, 32, 4, 2),
-    (6, 48, 3, 1),
-    (6, 80, 3, 2),
-    (6, 160, 1, 1),
-)
+STAGES = ((1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1))
 
 
 def inverted(inputs: int, outputs: int, expansion: int, stride: int) -> nn.Module:

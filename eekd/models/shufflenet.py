@@ -19,9 +19,7 @@ def grouped(inputs: int, outputs: int, stride: int, first_groups: int = 3) -> nn
         conv_bn_relu(middle, middle, 3, stride, groups=middle),
         conv_bn(middle, new, groups=3),
     )
-    return nn.Sequential(
-        Sum(body) if stride == 1 else Concat(body, nn.AvgPool2d(3, 2, 1)), nn.ReLU(inplace=True)
-    )
+    return nn.Sequential(Sum(body) if stride == 1 else Concat(body, nn.AvgPool2d(3, 2, 1)), nn.ReLU(inplace=True))
 
 
 def shufflenetv1(*, num_classes: int, in_channels: int, image_size: int) -> Classifier:

@@ -5,13 +5,7 @@ from torch import nn
 from eekd.models.blocks import Classifier
 
 # Convolutions in each of the five stages; vgg8 is the benchmark's own.
-DEPTHS = {
-    8: (1, 1, 1, 1, 1),
-    11: (1, 1, 2, 2, 2),
-    13: (2, 2, 2, 2, 2),
-    16: (2, 2, 3, 3, 3),
-    19: (2, 2, 4, 4, 4),
-}
+DEPTHS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 
 
 def vgg(depth: int, *, num_classes: int, in_channels: int, image_size: int) -> Classifier:

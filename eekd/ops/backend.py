@@ -48,7 +48,7 @@ def namespace(device: torch.device):
     if backend_for(device) == "native":
         kind = device.type
         if kind == "cuda" and not _C.cuda_version:
-            raise RuntimeError('the native backend was built without CUDA; install nvcc and build it again')
+            raise RuntimeError("the native backend was built without CUDA; install nvcc and build it again")
         if kind not in ("cpu", "cuda", "meta"):
             raise RuntimeError(f'the native backend runs on cpu and cuda, not on {kind}; use "reference" there')
         return torch.ops.eekd

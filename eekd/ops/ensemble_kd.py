@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eekd import reference
+from eekd.ops import reference
 from eekd.ops.backend import backend_for, namespace
 
 MAX_SNAPSHOTS = 64
@@ -83,15 +83,39 @@ def ensemble_kd(
     Source: arXiv 2202.12488, sections 3.2 and 3.3, where `attention_objective="kl"` is the reading of the paper.
     """
     return distil(
-        None, None, student_logits, snapshot_logits, labels, scores, query, keys,
-        temperature, alpha, fusion, attention_objective, reduction, ignore_index,
-    )  # fmt: skip
+        None,
+        None,
+        student_logits,
+        snapshot_logits,
+        labels,
+        scores,
+        query,
+        keys,
+        temperature,
+        alpha,
+        fusion,
+        attention_objective,
+        reduction,
+        ignore_index,
+    )
 
 
 def distil(
-    tail, indices, student_logits, snapshot_logits, labels, scores, query, keys,
-    temperature, alpha, fusion, attention_objective, reduction, ignore_index,
-):  # fmt: skip
+    tail,
+    indices,
+    student_logits,
+    snapshot_logits,
+    labels,
+    scores,
+    query,
+    keys,
+    temperature,
+    alpha,
+    fusion,
+    attention_objective,
+    reduction,
+    ignore_index,
+):
     """`ensemble_kd`, or, with tail and indices, `sparse_ensemble_kd`: checks the arguments and calls the backend."""
     sparse = indices is not None
     stacked = isinstance(snapshot_logits, Tensor)
@@ -115,10 +139,15 @@ def distil(
     elif scores is not None:
         scores = _checked_scores(scores, student_logits, count)
     if not (
-        isinstance(temperature, (float, int)) and isinstance(alpha, (float, int)) and isinstance(ignore_index, int)
-        and 0 < temperature < float("inf") and 0 <= alpha <= 1
-        and fusion in FUSIONS and attention_objective in OBJECTIVES and reduction in REDUCTIONS
-    ):  # fmt: skip
+        isinstance(temperature, (float, int))
+        and isinstance(alpha, (float, int))
+        and isinstance(ignore_index, int)
+        and 0 < temperature < float("inf")
+        and 0 <= alpha <= 1
+        and fusion in FUSIONS
+        and attention_objective in OBJECTIVES
+        and reduction in REDUCTIONS
+    ):
         _refuse_options(temperature, alpha, fusion, attention_objective, reduction, ignore_index)
 
     grad = torch.is_grad_enabled()
@@ -130,11 +159,20 @@ def distil(
         formula = partial(reference.sparse_ensemble_kd, snapshot_tail=tail, indices=indices)
         return EnsembleKD(
             *(formula if sparse else reference.ensemble_kd)(
-                student_logits, snapshot_logits if stacked else snapshots, labels=labels,
-                scores=scores, query=query, keys=keys, temperature=temperature, alpha=alpha, fusion=fusion,
-                attention_objective=attention_objective, reduction=reduction, ignore_index=ignore_index,
+                student_logits,
+                snapshot_logits if stacked else snapshots,
+                labels=labels,
+                scores=scores,
+                query=query,
+                keys=keys,
+                temperature=temperature,
+                alpha=alpha,
+                fusion=fusion,
+                attention_objective=attention_objective,
+                reduction=reduction,
+                ignore_index=ignore_index,
             )
-        )  # fmt: skip
+        )
     kl_objective = attention_objective == "kl"
     options = (float(temperature), float(alpha), fusion == "logit", kl_objective, reduction, ignore_index)
     if attends or (grad and student_logits.requires_grad):
@@ -147,9 +185,23 @@ def distil(
 
 
 def _forward(
-    student, scores, query, keys, labels, tail, indices,
-    temperature, alpha, logit_fusion, kl_objective, reduction, ignore_index, snapshots, wants_student, wants_attention,
-):  # fmt: skip
+    student,
+    scores,
+    query,
+    keys,
+    labels,
+    tail,
+    indices,
+    temperature,
+    alpha,
+    logit_fusion,
+    kl_objective,
+    reduction,
+    ignore_index,
+    snapshots,
+    wants_student,
+    wants_attention,
+):
     rows, device, first = student.shape[0], student.device, snapshots[0]
     count = first.shape[0] if first.dim() == 3 else len(snapshots)
     shape = (rows,) if reduction == "none" else ()
@@ -167,9 +219,27 @@ def _forward(
     ops = namespace(device)
     forward, sparse = (ops.ensemble_kd_fwd, ()) if indices is None else (ops.sparse_ensemble_kd_fwd, (tail, indices))
     forward(
-        student, snapshots, *sparse, labels, scores, query, keys, temperature, alpha, logit_fusion, kl_objective,
-        reduction == "mean", ignore_index, loss, attention_loss, weights, d_student, d_scores, d_query, d_keys,
-    )  # fmt: skip
+        student,
+        snapshots,
+        *sparse,
+        labels,
+        scores,
+        query,
+        keys,
+        temperature,
+        alpha,
+        logit_fusion,
+        kl_objective,
+        reduction == "mean",
+        ignore_index,
+        loss,
+        attention_loss,
+        weights,
+        d_student,
+        d_scores,
+        d_query,
+        d_keys,
+    )
     return loss, weights, attention_loss, d_student, d_scores, d_query, d_keys
 
 
@@ -193,9 +263,20 @@ class _EnsembleKD(torch.autograd.Function):
             count = student.new_full((), student.shape[0], dtype=torch.long)
             count = (count if labels is None else (labels != ignore_index).sum()).clamp(min=1)
         loss, weights, attention_loss, *units = _forward(
-            student, scores, query, keys, labels, tail, indices, *options, reduction, ignore_index, snapshots,
-            wants_student, wants_attention,
-        )  # fmt: skip
+            student,
+            scores,
+            query,
+            keys,
+            labels,
+            tail,
+            indices,
+            *options,
+            reduction,
+            ignore_index,
+            snapshots,
+            wants_student,
+            wants_attention,
+        )
         if count is not None:
             loss, attention_loss = loss / count, attention_loss / count
         ctx.save_for_backward(count, *units)

@@ -71,6 +71,18 @@ def sparse_ensemble_kd(
     if indices is None:
         raise TypeError("indices must be a tensor, got NoneType")
     return distil(
-        snapshot_tail, indices, student_logits, snapshot_logits, labels, scores, query, keys,
-        temperature, alpha, fusion, attention_objective, reduction, ignore_index,
-    )  # fmt: skip
+        snapshot_tail,
+        indices,
+        student_logits,
+        snapshot_logits,
+        labels,
+        scores,
+        query,
+        keys,
+        temperature,
+        alpha,
+        fusion,
+        attention_objective,
+        reduction,
+        ignore_index,
+    )

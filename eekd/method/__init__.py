@@ -1,0 +1,1 @@
+"""The method: attention over snapshots, fixed weightings, the loss, top-k logits."""

@@ -1,0 +1,122 @@
+"""The student's loss: how the snapshots are weighted, and `ensemble_kd`, or `sparse_ensemble_kd`, with the weights."""
+
+import torch
+from torch import Tensor, nn
+
+from eekd.method.attention import SnapshotAttention
+from eekd.method.topk import TopKLogits
+from eekd.method.weightings import WEIGHTINGS, log_weights
+from eekd.ops import EnsembleKD, ensemble_kd, sparse_ensemble_kd
+
+
+class EEKDLoss(nn.Module):
+    """Distils M snapshots of one teacher into a student.
+
+        L = α CE(s, y) + (1 - α) τ² KL(p || softmax(s / τ)),    p = Σ_m w_m softmax(z_m / τ)
+
+    Weighting "attention" learns w by a SnapshotAttention of the given sizes (`student_dim`, `snapshot_dim`,
+    `embed_dim`, `normalize`, `scale`): optimise this module's parameters with the student's. It learns by
+    `attention_objective`: "label", the likelihood of the true label under the target p, then a constant in
+    L, or "kl", L itself. `detach_query` keeps its gradient from the student's features. `log_weights` defines
+    the other weightings. `fusion` "logit" averages logits in place of probabilities.
+
+    forward takes student_logits (B, C); snapshot_logits (M, B, C), a list of M (B, C), or TopKLogits, whose left
+    out classes then count as one (`sparse_ensemble_kd`); labels (B,), or None for pure distillation; and for
+    "attention" student_features (B, student_dim) and snapshot_features (M, B, snapshot_dim). It gives
+    `(loss, measurements)`. The loss, a mean over the rows whose label is not `ignore_index`, is all there is to
+    backpropagate: L, and with objective "label" the attention's own loss.
+    The measurements are detached and stay on the device: "loss" is L alone, to compare weightings by;
+    "attention_loss" is -log p_y; "weights" (M,) is the mean weight of each snapshot; "weight_entropy" is the
+    mean entropy of a row's weights, from 0 to log M. With `measure=False` nothing is measured, and they are {}.
+
+    Raises ValueError for options out of range, for features that "attention" misses and labels that
+    "confidence" misses; else what `ensemble_kd` raises.
+    Source: Wang et al., arXiv 2202.12488; objective "label" is this project's.
+    """
+
+    def __init__(
+        self,
+        weighting: str = "attention",
+        *,
+        student_dim: int | None = None,
+        snapshot_dim: int | None = None,
+        embed_dim: int = 8,
+        normalize: bool = True,
+        scale: float | None = None,
+        temperature: float = 5.0,
+        alpha: float = 0.5,
+        fusion: str = "probability",
+        attention_objective: str = "label",
+        detach_query: bool = True,
+        ignore_index: int = -100,
+    ):
+        super().__init__()
+        for name, value, choices in (
+            ("weighting", weighting, WEIGHTINGS),
+            ("fusion", fusion, ("probability", "logit")),
+            ("attention_objective", attention_objective, ("label", "kl")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be a number above 0, got {temperature!r}")
+        if not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must be a number from 0 to 1, got {alpha!r}")
+        self.attention = None
+        if weighting == "attention":
+            self.attention = SnapshotAttention(student_dim, snapshot_dim, embed_dim, normalize, scale)
+        self.weighting = weighting
+        self.detach_query = detach_query
+        self.options = {
+            "temperature": temperature,
+            "alpha": alpha,
+            "fusion": fusion,
+            "attention_objective": attention_objective,
+            "ignore_index": ignore_index,
+        }
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        snapshot_logits: Tensor | list[Tensor] | TopKLogits,
+        labels: Tensor | None = None,
+        student_features: Tensor | None = None,
+        snapshot_features: Tensor | None = None,
+        *,
+        measure: bool = True,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.attention is None:
+            by = {"scores": log_weights(self.weighting, snapshot_logits, labels)}
+        elif student_features is None or snapshot_features is None:
+            name = "student_features" if student_features is None else "snapshot_features"
+            raise ValueError(f"{name} must be given, for weighting 'attention' compares features")
+        else:
+            if self.detach_query:
+                student_features = student_features.detach()
+            query, keys = self.attention(student_features, snapshot_features)
+            by = {"query": query, "keys": keys}
+        if isinstance(snapshot_logits, TopKLogits):
+            z = snapshot_logits
+            if student_logits.shape[1:] != (z.classes,):
+                raise ValueError(f"student_logits must have shape (B, {z.classes}), got {tuple(student_logits.shape)}")
+            tail = z.tail(self.options["temperature"])
+            result = sparse_ensemble_kd(student_logits, z.logits, tail, z.indices, labels, **by, **self.options)
+        else:
+            result = ensemble_kd(student_logits, snapshot_logits, labels, **by, **self.options)
+        learns_by_label = self.attention is not None and self.options["attention_objective"] == "label"
+        loss = result.loss + result.attention_loss if learns_by_label else result.loss
+        return loss, _measurements(result) if measure else {}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in {"weighting": self.weighting, **self.options}.items())
+
+
+def _measurements(result: EnsembleKD) -> dict[str, Tensor]:
+    weights = result.weights
+    rows = weights.sum().clamp(min=1)  # an ignored row has no weight, any other a total of 1
+    return {
+        "loss": result.loss.detach(),
+        "attention_loss": result.attention_loss.detach(),
+        "weights": weights.sum(0) / rows,
+        "weight_entropy": torch.special.entr(weights).sum() / rows,
+    }

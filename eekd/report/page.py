@@ -1,0 +1,516 @@
+"""A run as one HTML page.
+
+The page is one file with no script and nothing to load. A run without students, or one that has not ended,
+gives the part there is and says what is missing.
+"""
+
+import json
+import math
+import shlex
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from reprlib import repr  # a damaged file must not become a page of error
+
+from eekd.io.files import read_checked, write_atomic
+from eekd.report.charts import Chart, Html, Line, bars, heatmap, limits, lines, page, table, tag, ticks
+from eekd.train.config import TITLES, Config
+
+PER_SAMPLE = "attention", "entropy", "confidence"
+NLL = "−log p of the true label, nats"
+
+
+@dataclass
+class Network:
+    """A network in training, and what its folder holds so far."""
+
+    name: str  # "teacher" or a student's weighting
+    model: str
+    epochs: int  # asked for
+    rows: list[dict]  # metrics.jsonl
+    known: dict | None  # snapshots.json or student.json, written at the end
+
+    @property
+    def title(self) -> str:
+        return TITLES.get(self.name, self.name)
+
+    def last(self, key: str):
+        return self.rows[-1].get(key) if self.rows else None
+
+    def mean(self, key: str) -> float | None:
+        values = [row[key] for row in self.rows if row.get(key) is not None]
+        return sum(values) / len(values) if values else None
+
+    def line(self, key: str, scale: float = 1, *, since: float = 0, name=None, colour=None) -> Line:
+        rows = [(row["epoch"], row.get(key)) for row in self.rows if row["epoch"] >= since]
+        points = [(epoch, None if value is None else scale * value) for epoch, value in rows]
+        return Line(name or self.title, colour or colour_of(self.name), points)
+
+
+@dataclass
+class Run:
+    """What a run folder holds so far."""
+
+    config: Config
+    environment: dict | None
+    summary: dict | None
+    manifest: list[dict]  # an entry for each snapshot
+    teacher: Network
+    students: list[Network]
+
+
+def read(folder: str | Path) -> Run:
+    """Reads a run folder (eekd.train.run_folder), whole or not.
+
+    FileNotFoundError where there is no run; ValueError that names a damaged file or one of another format.
+    """
+    from eekd.snapshots import read_manifest  # not before: a call for help needs no torch
+    from eekd.train.run_folder import check_metrics, read_record, read_settings
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is not a run folder: there is no config.json in it")
+    config = read_settings(folder)
+
+    def read_if_there(path):
+        return read_record(path) if path.exists() else None
+
+    def network(name, phase, own, record):
+        known = read_if_there(own / record)
+        check_metrics(own, known or {})
+        return Network(name, phase.model, phase.epochs, _rows(own / "metrics.jsonl"), known)
+
+    found = sorted(path.parent.name for path in folder.glob("students/*/metrics.jsonl"))
+    names = dict.fromkeys([*config.students, *found])
+    students = [network(name, config.student, folder / "students" / name, "student.json") for name in names]
+    # a student names its teacher as seen from its own folder, config.json as seen from where the run began
+    teachers = []
+    for student in students:
+        noted = (student.known or {}).get("teacher")
+        if isinstance(noted, dict) and isinstance(noted.get("run"), str):
+            teachers.append(folder / "students" / student.name / noted["run"])
+    teachers.append(Path(config.teacher_run or folder, "teacher"))
+    own = next(filter(Path.is_dir, teachers), teachers[-1])
+    manifest = read_manifest(own)["snapshots"] if (own / "manifest.json").exists() else []
+    teacher = network("teacher", config.teacher, own, "snapshots.json")
+    environment, summary = read_if_there(folder / "environment.json"), read_if_there(folder / "summary.json")
+    return Run(config, environment, summary, manifest, teacher, students)
+
+
+def _rows(path: Path) -> list[dict]:
+    rows = []
+    lines = read_checked(path).split(b"\n")[:-1] if path.exists() else []  # the rest may be half a row
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line, parse_constant=lambda constant: None))
+        except (RecursionError, ValueError) as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+        if not isinstance(rows[-1], dict) or type(rows[-1].get("epoch")) is not int:
+            raise ValueError(f"{path}, line {number} must be an object with an epoch")
+    return rows
+
+
+def report(folder: str | Path, out: str | Path | None = None) -> Path:
+    """Writes a run's page to `out`, else to report.html in its folder; raises what `read` raises."""
+    out = Path(out or Path(folder, "report.html"))
+    if seeds := several(Path(folder)):
+        write_atomic(out, seeds)
+        return out
+    run = read(folder)
+    try:
+        sections = [tag("section", tag("h2", title), *draw(run), id=draw.__name__) for title, draw in SECTIONS.items()]
+        drawn = page(f"{Path(run.config.data).name} · eekd", header(run), *sections)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} is not written as eekd.train.run_folder says: {repr(error)}") from error
+    write_atomic(out, drawn)
+    return out
+
+
+def several(folder: Path) -> bytes | None:
+    """The page of a run over several seeds, whose own pages are written too; None for a run of one seed."""
+    from eekd.report import seeds_page
+    from eekd.train.run_folder import read_record, read_settings
+
+    if not (folder / "config.json").is_file() or (config := read_settings(folder)).seeds == 1:
+        return None
+    if not (folder / "summary.json").exists():
+        raise FileNotFoundError(f"{folder} has not ended: go on with --resume {folder}, or draw one of its seeds")
+    summary = read_record(folder / "summary.json", "seconds", "seeds", "rows")
+    known = {}
+    for seed in summary["seeds"]:
+        own = folder / f"seed-{seed}"
+        known[seed] = read_record(own / "summary.json", "seconds", "rows")
+        report(own)
+    return seeds_page.draw(folder, config, summary, known)
+
+
+def missing(*sentences: str) -> Html:
+    return tag("p", " ".join(sentences), class_="missing")
+
+
+def note(*sentences: str) -> Html:
+    return tag("p", " ".join(sentences), class_="quiet")
+
+
+def grid(*figures: Html, kind: str = "") -> Html:
+    return tag("div", *figures, class_=f"grid {kind}")
+
+
+def percent(fraction: float | None) -> str:
+    return "" if fraction is None else f"{100 * fraction:.2f}"
+
+
+def colour_of(name: str) -> str:
+    return f"var(--{name})" if name in TITLES else "var(--late)"
+
+
+def header(run: Run) -> Html:
+    config, here = run.config, run.environment or {}
+    facts = [f"teacher {config.teacher.model} with {config.teacher.snapshots} snapshots"]
+    facts += [f"{len(run.students)} students {config.student.model}"] if run.students else []
+    facts += [f"seed {config.seed}", here.get("device"), here.get("started", "").replace("T", " ")[:16]]
+    facts += [f"{run.summary['seconds']:.0f} s in all"] if run.summary else []
+    lacks = [] if run.summary else ["The run has not ended: there is no summary.json yet."]
+    for net in (run.teacher, *run.students):
+        if not net.known:
+            done = f"{len(net.rows)} of {net.epochs} epochs, and no final measurements yet"
+            lacks.append(f"{net.title}: {done if net.rows else 'not found'}.")
+    lacks += [] if run.students else ["No student: this run trains a teacher only."]
+    return tag("header", tag("h1", Path(config.data).name), note(" · ".join(filter(None, facts))), *map(missing, lacks))
+
+
+def results(run: Run) -> list[Html]:
+    rows = run.summary["rows"] if run.summary else so_far(run)
+    images = run.environment["data"]["test"] if run.environment else None
+    tested = {row["name"]: row["test_accuracy"] for row in rows if row["test_accuracy"] is not None}
+
+    def error(p):
+        return math.sqrt(p * (1 - p) / images) if images else 0
+
+    main = [tested[row["name"]] for row in rows if row["name"] in tested and row["kind"] != "snapshot"]
+    low, high = limits([p + side * error(p) for p in main for side in (-1, 1)]) if main else (0, 1)
+
+    def x(p):
+        return 8 + 224 * (min(max(p, low), high) - low) / (high - low)
+
+    def strip(name, kind, p):
+        if p is None:
+            return None
+        parts = [tag("path", d="M8,9H232", class_="rule")]
+        if "ce" in tested:
+            parts.append(tag("path", d=f"M{x(tested['ce']):.5g},-6V24", class_="axis dashed"))
+        if low <= p <= high:
+            parts += [
+                tag("path", d=f"M{x(p - error(p)):.5g},9H{x(p + error(p)):.5g}", class_="leader"),
+                tag("circle", cx=x(p), cy=9, r=3 if kind == "snapshot" else 4.5, class_="fill"),
+            ]
+        else:
+            parts.append(tag("path", d="M4,9l8,-4v8z" if p < low else "M236,9l-8,-4v8z", class_="fill"))
+        style = f"color: {colour_of(name)}"
+        return tag("svg", *parts, viewBox="0 0 240 18", aria_hidden="true", style=style)
+
+    cells = []
+    for row in rows:
+        name, test, gain, seconds = (row[k] for k in ("name", "test_accuracy", "gain", "seconds_per_epoch"))
+        cells.append(
+            [
+                TITLES.get(name, name),
+                row["model"],
+                f"{row['parameters']:,}" if row["parameters"] else "",
+                row["epochs"],
+                percent(row["val_accuracy"]),
+                percent(test),
+                "" if gain is None or name == "ce" else f"{100 * gain:+.2f}".replace("-", "−"),
+                "" if seconds is None else f"{seconds:.2f}",
+                strip(name, row["kind"], test),
+            ]
+        )
+    scale = (
+        [tag("text", value, x=x(value / 100), y=12, class_="middle of") for value in ticks(100 * low, 100 * high, 4)]
+        if main
+        else []
+    )
+    head = [
+        "",
+        "network",
+        "parameters",
+        "epoch",
+        "val, %",
+        "test, %",
+        "gain",
+        "s/epoch",
+        tag("span", "test accuracy, %", tag("svg", *scale, viewBox="0 0 240 16", aria_hidden="true")),
+    ]
+    kinds = [row["kind"] for row in rows]
+    breaks = {i for i in range(1, len(rows)) if kinds[i] != kinds[i - 1] and kinds[i] != "ensemble"}
+    words = ["The ensemble is the mean of the snapshots' probabilities."]
+    words.append(
+        "Gain: points of test accuracy over CE only, the dashed line."
+        if "ce" in tested
+        else "No gain without the test accuracy of a CE student in the same run."
+    )
+    if images and main:
+        p = max(main)
+        words += [
+            f"Whiskers: one standard error from having only {images:,} test images,",
+            f"{100 * error(p):.2f} points at {percent(p)} %.",
+            "This is one seed; what another would change comes on top.",
+        ]
+    return [table(head, cells, numbers=range(2, 8), breaks=breaks), note(*words)]
+
+
+def so_far(run: Run) -> list[dict]:
+    """The rows of summary.json while it is not there, None for what is not known."""
+
+    def row(kind, net, test, **own):
+        return {
+            "kind": kind,
+            "name": net.name,
+            "model": net.model,
+            "parameters": None,
+            "epochs": len(net.rows),
+            "val_accuracy": net.last("val_accuracy"),
+            "test_accuracy": test,
+            "gain": None,
+            "seconds_per_epoch": net.mean("seconds"),
+        } | own
+
+    known, untimed = run.teacher.known, {"seconds_per_epoch": None}
+    test = [m["accuracy"] for m in known["test"]["members"]] if known else [None] * (len(run.manifest) + 2)
+    rows = [row("teacher", run.teacher, test[-2])]
+    for i, entry in enumerate(run.manifest):
+        val = entry["metrics"].get("val_accuracy")
+        rows.append(
+            row(
+                "snapshot",
+                run.teacher,
+                test[i],
+                name=f"snapshot {i + 1}",
+                epochs=entry["step"],
+                val_accuracy=val,
+                **untimed,
+            )
+        )
+    if known:
+        val = known["val"]["members"][-1]["accuracy"]
+        rows.append(row("ensemble", run.teacher, test[-1], name="ensemble", val_accuracy=val, **untimed))
+    ends = {net.name: net.known["test"]["accuracy"] for net in run.students if net.known}
+    for net in run.students:
+        gain = ends[net.name] - ends["ce"] if net.name in ends and "ce" in ends else None
+        rows.append(row("student", net, ends.get(net.name), gain=gain))
+    return rows
+
+
+def curves(run: Run) -> list[Html]:
+    networks = [net for net in (run.teacher, *run.students) if net.rows]
+    if not networks:
+        return [missing("No epoch has been trained yet.")]
+    half = max(net.last("epoch") for net in networks[1:] or networks) / 2  # the teacher is the first
+
+    def chart(title, y, key, scale, *words, since=0, **log):
+        series = [net.line(key, scale, since=since) for net in networks]
+        return lines(title, "epoch", y, series, *words, **log)
+
+    augmented = "in training mode, on augmented images"
+    return [
+        grid(
+            chart("Validation accuracy", "accuracy, %", "val_accuracy", 100),
+            chart("Validation accuracy, second half", "accuracy, %", "val_accuracy", 100, since=half),
+            chart("Training accuracy", "accuracy, %", "train_accuracy", 100, augmented),
+            chart("Validation loss", "cross-entropy, nats", "val_loss", 1, "log scale", log=True),
+        )
+    ]
+
+
+def snapshots(run: Run) -> list[Html]:
+    if not run.teacher.known:
+        return [missing("There is no snapshots.json yet: it is written when the teacher has ended.")]
+    epochs = [entry["step"] for entry in run.manifest]
+
+    def both(key, split, scale, colour):
+        *each, mean = [scale * member[key] for member in run.teacher.known[split]["members"]]
+        return [
+            Line(split, colour, list(zip(epochs, each, strict=True))),
+            Line(f"{split}, ensemble", colour, [(epochs[0], mean), (epochs[-1], mean)], True),
+        ]
+
+    def chart(title, y, key, scale, *words, **log):
+        series = both(key, "test", scale, "var(--late)") + both(key, "val", scale, "var(--early)")
+        return lines(title, "epoch of the snapshot", y, series, *words, **log)
+
+    return [
+        grid(
+            chart("Accuracy", "accuracy, %", "accuracy", 100), chart("Likelihood", NLL, "nll", 1, "log scale", log=True)
+        ),
+        tag("h3", "Calibration on test images at temperature 1"),
+        note(
+            "A disc is a bin of confidence, its area the share of images. Below the diagonal a network",
+            "is surer than it is right. ECE, expected calibration error, is the mean distance from it.",
+        ),
+        grid(*map(reliability, run.teacher.known["test"]["members"]), kind="small"),
+    ]
+
+
+def reliability(member: dict) -> Html:
+    chart = Chart(member["name"], "confidence, %", "accuracy, %", (0, 100), (0, 100), width=164, height=180, right=12)
+    chart.add("path", d=f"M{chart.x(0)},{chart.y(0)}L{chart.x(100)},{chart.y(100)}", class_="dashed axis")
+    bins = member["reliability"]
+    for confidence, accuracy, count in zip(bins["confidence"], bins["accuracy"], bins["count"], strict=True):
+        if count:
+            told = f"{count} images: confidence {percent(confidence)} %, accuracy {percent(accuracy)} %"
+            chart.add(
+                "circle",
+                tag("title", told),
+                cx=chart.x(100 * confidence),
+                cy=chart.y(100 * accuracy),
+                r=max(2.0, 11 * math.sqrt(count / sum(bins["count"]))),
+                class_="fill",
+                style="color: var(--late); fill-opacity: .8",
+            )
+    return chart.figure(tag("div", f"ECE {100 * member['ece']:.1f} %"))
+
+
+def disagreement(run: Run) -> list[Html]:
+    values = run.teacher.known["test"]["disagreement"] if run.teacher.known else []
+    pairs = {(i + 1, j + 1): values[i][j] for i, j in combinations(range(len(values)), 2)}
+    if not pairs:
+        return [missing("There is no pair of snapshots that was compared.")]
+    least, most = min(pairs, key=pairs.get), max(pairs, key=pairs.get)
+    return [
+        note(
+            f"{least[0]} and {least[1]} differ least, on {percent(pairs[least])} % of the test images,",
+            f"{most[0]} and {most[1]} most, on {percent(pairs[most])} %; the mean over pairs is",
+            f"{percent(sum(pairs.values()) / len(pairs))} %.",
+            "Snapshots that agree everywhere teach no more than one of them.",
+        ),
+        heatmap("Images on which two predict different classes, %", "snapshot", values, "var(--late)"),
+    ]
+
+
+def attention(run: Run) -> list[Html]:
+    shown = []
+    for net in run.students:
+        rows = [row for row in net.rows if row.get("weights")] if net.name in PER_SAMPLE else []
+        if not rows:
+            continue
+        m, ends = len(rows[0]["weights"]), [rows[0]["epoch"], rows[-1]["epoch"]]
+        each = []
+        for i in range(m):
+            colour = f"color-mix(in oklab, var(--late) {100 * i / max(m - 1, 1):.0f}%, var(--early))"
+            points = [(row["epoch"], row["weights"][i]) for row in rows]
+            each.append(Line(f"snapshot {i + 1}", colour, points))
+        even, most = (
+            [Line("uniform", "var(--quiet)", [(epoch, value) for epoch in ends], True)]
+            for value in (1 / m, math.log(m))
+        )
+        entropy = [net.line("weight_entropy", name="weights")]
+        shown += [
+            tag("h3", net.title),
+            grid(
+                lines("Mean weight", "epoch", "weight", each + even, "in training"),
+                lines("Entropy", "epoch", "entropy, nats", entropy + most, "mean over samples"),
+            ),
+        ]
+    if not shown:
+        return [missing("No student here has weights that depend on the sample.")]
+    return [note("Low entropy under even mean weights says that samples follow different snapshots."), *shown]
+
+
+def uniform(run: Run) -> list[Html]:
+    ends = {net.name: net.known["test"]["accuracy"] for net in run.students if net.known}
+    shown = []
+    for net in run.students:
+        rows = [row for row in net.rows if len(row.get("weights") or ()) > 1]
+        pairs = [(row.get("val_target_nll"), row.get("val_target_nll_uniform")) for row in rows]
+        pairs = [pair for pair in pairs if None not in pair]
+        if net.name == "uniform" or not pairs:
+            continue
+        (own, even), lower = pairs[-1], sum(a < b for a, b in pairs)
+        verdict = "no" if own < even else "yes" if own > even else "neither better nor worse"
+        words = [
+            f"For the target, {verdict}: in the last epoch its −log p of the true label is {own:.3f},",
+            f"with uniform weights {even:.3f}; it was lower in {lower} of {len(pairs)} epochs.",
+        ]
+        if net.name == "confidence":
+            words.append("These weights are computed from the true label, so this was to be expected.")
+        if net.name in ends and "uniform" in ends:
+            words += [
+                f"For the student: it has {percent(ends[net.name])} % on test images,",
+                f"the one trained with uniform weights {percent(ends['uniform'])} %.",
+            ]
+
+        def chart(title, y, key, *words, net=net, **log):
+            even = net.line(f"{key}_uniform", name="uniform weights", colour="var(--uniform)")
+            return lines(title, "epoch", y, [net.line(key, name="these weights"), even], *words, **log)
+
+        shown += [
+            tag("h3", net.title),
+            tag("p", " ".join(words)),
+            grid(
+                chart("Is the target right?", NLL, "val_target_nll"),
+                chart(
+                    "How far is the student from it?",
+                    "α CE + (1 − α) τ² KL, nats",
+                    "val_kd_loss",
+                    "log scale",
+                    log=True,
+                ),
+            ),
+        ]
+    if not shown:
+        return [missing("No student here weighs several snapshots other than uniformly.")]
+    return [note("The same student before two targets, on validation images; lower is better."), *shown]
+
+
+def cost(run: Run) -> list[Html]:
+    parts = {
+        "snapshots' forward": "var(--early)",
+        "own forward": "var(--late)",
+        "loss, backward and step": "color-mix(in oklab, var(--late) 45%, var(--page))",
+        "waiting for data": "var(--quiet)",
+    }
+    rows = []
+    for net in (run.teacher, *run.students):
+        whole, *known = map(net.mean, ("seconds", "seconds_teacher", "seconds_forward", "seconds_backward"))
+        if None not in (whole, *known):
+            rows.append((net.title, [*known, max(whole - sum(known), 0)]))
+    if not rows:
+        return [missing("No epoch has been timed yet.")]
+    ratios = [f"{name} {teacher / own:.1f}" for name, (teacher, own, *_) in rows if teacher and own]
+    chart = bars("Training time", "seconds per epoch, mean over epochs", rows, parts)
+    words = note(f"Forward of the snapshots in units of the student's own: {', '.join(ratios)}.")
+    return [words, chart] if ratios else [chart]
+
+
+def settings(run: Run) -> list[Html]:
+    def facts(title, values):
+        return tag(
+            "div", tag("h3", title), table([], [[key, plain(value)] for key, value in values.items()]), class_="facts"
+        )
+
+    config, here = asdict(run.config), run.environment
+    teacher, student = config.pop("teacher"), config.pop("student")
+    tables = [grid(facts("Run", config), facts("Teacher", teacher), facts("Student", student), kind="thirds")]
+    if not here:
+        return [*tables, missing("There is no environment.json.")]
+    return [*tables, facts("Environment", here | {"command": shlex.join(here["command"])})]
+
+
+def plain(value) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {plain(each)}" for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain, value))
+    return str(value).lower() if isinstance(value, bool | None) else str(value)
+
+
+SECTIONS = {
+    "Results": results,
+    "Accuracy over epochs": curves,
+    "What the snapshots know": snapshots,
+    "Where snapshots disagree": disagreement,
+    "How much weight each snapshot gets": attention,
+    "Would uniform weights have been better?": uniform,
+    "Where the time goes": cost,
+    "Settings and environment": settings,
+}

@@ -1,0 +1,202 @@
+"""M frozen snapshots of a trained model, asked together."""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from eekd import parallel
+from eekd.io import tensors as tensor_files
+from eekd.io.files import first_line, sha256_of
+from eekd.snapshots.features import LastFeatures
+from eekd.snapshots.forward import Folded, Spread, Swapped, pinned
+from eekd.snapshots.manifest import MANIFEST, read_entries
+
+Place = Literal["device", "cpu", "ranks"]
+
+
+class SnapshotEnsemble(nn.Module):
+    """M frozen copies of trained models, asked together.
+
+        ensemble = SnapshotEnsemble.load("runs/teacher")
+        logits, features = ensemble(images)  # (M, B, C), (M, B, D)
+
+    The copies stay in eval mode and never take a gradient. They are kept out of nn.Module's sight: where the
+    ensemble is an attribute of a student, the student's parameters, state_dict and train() do not know them.
+    What moves or casts the student (`to`, `cuda`, `half`, channels_last) does reach them.
+
+    Args:
+        models: the trained nn.Modules (copied, so yours stay as they are), alike in C and D.
+        layer: the name of the layer whose input is the feature; None takes the last nn.Linear.
+        snapshots_on: where the weights lie: on the "device", in host memory ("cpu"), where they stay whatever moves
+            the ensemble, and go to the images' device two models at a time, the next while one runs, or spread over
+            the processes of torch.distributed ("ranks"): each runs its share, every size-th model from its rank on,
+            for the images of all, which must call together. One model is not spread.
+
+    On a CPU the models run as `eekd.snapshots.forward.Folded` says, where it can be done.
+
+    Attributes:
+        models: the M copies, or this process's share of them.
+        hashes: SHA-256 of the M files they came from, () for models from memory.
+    """
+
+    def __init__(self, models: Iterable[nn.Module], layer: str | None = None, *, snapshots_on: Place = "device"):
+        super().__init__()
+        if snapshots_on not in get_args(Place):
+            raise ValueError(f"snapshots_on must be device, cpu or ranks, got {snapshots_on!r}")
+        if isinstance(models, nn.Module):
+            raise TypeError(f"models must be a list of nn.Modules, got one {type(models).__name__}")
+        # nn.Module does not look into tuples
+        frozen = tuple(_frozen(model) for model in models)
+        if not frozen:
+            raise ValueError("models must hold at least one nn.Module, got none")
+        self._count = len(frozen)
+        several = self._count > 1 and parallel.world_size() > 1
+        self._spread = Spread() if snapshots_on == "ranks" and several else None
+        self.models = self._spread.share(frozen) if self._spread else frozen
+        self.hashes: tuple[str, ...] = ()
+        self._captures = tuple(LastFeatures(model, layer) for model in self.models)
+        self._memory: list[Tensor | None] = [None, None]  # of logits, of features
+        self._folded, self._swapped = Folded(), Swapped(self._captures) if snapshots_on == "cpu" else None
+        if self._swapped:
+            for model in self.models:
+                pinned(model)
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | Path,
+        factory: Callable[[], nn.Module] | None = None,
+        device: str | torch.device = "cpu",
+        which: Sequence[int] | None = None,
+        layer: str | None = None,
+        *,
+        snapshots_on: Place = "device",
+    ) -> "SnapshotEnsemble":
+        """The snapshots that a SnapshotRecorder left in `directory`, each file checked against its hash.
+
+        `factory()` makes the model; None builds it from the manifest's spec. (A spec may name a Python file,
+        which is then run: give a factory for folders you do not trust.) `which` picks snapshots by index, -1
+        the last; None takes all of a finished run. FileNotFoundError or ValueError names the file that is
+        missing, damaged, of another architecture, or the manifest of a run that has not ended.
+        """
+        path, (entries, spec) = Path(directory) / MANIFEST, read_entries(directory, which)
+        if factory is None and spec is None:
+            raise ValueError(f"{path} names no architecture (its spec is null): give a factory")
+
+        def build() -> nn.Module:
+            from eekd import models
+
+            try:
+                return models.build(**spec)
+            except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(f"{path} has a spec that cannot be built: {first_line(error)}") from error
+
+        files = [path.with_name(entry["file"]) for entry in entries]
+        hashes = [entry["sha256"] for entry in entries]
+        return cls.from_files(files, factory or build, device, layer, sha256=hashes, snapshots_on=snapshots_on)
+
+    @classmethod
+    def from_files(
+        cls,
+        paths: Sequence[str | Path],
+        factory: Callable[[], nn.Module],
+        device: str | torch.device = "cpu",
+        layer: str | None = None,
+        *,
+        sha256: Sequence[str] | None = None,
+        snapshots_on: Place = "device",
+    ) -> "SnapshotEnsemble":
+        """Anybody's checkpoints of the model that `factory()` makes: .safetensors or files of `torch.save`.
+
+        Nothing is unpickled; `eekd.io.tensor_files.load_weights` says where in a file the state_dict may lie.
+        `sha256` are the hashes that the files must have. Errors as in `load`.
+        """
+        if isinstance(paths, str | Path) or not paths:
+            raise ValueError(f"paths must be a list of at least one file, got {paths!r}")
+        if not callable(factory):
+            raise TypeError(f"factory must be a function that makes a model, got {type(factory).__name__}")
+        hashes = tuple(map(sha256_of, paths) if sha256 is None else sha256)
+        if len(hashes) != len(paths):
+            raise ValueError(f"sha256 must hold a hash for each of {len(paths)} paths, got {len(hashes)}")
+
+        def models():
+            model = factory()
+            if not isinstance(model, nn.Module):
+                raise TypeError(f"factory must return an nn.Module, got {type(model).__name__}")
+            for path, digest in zip(paths, hashes, strict=True):
+                tensor_files.load_state(model, tensor_files.load_weights(path, digest), path)
+                yield model  # copied by the ensemble before the next file is read into it
+
+        ensemble = cls(models(), layer, snapshots_on=snapshots_on).to(device)
+        ensemble.hashes = hashes
+        return ensemble
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def feature_dim(self) -> int:
+        """D, the width of the features."""
+        return self._captures[0].dim
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """All snapshots' logits (M, B, C) and last features (M, B, D), in the dtypes that snapshot 0 returns.
+
+        Both are views of buffers that the next call overwrites: use or clone them before. The buffers grow
+        with the largest batch. ValueError where a snapshot differs in C or D.
+        """
+        if self._spread:
+            return tuple(self._spread.back(own, self._count) for own in self._own(self._spread.all_images(x)))
+        return self._own(x)
+
+    def _own(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the models in this process say."""
+        if self._swapped and x.device.type != "cpu":
+            each = self._swapped(x)
+        else:  # a GPU runs one model after another: nothing faster was measured yet
+            each = self._folded(self._captures, x) or (capture(x) for capture in self._captures)
+        for m, outputs in enumerate(each):
+            if m == 0:
+                self._memory = [*map(self._room, self._memory, outputs)]
+                views = [memory[:, : len(rows)] for memory, rows in zip(self._memory, outputs, strict=True)]
+            for name, rows, view in zip(("logits", "features"), outputs, views, strict=True):
+                if rows.shape != view.shape[1:]:  # copy_ would broadcast
+                    raise ValueError(
+                        f"{name} of snapshot {m} must have snapshot 0's shape "
+                        f"{tuple(view.shape[1:])}, got {tuple(rows.shape)}"
+                    )
+                view[m].copy_(rows)
+        return tuple(views)
+
+    def train(self, mode: bool = True) -> "SnapshotEnsemble":
+        """Stay in eval mode, whatever `mode` is."""
+        return super().train(False)
+
+    def _room(self, memory: Tensor | None, rows: Tensor) -> Tensor:
+        """`memory` where M times `rows` (B, width) fit into it, else new memory."""
+        if rows.ndim != 2:
+            raise ValueError(f"outputs of a snapshot must be (B, width), got shape {tuple(rows.shape)}")
+        kind = rows.shape[1], rows.dtype, rows.device
+        fits = memory is not None and (memory.shape[2], memory.dtype, memory.device) == kind
+        if not fits or memory.shape[1] < len(rows):
+            with torch.inference_mode(False):  # born in inference mode, it could never serve training
+                memory = torch.empty(len(self.models), *rows.shape, dtype=rows.dtype, device=rows.device)
+        return memory
+
+    def _apply(self, fn, recurse=True):
+        for model in self.models:
+            model._apply(fn, recurse)
+            if self._swapped:
+                pinned(model)
+        return super()._apply(fn, recurse)
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"models must be nn.Modules, got {type(model).__name__}")
+    return copy.deepcopy(model).eval().requires_grad_(False)

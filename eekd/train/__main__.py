@@ -1,0 +1,272 @@
+"""The command line of training: python -m eekd.train [teacher | student --teacher RUN] [--flag value ...]."""
+
+import os
+import signal
+import sys
+import warnings
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin
+
+from eekd import command
+
+if __name__ == "__main__":
+    command.start()
+
+from eekd.io.files import first_line, in_words, printable
+from eekd.train.config import Config, differences, nearest, settled, switched, word
+from eekd.train.presets import preset
+from eekd.train.signals import Stopped, signals
+
+try:
+    import tyro
+    from rich.console import Console
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    from eekd.train import screen
+except ImportError as error:
+    raise SystemExit(f"python -m eekd.train needs {error.name}: pip install 'eekd[train]'") from None
+
+# torch, and what needs it, is imported after the command line is read: --help is quick then.
+WATCHES = "non_finite", "skip_budget", "verify_loss"  # settings that a run may go on with others of
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Trains a teacher, keeps its snapshots and distils students.
+
+    The first word "teacher" trains the teacher only; "student --teacher RUN" students only, from the teacher
+    of an earlier run; "student --bank PATH" the same without running it.
+    """
+
+    # start from these settings (None: glyphs, the demonstration, where no setting is given; else digits)
+    preset: str | None = None
+    config: str | None = None  # start from a file's settings: RUN/config.json runs RUN again
+    resume: str | None = None  # go on with this run where it was stopped or killed, with its settings
+    out: str | None = None  # the run folder to make (None: the first free runs/DATA-1, -2, ...)
+    dry_run: bool = False  # print networks, steps, memory and disk, and stop
+    settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+@dataclass(frozen=True)
+class Start:
+    """The flags that say which settings the others override."""
+
+    preset: str | None = None
+    config: str | None = None
+    resume: str | None = None
+    teacher_run: str | None = None
+    bank: str | None = None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command line, in one process or under torchrun, and returns its exit code.
+
+    0, 130 or 143 when stopped by a signal, 2 for any mistake, 1 where another process ended first.
+    """
+    shown = warnings.showwarning
+    warnings.showwarning = _warn
+    try:
+        try:
+            flags = parse(command.arguments(argv))
+            import eekd.train.run  # noqa: F401  # before signals are held: it takes seconds
+        except (ImportError, OSError, TypeError, ValueError) as error:
+            return _error(error)
+        with signals:
+            return _joined(flags)
+    except Stopped as stop:
+        number = signal.Signals(stop.args[0])
+        return _fail("; ".join([f"stopped by {number.name}", *_notes(stop)]), 128 + number)
+    except KeyboardInterrupt as stop:
+        return _fail("; ".join(["stopped", *_notes(stop)]), 130)
+    finally:
+        warnings.showwarning = shown
+
+
+def _joined(flags: Flags) -> int:
+    from eekd import parallel
+
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(parallel.process_group())
+        except ValueError as error:
+            return _fail(f"error: {error}", 2)
+        except RuntimeError as error:  # the others did not come
+            return _fail(f"error: {first_line(error)}", 1)
+        if code := _main(flags):
+            stack.pop_all()  # the others may not leave the group now
+        return code
+
+
+def _main(flags: Flags) -> int:
+    import torch
+
+    from eekd import parallel
+    from eekd.train import prepare, resume, train
+    from eekd.train.run_folder import read_record
+
+    console = Console(quiet=not parallel.is_main_process(), markup=False)
+    try:
+        flags = _again(flags)
+        session = prepare(flags.settings)
+    except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:  # a name, a file, a value
+        return _error(error)
+    if flags.dry_run:
+        screen.show(console, screen.plan(session))
+        return 0
+    try:
+        with screen.Display(console, session.config.seeds) as display:
+            if flags.resume:
+                run = resume(flags.resume, session=session, progress=display)
+            else:
+                run = train(session.config, flags.out, session=session, progress=display)
+    except torch.OutOfMemoryError as error:
+        return _error(error, "error: the device is out of memory, a smaller batch_size may fit: ")
+    except (FloatingPointError, OSError, ValueError) as error:
+        return _error(error)
+    except RuntimeError as error:
+        if signals.received and parallel.world_size() > 1:  # by all processes, of which another was faster
+            raise Stopped(signals.received) from error
+        if not parallel.is_peer_failure(error):
+            raise
+        return _fail(f"stopped, since another process ended or differs: {str(error).splitlines()[0]}", 1)
+    summary = read_record(run / "summary.json", "seconds", "rows")
+    if "seeds" not in summary:
+        screen.show(console, screen.results(summary["rows"]))
+        console.print(f"{summary['seconds']:.0f} s in all; everything is in {printable(run)}", highlight=False)
+    elif parallel.is_main_process():
+        from eekd.report import report
+        from eekd.train.seeds import sentence
+
+        screen.show(console, screen.over_seeds(summary))
+        print(f"{sentence(summary)} {summary['seconds']:.0f} s in all. Report: {printable(report(run))}".strip())
+    return 0
+
+
+def parse(argv: list[str]) -> Flags:
+    """The flags of a command line; ValueError or tyro's SystemExit says what is wrong and what is near it."""
+    phase = argv[0] if argv and not argv[0].startswith("-") else None
+    if phase not in (None, "teacher", "student"):
+        raise ValueError(f"{phase!r} is no command{nearest(phase, ('teacher', 'student'))}")
+    flags = ["--teacher-run" + flag[9:] if flag.split("=")[0] == "--teacher" else flag for flag in argv]
+    flags = switched(flags[1:] if phase else flags)
+    start = tyro.cli(Start, args=flags, return_unknown_args=True, add_help=False)[0]
+    # Without any setting it is the demonstration; a setting is meant for the general recipe.
+    given = {flag.partition("=")[0] for flag in flags if flag.startswith("--")}
+    settings = _start(start, "glyphs" if not phase and given <= {"--out", "--dry-run"} else "digits")
+    if phase == "teacher":
+        settings = replace(settings, students=(), teacher_run=None, bank=None)
+    with _literals():
+        parsed = tyro.cli(Flags, prog="eekd train", args=flags, default=Flags(settings=settings))
+    chosen = parsed.settings
+    if start.resume:
+        other = next((name for name in ("preset", "config", "out") if getattr(parsed, name)), phase)
+        changed = differences(asdict(_settings_of(start.resume)), asdict(chosen))
+        changed = other or ", ".join(name for name in changed if name not in WATCHES)
+        if changed:
+            raise ValueError(
+                f"--resume {start.resume} goes on with the run as it was begun, and cannot be given with "
+                f"another {changed}"
+            )
+    if phase == "student" and not chosen.teacher_run:
+        raise ValueError("student needs --teacher RUN, the run folder whose teacher to use, or --bank PATH")
+    if chosen.teacher_run and chosen.teacher != settings.teacher:
+        raise ValueError(f"the teacher's settings are those of {chosen.teacher_run} and cannot be changed")
+    return parsed
+
+
+def _again(flags: Flags) -> Flags:
+    """Under torchrun --max-restarts: the same flags, or those that go on with the run, where it has begun."""
+    from eekd import parallel
+    from eekd.train.run_folder import read_settings
+
+    if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) or flags.resume:
+        return flags
+    if not flags.out:
+        raise ValueError("--out must be given under torchrun --max-restarts, which finds the run by it")
+    # The first process decides for all, for it may have begun the run when another comes here.
+    if not parallel.broadcast(lambda: "begun" * Path(flags.out, "config.json").exists()):
+        return flags
+    begun = read_settings(flags.out)
+    changed = differences(asdict(begun), asdict(settled(flags.settings, begun)))
+    if flags.settings.bank and not flags.settings.teacher_run:  # which the run has from its bank
+        changed.pop("teacher_run", None)
+    if changed:
+        raise ValueError(f"{flags.out} holds a run with another {', '.join(changed)}: choose another --out")
+    return replace(flags, resume=flags.out, out=None)
+
+
+def _settings_of(run: str) -> Config:
+    from eekd.train.run_folder import read_settings
+
+    return read_settings(run)
+
+
+def _start(start: Start, default: str) -> Config:
+    """The settings that flags override: a preset's, a file's, or those of the run that gives the teacher."""
+    if start.preset and start.config:
+        raise ValueError("give --preset or --config, not both")
+    if start.resume:
+        return _settings_of(start.resume)
+    settings = Config.load(start.config) if start.config else preset(start.preset or default)
+    folder = start.teacher_run
+    if start.bank and not folder:
+        from eekd.bank import LogitBank
+
+        folder = str(LogitBank.open(start.bank).run)
+    if not folder:
+        return settings
+    run = _settings_of(folder)
+    if not start.preset and not start.config:
+        settings = replace(run, students=run.students or settings.students, bank=None)
+    return replace(settings, teacher=run.teacher, teacher_run=folder)
+
+
+def _literals() -> ConstructorRegistry:
+    """Lets any word through where a Literal is wanted: Config refuses it and names the nearest."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def literal(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if get_origin(info.type) is not Literal:
+            return None
+        values = {word(value): value for value in get_args(info.type) if isinstance(value, bool)}
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="{" + ",".join(map(word, get_args(info.type))) + "}",
+            instance_from_str=lambda words: values.get(words[0].lower(), words[0]),
+            is_instance=lambda value: isinstance(value, str | bool),
+            str_from_instance=lambda value: [word(value)],
+        )
+
+    return registry
+
+
+def _warn(message: Warning, category: type, filename: str, lineno: int, file=None, line=None) -> None:
+    if not _rank():
+        print(f"warning: {printable(message)}", file=sys.stderr)
+
+
+def _rank() -> int:
+    """The number of this process; 0 before it has joined the others."""
+    known = sys.modules.get("eekd.parallel")
+    return known.rank() if known else 0
+
+
+def _notes(error: BaseException) -> list[str]:
+    return getattr(error, "__notes__", [])
+
+
+def _error(error: Exception, what: str = "error: ") -> int:
+    return _fail("; ".join([what + in_words(error), *_notes(error)]), 2)
+
+
+def _fail(sentence: str, code: int) -> int:
+    who = f"process {_rank()}: " if _rank() else ""
+    print(who + printable(sentence), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    command.run(main)

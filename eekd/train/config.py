@@ -1,0 +1,289 @@
+"""What a run is made of: frozen dataclasses, checked when made and kept as JSON, and the presets.
+
+A value that cannot be meant is a ValueError of one sentence: the field, what is wanted and what was got.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+
+from eekd.io.files import json_bytes
+
+Weighting = Literal["ce", "last", "uniform", "linear_increase", "linear_decrease", "entropy", "confidence", "attention"]
+
+# What tables and plots call a network.
+TITLES = {
+    "teacher": "teacher",
+    "ce": "CE only",
+    "last": "KD (last)",
+    "uniform": "uniform",
+    "linear_increase": "linear increase",
+    "linear_decrease": "linear decrease",
+    "entropy": "entropy (EBKD)",
+    "confidence": "confidence (CA-MKD)",
+    "attention": "EEKD (attention)",
+}
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A hint at the entry of `names` closest to `name`: "; did you mean 'x'?", or "" where none is close."""
+    lowered = {n.lower(): n for n in reversed([*names])}
+    close = difflib.get_close_matches(str(name).lower(), lowered, 1, 0.5)
+    return f"; did you mean {lowered[close[0]]!r}?" if close else ""
+
+
+def word(value: str | bool) -> str:
+    """A literal as the command line and JSON write it."""
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def _wanted(value: Any, kind: Any) -> str | None:
+    """What the annotation `kind` wants in place of `value`; None when the value will do."""
+    args = get_args(kind)
+    if get_origin(kind) is Literal:
+        known = any(type(value) is type(arg) and value == arg for arg in args)  # 1 is no true
+        return None if known else f"one of {', '.join(map(word, args))}"
+    if get_origin(kind) is UnionType:
+        wanted = [_wanted(value, k) for k in args]
+        return None if None in wanted else " or ".join(wanted)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
+            return "a list"
+        return next((f"a list of: {w}" for w in (_wanted(v, args[0]) for v in value) if w), None)
+    if kind is float:
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return None if good else "a finite number"
+    if kind is int:
+        return None if type(value) is int else "a whole number"
+    if kind is str:
+        return None if isinstance(value, str) and value else "some text"
+    names = {bool: "true or false", type(None): "nothing"}
+    return None if isinstance(value, kind) else names.get(kind, f"a {kind.__name__}")
+
+
+class _Checked:
+    """Checks the types of a dataclass's fields, then the (field, holds, wanted) rules of `_rules`."""
+
+    _prefix = ""
+
+    def __post_init__(self):
+        kinds = get_type_hints(type(self))
+        for name in (f.name for f in dataclasses.fields(self)):
+            value = getattr(self, name)
+            if wanted := _wanted(value, kinds[name]):
+                known = choices(kinds[name])
+                wrong = [v for v in (value if isinstance(value, tuple) else (value,)) if v not in known]
+                hint = next(filter(None, (nearest(v, map(word, known)) for v in wrong)), "")
+                raise ValueError(f"{self._prefix}{name} must be {wanted}, got {value!r}{hint}")
+        for name, holds, wanted in self._rules():
+            if not holds:
+                raise ValueError(f"{self._prefix}{name} must be {wanted}, got {getattr(self, name)!r}")
+
+    def _rules(self):
+        return ()
+
+
+def choices(kind: Any) -> tuple:
+    """The literals named anywhere in an annotation."""
+    args = get_args(kind)
+    return args if get_origin(kind) is Literal else tuple(c for a in args for c in choices(a))
+
+
+@dataclass(frozen=True)
+class Phase(_Checked):
+    """How one network is trained."""
+
+    model: str = "resnet8"  # a name of eekd.models, timm:NAME or path/to/file.py:factory
+    epochs: int = 20
+    batch_size: int = 64
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # sgd has momentum 0.9
+    lr: float = 0.1
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    schedule: Literal["step", "cosine"] = "step"
+    milestones: tuple[float, ...] = (0.3, 0.6, 0.9)  # step: divide lr by 10 at these fractions of training
+
+    def _rules(self):
+        marks = self.milestones
+        yield "epochs", self.epochs >= 1, "at least 1"
+        yield "batch_size", self.batch_size >= 1, "at least 1"
+        yield "lr", self.lr > 0, "above 0"
+        yield "weight_decay", self.weight_decay >= 0, "at least 0"
+        yield (
+            "milestones",
+            all(0 < m < 1 for m in marks) and list(marks) == sorted(set(marks)),
+            "rising fractions of training between 0 and 1",
+        )
+
+
+@dataclass(frozen=True)
+class Teacher(Phase):
+    """The teacher: one ordinary training run that keeps snapshots."""
+
+    _prefix = "teacher."
+
+    schedule: Literal["step", "cosine", "cyclic"] = "step"  # cyclic: one cosine cycle per snapshot
+    snapshots: int = 5  # M; one at the end of each of M equal stages
+
+    def _rules(self):
+        yield from super()._rules()
+        yield "snapshots", 1 <= self.snapshots <= self.epochs, f"from 1 to teacher.epochs ({self.epochs})"
+        yield (
+            "epochs",
+            self.schedule != "cyclic" or self.epochs % self.snapshots == 0,
+            f"a multiple of teacher.snapshots ({self.snapshots}) when teacher.schedule is cyclic",
+        )
+
+
+@dataclass(frozen=True)
+class Student(Phase):
+    """The students: all start from the same weights and see the same images; only the loss differs."""
+
+    _prefix = "student."
+
+    model: str = "resnet8_w4"
+    temperature: float = 5.0
+    alpha: float = 0.5  # loss = alpha CE + (1 - alpha) temperature^2 KL
+    fusion: Literal["probability", "logit"] = "probability"
+    attention_objective: Literal["label", "kl"] = "label"  # which loss moves the attention
+    embed_dim: int = 8  # width of query and keys
+    normalize: bool = True  # layer norm of the features before the attention's maps
+    scale: float | None = None  # of query . key; none is 1/sqrt(embed_dim)
+    detach_query: bool = True  # no gradient from the attention to the student's features
+
+    def _rules(self):
+        yield from super()._rules()
+        yield "temperature", self.temperature > 0, "above 0"
+        yield "alpha", 0 <= self.alpha <= 1, "from 0 to 1"
+        yield "embed_dim", self.embed_dim >= 1, "at least 1"
+        yield "scale", self.scale is None or self.scale > 0, "above 0"
+
+
+@dataclass(frozen=True)
+class Config(_Checked):
+    """A whole run: the data, the teacher and the students."""
+
+    data: str = "digits"  # glyphs, digits, fashion-mnist, cifar10, cifar100, a folder or a Hugging Face id
+    root: str | None = None  # where the data's files are; none: the usual places
+    image_size: int | None = None  # resize images to this; none: as they are
+    train_limit: int | None = None  # use only so many training images
+    val_fraction: float = 0.1  # of the training images, held out to validate on
+    split_seed: int = 0  # which images are held out
+    augment: Literal["auto", "none", "crop", "crop-flip", "imagenet"] = "auto"  # auto: what suits the data
+    workers: int = 0  # processes that decode images; 0: none
+    teacher: Teacher = Teacher()  # one ordinary training run, which keeps snapshots
+    teacher_run: str | None = None  # an earlier run whose teacher to use (--teacher RUN)
+    bank: str | None = None  # a logit bank of that teacher to read instead of running it (--bank PATH)
+    # Whose memory holds the snapshots. cpu: a GPU has two of them, not all M; ranks: a process runs its share for all
+    snapshots_on: Literal["device", "cpu", "ranks"] = "device"
+    student: Student = Student()  # all start from the same weights and see the same images; only the loss differs
+    students: tuple[Weighting, ...] = ("ce", "last", "attention")  # one student is trained for each
+    seed: int = 0  # of weights, order and augmentation
+    seeds: int = 1  # the whole run once for each of seed, seed + 1, ...
+    device: str = "auto"  # auto: cuda where there is one, else cpu
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: replicas of a network, or shards (fully_shard)
+    accumulate: int = 1  # parts of a batch that are run one after another; batch_size is that of a whole step
+    sync_batchnorm: bool = False  # batch norm over the images of all processes
+    check_replicas: int = 0  # steps between proofs that all processes have the same weights; 0: at the end only
+    # auto: bf16 where the device itself computes in it, else fp32
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: bool = False  # torch.compile the networks in training
+    channels_last: Literal["auto", True, False] = "auto"  # auto: on a CPU, but with fsdp
+    deterministic: bool = False  # same bits on every run of the same machine; slower on a GPU
+    tensorboard: bool = False  # write events for TensorBoard too
+    save_every: float = 300.0  # seconds between checkpoints within an epoch; each epoch ends with one
+    non_finite: Literal["stop", "skip"] = "stop"  # what to do at a step whose loss or gradients are NaN or infinite
+    skip_budget: int = 10  # steps of a phase that may be skipped
+    verify_loss: int = 1  # first batches of a student whose loss is checked against its formula in fp64; 0: none
+
+    def _rules(self):
+        yield "image_size", self.image_size is None or self.image_size >= 1, "at least 1"
+        yield "train_limit", self.train_limit is None or self.train_limit >= 1, "at least 1"
+        yield "val_fraction", 0 < self.val_fraction < 1, "between 0 and 1"
+        yield "split_seed", self.split_seed >= 0, "at least 0"
+        yield "workers", self.workers >= 0, "at least 0"
+        yield "students", len(set(self.students)) == len(self.students), "different from each other"
+        yield "students", self.students or not self.teacher_run, "at least one when teacher_run is given"
+        yield "accumulate", self.accumulate >= 1, "at least 1"
+        yield "check_replicas", self.check_replicas >= 0, "at least 0"
+        yield "parallel", self.parallel == "ddp" or self.precision != "fp16", "ddp when precision is fp16"
+        yield "save_every", self.save_every > 0, "above 0"
+        yield "skip_budget", self.skip_budget >= 0, "at least 0"
+        yield "verify_loss", self.verify_loss >= 0, "at least 0"
+        yield "seed", 0 <= self.seed < 2**31, "from 0 to 2**31 - 1"
+        yield "seeds", 1 <= self.seeds <= 2**31 - self.seed, "at least 1"
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Reads what `to_json` wrote; absent fields keep their defaults, unknown ones are a ValueError."""
+        try:
+            return _read(cls, json.loads(text))
+        except (json.JSONDecodeError, OverflowError, RecursionError) as e:
+            raise ValueError(f"the config is not JSON: {e}") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """The config in a file; FileNotFoundError or a ValueError that names the file."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no config file at {path}")
+        data = json_bytes(path)
+        try:
+            return cls.from_json(data.decode())
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
+
+
+def switched(argv: list[str]) -> list[str]:
+    """The flags with a value for --channels-last and --no-channels-last where they stand alone."""
+    flags = []
+    for flag, after in zip(argv, [*argv[1:], "--"], strict=False):
+        name, equals, value = flag.partition("=")
+        name = name.replace("_", "-")
+        if name == "--no-channels-last":
+            flags += ["--channels-last", "False"]
+        elif name == "--channels-last" and (equals or after.startswith("--")):
+            flags += [name, value.capitalize() if value in ("true", "false") else value or "True"]
+        else:
+            flags.append(flag.capitalize() if flag in ("true", "false") and flags[-1:] == ["--channels-last"] else flag)
+    return flags
+
+
+def settled(config: Config, by: Config) -> Config:
+    """The settings with those of `by` wherever they are "auto" and so leave the choice to the device."""
+    auto = {name: getattr(by, name) for name in ("precision", "channels_last") if getattr(config, name) == "auto"}
+    return dataclasses.replace(config, **auto)
+
+
+def _read(cls: type, values: Any, prefix: str = "") -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix.rstrip('.') or 'the config'} must be an object, got {values!r}")
+    kinds = get_type_hints(cls)
+    read = {}
+    for name, value in values.items():
+        if name not in kinds:
+            raise ValueError(f"{prefix}{name} is not a setting{nearest(name, kinds)}")
+        if dataclasses.is_dataclass(kinds[name]):
+            value = _read(kinds[name], value, f"{prefix}{name}.")
+        read[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**read)
+
+
+def differences(one: dict, other: dict, prefix: str = "") -> dict[str, tuple]:
+    """Where two nested dicts differ: {dotted name: (value in one, value in the other)}, None for what is absent."""
+    found = {}
+    for name in one | other:
+        a, b = one.get(name), other.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found[prefix + name] = a, b
+    return found

@@ -1,0 +1,123 @@
+"""Recipes by name: the settings that a run starts from."""
+
+from collections.abc import Callable
+from functools import partial
+
+from eekd.train.config import Config, Student, Teacher, nearest
+
+
+def digits() -> Config:
+    """scikit-learn's 8 x 8 digits: the whole method in a minute.
+
+    python -m eekd.train
+    """
+    return Config()
+
+
+def glyphs() -> Config:
+    """Letters and digits of printed fonts, the demonstration: a perceptron learns from a residual network, five times.
+
+    python -m eekd.train
+    """
+    return Config(
+        data="glyphs",
+        augment="none",  # so that the snapshots run over the training images once
+        precision="fp32",  # which is fastest for networks as small as these, and the same on every processor
+        teacher=Teacher(model="resnet8_s2", epochs=12, batch_size=128, schedule="cosine", snapshots=4),
+        student=Student(
+            model="mlp64", epochs=40, batch_size=128, lr=0.3, schedule="cosine", temperature=2.0, alpha=0.1
+        ),
+        seeds=5,
+    )
+
+
+def fashion_mnist_cpu() -> Config:
+    """Fashion-MNIST made small enough for two CPU cores.
+
+    python -m eekd.train --preset fashion-mnist-cpu
+    """
+    recipe = dict(epochs=10, batch_size=128, schedule="cosine")
+    return Config(
+        data="fashion-mnist",
+        train_limit=30_000,
+        augment="none",  # ten epochs are too few to need more images than there are
+        teacher=Teacher(model="resnet8", **recipe),
+        student=Student(model="resnet8_w4", **recipe),
+    )
+
+
+CIFAR100_PAIRS = (
+    "wrn_40_2-wrn_16_2",
+    "wrn_40_2-wrn_40_1",
+    "resnet56-resnet20",
+    "resnet110-resnet20",
+    "resnet110-resnet32",
+    "resnet32x4-resnet8x4",
+    "vgg13-vgg8",
+    "vgg13-MobileNetV2",
+    "ResNet50-MobileNetV2",
+    "ResNet50-vgg8",
+    "resnet32x4-ShuffleNetV1",
+    "resnet32x4-ShuffleNetV2",
+    "wrn_40_2-ShuffleNetV1",
+)
+
+
+def cifar100_crd(pair: str) -> Config:
+    """CIFAR-100 by the recipe of RepDistiller (Tian et al., "Contrastive Representation Distillation", 2020).
+
+    python -m eekd.train --preset cifar100-crd:resnet56-resnet20
+    """
+    teacher, student = pair.split("-")
+    recipe = dict(epochs=240, batch_size=64, nesterov=False, milestones=(0.625, 0.75, 0.875))
+    lr = 0.01 if student.startswith(("MobileNet", "ShuffleNet")) else 0.05
+    return Config(
+        data="cifar100",
+        teacher=Teacher(model=teacher, lr=0.05, **recipe),
+        student=Student(model=student, lr=lr, temperature=4.0, alpha=0.1, **recipe),
+    )
+
+
+def cifar100_eekd(pair: str) -> Config:
+    """CIFAR-100 by the recipe of the method's authors (Wang et al., arXiv 2202.12488).
+
+    python -m eekd.train --preset cifar100-eekd:resnet56-resnet20
+    """
+    teacher, student = pair.split("-")
+    recipe = dict(epochs=200, batch_size=128)
+    return Config(data="cifar100", teacher=Teacher(model=teacher, **recipe), student=Student(model=student, **recipe))
+
+
+def imagenet_r34_r18() -> Config:
+    """ImageNet, ResNet-34 to ResNet-18, from a folder with train/CLASS/*.JPEG and val/CLASS/*.JPEG.
+
+    python -m eekd.train --preset imagenet-r34-r18 --data path/to/imagenet
+    """
+    recipe = dict(epochs=100, batch_size=256, nesterov=False, weight_decay=1e-4)
+    return Config(
+        data="imagenet",
+        image_size=224,
+        val_fraction=0.01,
+        workers=8,
+        precision="bf16",
+        channels_last=True,
+        teacher=Teacher(model="timm:resnet34", **recipe),
+        student=Student(model="timm:resnet18", **recipe),
+    )
+
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    "glyphs": glyphs,
+    "digits": digits,
+    "fashion-mnist-cpu": fashion_mnist_cpu,
+    **{f"cifar100-crd:{pair}": partial(cifar100_crd, pair) for pair in CIFAR100_PAIRS},
+    **{f"cifar100-eekd:{pair}": partial(cifar100_eekd, pair) for pair in CIFAR100_PAIRS},
+    "imagenet-r34-r18": imagenet_r34_r18,
+}
+
+
+def preset(name: str) -> Config:
+    """The preset of that name; ValueError names the nearest one."""
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}{nearest(name, PRESETS) or '; there are ' + ', '.join(PRESETS)}")
+    return PRESETS[name]()

@@ -1,0 +1,226 @@
+"""Training as a library: the whole of a run, its teacher, or one of its students."""
+
+import dataclasses
+import shlex
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from eekd import models, parallel
+from eekd.bank import LogitBank
+from eekd.io.files import write_json_atomic
+from eekd.io.lock import locked
+from eekd.snapshots import SnapshotEnsemble, read_manifest
+from eekd.snapshots.features import LastFeatures
+from eekd.train.config import Config, differences
+from eekd.train.run_folder import (
+    FORMAT,
+    new_folder,
+    read_metrics,
+    read_record,
+    read_settings,
+    summary_writer,
+    write_settings,
+)
+from eekd.train.seeds import seeds_of, summary_of
+from eekd.train.student import check_bank, read_student, train_student
+from eekd.train.teacher import read_teacher, train_teacher
+from eekd.train.trainer import Progress, Session, quiet
+
+
+def train(
+    config: Config, out: str | Path | None = None, *, session: Session | None = None, progress: Progress = quiet
+) -> Path:
+    """Trains the teacher and then every student; returns the run folder, described in eekd.train.run_folder.
+
+    With config.seeds above 1 all of it once per seed, each in a run folder of its own: see eekd.train.seeds.
+    With config.teacher_run or config.bank no teacher is trained, without config.students no student. What is
+    wrong with the settings is raised by `prepare`, before anything is written; FileExistsError where `out` holds
+    anything. `session` is what `prepare` returned for this config, to save doing it again.
+    """
+    parallel.check_process_group()
+    session = session or prepare(config)
+    run = Path(parallel.broadcast(lambda: str(new_folder(out, Path(config.data).name))))
+    with _resumable(run), _alone(run):
+        if parallel.is_main_process():
+            write_settings(run, session.config, session.data, session.device)
+        return _train(run, session, progress)
+
+
+def resume(run: str | Path, *, session: Session | None = None, progress: Progress = quiet) -> Path:
+    """Goes on with a run that was killed, stopped or broken off, to the bits it would have had; returns its folder.
+
+    Its settings are those in its config.json, and finished phases are kept, their files checked. `session` is what
+    `prepare` returned for them. ValueError or FileNotFoundError names a file of the run that is damaged, missing or
+    of another run, BlockingIOError another process that has it; else what `prepare` raises.
+    """
+    parallel.check_process_group()
+    run, config = Path(run), read_settings(run)
+    with _resumable(run), _alone(run):
+        session = session or prepare(config)
+        check_data(session, run)
+        return _train(run, session, progress)
+
+
+def _train(run: Path, session: Session, progress: Progress) -> Path:
+    start, config, teacher = time.perf_counter(), session.config, run / "teacher"
+    if (run / "summary.json").exists():
+        read_record(run / "summary.json", "seconds", "rows")
+    if config.seeds > 1:
+        return _train_seeds(run, session, progress)
+    if config.teacher_run:
+        teacher = Path(config.teacher_run, "teacher")
+    else:
+        train_teacher(config, teacher, session=session, progress=progress, resume=True)
+    students = {weighting: run / "students" / weighting for weighting in config.students}
+    for weighting, folder in students.items():
+        train_student(config, teacher, weighting, folder, session=session, progress=progress, resume=True)
+    if parallel.is_main_process() and not (run / "summary.json").exists():
+        rows, seconds = table(teacher, list(students.values())), time.perf_counter() - start
+        write_json_atomic(run / "summary.json", {"format": FORMAT, "seconds": seconds, "rows": rows})
+    parallel.barrier()
+    return run
+
+
+def _train_seeds(run: Path, session: Session, progress: Progress) -> Path:
+    seeds = seeds_of(session.config)
+    for seed in seeds:
+        config, folder = dataclasses.replace(session.config, seed=seed, seeds=1), run / f"seed-{seed}"
+
+        def of_seed(phase: str, *known, seed=seed) -> None:
+            progress(f"{phase}, seed {seed}", *known)
+
+        if parallel.is_main_process():
+            folder.mkdir(exist_ok=True)
+            if not (folder / "config.json").exists():
+                write_settings(folder, config, session.data, session.device)
+        parallel.barrier()
+        with _alone(folder):
+            if changed := ", ".join(differences(*map(dataclasses.asdict, (read_settings(folder), config)))):
+                raise ValueError(f"{folder} holds a run with another {changed}")
+            _train(folder, Session(config, session.data), of_seed)
+    if parallel.is_main_process() and not (run / "summary.json").exists():
+        write_json_atomic(run / "summary.json", {"format": FORMAT} | summary_of(run, seeds))
+    parallel.barrier()
+    return run
+
+
+@contextmanager
+def _alone(run: Path):
+    """The run's lock, which the first of several processes holds for all."""
+    with locked(run) if parallel.is_main_process() else nullcontext():
+        parallel.barrier()
+        yield
+
+
+@contextmanager
+def _resumable(run: Path):
+    """Adds to what ends a run, where going on can help, how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, OSError, RuntimeError, ValueError) as error:
+        if not isinstance(error, BlockingIOError) and (run / "config.json").exists():
+            error.add_note(f"go on with: python -m eekd.train --resume {shlex.quote(str(run))}")
+        raise
+
+
+def prepare(config: Config) -> Session:
+    """Loads the data and finds what would stop the run later: an unknown name, a teacher that does not fit.
+
+    The teacher's settings become those of config.teacher_run, where there is one; a bank knows its teacher_run.
+    """
+    if config.bank and not config.teacher_run:
+        config = dataclasses.replace(config, teacher_run=str(LogitBank.open(config.bank).run))
+    earlier = Path(config.teacher_run) if config.teacher_run else None
+    if earlier:
+        settings = read_settings(earlier)
+        if settings.seeds > 1:
+            raise ValueError(
+                f"teacher_run must be the run of one seed, such as {earlier / f'seed-{settings.seed}'}, "
+                f"got {earlier}, which holds {settings.seeds}"
+            )
+        config = dataclasses.replace(config, teacher=settings.teacher)
+    if config.tensorboard:
+        summary_writer()
+    session = Session(config)
+    for phase in (config.teacher, config.student):
+        session.micro_batch(phase)
+        network = models.build(**session.spec(phase))
+        LastFeatures(network)
+        if config.sync_batchnorm:
+            parallel.convert_sync_batchnorm(network)
+    if earlier:
+        if session.bank:
+            loader = session.loader("train", config.student, train=True)
+            check_bank(session, loader, earlier / "teacher", config.students)
+        check_data(session, earlier)
+        SnapshotEnsemble.load(earlier / "teacher")
+    return session
+
+
+def check_data(session: Session, run: Path) -> None:
+    """ValueError unless the session has the images that `run` was trained on."""
+    images = read_record(run / "environment.json", "data")["data"]
+    if not isinstance(images, dict) or images.get("fingerprint") != session.data.fingerprint:
+        raise ValueError(f"{run} was trained on other images than {session.config.data} gives now")
+
+
+def table(teacher: Path, students: list[Path]) -> list[dict]:
+    """The rows of summary.json, from what the phases left in their folders."""
+    manifest, known = read_manifest(teacher), read_teacher(teacher)
+    epochs = [entry["step"] for entry in manifest["snapshots"]]
+    *snapshots, ensemble = [
+        {"val_accuracy": val["accuracy"], "test_accuracy": test["accuracy"]}
+        for val, test in zip(known["val"]["members"], known["test"]["members"], strict=True)
+    ]
+    seconds = [row["seconds"] for row in read_metrics(teacher, known)]
+    network = {"model": manifest["spec"]["name"], "parameters": parameters(manifest["spec"])}
+    rows = [
+        _row(
+            "teacher",
+            "teacher",
+            **network,
+            epochs=epochs[-1],
+            **snapshots[-1],
+            seconds_per_epoch=sum(seconds) / len(seconds),
+        )
+    ]
+    for number, (epoch, scores) in enumerate(zip(epochs, snapshots, strict=True), 1):
+        rows.append(_row("snapshot", f"snapshot {number}", **network, epochs=epoch, **scores))
+    rows.append(
+        _row(
+            "ensemble",
+            "ensemble",
+            model=network["model"],
+            epochs=epochs[-1],
+            **ensemble,
+            parameters=network["parameters"] * len(snapshots),
+        )
+    )
+    records = [read_student(folder) for folder in students]
+    alone = next((record["test"]["accuracy"] for record in records if record["weighting"] == "ce"), None)
+    for folder, record in zip(students, records, strict=True):
+        spec, accuracy = record["spec"], record["test"]["accuracy"]
+        rows.append(
+            _row(
+                "student",
+                record["weighting"],
+                model=spec["name"],
+                parameters=parameters(spec),
+                epochs=len(read_metrics(folder, record)),
+                val_accuracy=record["val"]["accuracy"],
+                test_accuracy=accuracy,
+                gain=None if alone is None else accuracy - alone,
+                seconds_per_epoch=record["seconds_per_epoch"],
+            )
+        )
+    return rows
+
+
+def _row(kind: str, name: str, **known) -> dict:
+    return {"kind": kind, "name": name, "gain": None, "seconds_per_epoch": None} | known
+
+
+def parameters(spec: dict) -> int:
+    """How many numbers a network of this architecture learns."""
+    return sum(p.numel() for p in models.build(**spec).parameters())

@@ -1,0 +1,153 @@
+"""What `eekd train` shows while it runs and at its end: bars, and tables that keep numbers whole. Needs rich."""
+
+import math
+from typing import TYPE_CHECKING
+
+from rich import box, progress
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from eekd.io.files import printable
+from eekd.train.config import TITLES
+
+if TYPE_CHECKING:  # torch, and what needs it, comes after the command line is read: --help is quick then
+    from eekd.train import Session
+
+
+class Display:
+    """Progress of the phases: live bars on a terminal; elsewhere a line per epoch, of several seeds per phase."""
+
+    def __init__(self, console: Console, seeds: int = 1):
+        self.console, self.seeds = console, seeds
+        text = progress.TextColumn
+        self.bars = progress.Progress(
+            text("{task.description}"),
+            progress.BarColumn(),
+            text("{task.fields[state]}"),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.tasks: dict[str, progress.TaskID] = {}
+
+    def __enter__(self):
+        self.bars.start()
+        return self
+
+    def __exit__(self, *error):
+        self.bars.stop()
+
+    def __call__(self, name: str, done: int, total: int, known: dict) -> None:
+        phase, comma, seed = name.partition(", ")
+        title = TITLES.get(phase, phase) + comma + seed
+        if name not in self.tasks:
+            self.tasks[name] = self.bars.add_task(title, total=total, state="")
+        state = f"epoch {known['epoch']}/{known['epochs']}  loss {known['train_loss']:.3f}"
+        if "val_accuracy" in known:
+            state += f"  val {known['val_accuracy']:.2%}"
+            if not self.console.is_terminal and (self.seeds == 1 or known["epoch"] == known["epochs"]):
+                self.console.print(f"{title}: {state}", highlight=False)
+        self.bars.update(self.tasks[name], completed=done, state=state)
+
+
+def plan(session: "Session") -> Table:
+    """What a run would do, phase by phase."""
+    from eekd import parallel
+    from eekd.train.estimate import plan as phases
+
+    data, rows, processes = session.data, phases(session), parallel.world_size()
+    table = _table(
+        ("phase", "network", "parameters", "epochs", "steps", "memory", "disk"),
+        f"{data.name}, {data.channels} x {data.image_size} x {data.image_size}: {len(data.train):,} images "
+        f"to train on, {len(data.val):,} to validate, {len(data.test):,} to test"
+        + f"; memory of each of {processes} processes" * (processes > 1)
+        + f"; computed in {_chosen(session)}"
+        + f"; all of it {session.config.seeds} times, with another seed each" * (session.config.seeds > 1),
+    )
+    for row in rows:
+        numbers = f"{row['parameters']:,}", str(row["epochs"]), f"{row['steps']:,}"
+        sizes = _size(row["memory"]), _size(row["disk"])
+        table.add_row(_name(TITLES.get(row["name"], row["name"])), _name(row["model"]), *numbers, *sizes)
+    return table
+
+
+def _chosen(session: "Session") -> str:
+    """Precision and memory format, "(auto)" behind what the device decided."""
+    asked, config = session.asked, session.config
+    words = config.precision, "channels_last" if config.channels_last else "contiguous memory"
+    auto = asked.precision == "auto", asked.channels_last == "auto"
+    return " and ".join(word + " (auto)" * by for word, by in zip(words, auto, strict=True))
+
+
+def results(rows: list[dict]) -> Table:
+    """The rows of a run's summary.json."""
+    columns = "", "network", "parameters", "epoch", "val %", "test %", "gain", "s/epoch"
+    table = _table(columns, "gain over CE in points of test accuracy")
+    for row in rows:
+        gain, seconds = row["gain"], row["seconds_per_epoch"]
+        table.add_row(
+            _name(TITLES.get(row["name"], row["name"])),
+            _name(row["model"]),
+            f"{row['parameters']:,}",
+            printable(row["epochs"]),
+            f"{100 * row['val_accuracy']:.2f}",
+            f"{100 * row['test_accuracy']:.2f}",
+            "" if gain is None or row["name"] == "ce" else f"{100 * gain:+.2f}",
+            "" if seconds is None else f"{seconds:.2f}",
+            end_section=row["kind"] in ("teacher", "ensemble"),
+        )
+    return table
+
+
+def over_seeds(summary: dict) -> Table:
+    """The summary of a run over several seeds."""
+    from eekd.train.seeds import points, spread
+
+    table = _table(
+        ("", "network", "test %", "over CE", "over KD (last)"),
+        f"mean ± std over {len(summary['seeds'])} seeds; gains in points, seed by seed, with 95 % intervals",
+    )
+    for row in summary["rows"]:
+        gains = (points(row[key]) if row[key] else "" for key in ("over_ce", "over_last"))
+        table.add_row(
+            _name(TITLES.get(row["name"], row["name"])),
+            _name(row["model"]),
+            spread(row["test"]),
+            *gains,
+            end_section=row["kind"] in ("teacher", "ensemble"),
+        )
+    return table
+
+
+def _table(columns: tuple[str, ...], caption: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=printable(caption), caption_justify="left")
+    for i, column in enumerate(columns):
+        # Where there is too little room, only columns that may wrap are narrowed: the names, which are cut instead.
+        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=i >= 2)
+    return table
+
+
+def show(console: Console, table: Table) -> None:
+    """Prints a table; where there is too little room networks are cut first, then names, and numbers never."""
+
+    def excess() -> int:
+        wide = console.options.update(max_width=10_000)
+        return max(0, Measurement.get(console, wide, table).maximum - console.width)
+
+    if excess():
+        table.padding = 0
+        network = table.columns[1]
+        network.max_width = max(8, max(map(len, network.cells)) - excess())
+    console.print(table)
+
+
+def _name(text: str) -> Text:
+    return Text(printable(text), no_wrap=True, overflow="ellipsis")
+
+
+def _size(count: float) -> str:
+    power = min(int(math.log(max(count, 1), 1024)), 4)
+    return f"{count / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
