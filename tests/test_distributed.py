@@ -25,7 +25,8 @@ import eekd.compare.__main__ as comparison
 from eekd import models, parallel
 from eekd.io import tensors as tensor_files
 from eekd.io.files import read_json
-from eekd.parallel import _of_the_living, convert_sync_batchnorm
+from eekd.parallel import convert_sync_batchnorm
+from eekd.parallel.process_group import _of_the_living
 from eekd.parallel.sync_batchnorm import SyncBatchNorm
 from eekd.train.__main__ import main
 from eekd.train.run_folder import read_metrics
