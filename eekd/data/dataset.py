@@ -71,6 +71,22 @@ class ImageData:
     def std(self) -> tuple[float, ...]:
         return self.train.std
 
+    @property
+    def preprocessing(self) -> dict:
+        """How an image becomes a network's input when it is tested, as JSON values.
+
+        The centred square of `zoom` times the shorter side is resized bilinearly to image_size x image_size, in
+        `channels` (1: grey, 3: RGB), scaled to [0, 1], less `mean`, over `std`.
+        """
+        zoom = getattr(self.test.images, "zoom", _TEST_ZOOM if self.augment == "imagenet" else 1.0)
+        return {
+            "image_size": self.image_size,
+            "channels": self.channels,
+            "zoom": zoom,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over shape, normalisation, labels and content of train, val and test, in their order.

@@ -48,7 +48,8 @@ and `reliability` (lists `confidence`, `accuracy` and `count` over 15 equal bins
 is empty), all at temperature 1, and with `disagreement`, M x M: the fraction of images on which two snapshots
 predict different classes; metrics: SHA-256 of the metrics files.
 
-student.json: format, setup, weighting, spec (of eekd.models.build), sha256, attention_sha256 (or null), loss
+student.json: format, setup, weighting, spec (of eekd.models.build), classes (their names), preprocessing (of
+eekd.data.ImageData: from an image to the network's input), sha256, attention_sha256 (or null), loss
 (its settings), weights (at the end, or null), seed, commit, metrics (SHA-256 of its files), val and test (loss,
 accuracy), seconds_per_epoch, and teacher: null for ce, else run (relative to this folder), spec, snapshots: file,
 sha256 and step of each that taught, and bank: null, or path (relative to this folder) and sha256 of the manifest

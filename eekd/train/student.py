@@ -103,6 +103,8 @@ def train_student(
         "setup": setup,
         "weighting": weighting,
         "spec": session.spec(phase),
+        "classes": list(session.data.classes),
+        "preprocessing": session.data.preprocessing,
         "sha256": save_tensors(folder / "student.safetensors", weights),
         "attention_sha256": save_tensors(folder / "attention.safetensors", learned) if learned else None,
         "loss": options if loss else None,
