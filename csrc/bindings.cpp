@@ -72,12 +72,13 @@ constexpr const char* kEnsembleKDBwd =
     "Tensor(b!)? d_scores, Tensor(c!)? d_query, Tensor(d!)? d_keys) -> ()";
 
 // `snapshots` is M tensors (B, columns), or one (M, B, columns). A scalar `loss` is summed over rows, a (B) one is not.
-eekd::EnsembleKD ensemble_kd_args(
-    const Tensor& student, const std::vector<Tensor>& snapshots, int64_t columns, const std::optional<Tensor>& labels,
-    const std::optional<Tensor>& scores, const std::optional<Tensor>& query, const std::optional<Tensor>& keys,
-    double temperature, double alpha, bool logit_fusion, bool kl_objective, int64_t ignore_index,
-    const Tensor& weights, const std::optional<Tensor>& d_student, const std::optional<Tensor>& d_scores,
-    const std::optional<Tensor>& d_query, const std::optional<Tensor>& d_keys) {
+eekd::EnsembleKD ensemble_kd_args(const Tensor& student, const std::vector<Tensor>& snapshots, int64_t columns,
+                                  const std::optional<Tensor>& labels, const std::optional<Tensor>& scores,
+                                  const std::optional<Tensor>& query, const std::optional<Tensor>& keys,
+                                  double temperature, double alpha, bool logit_fusion, bool kl_objective,
+                                  int64_t ignore_index, const Tensor& weights, const std::optional<Tensor>& d_student,
+                                  const std::optional<Tensor>& d_scores, const std::optional<Tensor>& d_query,
+                                  const std::optional<Tensor>& d_keys) {
   eekd::EnsembleKD a;
   STD_TORCH_CHECK(student.dim() == 2, "student must be (B, C)");
   const int64_t rows = a.rows = student.size(0), classes = a.classes = student.size(1);
@@ -146,7 +147,8 @@ void run_parallel(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*
 // Where a kernel puts the losses of its rows, until `add_up` makes one number of them, in order.
 template <class T>
 struct Rows {
-  Rows(eekd::EnsembleKD& a, const Tensor& loss, const Tensor& attention_loss) : loss(loss), attention_loss(attention_loss) {
+  Rows(eekd::EnsembleKD& a, const Tensor& loss, const Tensor& attention_loss)
+      : loss(loss), attention_loss(attention_loss) {
     if (loss.dim() == 0) scratch = std::make_unique_for_overwrite<T[]>(2 * a.rows);
     a.loss = scratch ? scratch.get() : loss.mutable_data_ptr();
     a.attention_loss = scratch ? scratch.get() + a.rows : attention_loss.mutable_data_ptr();
@@ -182,8 +184,8 @@ void set_row_scale(eekd::EnsembleKD& a, bool mean) {
     counted -= y == a.ignore_index;
     if (y != a.ignore_index && (y < 0 || y >= a.classes))  // a user's mistake: no place in this file is told
       throw std::runtime_error("labels[" + std::to_string(b) + "] is " + std::to_string(y) +
-                               ", which is neither a class below " + std::to_string(a.classes) +
-                               " nor ignore_index (" + std::to_string(a.ignore_index) + ")");
+                               ", which is neither a class below " + std::to_string(a.classes) + " nor ignore_index (" +
+                               std::to_string(a.ignore_index) + ")");
   }
   a.row_scale = mean ? 1.0 / std::max<int64_t>(counted, 1) : 1.0;
 }
@@ -210,12 +212,12 @@ void run_rows(eekd::SparseEnsembleKD& a, const Tensor& loss, const Tensor& atten
   rows.add_up(a.kd.rows);
 }
 
-void ensemble_kd_fwd_cpu(
-    Tensor student, std::vector<Tensor> snapshots, std::optional<Tensor> labels, std::optional<Tensor> scores,
-    std::optional<Tensor> query, std::optional<Tensor> keys, double temperature, double alpha, bool logit_fusion,
-    bool kl_objective, bool mean, int64_t ignore_index, Tensor loss, Tensor attention_loss, Tensor weights,
-    std::optional<Tensor> d_student, std::optional<Tensor> d_scores, std::optional<Tensor> d_query,
-    std::optional<Tensor> d_keys) {
+void ensemble_kd_fwd_cpu(Tensor student, std::vector<Tensor> snapshots, std::optional<Tensor> labels,
+                         std::optional<Tensor> scores, std::optional<Tensor> query, std::optional<Tensor> keys,
+                         double temperature, double alpha, bool logit_fusion, bool kl_objective, bool mean,
+                         int64_t ignore_index, Tensor loss, Tensor attention_loss, Tensor weights,
+                         std::optional<Tensor> d_student, std::optional<Tensor> d_scores, std::optional<Tensor> d_query,
+                         std::optional<Tensor> d_keys) {
   eekd::EnsembleKD a =
       ensemble_kd_args(student, snapshots, student.size(1), labels, scores, query, keys, temperature, alpha,
                        logit_fusion, kl_objective, ignore_index, weights, d_student, d_scores, d_query, d_keys);
@@ -224,12 +226,12 @@ void ensemble_kd_fwd_cpu(
                                    : run_rows<float>(a, loss, attention_loss);
 }
 
-void sparse_ensemble_kd_fwd_cpu(
-    Tensor student, std::vector<Tensor> snapshots, Tensor tail, Tensor indices, std::optional<Tensor> labels,
-    std::optional<Tensor> scores, std::optional<Tensor> query, std::optional<Tensor> keys, double temperature,
-    double alpha, bool logit_fusion, bool kl_objective, bool mean, int64_t ignore_index, Tensor loss,
-    Tensor attention_loss, Tensor weights, std::optional<Tensor> d_student, std::optional<Tensor> d_scores,
-    std::optional<Tensor> d_query, std::optional<Tensor> d_keys) {
+void sparse_ensemble_kd_fwd_cpu(Tensor student, std::vector<Tensor> snapshots, Tensor tail, Tensor indices,
+                                std::optional<Tensor> labels, std::optional<Tensor> scores, std::optional<Tensor> query,
+                                std::optional<Tensor> keys, double temperature, double alpha, bool logit_fusion,
+                                bool kl_objective, bool mean, int64_t ignore_index, Tensor loss, Tensor attention_loss,
+                                Tensor weights, std::optional<Tensor> d_student, std::optional<Tensor> d_scores,
+                                std::optional<Tensor> d_query, std::optional<Tensor> d_keys) {
   STD_TORCH_CHECK(indices.dim() == 2, "indices must be (B, K)");
   eekd::EnsembleKD kd =
       ensemble_kd_args(student, snapshots, indices.size(1), labels, scores, query, keys, temperature, alpha,
@@ -273,19 +275,19 @@ void launch_rows(eekd::EnsembleKD& a, const Tensor& student, bool mean, const Te
   const Tensor count = torch::stable::new_empty(loss, {eekd::kCounts}, ScalarType::Int);
   char* rows = static_cast<char*>(reduces ? per_row->mutable_data_ptr() : loss.mutable_data_ptr());
   a.loss = rows;
-  a.attention_loss = reduces ? rows + a.rows * (loss.scalar_type() == ScalarType::Double ? 8 : 4)
-                             : attention_loss.mutable_data_ptr();
+  a.attention_loss =
+      reduces ? rows + a.rows * (loss.scalar_type() == ScalarType::Double ? 8 : 4) : attention_loss.mutable_data_ptr();
   const char* error = launch(mean, reduces ? loss.mutable_data_ptr() : nullptr, attention_loss.mutable_data_ptr(),
                              static_cast<int*>(count.mutable_data_ptr()), stream);
   STD_TORCH_CHECK(!error, "eekd on CUDA: ", error);
 }
 
-void ensemble_kd_fwd_cuda(
-    Tensor student, std::vector<Tensor> snapshots, std::optional<Tensor> labels, std::optional<Tensor> scores,
-    std::optional<Tensor> query, std::optional<Tensor> keys, double temperature, double alpha, bool logit_fusion,
-    bool kl_objective, bool mean, int64_t ignore_index, Tensor loss, Tensor attention_loss, Tensor weights,
-    std::optional<Tensor> d_student, std::optional<Tensor> d_scores, std::optional<Tensor> d_query,
-    std::optional<Tensor> d_keys) {
+void ensemble_kd_fwd_cuda(Tensor student, std::vector<Tensor> snapshots, std::optional<Tensor> labels,
+                          std::optional<Tensor> scores, std::optional<Tensor> query, std::optional<Tensor> keys,
+                          double temperature, double alpha, bool logit_fusion, bool kl_objective, bool mean,
+                          int64_t ignore_index, Tensor loss, Tensor attention_loss, Tensor weights,
+                          std::optional<Tensor> d_student, std::optional<Tensor> d_scores,
+                          std::optional<Tensor> d_query, std::optional<Tensor> d_keys) {
   eekd::EnsembleKD a =
       ensemble_kd_args(student, snapshots, student.size(1), labels, scores, query, keys, temperature, alpha,
                        logit_fusion, kl_objective, ignore_index, weights, d_student, d_scores, d_query, d_keys);
@@ -294,12 +296,13 @@ void ensemble_kd_fwd_cuda(
   launch_rows(a, student, mean, loss, attention_loss, [&](auto... rest) { return launcher(a, rest...); });
 }
 
-void sparse_ensemble_kd_fwd_cuda(
-    Tensor student, std::vector<Tensor> snapshots, Tensor tail, Tensor indices, std::optional<Tensor> labels,
-    std::optional<Tensor> scores, std::optional<Tensor> query, std::optional<Tensor> keys, double temperature,
-    double alpha, bool logit_fusion, bool kl_objective, bool mean, int64_t ignore_index, Tensor loss,
-    Tensor attention_loss, Tensor weights, std::optional<Tensor> d_student, std::optional<Tensor> d_scores,
-    std::optional<Tensor> d_query, std::optional<Tensor> d_keys) {
+void sparse_ensemble_kd_fwd_cuda(Tensor student, std::vector<Tensor> snapshots, Tensor tail, Tensor indices,
+                                 std::optional<Tensor> labels, std::optional<Tensor> scores,
+                                 std::optional<Tensor> query, std::optional<Tensor> keys, double temperature,
+                                 double alpha, bool logit_fusion, bool kl_objective, bool mean, int64_t ignore_index,
+                                 Tensor loss, Tensor attention_loss, Tensor weights, std::optional<Tensor> d_student,
+                                 std::optional<Tensor> d_scores, std::optional<Tensor> d_query,
+                                 std::optional<Tensor> d_keys) {
   STD_TORCH_CHECK(indices.dim() == 2, "indices must be (B, K)");
   const eekd::EnsembleKD kd =
       ensemble_kd_args(student, snapshots, indices.size(1), labels, scores, query, keys, temperature, alpha,
@@ -311,9 +314,8 @@ void sparse_ensemble_kd_fwd_cuda(
 }
 
 void ensemble_kd_bwd_cuda(std::optional<Tensor> d_loss, std::optional<Tensor> d_attention_loss,
-                          std::optional<Tensor> count, std::optional<Tensor> d_student,
-                          std::optional<Tensor> d_scores, std::optional<Tensor> d_query,
-                          std::optional<Tensor> d_keys) {
+                          std::optional<Tensor> count, std::optional<Tensor> d_student, std::optional<Tensor> d_scores,
+                          std::optional<Tensor> d_query, std::optional<Tensor> d_keys) {
   eekd::Scale args;
   for (const auto& [grad, upstream] : {std::pair(&d_student, &d_loss), std::pair(&d_scores, &d_attention_loss),
                                        std::pair(&d_query, &d_attention_loss), std::pair(&d_keys, &d_attention_loss)}) {
@@ -321,8 +323,13 @@ void ensemble_kd_bwd_cuda(std::optional<Tensor> d_loss, std::optional<Tensor> d_
     STD_TORCH_CHECK(*upstream && (*grad)->is_contiguous(), "a gradient must be contiguous, and have its upstream one");
     const Tensor& x = **grad;
     const Tensor& factor = **upstream;
-    args.grad[args.count++] = {x.mutable_data_ptr(), dtype_of(x, "gradient"), x.size(x.dim() - 2), x.size(x.dim() - 1),
-                               x.numel(), factor.const_data_ptr(), factor.dim() ? factor.stride(0) : 0};
+    args.grad[args.count++] = {x.mutable_data_ptr(),
+                               dtype_of(x, "gradient"),
+                               x.size(x.dim() - 2),
+                               x.size(x.dim() - 1),
+                               x.numel(),
+                               factor.const_data_ptr(),
+                               factor.dim() ? factor.stride(0) : 0};
     args.wide = factor.scalar_type() == ScalarType::Double;
   }
   if (!args.count) return;
@@ -373,7 +380,9 @@ PYBIND11_MODULE(_C, m) {
     return found != std::end(kIsas) && eekd::set_isa(static_cast<eekd::Isa>(found - std::begin(kIsas)));
   };
   if (const char* name = std::getenv("EEKD_CPU_CAPABILITY"); name && !choose(name))
-    throw pybind11::value_error("EEKD_CPU_CAPABILITY must be baseline, avx2 or avx512, and be in this build and "
-                                "processor, got " + std::string(name));
-  m.def("set_cpu_capability", choose, "Chooses another: baseline, avx2 or avx512. False where build or processor lacks it.");
+    throw pybind11::value_error(
+        "EEKD_CPU_CAPABILITY must be baseline, avx2 or avx512, and be in this build and processor, got " +
+        std::string(name));
+  m.def("set_cpu_capability", choose,
+        "Chooses another: baseline, avx2 or avx512. False where build or processor lacks it.");
 }

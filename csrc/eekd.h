@@ -36,15 +36,15 @@ struct EnsembleKD {
   Fusion fusion;
   Objective objective;
   int64_t ignore_index;
-  double row_scale;                 // 1 / rows counted for a mean, 1 otherwise
+  double row_scale;  // 1 / rows counted for a mean, 1 otherwise
 
-  void* loss = nullptr;             // (B) T, already times row_scale
-  void* attention_loss = nullptr;   // (B) T, likewise
-  float* weights = nullptr;         // (B, M)
-  void* d_student = nullptr;        // (B, C)
-  void* d_scores = nullptr;         // (B, M)
-  void* d_query = nullptr;          // (B, D), with d_keys
-  void* d_keys = nullptr;           // (M, B, D)
+  void* loss = nullptr;            // (B) T, already times row_scale
+  void* attention_loss = nullptr;  // (B) T, likewise
+  float* weights = nullptr;        // (B, M)
+  void* d_student = nullptr;       // (B, C)
+  void* d_scores = nullptr;        // (B, M)
+  void* d_query = nullptr;         // (B, D), with d_keys
+  void* d_keys = nullptr;          // (M, B, D)
 };
 
 // Arguments of sparse_ensemble_kd_fwd: kd, whose snapshots are (B, K), their logits at the classes `indices`, and the
@@ -66,17 +66,23 @@ struct Parallel {
 
 // CPU: one build of the kernels per instruction set, one of them chosen at run time.
 enum class Isa : int { baseline, avx2, avx512 };
-Isa isa();               // the one in use: at first the best that this processor runs
+Isa isa();                 // the one in use: at first the best that this processor runs
 bool set_isa(Isa wanted);  // false where the build or the processor lacks it
 
-#define EEKD_CPU_KERNELS                                                    \
-  template <class T>                                                        \
-  void ensemble_kd_fwd(const EnsembleKD&, const Parallel&);                 \
-  template <class T>                                                        \
+#define EEKD_CPU_KERNELS                                    \
+  template <class T>                                        \
+  void ensemble_kd_fwd(const EnsembleKD&, const Parallel&); \
+  template <class T>                                        \
   int64_t sparse_ensemble_kd_fwd(const SparseEnsembleKD&, const Parallel&);
-namespace baseline { EEKD_CPU_KERNELS }
-namespace avx2 { EEKD_CPU_KERNELS }
-namespace avx512 { EEKD_CPU_KERNELS }
+namespace baseline {
+EEKD_CPU_KERNELS
+}
+namespace avx2 {
+EEKD_CPU_KERNELS
+}
+namespace avx512 {
+EEKD_CPU_KERNELS
+}
 #undef EEKD_CPU_KERNELS
 
 template <class T>
@@ -88,8 +94,8 @@ int64_t sparse_ensemble_kd_fwd_cpu(const SparseEnsembleKD&, const Parallel&);
 
 // CUDA: all pointers are of the current device, all work is put on the stream, nothing waits. `mean` divides by the
 // labels that count, by way of `count`, kCounts numbers, where there are many. Rows go to args.loss and
-// args.attention_loss; unless `loss` is null only their sums are wanted, in `loss` and `attention_loss`. A label that is neither a
-// class nor ignored makes its row NaN. Returns what went wrong, or null.
+// args.attention_loss; unless `loss` is null only their sums are wanted, in `loss` and `attention_loss`. A label that
+// is neither a class nor ignored makes its row NaN. Returns what went wrong, or null.
 template <class T>
 const char* ensemble_kd_fwd_cuda(const EnsembleKD& args, bool mean, void* loss, void* attention_loss, int* count,
                                  void* stream);

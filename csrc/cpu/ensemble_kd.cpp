@@ -296,9 +296,9 @@ class Kernel {
     }
     if (by_kl) {
       for (int j = 0; j < w.used; ++j)
-        g[j] = tau * T(kLn2) * (a.fusion == Fusion::probability
-                                    ? tau * sums.moved[j]
-                                    : sums.moved[j] - sums.kl * (stats.mean[j] / stats.target[0].sum));
+        g[j] = tau * T(kLn2) *
+               (a.fusion == Fusion::probability ? tau * sums.moved[j]
+                                                : sums.moved[j] - sums.kl * (stats.mean[j] / stats.target[0].sum));
       if (beta == 0) std::fill_n(g, w.used, T(0));
       softmax_grad(w.w, g, row_scale * beta, de, w.used);
     }
@@ -372,7 +372,8 @@ class Kernel {
     });
   }
 
-  // d = d_student, but what is beyond `whole` in `hard`. For the attention by KL, soft = r (probability) or p r (logit).
+  // d = d_student, but what is beyond `whole` in `hard`. For the attention by KL, soft is r (probability) or p r
+  // (logit).
   template <Fusion fusion, bool ce>
   T combine(int n, int whole, int used, const Stats<T>& stats, const Scales<T>& s, const T* mixture, T* d) {
     const T kd = row_scale * beta * tau, student_max = stats.soft.max, soft_scale = kd * s.soft;
@@ -568,7 +569,8 @@ void ensemble_kd_fwd(const EnsembleKD& a, const Parallel& parallel) {
     parallel.run(a.rows, grain(a.classes), rows, const_cast<EnsembleKD*>(&a));
   } else {
     for (int64_t b = 0; b < a.rows; ++b)
-      SharedRow<T>{a, b, {}, {}, {}, std::vector<Stats<T>>(tiles), std::vector<Sums<T>>(tiles)}.run(parallel, grain(kTile));
+      SharedRow<T>{a, b, {}, {}, {}, std::vector<Stats<T>>(tiles), std::vector<Sums<T>>(tiles)}.run(parallel,
+                                                                                                    grain(kTile));
   }
 }
 

@@ -160,7 +160,8 @@ class NarrowKernel : Kernel<T> {
   V read(const Matrix& x, int64_t b, const bool (&take)[lanes], T* line) const {
     with_elements(x.data, x.dtype, 0, [&](auto p) {
       for (int r = 0; r < lanes; ++r)
-        for (int c = 0; c < a.classes; ++c) line[c * lanes + r] = take[r] ? static_cast<T>(p[(b + r) * x.stride + c]) : T(0);
+        for (int c = 0; c < a.classes; ++c)
+          line[c * lanes + r] = take[r] ? static_cast<T>(p[(b + r) * x.stride + c]) : T(0);
     });
     return largest_of(line);
   }

@@ -80,7 +80,8 @@ inline auto fold(V v, Op op) {
   constexpr int lanes = sizeof(V) / sizeof(v[0]);
   if constexpr (lanes == 16)
     return fold(op(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
-                   __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)), op);
+                   __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)),
+                op);
   else if constexpr (lanes == 8)
     return fold(op(__builtin_shufflevector(v, v, 0, 1, 2, 3), __builtin_shufflevector(v, v, 4, 5, 6, 7)), op);
   else if constexpr (lanes == 4)
@@ -102,11 +103,13 @@ inline T largest(Vec<T> v) {
 #if defined(__AVX512F__)
 // 2^x = 2^(i/16) 2^r 2^k with the integers k and i from 0 to 15 of floor(16 x) and |r| <= 1/32.
 [[gnu::always_inline]] inline Vec<float> exp2(Vec<float> x) {
+  // clang-format off
   alignas(64) static constexpr float kRoots[16] = {
       1.0f, 1.0442737340927124f, 1.0905077457427979f, 1.1387885808944702f, 1.1892070770263672f,
       1.2418577671051025f, 1.2968395948410034f, 1.3542555570602417f, 1.4142135381698608f, 1.4768261909484863f,
       1.5422108173370361f, 1.610490322113037f, 1.6817928552627563f, 1.7562521696090698f, 1.8340080976486206f,
       1.9152065515518188f};
+  // clang-format on
   constexpr float kRound = 786432.f;  // 1.5 * 2^19: adding it rounds to sixteenths, their number in the low bits
   const Vec<float> shifted = x + kRound, n = shifted - kRound, r = x - n;
   const Vec<float> root = Vec<float>(_mm512_permutexvar_ps(__m512i(shifted), _mm512_load_ps(kRoots)));
@@ -197,7 +200,8 @@ inline void prefetch(const S* p, int64_t i, int n) {
 template <class T, class S>
 inline Vec<T> gather(const S* p, int n) {
   alignas(kVectorBytes) T lanes[Simd<T>::width];
-  for (int i = 0; i < Simd<T>::width; ++i) lanes[i] = i < n ? static_cast<T>(p[i]) : -std::numeric_limits<T>::infinity();
+  for (int i = 0; i < Simd<T>::width; ++i)
+    lanes[i] = i < n ? static_cast<T>(p[i]) : -std::numeric_limits<T>::infinity();
   return load(lanes);
 }
 template <class T, class S>

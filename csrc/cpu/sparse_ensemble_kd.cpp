@@ -32,7 +32,9 @@ class SparseKernel {
         tau(static_cast<T>(a.temperature)),
         soft_scale(static_cast<T>(kLog2e / a.temperature)),
         ce(has_ce ? static_cast<T>(a.row_scale) * static_cast<T>(a.alpha) : T(0)),
-        ahead(a.rows * a.classes < kInCache ? 0 : tiles == 1 ? a.student.stride : kTile),
+        ahead(a.rows * a.classes < kInCache ? 0
+              : tiles == 1                  ? a.student.stride
+                                            : kTile),
         dense(a) {
     struct alignas(64) Block {
       T x[64 / sizeof(T)];
@@ -166,7 +168,7 @@ class SparseKernel {
           ce * T(kLn2) * (std::log2(all[r].sum) - std::fma(read<T>(a.student, b, a.labels[b]), T(kLog2e), -all[r].max));
     if (!a.d_student) return;
     const int64_t* index = s.indices + b * s.indices_stride;
-    const T *d_columns = d_student + r * (k + 1);
+    const T* d_columns = d_student + r * (k + 1);
     const bool empty = rest[r].sum == 0;
     const T of_rest = empty ? T(0) : d_columns[k] / rest[r].sum, of_all = has_ce ? ce / all[r].sum : T(0);
     SoftmaxSum<T> outside = rest[r], whole = all[r];
@@ -193,9 +195,9 @@ class SparseKernel {
   const int64_t stride;  // of the rows of columns, in whole vectors
   const bool has_ce;
   const T tau, soft_scale, ce;
-  const int64_t ahead;  // from a logit to the one in its place in the next row or tile, or 0
-  EnsembleKD dense;     // of the K + 1 columns
-  T *line, *soft, *hard;           // lines; rows of one tile keep theirs between the visits
+  const int64_t ahead;              // from a logit to the one in its place in the next row or tile, or 0
+  EnsembleKD dense;                 // of the K + 1 columns
+  T *line, *soft, *hard;            // lines; rows of one tile keep theirs between the visits
   T *student, *d_student, *target;  // columns of at_once rows; target of M times as many
   int64_t *column, *order, *end;    // per row: of the label; the indices by tile
   SoftmaxSum<T> rest[Simd<T>::width], all[Simd<T>::width];  // the student outside `indices` at τ, and altogether at 1

@@ -20,9 +20,12 @@ __device__ inline float widen(__half x) { return __half2float(x); }
 
 template <class E, class T>
 __device__ inline E narrow(T x) {
-  if constexpr (std::is_same_v<E, __nv_bfloat16>) return __float2bfloat16_rn(static_cast<float>(x));
-  else if constexpr (std::is_same_v<E, __half>) return __float2half_rn(static_cast<float>(x));
-  else return static_cast<E>(x);
+  if constexpr (std::is_same_v<E, __nv_bfloat16>)
+    return __float2bfloat16_rn(static_cast<float>(x));
+  else if constexpr (std::is_same_v<E, __half>)
+    return __float2half_rn(static_cast<float>(x));
+  else
+    return static_cast<E>(x);
 }
 
 // Element i of x.
@@ -96,8 +99,10 @@ struct Group {
   __device__ int warp() const { return thread >> 5; }
   __device__ int warps() const { return threads >> 5; }
   __device__ void sync() const {  // in this block
-    if (threads == 32) __syncwarp();
-    else __syncthreads();
+    if (threads == 32)
+      __syncwarp();
+    else
+      __syncthreads();
   }
   __device__ void sync_blocks() const {
     if (ranks > 1) cluster_sync();

@@ -19,8 +19,8 @@
 namespace eekd {
 namespace {
 
-constexpr int kMaxRanks = 8;         // blocks in a cluster that every GPU with clusters can have
-constexpr int kMostRanks = 16;       // that some can have, where they are asked for
+constexpr int kMaxRanks = 8;    // blocks in a cluster that every GPU with clusters can have
+constexpr int kMostRanks = 16;  // that some can have, where they are asked for
 constexpr int64_t kMaxRows = 1 << 30;
 constexpr int kSplitColumns = 4096;  // that a block keeps where a row is split because rows are few
 
@@ -154,9 +154,7 @@ struct Kernel : RowKernel<T> {
   }
 
   // The mixed line in shared memory, so that neighbouring threads meet neighbouring banks; only its thread reads it.
-  __device__ T* mixed(int c) const {
-    return reinterpret_cast<T*>(shared + at.mixture) + (c - first()) + group.thread;
-  }
+  __device__ T* mixed(int c) const { return reinterpret_cast<T*>(shared + at.mixture) + (c - first()) + group.thread; }
 
   // x = Σ_j w_j z_j
   __device__ void mix(int c, T (&x)[width]) const {
@@ -181,7 +179,7 @@ struct Kernel : RowKernel<T> {
     const bool probability = a.fusion == Fusion::probability;
     const int targets = probability ? row.used : 1;
     SoftmaxSum<T> soft = SoftmaxSum<T>::none(), hard = soft;
-    const auto absorb_student = [&](const T (&x)[width]) {
+    const auto absorb_student = [&](const T(&x)[width]) {
       absorb(soft, x, k);
       if (has_ce) absorb(hard, x, T(kLog2e));
     };
@@ -341,14 +339,13 @@ struct Kernel : RowKernel<T> {
     if constexpr (keep != Keep::nothing) copy_lines();
     find_statistics();
     differentiate();
-    if (group.rank == 0)
-      this->finish([&](int j, int64_t y) { return load<T, E>(source(j), matrix(j).dtype, y); });
+    if (group.rank == 0) this->finish([&](int j, int64_t y) { return load<T, E>(source(j), matrix(j).dtype, y); });
   }
 };
 
 template <class T, class E, Order order, Keep keep>
 __global__ void __launch_bounds__(kMaxThreads, 2)
-rows_kernel(const __grid_constant__ EnsembleKD a, Launch l, bool mean, const int* count) {
+    rows_kernel(const __grid_constant__ EnsembleKD a, Launch l, bool mean, const int* count) {
   static_assert(sizeof(EnsembleKD) + sizeof(Launch) <= 4096 - 64, "what a kernel's parameters may take");
   char* const shared = shared_memory();
   const T scale = scale_of_rows<T>(a, mean, count, shared);
@@ -359,8 +356,10 @@ rows_kernel(const __grid_constant__ EnsembleKD a, Launch l, bool mean, const int
   const Group group{static_cast<int>(threadIdx.x) % l.threads, l.threads, rank, l.ranks};
   char* const own = shared + row_in_block * (l.shared / l.rows_per_block);
   Kernel<T, E, order, keep> kernel(a, group, b, l, own, scale_of_row(a, b, scale));
-  if (ignored(a, b)) kernel.write_zeros(kernel.begin, kernel.columns);
-  else kernel.run();
+  if (ignored(a, b))
+    kernel.write_zeros(kernel.begin, kernel.columns);
+  else
+    kernel.run();
 }
 
 // A warp, a block or a cluster per row. Neither this nor the order of columns depends on where the tensors lie, so
@@ -428,7 +427,8 @@ FewLaunch few_launch(const EnsembleKD& a, int few, int itemsize, bool aligned, c
   struct Limits {
     int ranks, threads;
   };
-  for (const Limits most : {Limits{device.ranks, kFewThreads / 2}, {device.ranks, kFewThreads},
+  for (const Limits most : {Limits{device.ranks, kFewThreads / 2},
+                            {device.ranks, kFewThreads},
                             {device.ranks == kMaxRanks ? kMostRanks : device.ranks, kFewThreads}})
     for (int ranks = 1; ranks <= most.ranks; ranks *= 2) {
       const int64_t columns = ranks == 1 ? a.classes : round((a.classes + ranks - 1) / ranks, kWidth);
@@ -464,8 +464,9 @@ struct Kernels {
   static FewPointer get_few(Fusion fusion, int snapshots) {
     if constexpr (has_few && i < std::size(kFewOf)) {
       constexpr int M = kFewOf[i];
-      if (snapshots == M) return fusion == Fusion::logit ? few_rows_kernel<E, M, Fusion::logit>
-                                                         : few_rows_kernel<E, M, Fusion::probability>;
+      if (snapshots == M)
+        return fusion == Fusion::logit ? few_rows_kernel<E, M, Fusion::logit>
+                                       : few_rows_kernel<E, M, Fusion::probability>;
       return get_few<i + 1>(fusion, snapshots);
     }
     return nullptr;
@@ -473,10 +474,12 @@ struct Kernels {
 
   static Pointer get(Order order, Keep keep) {
     if constexpr (!any) {
-      if (keep == Keep::lines) return order == Order::apart ? rows_kernel<T, E, Order::apart, Keep::lines>
-                                                            : rows_kernel<T, E, Order::vectors, Keep::lines>;
-      if (keep == Keep::mixture) return order == Order::apart ? rows_kernel<T, E, Order::apart, Keep::mixture>
-                                                              : rows_kernel<T, E, Order::vectors, Keep::mixture>;
+      if (keep == Keep::lines)
+        return order == Order::apart ? rows_kernel<T, E, Order::apart, Keep::lines>
+                                     : rows_kernel<T, E, Order::vectors, Keep::lines>;
+      if (keep == Keep::mixture)
+        return order == Order::apart ? rows_kernel<T, E, Order::apart, Keep::mixture>
+                                     : rows_kernel<T, E, Order::vectors, Keep::mixture>;
       if (order == Order::vectors) return rows_kernel<T, E, Order::vectors, Keep::nothing>;
       if (order == Order::neighbours) return rows_kernel<T, E, Order::neighbours, Keep::nothing>;
     }
@@ -548,7 +551,8 @@ const char* ensemble_kd_fwd_cuda(const EnsembleKD& args, bool mean, void* loss, 
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   bool same = true;
   for (int64_t m = 0; m < args.snapshots; ++m) same &= args.snapshot[m].dtype == args.student.dtype;
-  return launch_all<T>(args, mean, loss, attention_loss, count, stream, [&](const int* counted, int64_t& sums) -> cudaError_t {
+  return launch_all<T>(args, mean, loss, attention_loss, count, stream,
+                       [&](const int* counted, int64_t& sums) -> cudaError_t {
     const bool summed = loss;
     if constexpr (std::is_same_v<T, double>) {
       return Kernels<T, Any>::run(args, mean, counted, summed ? &sums : nullptr, stream);

@@ -116,7 +116,12 @@ struct FewKernel {
   float loss_sum = 0, attention_loss_sum = 0;  // of this block's rows, in the last warp
 
   __device__ FewKernel(const EnsembleKD& a, const FewLaunch& l, Group group, char* shared, float mean_scale)
-      : a(a), l(l), group(group), mean_scale(mean_scale), lane(group.lane()), slot(lane / lanes),
+      : a(a),
+        l(l),
+        group(group),
+        mean_scale(mean_scale),
+        lane(group.lane()),
+        slot(lane / lanes),
         has_ce(a.labels && l.alpha > 0),
         by_kl((a.d_scores || a.d_query) && a.objective == Objective::kl),
         by_label((a.d_scores || a.d_query) && a.objective == Objective::label && a.labels),
@@ -174,7 +179,8 @@ struct FewKernel {
         const float q = load<float, Any>(a.query.data, a.query.dtype, int64_t{b} * a.query.stride + d);
 #pragma unroll
         for (int m = 0; m < M; ++m)
-          if (m < a.snapshots) x[m] += q * load<float, Any>(a.keys[m].data, a.keys[m].dtype, int64_t{b} * a.keys[m].stride + d);
+          if (m < a.snapshots)
+            x[m] += q * load<float, Any>(a.keys[m].data, a.keys[m].dtype, int64_t{b} * a.keys[m].stride + d);
       }
       score = warp_sums(x);
     } else if (a.scores.data && slot < a.snapshots) {
@@ -182,12 +188,14 @@ struct FewKernel {
     }
   }
 
-  // Weighs the snapshots, starts the copies of their lines and the student's, and looks at the row after. Of bulk copies
-  // the first warp does it all, else every warp its part.
+  // Weighs the snapshots, starts the copies of their lines and the student's, and looks at the row after. Of bulk
+  // copies the first warp does it all, else every warp its part.
   __device__ void prepare(int b, int stage, int next) {
     if (l.bulk && group.warp()) return;
-    const int y = !a.labels ? kNone : label == a.ignore_index ? kIgnored
-                  : label < 0 || label >= a.classes ? kWrong : static_cast<int>(label);
+    const int y = !a.labels                         ? kNone
+                  : label == a.ignore_index         ? kIgnored
+                  : label < 0 || label >= a.classes ? kWrong
+                                                    : static_cast<int>(label);
     const bool is_snapshot = slot < a.snapshots;
     const float most = largest_of_slots(is_snapshot ? score : -kInf);
     float w = is_snapshot ? fast_exp2((score - most) * float(kLog2e)) : 0.0f;
@@ -311,7 +319,9 @@ struct FewKernel {
 #pragma unroll
     for (int h = 0; h < heads; ++h) {
       const int j = 4 * h + lane / 8;
-      first[h] = j > M ? -kInf : j < M && ahead(stage).w[j] == 0 ? 0.0f : widen(reinterpret_cast<const E*>(head(stage, j))[lane & 7]);
+      first[h] = j > M                             ? -kInf
+                 : j < M && ahead(stage).w[j] == 0 ? 0.0f
+                                                   : widen(reinterpret_cast<const E*>(head(stage, j))[lane & 7]);
       x[h] = first[h];
 #pragma unroll
       for (int i = 4; i; i /= 2) x[h] = larger(x[h], __shfl_xor_sync(kAllLanes, x[h], i));
@@ -324,7 +334,8 @@ struct FewKernel {
     } else {
       float mixed = 0;
 #pragma unroll
-      for (int j = 0; j < M; ++j) mixed = fma(w[j], __shfl_sync(kAllLanes, first[j / 4], j % 4 * 8 + (lane & 7)), mixed);
+      for (int j = 0; j < M; ++j)
+        mixed = fma(w[j], __shfl_sync(kAllLanes, first[j / 4], j % 4 * 8 + (lane & 7)), mixed);
 #pragma unroll
       for (int i = 4; i; i /= 2) mixed = larger(mixed, __shfl_xor_sync(kAllLanes, mixed, i));
       base[0] = finite(mixed);
@@ -385,8 +396,8 @@ struct FewKernel {
 
   // What the columns of the second visit have in common. Logarithms are to base 2; those of sums are added at the end.
   struct Constants {
-    float soft_base, hard_base, target_base;       // the last of a mixture
-    float soft_scale, hard_scale, kl_scale;        // of the terms of the student's gradient
+    float soft_base, hard_base, target_base;  // the last of a mixture
+    float soft_scale, hard_scale, kl_scale;   // of the terms of the student's gradient
     __device__ float gradient(float exp_soft, float exp_hard, float p) const {
       return fma(soft_scale, exp_soft, fma(-kl_scale, p, hard_scale * exp_hard));
     }
@@ -438,7 +449,8 @@ struct FewKernel {
             const float weight = probability ? r[i] : p[i] * r[i];
 #pragma unroll
             for (int j = 0; j < M; ++j) {
-              const float moving = probability ? kept[n][probability ? j : 0][u] : z[probability ? 0 : j][u] - x.target_base;
+              const float moving =
+                  probability ? kept[n][probability ? j : 0][u] : z[probability ? 0 : j][u] - x.target_base;
               if constexpr (!probability) add_where(p[i], sums.mean[j], p[i], moving);
               if constexpr (by_kl) add_where(p[i], sums.moved[j], weight, moving);
             }
@@ -482,7 +494,8 @@ struct FewKernel {
     for (int j = 0; j < M; ++j) w[j] = probability ? 0.0f : ahead(stage).w[j];
     find_bases(stage, w, base);
 
-    // The first visit: sums of powers of 2 whose exponents are x k - base k, the latter rounded; of a mixture (x - base) k.
+    // The first visit: sums of powers of 2 whose exponents are x k - base k, the latter rounded; of a mixture (x -
+    // base) k.
     Constants x;
     float sum, base_here;  // of this lane's slot
     for (bool carefully = false;; carefully = true) {
@@ -562,9 +575,12 @@ struct FewKernel {
     E* const gradient = a.d_student ? static_cast<E*>(a.d_student) + int64_t{b} * a.classes + begin : nullptr;
     E* const out = l.aligned || !gradient ? gradient : reinterpret_cast<E*>(shared + l.at.gradient);
     Sums total = {};
-    if (by_kl) differentiate<Attention::by_kl>(stage, x, share, kept, out, total);
-    else if (by_label && !probability) differentiate<by_label_or_fixed>(stage, x, share, kept, out, total);
-    else differentiate<Attention::fixed>(stage, x, share, kept, out, total);
+    if (by_kl)
+      differentiate<Attention::by_kl>(stage, x, share, kept, out, total);
+    else if (by_label && !probability)
+      differentiate<by_label_or_fixed>(stage, x, share, kept, out, total);
+    else
+      differentiate<Attention::fixed>(stage, x, share, kept, out, total);
     if (out && has_ce && label >= begin) write_label(out, label - begin, ce, x, share_here, base_here, z_y, s_y);
 
     const float kl_of_warp = warp_sum(total.kl);
@@ -578,7 +594,8 @@ struct FewKernel {
     const bool last = group.warp() == group.warps() - 1;
     if (group.ranks == 1 && !last) return;
     float kl = warp_sum(lane < group.warps() ? sums_next()[2 * slots * group.warps() + lane] : 0.0f);
-    float mean = needs_mean ? take(sums_next()) : 0.0f, moved = by_kl ? take(sums_next() + slots * group.warps()) : 0.0f;
+    float mean = needs_mean ? take(sums_next()) : 0.0f,
+          moved = by_kl ? take(sums_next() + slots * group.warps()) : 0.0f;
     if (group.ranks > 1) {
       if (last && lane % lanes == 0) {
         own_next()[slot] = mean;
@@ -601,7 +618,8 @@ struct FewKernel {
   }
 
   // The gradient of the label's column, which the loop takes for any other: by the thread that has it.
-  __device__ void write_label(E* out, int y, float ce, const Constants& x, float share, float base, float z, float s) const {
+  __device__ void write_label(E* out, int y, float ce, const Constants& x, float share, float base, float z,
+                              float s) const {
     bool mine = false;
 #pragma unroll
     for (int n = 0; n < chunks; ++n) {
@@ -612,7 +630,8 @@ struct FewKernel {
     float p = over_slots(slot < M && share != 0 ? share * (probability ? fast_exp2(fma(z, l.k, -base)) : z) : 0.0f);
     if (!probability) p = fast_exp2((p - x.target_base) * l.k);
     if (!mine) return;
-    const float exp_soft = fast_exp2(fma(s, l.k, -x.soft_base)), exp_hard = fast_exp2(fma(s, float(kLog2e), -x.hard_base));
+    const float exp_soft = fast_exp2(fma(s, l.k, -x.soft_base)),
+                exp_hard = fast_exp2(fma(s, float(kLog2e), -x.hard_base));
     out[y] = narrow<E>(x.gradient(exp_soft, exp_hard, p) - ce);
   }
 
@@ -706,8 +725,10 @@ struct FewKernel {
       if (counts && !l.aligned) align(b, stage);
       const bool more = next < a.rows, prepares = more && (!ready || l.stages > 1);
       if (prepares) prepare(next, ready ? 1 - stage : stage, next + step);
-      if (counts) compute(b, stage);
-      else if (ready) write_zeros<float>(a, group, b, begin, columns, !l.sums);
+      if (counts)
+        compute(b, stage);
+      else if (ready)
+        write_zeros<float>(a, group, b, begin, columns, !l.sums);
       if (!more) break;
       if (prepares) {
         if (ready) stage = 1 - stage;
@@ -729,7 +750,8 @@ struct FewKernel {
 
 template <class E, int M, Fusion fusion>
 __global__ void __launch_bounds__(kFewThreads, 1)
-few_rows_kernel(const __grid_constant__ EnsembleKD a, const __grid_constant__ FewLaunch l, bool mean, const int* count) {
+    few_rows_kernel(const __grid_constant__ EnsembleKD a, const __grid_constant__ FewLaunch l, bool mean,
+                    const int* count) {
   static_assert(sizeof(EnsembleKD) + sizeof(FewLaunch) <= 4096 - 64, "what a kernel's parameters may take");
   char* const shared = shared_memory();
   const float scale = scale_of_rows<float>(a, mean, count, shared);

@@ -32,15 +32,18 @@ __device__ inline float fast_divide(float a, float b) { return __fdividef(a, b);
 // instructions: the compiler makes a selection or a jump of it.
 __device__ inline void add_where(float p, float& sum, float a, float b) {
   asm("{\n\t.reg .pred q;\n\tsetp.geu.f32 q, %1, 0f00800000;\n\t@q fma.rn.f32 %0, %2, %3, %0;\n\t}"
-      : "+f"(sum) : "f"(p), "f"(a), "f"(b));
+      : "+f"(sum)
+      : "f"(p), "f"(a), "f"(b));
 }
 
 // Two numbers rounded in one instruction, the first in the lower half of the word.
 template <class E>
 __device__ inline uint32_t narrow_pair(float a, float b) {
   uint32_t word;
-  if constexpr (std::is_same_v<E, __half>) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
-  else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
+  if constexpr (std::is_same_v<E, __half>)
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
+  else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(b), "f"(a));
   return word;
 }
 
@@ -49,7 +52,8 @@ template <class E>
 __device__ inline void widen_pair(uint32_t word, float& a, float& b) {
   if constexpr (std::is_same_v<E, __half>) {
     asm("{\n\t.reg .f16 low, high;\n\tmov.b32 {low, high}, %2;\n\tcvt.f32.f16 %0, low;\n\tcvt.f32.f16 %1, high;\n\t}"
-        : "=f"(a), "=f"(b) : "r"(word));
+        : "=f"(a), "=f"(b)
+        : "r"(word));
   } else {
     a = __uint_as_float(word << 16);
     b = __uint_as_float(word & 0xffff0000u);
@@ -82,8 +86,9 @@ __device__ inline void arrived() { asm volatile("cp.async.wait_all;" ::: "memory
 __device__ inline void make_barrier(uint64_t* barrier) {
   const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;\n\tfence.proxy.async;" ::"r"(at)
-               : "memory");
+  asm volatile(
+      "mbarrier.init.shared.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;\n\tfence.proxy.async;" ::"r"(at)
+      : "memory");
 #endif
 }
 __device__ inline void arrive(uint64_t* barrier, int bytes) {
@@ -98,7 +103,9 @@ __device__ inline void wait(uint64_t* barrier, int phase) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "{\n\t.reg .pred done;\nagain:\n\tmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n\t@done bra over;\n\t"
-      "bra again;\nover:\n\t}" ::"r"(at), "r"(phase) : "memory");
+      "bra again;\nover:\n\t}" ::"r"(at),
+      "r"(phase)
+      : "memory");
 #endif
 }
 // Of 16 aligned bytes or a multiple, from global to shared memory; `barrier` learns of their arrival.
@@ -107,7 +114,8 @@ __device__ inline void copy_bulk(void* shared, const void* global, int bytes, ui
   const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(global), "r"(bytes), "r"(at) : "memory");
+               "l"(global), "r"(bytes), "r"(at)
+               : "memory");
 #endif
 }
 // What this thread wrote to shared memory comes before copies to the same place that are started after a barrier.

@@ -40,21 +40,23 @@ struct Row {
   int used;
 };
 
-  template <class T>
-__device__ inline T finite(T max) { return max == -std::numeric_limits<T>::infinity() ? T(0) : max; }
+template <class T>
+__device__ inline T finite(T max) {
+  return max == -std::numeric_limits<T>::infinity() ? T(0) : max;
+}
 
-  // Takes columns into statistics.
-  template <class T, int width>
+// Takes columns into statistics.
+template <class T, int width>
 __device__ inline void absorb(SoftmaxSum<T>& s, const T (&x)[width], T k) {
-    T max = s.max;
+  T max = s.max;
 #pragma unroll
-    for (int u = 0; u < width; ++u) max = x[u] > max ? x[u] : max;
-    const T base = finite(max);
-    T sum = s.sum * fast_exp2((s.max - base) * k);
+  for (int u = 0; u < width; ++u) max = x[u] > max ? x[u] : max;
+  const T base = finite(max);
+  T sum = s.sum * fast_exp2((s.max - base) * k);
 #pragma unroll
-    for (int u = 0; u < width; ++u) sum += fast_exp2((x[u] - base) * k);
-    s = {max, sum};
-  }
+  for (int u = 0; u < width; ++u) sum += fast_exp2((x[u] - base) * k);
+  s = {max, sum};
+}
 
 // The sum over the block, the same in every thread; `parts` is a number per warp.
 template <class T>
@@ -132,7 +134,9 @@ struct RowKernel {
   Row<T>& row;
 
   __device__ RowKernel(const EnsembleKD& a, Group group, int64_t b, Row<T>& row, T row_scale)
-      : a(a), group(group), b(b),
+      : a(a),
+        group(group),
+        b(b),
         snapshots(static_cast<int>(a.snapshots)),
         row_scale(row_scale),
         has_ce(a.labels && a.alpha > 0),
@@ -224,8 +228,8 @@ struct RowKernel {
       if (by_kl) {
 #pragma unroll 1
         for (int j = 0; j < row.used; ++j)
-          g[j] = a.fusion == Fusion::probability ? tau * tau * row.moved[j]
-                                                 : tau * (row.moved[j] - row.kl * row.mean[j]);
+          g[j] =
+              a.fusion == Fusion::probability ? tau * tau * row.moved[j] : tau * (row.moved[j] - row.kl * row.mean[j]);
         if (beta == 0)
 #pragma unroll 1
           for (int j = 0; j < row.used; ++j) g[j] = 0;
@@ -273,7 +277,7 @@ __device__ T scale_of_row(const EnsembleKD& a, int64_t b, T scale) {
 }
 
 struct Device {
-  int shared, shared_of_all_blocks;  // bytes that a block may take, that a multiprocessor has
+  int shared, shared_of_all_blocks;   // bytes that a block may take, that a multiprocessor has
   int multiprocessors, major, ranks;  // ranks: the largest cluster
 };
 

@@ -7,7 +7,7 @@ namespace eekd {
 namespace {
 
 constexpr int kThreads = 256, kBlocks = 1024;  // enough to fill a GPU, and few enough to return at once
-constexpr int64_t kPiece = 2048;                 // columns of a row that a warp takes
+constexpr int64_t kPiece = 2048;               // columns of a row that a warp takes
 
 template <class T>
 __device__ T factor_of(const Scaled& x, int64_t row, T divisor) {
@@ -16,8 +16,10 @@ __device__ T factor_of(const Scaled& x, int64_t row, T divisor) {
 
 template <class T, class E>
 __device__ E times(E x, T f) {
-  if constexpr (std::is_same_v<E, double>) return static_cast<double>(x * f);
-  else return narrow<E>(static_cast<T>(widen(x)) * f);
+  if constexpr (std::is_same_v<E, double>)
+    return static_cast<double>(x * f);
+  else
+    return narrow<E>(static_cast<T>(widen(x)) * f);
 }
 
 // x[i] *= f for i = first, first + step, ... below n, 16 bytes at a time where x is aligned.

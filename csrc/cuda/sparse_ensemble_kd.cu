@@ -70,8 +70,8 @@ struct Kernel : RowKernel<T> {
   T* const kl;                      // [warp]
   T *const tile_p, *const tile_r;   // of as many columns as threads
   unsigned* const bits;
-  const char* line;                 // the student's row
-  int marked = -1;                  // the first class of the segment whose bits are set
+  const char* line;  // the student's row
+  int marked = -1;   // the first class of the segment whose bits are set
 
   __device__ Kernel(const SparseEnsembleKD& sparse, Group group, int64_t b, const Launch& l, char* shared, T row_scale)
       : RowKernel<T>(sparse.kd, group, b, *reinterpret_cast<SparseRow<T>*>(shared), row_scale),
@@ -185,7 +185,7 @@ struct Kernel : RowKernel<T> {
   // Softmax statistics of the classes, and of the columns.
   __device__ void find_statistics() {
     SoftmaxSum<T> tail = SoftmaxSum<T>::none(), hard = tail, mixture = tail;
-    visit([&](int, T (&x)[width], unsigned taken) {
+    visit([&](int, T(&x)[width], unsigned taken) {
       if (has_ce) absorb(hard, x, T(kLog2e));
 #pragma unroll
       for (int u = 0; u < width; ++u) x[u] = taken >> u & 1 ? -kInf : x[u];
@@ -253,14 +253,13 @@ struct Kernel : RowKernel<T> {
         const T s = c < columns ? student(i) - student_max : row.rest;
         T p = 0, x = 0;
         if (probability) {
-          for (int j = 0; j < row.used; ++j)
-            p += row.scale[j] * fast_exp2((z(j, c) - finite(row.target[j].max)) * k);
+          for (int j = 0; j < row.used; ++j) p += row.scale[j] * fast_exp2((z(j, c) - finite(row.target[j].max)) * k);
         } else {
           x = mixed(c) - target_max;
           p = row.scale[0] * fast_exp2(x * k);
         }
-        const T log_p = probability ? T(kLn2) * fast_log2(max(p, std::numeric_limits<T>::min()))
-                                    : x * inverse - log_target;
+        const T log_p =
+            probability ? T(kLn2) * fast_log2(max(p, std::numeric_limits<T>::min())) : x * inverse - log_target;
         const T r = p > 0 ? log_p - (s * inverse - log_soft) : T(0);
         sum += p * r;
         tile_p[group.thread] = p;
@@ -309,7 +308,7 @@ struct Kernel : RowKernel<T> {
     const T tail_max = finite(row.tail.max), d_tail = row.d_tail, student_max = finite(row.soft.max);
     const T ce = row_scale * static_cast<T>(a.alpha), hard_scale = has_ce ? ce / row.hard.sum : T(0);
     const int64_t y = has_ce ? a.labels[b] : -1;
-    visit([&](int c, T (&x)[width], unsigned taken) {
+    visit([&](int c, T(&x)[width], unsigned taken) {
 #pragma unroll
       for (int u = 0; u < width; ++u) {
         T d = d_tail * fast_exp2((x[u] - tail_max) * k);
@@ -328,7 +327,8 @@ struct Kernel : RowKernel<T> {
       }
 #pragma unroll
       for (int u = 0; u < width; ++u)
-        if (!(taken >> u & 1) && c + u * step() < classes) store<E>(a.d_student, a.student.dtype, at + u * step(), x[u]);
+        if (!(taken >> u & 1) && c + u * step() < classes)
+          store<E>(a.d_student, a.student.dtype, at + u * step(), x[u]);
     });
   }
 
@@ -351,7 +351,7 @@ struct Kernel : RowKernel<T> {
 
 template <class T, class E, bool keeps>
 __global__ void __launch_bounds__(kMaxThreads, std::is_same_v<T, double> ? 2 : 3)
-sparse_rows_kernel(const __grid_constant__ SparseEnsembleKD a, Launch l, bool mean, const int* count) {
+    sparse_rows_kernel(const __grid_constant__ SparseEnsembleKD a, Launch l, bool mean, const int* count) {
   static_assert(sizeof(SparseEnsembleKD) + sizeof(Launch) <= 4096 - 64, "what a kernel's parameters may take");
   char* const shared = shared_memory();
   const T scale = scale_of_rows<T>(a.kd, mean, count, shared);
@@ -361,8 +361,10 @@ sparse_rows_kernel(const __grid_constant__ SparseEnsembleKD a, Launch l, bool me
   const Group group{static_cast<int>(threadIdx.x) % l.threads, l.threads, 0, 1};
   char* const own = shared + row_in_block * (l.shared / l.rows_per_block);
   Kernel<T, E, keeps> kernel(a, group, b, l, own, scale_of_row(a.kd, b, scale));
-  if (ignored(a.kd, b)) kernel.write_zeros(0, a.kd.classes);
-  else kernel.run();
+  if (ignored(a.kd, b))
+    kernel.write_zeros(0, a.kd.classes);
+  else
+    kernel.run();
 }
 
 // A warp or a block per row. Neither this nor the order of classes depends on where the tensors lie, so neither do the
@@ -419,7 +421,8 @@ template <class T>
 const char* sparse_ensemble_kd_fwd_cuda(const SparseEnsembleKD& args, bool mean, void* loss, void* attention_loss,
                                         int* count, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
-  return launch_all<T>(args.kd, mean, loss, attention_loss, count, stream, [&](const int* counted, int64_t&) -> cudaError_t {
+  return launch_all<T>(args.kd, mean, loss, attention_loss, count, stream,
+                       [&](const int* counted, int64_t&) -> cudaError_t {
     if constexpr (std::is_same_v<T, double>) {
       return launch_rows<T, Any>(args, mean, counted, stream);
     } else {

@@ -4,8 +4,8 @@
 // reads what no other has written yet. Shared memory begins as NaN, ends at a page that may not be touched and is NaN
 // again once its block has ended. An asynchronous copy takes place only when its thread waits for it. A barrier that
 // some thread never reaches ends the process with a message. Blocks run in order, those of a cluster together: each
-// until it waits for another, or in an order drawn by chance. With EEKD_RACES, accesses that no barrier orders are found
-// (races.cpp).
+// until it waits for another, or in an order drawn by chance. With EEKD_RACES, accesses that no barrier orders are
+// found (races.cpp).
 #pragma once
 
 #include <setjmp.h>
@@ -129,7 +129,7 @@ struct Block {
   Barrier barrier;
   std::map<std::pair<unsigned, unsigned>, Barrier> of_lanes;  // by warp and mask
   std::map<const void*, Phases> phases;
-  std::vector<uint64_t> exchange[2];                          // per thread
+  std::vector<uint64_t> exchange[2];  // per thread
   unsigned running;
 };
 
@@ -351,10 +351,10 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const emulator::Device& d = emulator::device;
-  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin         ? d.shared_per_block
-           : attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor   ? d.shared_per_multiprocessor
-           : attribute == cudaDevAttrMultiProcessorCount                ? d.multiprocessors
-                                                                        : d.major;
+  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin       ? d.shared_per_block
+           : attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor ? d.shared_per_multiprocessor
+           : attribute == cudaDevAttrMultiProcessorCount              ? d.multiprocessors
+                                                                      : d.major;
   return cudaSuccess;
 }
 
@@ -407,8 +407,10 @@ inline void add_where(float p, float& sum, float a, float b) {
 template <class E>
 uint32_t narrow_pair(float a, float b) {
   const auto bits = [](float x) -> uint32_t {
-    if constexpr (std::is_same_v<E, __half>) return std::bit_cast<uint16_t>(__float2half_rn(x));
-    else return __float2bfloat16_rn(x).bits;
+    if constexpr (std::is_same_v<E, __half>)
+      return std::bit_cast<uint16_t>(__float2half_rn(x));
+    else
+      return __float2bfloat16_rn(x).bits;
   };
   return bits(a) | bits(b) << 16;
 }
@@ -463,7 +465,8 @@ inline void arrive(uint64_t* barrier, int bytes) {
   phases.by = emulator::current - emulator::fibers.data();
 }
 inline void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
-  const auto bits = reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global) | static_cast<unsigned>(bytes);
+  const auto bits =
+      reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global) | static_cast<unsigned>(bytes);
   if (bits & 15 || bytes <= 0) emulator::fail("a bulk copy that is not of 16 aligned bytes");
   race_access(global, bytes, false);
   race_access(shared, bytes, true);

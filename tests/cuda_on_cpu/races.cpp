@@ -2,7 +2,8 @@
 // function for each of their accesses; these are the functions, so that no other library is needed.
 //
 // A thread has seen of every other all that this did before a barrier of both. A read must have seen the last write, a
-// write besides the reads since. Shuffles order nothing. Threads of other clusters are never seen, other launches always.
+// write besides the reads since. Shuffles order nothing. Threads of other clusters are never seen, other launches
+// always.
 
 #include <algorithm>
 #include <cstddef>
@@ -46,8 +47,8 @@ bool seen(const Access& a) {
 
 void report(const char* what, const Access& a, uintptr_t begin, uintptr_t at, const Region& region) {
   if (!found++)
-    std::fprintf(stderr, "CUDA on CPU: a race: %s by thread %u, thread %u before, byte %zu of %s memory\n", what, current,
-                 a.thread, static_cast<size_t>(at - begin), region.shared ? "shared" : "global");
+    std::fprintf(stderr, "CUDA on CPU: a race: %s by thread %u, thread %u before, byte %zu of %s memory\n", what,
+                 current, a.thread, static_cast<size_t>(at - begin), region.shared ? "shared" : "global");
 }
 
 }  // namespace
@@ -100,9 +101,11 @@ void race_access(const void* address, size_t bytes, bool writes) {
   auto& cells = region->second.cells;
   if (at - region->first >= 2 * cells.size()) return;
   const Access mine{cluster, current, threads[current].now};
-  for (uintptr_t i = (at - region->first) / 2; i < std::min<size_t>((at - region->first + bytes + 1) / 2, cells.size()); ++i) {
+  for (uintptr_t i = (at - region->first) / 2; i < std::min<size_t>((at - region->first + bytes + 1) / 2, cells.size());
+       ++i) {
     Cell& cell = cells[i];
-    if (cell.written && !seen(cell.writer)) report(writes ? "a write" : "a read", cell.writer, region->first, at, region->second);
+    if (cell.written && !seen(cell.writer))
+      report(writes ? "a write" : "a read", cell.writer, region->first, at, region->second);
     if (writes) {
       for (const Access& reader : cell.readers)
         if (!seen(reader)) report("a write after a read", reader, region->first, at, region->second);
@@ -116,12 +119,12 @@ void race_access(const void* address, size_t bytes, bool writes) {
   }
 }
 
-#define EEKD_ACCESS(n)                                                                 \
-  void __tsan_read##n(void* x) { race_access(x, n, false); }                           \
-  void __tsan_write##n(void* x) { race_access(x, n, true); }                           \
-  void __tsan_unaligned_read##n(void* x) { race_access(x, n, false); }                 \
-  void __tsan_unaligned_write##n(void* x) { race_access(x, n, true); }                 \
-  void __tsan_volatile_read##n(void* x) { race_access(x, n, false); }                  \
+#define EEKD_ACCESS(n)                                                 \
+  void __tsan_read##n(void* x) { race_access(x, n, false); }           \
+  void __tsan_write##n(void* x) { race_access(x, n, true); }           \
+  void __tsan_unaligned_read##n(void* x) { race_access(x, n, false); } \
+  void __tsan_unaligned_write##n(void* x) { race_access(x, n, true); } \
+  void __tsan_volatile_read##n(void* x) { race_access(x, n, false); }  \
   void __tsan_volatile_write##n(void* x) { race_access(x, n, true); }
 EEKD_ACCESS(1)
 EEKD_ACCESS(2)
@@ -137,5 +140,7 @@ void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 uint8_t __tsan_atomic8_load(const volatile uint8_t* x, int order) { return __atomic_load_n(x, order); }
 uint32_t __tsan_atomic32_load(const volatile uint32_t* x, int order) { return __atomic_load_n(x, order); }
-uint32_t __tsan_atomic32_fetch_add(volatile uint32_t* x, uint32_t y, int order) { return __atomic_fetch_add(x, y, order); }
+uint32_t __tsan_atomic32_fetch_add(volatile uint32_t* x, uint32_t y, int order) {
+  return __atomic_fetch_add(x, y, order);
+}
 }
