@@ -14,7 +14,7 @@ from statistics import mean, stdev
 
 from eekd.compare import page as comparison
 from eekd.train import seeds as over_seeds
-from eekd.train.config import TITLES
+from eekd.train.config import title_of
 
 HERE = Path(__file__).parent
 
@@ -44,7 +44,7 @@ def seeds(record: dict) -> str:
     ]
     for rows in zip(*(run["rows"] for run in runs), strict=True):
         first = rows[0]
-        name = f"student, {TITLES[first['name']]}" if first["kind"] == "student" else first["name"]
+        name = f"student, {title_of(first['name'])}" if first["kind"] == "student" else first["name"]
         name += f", epoch {first['epochs']}" if first["kind"] == "snapshot" else ""
         gain = (
             spread([r["gain"] for r in rows], 100, "+") if first["gain"] is not None and first["name"] != "ce" else ""
@@ -70,7 +70,7 @@ def demo(record: dict) -> str:
     lines += ["|---|---|--:|--:|--:|--:|"]
     for row in summary["rows"]:
         gains = [over_seeds.points(row[key]) if row[key] else "" for key in ("over_ce", "over_last")]
-        cells = [TITLES.get(row["name"], row["name"]), row["model"], f"{row['parameters']:,}"]
+        cells = [title_of(row["name"]), row["model"], f"{row['parameters']:,}"]
         cells.append(over_seeds.spread(row["test"]))
         lines.append(f"| {' | '.join([*cells, *gains])} |")
     words = f"Mean ± std over {len(summary['seeds'])} seeds, in brackets 95 % intervals of the paired gains"
@@ -463,7 +463,7 @@ def plot(record: dict, path: Path) -> None:
         values = [100 * run["rows"][i]["test_accuracy"] for run in runs]
         right.plot([place] * len(values), values, "o", color="#4477aa", alpha=0.7, ms=4)
         right.plot([place - 0.2, place + 0.2], [mean(values)] * 2, color="#cc3311")
-    names = [TITLES[rows[i]["name"]] for i in students]
+    names = [title_of(rows[i]["name"]) for i in students]
     right.set_xticks(range(len(names)), names)
     right.set(title="Students: each seed, and the mean", xlim=(-0.5, len(names) - 0.5), ylabel="test accuracy, %")
     for axes in (left, right):

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from eekd.method import weightings
 from eekd.method.losses import EEKDLoss
-from eekd.method.weightings import WEIGHTINGS, log_weights
+from eekd.method.weightings import log_weights
 
 B, M, C, DS, DT = 7, 4, 10, 5, 6
-FIXED = WEIGHTINGS[1:]
+WEIGHTINGS = weightings.names()
+FIXED = [name for name in WEIGHTINGS if name != "attention"]
 SIZES = {"student_dim": DS, "snapshot_dim": DT}
 
 
@@ -324,7 +326,7 @@ def test_snapshot_logits_of_other_shapes_are_refused(weighting, shape):
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("weighting", ["attention", "median", None])
-def test_log_weights_knows_fixed_weightings_only(weighting):
-    with pytest.raises(ValueError, match=f"^weighting must be one of uniform, .*, got {weighting!r}"):
+@pytest.mark.parametrize("weighting, last", [("attention", "confidence"), ("median", "NAME"), (None, "NAME")])
+def test_log_weights_knows_fixed_weightings_only(weighting, last):
+    with pytest.raises(ValueError, match=f"^weighting must be one of last, uniform, .*{last}, got {weighting!r}"):
         log_weights(weighting, torch.zeros(M, B, C))

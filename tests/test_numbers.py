@@ -20,10 +20,9 @@ from eekd.bank import __main__ as bank
 from eekd.data import Loader, load
 from eekd.io.files import read_json, sha256_of, write_json_atomic
 from eekd.io.tensors import load_tensors
-from eekd.method import losses
+from eekd.method import losses, weightings
 from eekd.method.losses import EEKDLoss
 from eekd.method.topk import top_k_logits
-from eekd.method.weightings import WEIGHTINGS
 from eekd.ops.backend import backend_for
 from eekd.snapshots import SnapshotEnsemble
 from eekd.snapshots.features import LastFeatures
@@ -640,7 +639,7 @@ def criterion(weighting: str, **options) -> EEKDLoss:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("weighting", weightings.names())
 def test_a_good_loss_is_never_refused(backend, weighting, dtype):
     forms = itertools.product((None, 4), ("probability", "logit"), ("label", "kl"))
     for seed, (k, fusion, objective) in enumerate(forms):
@@ -702,7 +701,7 @@ def test_a_wrong_loss_ends_the_phase(run, tmp_path, monkeypatch, wrong, precisio
 @pytest.mark.parametrize("dtype, by", [
     (torch.float64, 5e-4), (torch.float32, 5e-4), (torch.bfloat16, 0.05), (torch.float16, 0.01),
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("weighting", weightings.names())
 def test_a_wrong_gradient_is_found_in_every_precision(monkeypatch, weighting, dtype, by):
     for name in ("ensemble_kd", "sparse_ensemble_kd"):
         monkeypatch.setattr(

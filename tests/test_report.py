@@ -478,7 +478,8 @@ def luminance(colour):
 @pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
 def test_colours_can_be_seen_on_the_page(mode):
     """WCAG 2.2: 4.5 to 1 for text, 3 to 1 for lines and discs."""
-    palette = dict(re.findall(r"--(\w+): (#\w+)", charts.STYLE.split("prefers-color-scheme: dark")[mode]))
+    found = re.findall(r"--(\w+): light-dark\((#\w+), (#\w+)\)", charts.style())
+    palette = {name: colours[mode] for name, *colours in found}
     assert {"ink", "quiet", "early", "late", "teacher", *STUDENTS} <= palette.keys()
     page = luminance(palette.pop("page"))
     palette.pop("faint")  # grid lines

@@ -108,7 +108,7 @@ METHODS = {
 }
 # Where a setting names a Python file; and the archive's own unpickler, which finds nothing to call.
 ALLOWED = {
-    "eekd/models/__init__.py": {"exec_module", "spec_from_file_location"},
+    "eekd/user_code.py": {"exec_module", "spec_from_file_location"},
     "eekd/data/formats.py": {"pickle"},
     "eekd/__main__.py": {"import_module"},  # of its own verbs
     "eekd/lazy.py": {"import_module"},  # of its own names

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from eekd import EEKDLoss, TopKLogits, ensemble_kd, sparse_ensemble_kd, top_k_logits
-from eekd.method.weightings import WEIGHTINGS, log_weights
+from eekd.method import weightings
+from eekd.method.weightings import log_weights
 
+WEIGHTINGS = weightings.names()
 bad_input = pytest.mark.bad_input
 TEMPERATURES = (1, 1.2, 1.5, 2, 2.5, 3, 4, 6, 8, 12, 16, 20)
 INDEPENDENT, SHARED, GUMBEL, STUDENT, SKEW = "independent", "shared", "high tail", "both tails", "low tail"

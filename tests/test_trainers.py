@@ -8,7 +8,6 @@ import random
 import subprocess
 import sys
 import time
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from eekd.ops import reference
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.snapshots.features import LastFeatures
 from eekd.train import prepare, train, train_student, train_teacher
-from eekd.train.config import Config, Student, Teacher, Weighting
+from eekd.train.config import Config, Student, Teacher, student_names
 from eekd.train.estimate import plan
 from eekd.train.run import table
 from eekd.train.run_folder import Log, new_folder
@@ -42,7 +41,7 @@ def tinier(num_classes, in_channels, image_size):
 def headless(num_classes, in_channels, image_size):
     return nn.Sequential(nn.Conv2d(in_channels, num_classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 """
-WEIGHTINGS = get_args(Weighting)
+WEIGHTINGS = student_names()
 
 
 @pytest.fixture(scope="module")

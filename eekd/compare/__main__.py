@@ -21,6 +21,8 @@ from eekd.train.signals import signals
 try:
     import tyro
     from rich.console import Console
+
+    from eekd.train.flags import any_word
 except ImportError as error:
     raise SystemExit(f"python -m eekd.compare needs {error.name}: pip install 'eekd[train]'") from None
 
@@ -90,7 +92,8 @@ def parse(argv: list[str]) -> Flags:
     settings = Config.load(start.config) if start.config else preset(start.preset or "digits")
     defaults = {name: getattr(Config(), name) for name in DECIDED}
     settings = dataclasses.replace(settings, seeds=3, **defaults)
-    flags = tyro.cli(Flags, prog="eekd compare", args=argv, default=Flags(settings=settings))
+    with any_word():
+        flags = tyro.cli(Flags, prog="eekd compare", args=argv, default=Flags(settings=settings))
     chosen = flags.settings
     for name in DECIDED:
         if getattr(chosen, name) != defaults[name]:

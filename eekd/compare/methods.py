@@ -3,7 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from eekd.train.config import TITLES, Config, Weighting, nearest
+from eekd.method import weightings
+from eekd.train.config import Config, nearest, title_of
 
 FORMAT = 1
 KINDS = {"ordinary": "one training", "cyclic": "one training, cyclic schedule", "sed": "independent trainings"}
@@ -14,7 +15,7 @@ class Method:
     """A way to teach: which snapshots of which teacher, and how they are put together."""
 
     title: str
-    weighting: Weighting
+    weighting: str  # or "ce", without a teacher
     teacher: Literal["ordinary", "cyclic", "sed"] = "ordinary"
     snapshots: int | Literal["half"] | None = None  # M, or the one at half-time; None: teacher.snapshots
     fusion: Literal["probability", "logit"] = "probability"
@@ -35,11 +36,10 @@ class Method:
 SWEEP = 2, 3, 10  # values of M beside 1, which is `last`, and teacher.snapshots
 
 METHODS: dict[str, Method] = {
-    **{name: Method(TITLES[name], name) for name in ("ce",)},
-    "last": Method(TITLES["last"], "last", snapshots=1),
+    "ce": Method(title_of("ce"), "ce"),
+    "last": Method(title_of("last"), "last", snapshots=1),
     "half": Method("KD (half-way)", "last", snapshots="half"),
-    **{name: Method(TITLES[name], name)
-       for name in ("uniform", "linear_increase", "linear_decrease", "entropy", "confidence", "attention")},
+    **{name: Method(title_of(name), name) for name in weightings.names() if name != "last"},
     "attention-kl": Method("EEKD, objective kl", "attention", objective="kl"),
     "attention-logit": Method("EEKD, logit fusion", "attention", fusion="logit"),
     "attention-kl-logit": Method("EEKD, objective kl, logit fusion", "attention", objective="kl", fusion="logit"),
@@ -47,7 +47,7 @@ METHODS: dict[str, Method] = {
     "sed": Method("SED: M teachers, uniform", "uniform", "sed"),
     "cyclic-uniform": Method("cyclic teacher, uniform", "uniform", "cyclic"),
     "cyclic-attention": Method("cyclic teacher, EEKD", "attention", "cyclic"),
-    **{f"{name}-m{m}": Method(f"{TITLES[name]}, M = {m}", name, snapshots=m)
+    **{f"{name}-m{m}": Method(f"{title_of(name)}, M = {m}", name, snapshots=m)
        for m in SWEEP for name in ("uniform", "attention")},
 }  # fmt: skip
 
@@ -55,6 +55,8 @@ METHODS: dict[str, Method] = {
 def method(name: str) -> Method:
     """The method of that name; with -online appended, taught by snapshots that run. ValueError names the nearest."""
     base = name.removesuffix("-online")
+    if base not in METHODS and base in weightings.names():  # registered since
+        METHODS[base] = Method(title_of(base), base)
     if base not in METHODS:
         raise ValueError(f"no method {name!r}{nearest(base, METHODS) or '; there are ' + ', '.join(METHODS)}")
     found = METHODS[base]

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from eekd.method import weightings
 from eekd.method.attention import SnapshotAttention
 from eekd.method.topk import TopKLogits
-from eekd.method.weightings import WEIGHTINGS, log_weights
 from eekd.ops import EnsembleKD, ensemble_kd, sparse_ensemble_kd
 
 
@@ -17,8 +17,9 @@ class EEKDLoss(nn.Module):
     Weighting "attention" learns w by a SnapshotAttention of the given sizes (`student_dim`, `snapshot_dim`,
     `embed_dim`, `normalize`, `scale`): optimise this module's parameters with the student's. It learns by
     `attention_objective`: "label", the likelihood of the true label under the target p, then a constant in
-    L, or "kl", L itself. `detach_query` keeps its gradient from the student's features. `log_weights` defines
-    the other weightings. `fusion` "logit" averages logits in place of probabilities.
+    L, or "kl", L itself. `detach_query` keeps its gradient from the student's features. The other weightings are
+    those of `eekd.method.weightings`, whose `register` adds your own; `path/to/file.py:NAME` runs a file that has one.
+    `fusion` "logit" averages logits in place of probabilities.
 
     forward takes student_logits (B, C); snapshot_logits (M, B, C), a list of M (B, C), or TopKLogits, whose left
     out classes then count as one (`sparse_ensemble_kd`); labels (B,), or None for pure distillation; and for
@@ -52,7 +53,6 @@ class EEKDLoss(nn.Module):
     ):
         super().__init__()
         for name, value, choices in (
-            ("weighting", weighting, WEIGHTINGS),
             ("fusion", fusion, ("probability", "logit")),
             ("attention_objective", attention_objective, ("label", "kl")),
         ):
@@ -62,10 +62,11 @@ class EEKDLoss(nn.Module):
             raise ValueError(f"temperature must be a number above 0, got {temperature!r}")
         if not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be a number from 0 to 1, got {alpha!r}")
+        entry = weightings.get(weighting)
         self.attention = None
-        if weighting == "attention":
+        if entry.needs_features:
             self.attention = SnapshotAttention(student_dim, snapshot_dim, embed_dim, normalize, scale)
-        self.weighting = weighting
+        self.weighting = entry.name
         self.detach_query = detach_query
         self.options = {
             "temperature": temperature,
@@ -86,10 +87,10 @@ class EEKDLoss(nn.Module):
         measure: bool = True,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if self.attention is None:
-            by = {"scores": log_weights(self.weighting, snapshot_logits, labels)}
+            by = {"scores": weightings.log_weights(self.weighting, snapshot_logits, labels)}
         elif student_features is None or snapshot_features is None:
             name = "student_features" if student_features is None else "snapshot_features"
-            raise ValueError(f"{name} must be given, for weighting 'attention' compares features")
+            raise ValueError(f"{name} must be given, for weighting {self.weighting!r} compares features")
         else:
             if self.detach_query:
                 student_features = student_features.detach()

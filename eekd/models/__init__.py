@@ -5,11 +5,8 @@ The named ones have the definitions, parameter counts and feature widths of the 
 """
 
 import difflib
-import importlib.util
 import inspect
-import sys
 from functools import partial
-from pathlib import Path
 
 from torch import nn
 
@@ -20,6 +17,7 @@ from eekd.models.resnet import resnet, resnet50
 from eekd.models.shufflenet import shufflenetv1, shufflenetv2
 from eekd.models.vgg import DEPTHS, vgg
 from eekd.models.wrn import wrn
+from eekd.user_code import is_file_name, load
 
 MODELS = {
     **{f"resnet{depth}": partial(resnet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
@@ -60,7 +58,7 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
             raise ValueError(f"{key} must be a whole number of at least 1, got {value!r}")
     if name.startswith("timm:"):
         return guard(_from_timm(name.removeprefix("timm:"), **sizes))
-    if ".py:" in name:
+    if is_file_name(name):
         return guard(_from_file(name, **sizes))
     if name not in MODELS:
         raise ValueError(f"no model is called {name!r}; the nearest is {_nearest(name, MODELS)!r}")
@@ -87,16 +85,7 @@ def _from_timm(name: str, *, num_classes: int, in_channels: int, image_size: int
 
 
 def _from_file(name: str, **sizes: int) -> nn.Module:
-    path, _, attribute = name.rpartition(":")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{name!r} names a file that does not exist: {Path(path).absolute()}")
-    spec = importlib.util.spec_from_file_location(f"eekd_user_{Path(path).stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up by name
-    spec.loader.exec_module(module)
-    if not hasattr(module, attribute):
-        raise AttributeError(f"{path} must define {attribute!r}, a function that returns an nn.Module")
-    factory = getattr(module, attribute)
+    factory = load(name, "a function that returns an nn.Module")
     try:
         inspect.signature(factory).bind(**sizes)
     except (TypeError, ValueError) as error:

@@ -9,15 +9,19 @@ from collections.abc import Container
 from itertools import pairwise
 from typing import NamedTuple
 
+from eekd.method import weightings
+
+COLOURS = {  # on a light page and on a dark one; of a weighting, its entry in the registry has them
+    "page": ("#ffffff", "#15181b"),
+    "ink": ("#1c1e21", "#e8eaed"),
+    "quiet": ("#666b72", "#9aa0a6"),
+    "faint": ("#e6e8eb", "#2b2f34"),
+    "early": ("#c08400", "#ffc94d"),
+    "late": ("#0a5fae", "#5ba7f7"),
+    "teacher": ("#1c1e21", "#e8eaed"),
+    "ce": ("#767b82", "#9aa0a6"),
+}
 STYLE = """
-:root { color-scheme: light dark; --page: #fff; --ink: #1c1e21; --quiet: #666b72; --faint: #e6e8eb;
-  --early: #c08400; --late: #0a5fae; --teacher: #1c1e21; --ce: #767b82; --last: #0072b2;
-  --uniform: #00916a; --linear_increase: #3a93c9; --linear_decrease: #948000; --entropy: #b5609a;
-  --confidence: #bd7b00; --attention: #d55e00 }
-@media (prefers-color-scheme: dark) { :root { --page: #15181b; --ink: #e8eaed; --quiet: #9aa0a6;
-  --faint: #2b2f34; --early: #ffc94d; --late: #5ba7f7; --teacher: #e8eaed; --ce: #9aa0a6;
-  --last: #4aa8f0; --uniform: #2cc295; --linear_increase: #8fd0f5; --linear_decrease: #e0cf4b;
-  --entropy: #de9bc4; --confidence: #f0b030; --attention: #ff8040 } }
 body { max-width: 68rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; background: var(--page);
   color: var(--ink); font: 1rem/1.5 system-ui, sans-serif }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 } h2 { font-size: 1.25rem; margin: 3rem 0 .5rem }
@@ -50,6 +54,13 @@ path { fill: none } .axis { stroke: var(--quiet) } .rule { stroke: var(--faint) 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
+def style() -> str:
+    """The page's style sheet, with a colour for each weighting."""
+    colours = COLOURS | {entry.name: entry.colours for entry in weightings.registered()}
+    lines = "\n".join(f"  --{name}: light-dark({light}, {dark});" for name, (light, dark) in colours.items())
+    return f"\n:root {{ color-scheme: light dark;\n{lines} }}{STYLE}"
+
+
 class Html(str):
     """Text that is markup already; `tag` escapes every other."""
 
@@ -75,7 +86,7 @@ def page(title: str, *body: Html) -> bytes:
     """A whole page, which may run and load nothing."""
     head = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width">{tag("title", title)}<style>{STYLE}</style></head>
+<meta name="viewport" content="width=device-width">{tag("title", title)}<style>{style()}</style></head>
 """
     return f"{head}{tag('body', *body)}</html>\n".encode(errors="replace")
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from reprlib import repr  # a damaged file must not become a page of error
 
 from eekd.io.files import read_checked, write_atomic
+from eekd.method import weightings
 from eekd.report.charts import Chart, Html, Line, bars, heatmap, limits, lines, page, table, tag, ticks
-from eekd.train.config import TITLES, Config
+from eekd.train.config import Config, student_names, title_of
+from eekd.user_code import own_name
 
-PER_SAMPLE = "attention", "entropy", "confidence"
 NLL = "−log p of the true label, nats"
 
 
@@ -32,7 +33,7 @@ class Network:
 
     @property
     def title(self) -> str:
-        return TITLES.get(self.name, self.name)
+        return title_of(self.name)
 
     def last(self, key: str):
         return self.rows[-1].get(key) if self.rows else None
@@ -81,7 +82,7 @@ def read(folder: str | Path) -> Run:
         return Network(name, phase.model, phase.epochs, _rows(own / "metrics.jsonl"), known)
 
     found = sorted(path.parent.name for path in folder.glob("students/*/metrics.jsonl"))
-    names = dict.fromkeys([*config.students, *found])
+    names = dict.fromkeys([*map(own_name, config.students), *found])
     students = [network(name, config.student, folder / "students" / name, "student.json") for name in names]
     # a student names its teacher as seen from its own folder, config.json as seen from where the run began
     teachers = []
@@ -161,7 +162,7 @@ def percent(fraction: float | None) -> str:
 
 
 def colour_of(name: str) -> str:
-    return f"var(--{name})" if name in TITLES else "var(--late)"
+    return f"var(--{name})" if name in ("teacher", *student_names()) else "var(--late)"
 
 
 def header(run: Run) -> Html:
@@ -214,7 +215,7 @@ def results(run: Run) -> list[Html]:
         name, test, gain, seconds = (row[k] for k in ("name", "test_accuracy", "gain", "seconds_per_epoch"))
         cells.append(
             [
-                TITLES.get(name, name),
+                title_of(name),
                 row["model"],
                 f"{row['parameters']:,}" if row["parameters"] else "",
                 row["epochs"],
@@ -388,9 +389,9 @@ def disagreement(run: Run) -> list[Html]:
 
 
 def attention(run: Run) -> list[Html]:
-    shown = []
+    shown, per_sample = [], {entry.name for entry in weightings.registered() if entry.per_sample}
     for net in run.students:
-        rows = [row for row in net.rows if row.get("weights")] if net.name in PER_SAMPLE else []
+        rows = [row for row in net.rows if row.get("weights")] if net.name in per_sample else []
         if not rows:
             continue
         m, ends = len(rows[0]["weights"]), [rows[0]["epoch"], rows[-1]["epoch"]]

@@ -3,14 +3,15 @@
 from pathlib import Path
 
 from eekd.report.charts import Chart, Html, limits, page, table, tag
-from eekd.train.config import TITLES, Config
+from eekd.report.page import colour_of
+from eekd.train.config import Config, title_of
 from eekd.train.seeds import points, sentence, spread
 
 
 def draw(folder: Path, config: Config, summary: dict, seeds: dict[int, dict]) -> bytes:
     """The page of `summary`, RUN/summary.json; `seeds` are the summaries of its seeds, whose pages lie in seed-N/."""
     rows = summary["rows"]
-    cells = [[TITLES.get(row["name"], row["name"]), row["model"], f"{row['parameters']:,}", spread(row["val"]),
+    cells = [[title_of(row["name"]), row["model"], f"{row['parameters']:,}", spread(row["val"]),
               spread(row["test"]), *(points(row[key]) if row[key] else "" for key in ("over_ce", "over_last"))]
              for row in rows]  # fmt: skip
     head = ["", "network", "parameters", "val, %", "test, %", "over CE, points", "over KD (last), points"]
@@ -53,12 +54,17 @@ def students(rows: list[dict], seeds: dict[int, dict]) -> Html:
     )
     chart.parts = [part for part in chart.parts if "middle of" not in part]  # places of names, not numbers
     for place, name in enumerate(names):
-        chart.add("text", TITLES.get(name, name), x=chart.x(place), y=chart.bottom + 17, class_="middle of")
+        chart.add("text", title_of(name), x=chart.x(place), y=chart.bottom + 17, class_="middle of")
     for one in found:
         line = "L".join(f"{chart.x(place):.5g},{chart.y(one[name]):.5g}" for place, name in enumerate(names))
         chart.add("path", d=f"M{line}", class_="rule", fill="none")
         for place, name in enumerate(names):
             chart.add(
-                "circle", cx=chart.x(place), cy=chart.y(one[name]), r=4, class_="fill", style=f"color: var(--{name})"
+                "circle",
+                cx=chart.x(place),
+                cy=chart.y(one[name]),
+                r=4,
+                class_="fill",
+                style=f"color: {colour_of(name)}",
             )
     return chart.figure()

@@ -7,7 +7,7 @@ import warnings
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated
 
 from eekd import command
 
@@ -15,16 +15,16 @@ if __name__ == "__main__":
     command.start()
 
 from eekd.io.files import first_line, in_words, printable
-from eekd.train.config import Config, differences, nearest, settled, switched, word
+from eekd.train.config import Config, differences, nearest, settled, switched
 from eekd.train.presets import preset
 from eekd.train.signals import Stopped, signals
 
 try:
     import tyro
     from rich.console import Console
-    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
     from eekd.train import screen
+    from eekd.train.flags import any_word
 except ImportError as error:
     raise SystemExit(f"python -m eekd.train needs {error.name}: pip install 'eekd[train]'") from None
 
@@ -157,7 +157,7 @@ def parse(argv: list[str]) -> Flags:
     settings = _start(start, "glyphs" if not phase and given <= {"--out", "--dry-run"} else "digits")
     if phase == "teacher":
         settings = replace(settings, students=(), teacher_run=None, bank=None)
-    with _literals():
+    with any_word():
         parsed = tyro.cli(Flags, prog="eekd train", args=flags, default=Flags(settings=settings))
     chosen = parsed.settings
     if start.resume:
@@ -221,26 +221,6 @@ def _start(start: Start, default: str) -> Config:
     if not start.preset and not start.config:
         settings = replace(run, students=run.students or settings.students, bank=None)
     return replace(settings, teacher=run.teacher, teacher_run=folder)
-
-
-def _literals() -> ConstructorRegistry:
-    """Lets any word through where a Literal is wanted: Config refuses it and names the nearest."""
-    registry = ConstructorRegistry()
-
-    @registry.primitive_rule
-    def literal(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-        if get_origin(info.type) is not Literal:
-            return None
-        values = {word(value): value for value in get_args(info.type) if isinstance(value, bool)}
-        return PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="{" + ",".join(map(word, get_args(info.type))) + "}",
-            instance_from_str=lambda words: values.get(words[0].lower(), words[0]),
-            is_instance=lambda value: isinstance(value, str | bool),
-            str_from_instance=lambda value: [word(value)],
-        )
-
-    return registry
 
 
 def _warn(message: Warning, category: type, filename: str, lineno: int, file=None, line=None) -> None:

@@ -11,24 +11,33 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from eekd.io.files import json_bytes
+from eekd.method import weightings
+from eekd.user_code import is_file_name, own_name
 
-Weighting = Literal["ce", "last", "uniform", "linear_increase", "linear_decrease", "entropy", "confidence", "attention"]
+if TYPE_CHECKING:
+    StudentName = str
+else:
 
-# What tables and plots call a network.
-TITLES = {
-    "teacher": "teacher",
-    "ce": "CE only",
-    "last": "KD (last)",
-    "uniform": "uniform",
-    "linear_increase": "linear increase",
-    "linear_decrease": "linear decrease",
-    "entropy": "entropy (EBKD)",
-    "confidence": "confidence (CA-MKD)",
-    "attention": "EEKD (attention)",
-}
+    class _Text(type):
+        def __instancecheck__(cls, value):
+            return isinstance(value, str)
+
+    class StudentName(str, metaclass=_Text):
+        """The annotation of a student's name: "ce", without a teacher, a weighting, or path/to/file.py:NAME."""
+
+
+def student_names() -> tuple[str, ...]:
+    """The students there are by a plain name: "ce" and the registered weightings."""
+    return ("ce", *weightings.names())
+
+
+def title_of(name: str) -> str:
+    """What tables and plots call a network: a teacher, or a student by its name; other names as they are."""
+    titles = {entry.name: entry.title for entry in weightings.registered()}
+    return {"ce": "CE only", **titles}.get(name, own_name(name))
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -46,6 +55,9 @@ def word(value: str | bool) -> str:
 def _wanted(value: Any, kind: Any) -> str | None:
     """What the annotation `kind` wants in place of `value`; None when the value will do."""
     args = get_args(kind)
+    if kind is StudentName:
+        good = isinstance(value, str) and (value in student_names() or is_file_name(value))
+        return None if good else f"one of {', '.join(student_names())}, path/to/file.py:NAME"
     if get_origin(kind) is Literal:
         known = any(type(value) is type(arg) and value == arg for arg in args)  # 1 is no true
         return None if known else f"one of {', '.join(map(word, args))}"
@@ -90,7 +102,9 @@ class _Checked:
 
 
 def choices(kind: Any) -> tuple:
-    """The literals named anywhere in an annotation."""
+    """The words that an annotation names anywhere."""
+    if kind is StudentName:
+        return student_names()
     args = get_args(kind)
     return args if get_origin(kind) is Literal else tuple(c for a in args for c in choices(a))
 
@@ -183,7 +197,8 @@ class Config(_Checked):
     # Whose memory holds the snapshots. cpu: a GPU has two of them, not all M; ranks: a process runs its share for all
     snapshots_on: Literal["device", "cpu", "ranks"] = "device"
     student: Student = Student()  # all start from the same weights and see the same images; only the loss differs
-    students: tuple[Weighting, ...] = ("ce", "last", "attention")  # one student is trained for each
+    # one student is trained for each; a weighting of your own is path/to/file.py:NAME
+    students: tuple[StudentName, ...] = ("ce", "last", "attention")
     seed: int = 0  # of weights, order and augmentation
     seeds: int = 1  # the whole run once for each of seed, seed + 1, ...
     device: str = "auto"  # auto: cuda where there is one, else cpu
@@ -208,7 +223,8 @@ class Config(_Checked):
         yield "val_fraction", 0 < self.val_fraction < 1, "between 0 and 1"
         yield "split_seed", self.split_seed >= 0, "at least 0"
         yield "workers", self.workers >= 0, "at least 0"
-        yield "students", len(set(self.students)) == len(self.students), "different from each other"
+        names = [own_name(name) for name in self.students]  # which are those of their folders
+        yield "students", len(set(names)) == len(names), "different from each other"
         yield "students", self.students or not self.teacher_run, "at least one when teacher_run is given"
         yield "accumulate", self.accumulate >= 1, "at least 1"
         yield "check_replicas", self.check_replicas >= 0, "at least 0"

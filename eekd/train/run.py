@@ -10,6 +10,7 @@ from eekd import models, parallel
 from eekd.bank import LogitBank
 from eekd.io.files import write_json_atomic
 from eekd.io.lock import locked
+from eekd.method import weightings
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.snapshots.features import LastFeatures
 from eekd.train.config import Config, differences
@@ -26,6 +27,7 @@ from eekd.train.seeds import seeds_of, summary_of
 from eekd.train.student import check_bank, read_student, train_student
 from eekd.train.teacher import read_teacher, train_teacher
 from eekd.train.trainer import Progress, Session, quiet
+from eekd.user_code import own_name
 
 
 def train(
@@ -72,7 +74,7 @@ def _train(run: Path, session: Session, progress: Progress) -> Path:
         teacher = Path(config.teacher_run, "teacher")
     else:
         train_teacher(config, teacher, session=session, progress=progress, resume=True)
-    students = {weighting: run / "students" / weighting for weighting in config.students}
+    students = {weighting: run / "students" / own_name(weighting) for weighting in config.students}
     for weighting, folder in students.items():
         train_student(config, teacher, weighting, folder, session=session, progress=progress, resume=True)
     if parallel.is_main_process() and not (run / "summary.json").exists():
@@ -143,6 +145,9 @@ def prepare(config: Config) -> Session:
     if config.tensorboard:
         summary_writer()
     session = Session(config)
+    for name in config.students:
+        if name != "ce":
+            weightings.get(name)
     for phase in (config.teacher, config.student):
         session.micro_batch(phase)
         network = models.build(**session.spec(phase))

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eekd.io.files import printable
-from eekd.train.config import TITLES
+from eekd.train.config import title_of
 
 if TYPE_CHECKING:  # torch, and what needs it, comes after the command line is read: --help is quick then
     from eekd.train import Session
@@ -42,7 +42,7 @@ class Display:
 
     def __call__(self, name: str, done: int, total: int, known: dict) -> None:
         phase, comma, seed = name.partition(", ")
-        title = TITLES.get(phase, phase) + comma + seed
+        title = title_of(phase) + comma + seed
         if name not in self.tasks:
             self.tasks[name] = self.bars.add_task(title, total=total, state="")
         state = f"epoch {known['epoch']}/{known['epochs']}  loss {known['train_loss']:.3f}"
@@ -70,7 +70,7 @@ def plan(session: "Session") -> Table:
     for row in rows:
         numbers = f"{row['parameters']:,}", str(row["epochs"]), f"{row['steps']:,}"
         sizes = _size(row["memory"]), _size(row["disk"])
-        table.add_row(_name(TITLES.get(row["name"], row["name"])), _name(row["model"]), *numbers, *sizes)
+        table.add_row(_name(title_of(row["name"])), _name(row["model"]), *numbers, *sizes)
     return table
 
 
@@ -89,7 +89,7 @@ def results(rows: list[dict]) -> Table:
     for row in rows:
         gain, seconds = row["gain"], row["seconds_per_epoch"]
         table.add_row(
-            _name(TITLES.get(row["name"], row["name"])),
+            _name(title_of(row["name"])),
             _name(row["model"]),
             f"{row['parameters']:,}",
             printable(row["epochs"]),
@@ -113,7 +113,7 @@ def over_seeds(summary: dict) -> Table:
     for row in summary["rows"]:
         gains = (points(row[key]) if row[key] else "" for key in ("over_ce", "over_last"))
         table.add_row(
-            _name(TITLES.get(row["name"], row["name"])),
+            _name(title_of(row["name"])),
             _name(row["model"]),
             spread(row["test"]),
             *gains,

@@ -16,11 +16,12 @@ from eekd.data import Batch, Loader
 from eekd.info import commit
 from eekd.io.files import read_checked, read_json, write_json_atomic
 from eekd.io.tensors import save_tensors
+from eekd.method import weightings
 from eekd.method.losses import EEKDLoss
 from eekd.snapshots import SnapshotEnsemble, read_entries, read_manifest
 from eekd.snapshots.features import LastFeatures
 from eekd.train.checkpoints import check_setup, forget, setup_of
-from eekd.train.config import Config, Student, Weighting
+from eekd.train.config import Config, Student
 from eekd.train.nonfinite import Verifier
 from eekd.train.run_folder import FORMAT, finite, metrics_of, read_metrics, read_record
 from eekd.train.trainer import SPLIT, Means, Progress, Session, accuracy, classify, evaluate, fit, quiet
@@ -31,7 +32,7 @@ RECORD = "student.json"
 def train_student(
     config: Config,
     teacher: str | Path | None,
-    weighting: Weighting,
+    weighting: str,
     folder: str | Path,
     *,
     which: Sequence[int] | None = None,
@@ -49,6 +50,7 @@ def train_student(
     damaged or of another student.
     """
     folder, session, phase = Path(folder), session or Session(config), config.student
+    weighting = weighting if weighting == "ce" else weightings.get(weighting).name  # of a path, whose file is run now
     which = [-1] if which is None and weighting == "last" else which
     entries, spec = (None, None) if weighting == "ce" else read_entries(teacher, which)
     setup = setup_of(weighting, session, phase, entries and [entry["sha256"] for entry in entries])
@@ -83,7 +85,7 @@ def train_student(
         known = [[t.clone() for t in session.run(ensemble, batch.images)] for batch in val]
         if bank:
             known = [(logits, bank.project(features)) for logits, features in known]
-            loader = Replay(loader, bank, which, features=weighting == "attention")
+            loader = Replay(loader, bank, which, features=weightings.get(weighting).needs_features)
             teach, ensemble = loader.teach, None  # frees the snapshots
         else:
 
@@ -134,10 +136,10 @@ def read_student(folder: Path) -> dict:
     return known
 
 
-def _options(phase: Student, weighting: Weighting, student_dim: int, snapshot_dim: int) -> dict:
+def _options(phase: Student, weighting: str, student_dim: int, snapshot_dim: int) -> dict:
     """The arguments of EEKDLoss that matter to this weighting."""
     options = dict(temperature=phase.temperature, alpha=phase.alpha, fusion=phase.fusion)
-    if weighting == "attention":
+    if weightings.get(weighting).needs_features:
         options |= dict(
             student_dim=student_dim,
             snapshot_dim=snapshot_dim,
@@ -150,14 +152,15 @@ def _options(phase: Student, weighting: Weighting, student_dim: int, snapshot_di
     return options
 
 
-def check_bank(session: Session, loader: Loader, teacher: str | Path | None, weightings: Iterable[Weighting]):
+def check_bank(session: Session, loader: Loader, teacher: str | Path | None, students: Iterable[str]):
     """ValueError, one sentence, unless the session's bank has its images and teacher, and what these students need."""
     config, bank = session.config, session.bank
     split = {name: getattr(config, name) for name in SPLIT}
     hashes = [entry["sha256"] for entry in read_manifest(teacher)["snapshots"]] if teacher else None
     bank.check(session.data, loader, hashes, **split)
-    if "attention" in weightings and not bank.feature_dim:
-        raise ValueError(f"weighting attention needs features, and {bank.path} was written with --features none")
+    needs = next((name for name in students if name != "ce" and weightings.get(name).needs_features), None)
+    if needs and not bank.feature_dim:
+        raise ValueError(f"weighting {needs} needs features, and {bank.path} was written with --features none")
 
 
 class Replay:
