@@ -3,7 +3,7 @@ EXTRAS ?= dev
 VENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo test test-all bench check-gpu sdist wheel check-packages install
+.PHONY: demo test test-all docs bench check-gpu sdist wheel check-packages install
 demo: install
 	$(PYTHON) -m eekd.train
 
@@ -15,6 +15,11 @@ TESTS ?= -m "not slow"
 test-all:
 	$(MAKE) install EXTRAS=dev,timm,data
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist worksteal $(TESTS)
+
+# The site, in build/site. Its notebook is run.
+docs:
+	$(MAKE) install EXTRAS=docs
+	$(PYTHON) -m mkdocs build --quiet
 
 bench: install
 	$(PYTHON) -m eekd.kernels.bench --json results/bench.json

@@ -1,6 +1,7 @@
 """Writes the tables of README.md and docs/, and the plots, from the JSON files beside this script.
 
-python results/render.py          # rewrites what stands between <!-- table:NAME --> and <!-- end -->, and docs/study.md
+python results/render.py          # rewrites what stands between <!-- table:NAME --> and <!-- end -->,
+                                  # docs/results/study.md, and the plots beside it
 python results/render.py --check  # changes nothing; exits 1 where a table is not what the JSON says
 """
 
@@ -479,12 +480,13 @@ def file_of(name: str) -> Path:
 
 
 def main(argv: list[str]) -> int:
-    pages = [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
-    stale, record, study = [], HERE / "study.json", HERE.parent / "docs" / "study.md"
+    docs = HERE.parent / "docs"
+    pages = [HERE.parent / "README.md", *sorted(docs.rglob("*.md"))]
+    stale, record, study = [], HERE / "study.json", docs / "results" / "study.md"
     if record.exists():
         more = "What the attention learns, and why: [attention.md](attention.md)."
         more = more if study.with_name("attention.md").exists() else ""
-        fresh = comparison.page(json.loads(record.read_text()), "../results/study-", more)
+        fresh = comparison.page(json.loads(record.read_text()), "study-", more)
         if not study.exists() or study.read_text() != fresh:
             stale.append(study)
             if "--check" not in argv:
@@ -519,12 +521,12 @@ def main(argv: list[str]) -> int:
         print("\n".join(f"{page} is not what results/ says" for page in stale))
         return bool(stale)
     for path in HERE.rglob("*.json"):
-        record = json.loads(path.read_text())
+        record, picture = json.loads(path.read_text()), docs / "results" / f"{path.stem}.svg"
         if path.stem == "study":
-            comparison.plots(record, HERE, path.stem)
+            comparison.plots(record, picture.parent, path.stem)
         elif "runs" in record:
-            plot(record, path.with_suffix(".svg"))
-        elif record.get("rows") and (why := bandwidth(record, path.with_suffix(".svg"))):
+            plot(record, picture)
+        elif record.get("rows") and (why := bandwidth(record, picture)):
             print(f"{path.relative_to(HERE)} has no plot: {why}")
     return 0
 

@@ -382,16 +382,17 @@ def test_verdicts_of_one_seed_are_undecided(record):
 def test_the_page_in_docs_is_made_from_the_results(out, tmp_path):
     main = runpy.run_path(str(ROOT / "results" / "render.py"))["main"]
     main.__globals__["HERE"] = tmp_path / "results"
-    for folder in ("results", "docs"):
-        (tmp_path / folder).mkdir()
+    for folder in ("results", "docs/results"):
+        (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "README.md").touch()
     shutil.copy(out / "study.json", tmp_path / "results")
     assert main(["--check"]) == 1
     assert main([]) == 0 and main(["--check"]) == 0
-    text = (tmp_path / "docs" / "study.md").read_text()
-    plots = re.findall(r"\]\(\.\./(results/study-\w+\.svg)\)", text)
-    assert len(plots) == 4 and all((tmp_path / plot).is_file() for plot in plots) and "attention.md" not in text
-    (tmp_path / "docs" / "study.md").write_text(text.replace("undecided", "holds", 1))
+    study = tmp_path / "docs" / "results" / "study.md"
+    text = study.read_text()
+    plots = re.findall(r"\]\((study-\w+\.svg)\)", text)
+    assert len(plots) == 4 and all(study.with_name(plot).is_file() for plot in plots) and "attention.md" not in text
+    study.write_text(text.replace("undecided", "holds", 1))
     assert main(["--check"]) == 1
 
 

@@ -398,7 +398,7 @@ def test_a_loop_that_joined_gpus_only_exchanges_tensors_of_the_cpu_too(together)
 
 
 def test_ignored_rows_weigh_nothing_wherever_they_are(together):
-    """The mean over the labelled rows of all processes, as docs/scale.md weighs the loss."""
+    """The mean over the labelled rows of all processes, as docs/how-to/several-processes.md weighs the loss."""
     together(
         2,
         """
@@ -659,7 +659,7 @@ def test_the_slurm_script_goes_on_after_preemption(undisturbed, tmp_path):
         "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
     flags = command[command.index("eekd.train") + 1 : command.index("--out")]
-    start = ["bash", ROOT / "docs" / "train.sbatch", tmp_path / "run", *flags]
+    start = ["bash", ROOT / "examples" / "train.sbatch", tmp_path / "run", *flags]
     job = subprocess.Popen(start, env=slurm, stderr=subprocess.PIPE, text=True)
     while job.poll() is None and not any((tmp_path / "run").rglob("checkpoints/*.json")):
         time.sleep(0.02)

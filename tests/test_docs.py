@@ -16,7 +16,7 @@ from eekd.compare import __main__ as compare
 from eekd.train import __main__ as train
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -48,7 +48,7 @@ def runs(tmp_path_factory):
         return Path("runs").resolve()
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
 def test_the_examples_of_a_page_run(page, request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "LogitBank" in page.read_text():
@@ -60,7 +60,7 @@ def test_the_examples_of_a_page_run(page, request, tmp_path, monkeypatch):
             port = free.getsockname()[1]
         for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1}.items():
             monkeypatch.setenv(name, str(value))
-        exec(blocks(ROOT / "docs" / "loop.md", "python")[0], names)
+        exec(blocks(ROOT / "docs" / "how-to" / "own-loop.md", "python")[0], names)
     for block in blocks(page, "python"):
         exec(compile(block, str(page), "exec"), names)
     if "optimizer" in names:

@@ -1,4 +1,4 @@
-"""What docs/reliability.md promises: kill a run, go on, and the bits are those of a run that nothing disturbed."""
+"""The promises of docs/reference/reliability.md: kill a run, go on, and the bits are those of an undisturbed run."""
 
 import contextlib
 import dataclasses

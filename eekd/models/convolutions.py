@@ -1,7 +1,8 @@
 """Keeps networks from a convolution of torch that writes outside its memory, on processors without AVX-512.
 
 oneDNN, which computes torch's convolutions on a CPU, has a backward for weights of 1×1 kernels with a stride, whose
-work space is too small for 2 to 7 input channels in channels_last. docs/reliability.md says which shapes and versions.
+work space is too small for 2 to 7 input channels in channels_last. docs/reference/reliability.md says
+which shapes and versions.
 """
 
 import torch

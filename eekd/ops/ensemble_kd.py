@@ -60,7 +60,8 @@ def ensemble_kd(
         labels: (B) integers, or None for pure distillation: the loss is τ² KL, whatever α.
         scores: (B, M) attention scores; log-weights, -inf among them, give any fixed weights. A snapshot of weight 0
             is not read.
-        query, keys: (B, D) and (M, B, D), instead of scores; their dot products are not scaled further.
+        query: (B, D), with keys instead of scores; the dot products of the two are not scaled further.
+        keys: (M, B, D), one for each snapshot and row.
         temperature: τ > 0.
         alpha: α in [0, 1].
         fusion: "probability" or "logit".

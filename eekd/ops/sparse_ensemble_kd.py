@@ -50,7 +50,8 @@ def sparse_ensemble_kd(
         indices: (B, K) int64 or int32, distinct classes within a row, which is not checked; shared by all snapshots.
         labels: (B) integers, or None. A label outside the row's `indices` counts as the bucket in attention_loss.
         scores: (B, M) attention scores.
-        query, keys: (B, D) and (M, B, D), instead of scores.
+        query: (B, D), with keys instead of scores.
+        keys: (M, B, D).
         temperature: τ > 0.
         alpha: α in [0, 1].
         fusion: "probability" or "logit".

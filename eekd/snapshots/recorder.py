@@ -24,7 +24,8 @@ class SnapshotRecorder:
 
     Args:
         directory: the run's folder, made if missing; FileExistsError where it already holds snapshots.
-        total_steps, epochs: how often `step` will be called: once per optimiser step, or once per epoch.
+        total_steps: how often `step` will be called, when it is called once per optimiser step.
+        epochs: the same, when it is called once per epoch. Exactly one of the two must be given.
         snapshots: M. Stage m ends with step total * m // M, so the M-th snapshot is the finished model.
         schedule: "uniform", or the M steps themselves, rising to the last one (which then is the total).
         spec: the arguments of `eekd.models.build`, from which `SnapshotEnsemble.load` rebuilds the model.
