@@ -27,6 +27,7 @@ __all__ = [
     "SnapshotRecorder",
     "TopKLogits",
     "ensemble_kd",
+    "load_student",
     "sparse_ensemble_kd",
     "top_k_logits",
     "use_backend",
@@ -34,6 +35,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from eekd.bank import LogitBank
+    from eekd.export.student import load_student
     from eekd.method.attention import SnapshotAttention
     from eekd.method.losses import EEKDLoss
     from eekd.method.topk import TopKLogits, top_k_logits
@@ -53,10 +55,11 @@ else:  # torch takes seconds to import: it comes with the first name that needs 
             "SnapshotRecorder": "snapshots",
             "TopKLogits": "method.topk",
             "ensemble_kd": "ops",
+            "load_student": "export.student",
             "sparse_ensemble_kd": "ops",
             "top_k_logits": "method.topk",
             "use_backend": "ops",
             "_C": "ops.backend",  # which imports torch first, and says what to do where there is none
         },
-        modules=("bank", "data", "io", "method", "models", "ops", "parallel", "snapshots", "train"),
+        modules=("bank", "data", "export", "io", "method", "models", "ops", "parallel", "snapshots", "train"),
     )

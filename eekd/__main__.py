@@ -10,11 +10,14 @@ VERBS = {
     "train": "trains a teacher, keeps its snapshots and distils students",
     "bank": "stores what a teacher's snapshots say about its training images, for many students",
     "compare": "compares ways to teach the same student, over seeds",
+    "predict": "names what is in images, by a student",
+    "evaluate": "measures a student: accuracy, calibration, confusion, size and speed",
+    "export": "writes a student as safetensors, torch.export or ONNX, with a card",
     "report": "draws a run as an HTML page",
     "info": "prints versions, what was compiled, and the devices",
     "bench": "checks and times the kernels",
 }
-MODULES = {"info": "eekd.info", "bench": "eekd.kernels.bench"}
+MODULES = {verb: f"eekd.{verb}" for verb in ("predict", "evaluate", "info")} | {"bench": "eekd.kernels.bench"}
 HELP = "\n".join(
     [
         "usage: eekd VERB [--flag value ...]",

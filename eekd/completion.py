@@ -4,9 +4,11 @@ import argparse
 import dataclasses
 from typing import get_type_hints
 
+from eekd import evaluate, predict
 from eekd.bank import Flags as BankFlags
 from eekd.compare import __main__ as compare
 from eekd.compare.methods import METHODS
+from eekd.export import __main__ as export
 from eekd.kernels import options
 from eekd.report import __main__ as report
 from eekd.train.__main__ import Flags as TrainFlags
@@ -42,6 +44,9 @@ def script(shell: str) -> str:
         "train": {**_flags(TrainFlags), "--teacher": (), "--preset": tuple(PRESETS)},
         "bank": _flags(BankFlags),
         "compare": {**_flags(compare.Flags), "--methods": tuple(METHODS), "--preset": tuple(PRESETS)},
+        "predict": _of(predict.PARSER),
+        "evaluate": _of(evaluate.PARSER),
+        "export": _of(export.PARSER),
         "report": _of(report.PARSER),
         "info": {},
         "bench": _of(options.PARSER),

@@ -17,9 +17,18 @@ from eekd import completion
 
 VERBS = tuple(command.VERBS)
 ENTRIES = [["-m", "eekd", verb] for verb in VERBS] + [
-    ["-m", "eekd.train"], ["-m", "eekd.bank"], ["-m", "eekd.compare"], ["-m", "eekd.report"], ["-m", "eekd.info"],
+    ["-m", "eekd.train"], ["-m", "eekd.bank"], ["-m", "eekd.compare"], ["-m", "eekd.report"],
+    ["-m", "eekd.predict"], ["-m", "eekd.evaluate"], ["-m", "eekd.export"], ["-m", "eekd.info"],
     ["-m", "eekd.kernels.bench"],
 ]  # fmt: skip
+# Words without which a verb stops before it does anything.
+NEEDED = {
+    "bank": ("--teacher", "run"),
+    "report": (".",),
+    "predict": (".", "config.json"),
+    "evaluate": (".",),
+    "export": (".", "--out", "new"),
+}
 
 
 @pytest.fixture
@@ -45,7 +54,8 @@ def test_help_version_and_mistakes_need_no_torch(entry, torch_that):
     assert done.returncode == 0 and done.stdout.startswith("usage: eekd "), done.stderr
     done = told("--version")
     assert (done.returncode, done.stdout) == (0, f"eekd {eekd.__version__}\n"), done.stderr
-    done = told("run", "--no-such-flag") if "report" in entry[-1] else told("--no-such-flag")
+    verb = entry[-1].split(".")[-1]
+    done = told(*NEEDED.get(verb, ()), "--no-such-flag")
     assert done.returncode == 2 and "--no-such-flag" in done.stderr + done.stdout and "Traceback" not in done.stderr
 
 
@@ -69,7 +79,7 @@ def test_a_verb_is_its_module(capsys):
 @pytest.mark.bad_input
 @pytest.mark.parametrize(("typed", "says"), [
     ("tran", "'tran' is no verb of eekd; did you mean 'train'?"),
-    ("xyz", "'xyz' is no verb of eekd; there are train, bank, compare, report, info, bench"),
+    ("xyz", "'xyz' is no verb of eekd; there are " + ", ".join(VERBS)),
     ("--print-completion fish", "--print-completion must be followed by bash or zsh, got fish"),
     ("--print-completion", "--print-completion must be followed by bash or zsh, got nothing"),
 ])  # fmt: skip
@@ -117,7 +127,7 @@ def test_a_signal_while_torch_is_imported_is_one_line(entry, number, torch_that,
         "import time\nprint('importing', flush=True)\ntry:\n    for _ in range(6000):\n        time.sleep(0.01)\n"
         "except BaseException:\n    pass\n"  # short sleeps: a signal just before one is noticed after it
     )
-    flags = {"bank": ["--teacher", "run"], "report": ["."]}.get(entry[-1].split(".")[-1], [])
+    flags = NEEDED.get(entry[-1].split(".")[-1], ())
     (tmp_path / "config.json").write_text("{}")
     process = subprocess.Popen(
         [sys.executable, *entry, *flags],

@@ -35,7 +35,8 @@ LAYERS = [
     {"data", "method", "snapshots"},
     {"bank"},
     {"train"},
-    {"compare", "report"},
+    {"compare", "export", "report"},
+    {"evaluate", "predict"},
 ]
 COMMANDS = {"__main__", "completion"}  # of eekd itself
 LEAVES = ("eekd.kernels.bench", "eekd.kernels.tune")  # of the kernels, what knows eekd

@@ -132,16 +132,27 @@ def _main(flags: Flags) -> int:
             raise
         return _fail(f"stopped, since another process ended or differs: {str(error).splitlines()[0]}", 1)
     summary = read_record(run / "summary.json", "seconds", "rows")
+    if not parallel.is_main_process():
+        return 0
     if "seeds" not in summary:
         screen.show(console, screen.results(summary["rows"]))
+        _print_gain(run)
         console.print(f"{summary['seconds']:.0f} s in all; everything is in {printable(run)}", highlight=False)
-    elif parallel.is_main_process():
+    else:
         from eekd.report import report
         from eekd.train.seeds import sentence
 
         screen.show(console, screen.over_seeds(summary))
+        _print_gain(run)
         print(f"{sentence(summary)} {summary['seconds']:.0f} s in all. Report: {printable(report(run))}".strip())
     return 0
+
+
+def _print_gain(run: Path) -> None:
+    from eekd.export.gain import gain
+
+    if line := gain(run):
+        print(line)
 
 
 def parse(argv: list[str]) -> Flags:

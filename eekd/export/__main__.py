@@ -1,0 +1,62 @@
+"""Writes a student as files that others can use: eekd export RUN/students/NAME --out FOLDER [--to FORMAT ...]."""
+
+import argparse
+import sys
+
+from eekd import command
+
+if __name__ == "__main__":
+    command.start()
+
+from eekd.io.files import in_words, printable
+
+FORMATS = "safetensors", "torch-export", "onnx", "hub-folder"
+
+PARSER = argparse.ArgumentParser(prog="eekd export", description="Writes a student as files that others can use.")
+PARSER.add_argument("student", help="RUN/students/NAME, a RUN with one student, or an exported folder")
+PARSER.add_argument("--out", required=True, help="the new folder to write")
+PARSER.add_argument("--to", nargs="+", choices=FORMATS, default=["safetensors"], help="formats (default: safetensors)")
+PARSER.add_argument("--int8", action="store_true", help="with onnx: also a file with 8-bit weights, and what it costs")
+PARSER.add_argument("--data", help="images to check the files on (default: the run's own validation images)")
+PARSER.add_argument("--root", help="the folder of a named data set's files")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command line and returns its exit code; 2 for any mistake."""
+    given = PARSER.parse_args(command.arguments(argv))
+    try:
+        return _export(given)
+    except (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        print(f"error: {printable(in_words(error))}", file=sys.stderr)
+        return 2
+
+
+def _export(given: argparse.Namespace) -> int:
+    from eekd.export import export, load_student
+    from eekd.export.evaluation import batches, data_of, run_of
+
+    student, images, labels, what = load_student(given.student), None, None, "noise"
+    if given.data or run_of(_path(given.student)):
+        data = data_of(student, given.student, given.data, given.root)
+        images, labels = next(batches(student, data, "val" if len(data.val) > 1 else "test", 256))
+        what = f"validation images of {data.name}"
+    found = export(student, given.out, given.to, images=images, labels=labels, int8=given.int8)
+    for name, difference in found["difference"].items():
+        print(f"{name}: logits within {difference:.2g} of the network's on {found['images']} {printable(what)}")
+    if given.int8 and found["accuracy"]:
+        small, whole = found["accuracy"]["model.int8.onnx"], found["accuracy"]["model.safetensors"]
+        print(
+            f"model.int8.onnx: accuracy {small:.2%} on these images, {100 * (small - whole):+.2f} points against fp32"
+        )
+    print(f"wrote {printable(given.out)}")
+    return 0
+
+
+def _path(text: str):
+    from pathlib import Path
+
+    return Path(text)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,136 @@
+"""How good, how large and how fast a student is, on anybody's data."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from eekd.data import ImageData, load
+from eekd.data.dataset import Split
+from eekd.data.encoded import Encoded
+from eekd.export.latency import latencies
+from eekd.export.student import Student
+from eekd.io.files import read_json
+from eekd.snapshots import SnapshotEnsemble
+from eekd.train.run_folder import read_settings
+
+BINS = 15  # of the confidence
+SPLITS = "train", "val", "test"
+
+
+def data_of(student: Student, folder: str | Path | None = None, data: str | None = None, root=None) -> ImageData:
+    """The images that a run was made with, where `folder` is that of its student; or `data`, as `eekd.data.load`."""
+    size = student.facts["preprocessing"]["image_size"]
+    if data is not None:
+        return load(data, root, image_size=size)
+    run = None if folder is None else run_of(Path(folder))
+    if run is None:
+        raise ValueError(f"data must be given, for {folder} is not in the run that trained it")
+    config = read_settings(run)
+    return load(
+        config.data, config.root, val_fraction=config.val_fraction, seed=config.split_seed,
+        train_limit=config.train_limit, image_size=config.image_size,
+    )  # fmt: skip
+
+
+def run_of(folder: Path) -> Path | None:
+    """The run folder of RUN/students/NAME, or of a RUN; None for an exported folder."""
+    for run in (folder, folder.absolute().parent.parent):
+        if (run / "students").is_dir() and (run / "environment.json").exists():
+            return run
+    return None
+
+
+def teacher_of(folder: Path) -> nn.Module | None:
+    """The last snapshot that taught the student in RUN/students/NAME; None where it is not there, or nobody taught."""
+    record = folder / "student.json"
+    noted = read_json(record).get("teacher") if record.exists() else None
+    if not noted or not (folder / noted["run"] / "manifest.json").exists():
+        return None
+    return SnapshotEnsemble.load(folder / noted["run"], which=[-1]).models[0]
+
+
+def batches(student: Student, data: ImageData, split: str, size: int = 128) -> Iterator[tuple[Tensor, Tensor]]:
+    """Preprocessed images (B, C, S, S) and the student's class numbers (B,) of a split of any data set.
+
+    Classes are matched by name; ValueError for one that the student does not know, and for colour images where it
+    knows grey ones only.
+    """
+    known = {name: number for number, name in enumerate(student.classes)}
+    if unknown := [name for name in data.classes if name not in known]:
+        raise ValueError(
+            f"{data.name} has the class {unknown[0]!r}, and the student knows {len(known)} others: "
+            + ", ".join([*known][:5]) + (", ..." if len(known) > 5 else "")
+        )  # fmt: skip
+    numbers = torch.tensor([known[name] for name in data.classes])
+    part: Split = getattr(data, split)
+    wanted, images = student.facts["preprocessing"], part.images
+    if isinstance(images, Encoded):
+        images = copy.copy(images)
+        images.channels, images.image_size, images.zoom = wanted["channels"], wanted["image_size"], wanted["zoom"]
+    elif images.shape[1] > wanted["channels"]:
+        raise ValueError(f"{data.name} has images in colour, and the student was trained on grey ones")
+    for index in torch.arange(len(part)).split(size):
+        pixels = images.subset(index).decode_all() if isinstance(images, Encoded) else images[index]
+        if pixels.shape[1] < wanted["channels"]:
+            pixels = pixels.expand(-1, wanted["channels"], -1, -1)
+        yield student.normalize(pixels.to(student.device)), numbers[part.labels[index]].to(student.device)
+
+
+@torch.inference_mode()
+def evaluate(
+    student: Student, data: ImageData, split: str = "test", *, teacher: nn.Module | None = None, batch_size: int = 128,
+    seconds: float = 1.0,
+) -> dict:  # fmt: skip
+    """Accuracy, calibration, confusion, size and latency of a student, and of its teacher if given.
+
+    Returns images; student and teacher (or None), each with accuracy and nll (fractions of 1, nats), ece (expected
+    calibration error over 15 equal bins of the confidence), parameters, bytes, and latency (milliseconds of one image:
+    p50, p95); per_class: name to images and accuracy (None where the split has none of it); confusion (C, C) lists: row
+    the true class, column the predicted one.
+    """
+    networks: dict[str, nn.Module] = {"student": student}
+    if teacher is not None:
+        networks["teacher"] = teacher.to(student.device).eval()
+    classes = len(student.classes)
+    confusion = torch.zeros(classes, classes, dtype=torch.int64)
+    outputs: dict[str, list[Tensor]] = {name: [] for name in networks}
+    labels, first = [], None
+    for images, y in batches(student, data, split, batch_size):
+        first = images[:1] if first is None else first
+        labels.append(y)
+        for name, network in networks.items():
+            output = network(images)
+            outputs[name].append(getattr(output, "logits", output).double().log_softmax(-1))
+    if first is None:
+        raise ValueError(f"the split {split} of {data.name} must hold images, and holds none")
+    y = torch.cat(labels)
+    found: dict = {"images": len(y), "student": None, "teacher": None}
+    times = latencies(networks, first, seconds)
+    for name, network in networks.items():
+        found[name] = _measured(torch.cat(outputs[name]), y) | {
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "bytes": sum(x.nbytes for x in network.state_dict().values()),
+            "latency": times[name],
+        }
+    predicted = torch.cat(outputs["student"]).argmax(1)
+    confusion.view(-1).index_add_(0, (y * classes + predicted).cpu(), torch.ones(len(y), dtype=torch.int64))
+    found["per_class"] = {
+        name: {"images": sum(row), "accuracy": row[number] / sum(row) if sum(row) else None}
+        for number, (name, row) in enumerate(zip(student.classes, confusion.tolist(), strict=True))
+    }
+    return found | {"confusion": confusion.tolist()}
+
+
+def _measured(log_probabilities: Tensor, labels: Tensor) -> dict[str, float]:
+    confidence, predicted = log_probabilities.exp().max(1)
+    hits = (predicted == labels).double()
+    place = (confidence * BINS).long().clamp(max=BINS - 1)
+    gap = torch.zeros(BINS, dtype=torch.float64, device=labels.device).index_add_(0, place, confidence - hits)
+    return {
+        "accuracy": hits.mean().item(),
+        "nll": -log_probabilities.gather(1, labels[:, None]).mean().item(),
+        "ece": gap.abs().sum().item() / len(labels),
+    }

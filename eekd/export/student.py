@@ -1,0 +1,255 @@
+"""A trained student as one object: network, class names, and the way from an image to its input."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import eekd
+from eekd import models
+from eekd.data.encoded import Encoded
+from eekd.io.files import read_json, write_atomic, write_json_atomic
+from eekd.io.tensors import load_state, load_tensors, save_tensors
+
+try:  # the extra "hub"
+    from huggingface_hub import ModelHubMixin
+except ImportError:
+    ModelHubMixin = object
+
+FORMAT = 1
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+
+
+class Student(nn.Module, ModelHubMixin):
+    """A classifier that takes images as people have them.
+
+        student = eekd.load_student("runs/digits-1/students/attention")
+        x = student.preprocess("photo.png")  # (1, C, S, S)
+        logits = student(x)                  # (1, classes)
+        student.predict("photo.png")         # [("seven", 0.98)]
+
+    Attributes:
+        network: the nn.Module, in eval mode.
+        facts: the content of config.json, see `eekd.export`.
+        classes: the names of the classes, in the order of the logits.
+    """
+
+    def __init__(self, network: nn.Module, facts: dict):
+        super().__init__()
+        self.network = network
+        self.facts = facts
+        self.classes = tuple(facts["classes"])
+        preprocessing = facts["preprocessing"]
+        mean, std = 255 * torch.tensor([preprocessing["mean"], preprocessing["std"]], dtype=torch.float64)
+        self.register_buffer("_mean", mean.float()[:, None, None], persistent=False)
+        self.register_buffer("_scale", (1 / std).float()[:, None, None], persistent=False)
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self._mean.device
+
+    def preprocess(self, images) -> Tensor:
+        """An image, or a list of images, as the network's input (B, C, S, S) float32 on the student's device.
+
+        An image is a path, encoded bytes, a PIL image, or an array (H, W) or (H, W, 1 | 3) of uint8. The centred square
+        of `zoom` times its shorter side is resized bilinearly, as validation images were. ValueError where it is none.
+        """
+        images = images if isinstance(images, list | tuple) else [images]
+        data = self.facts["preprocessing"]
+        items = [_encoded(image) for image in images]
+        decoder = Encoded(items, channels=data["channels"], image_size=data["image_size"], zoom=data["zoom"])
+        size = 0, data["channels"], data["image_size"], data["image_size"]
+        pixels = [decoder.decode(i) for i in range(len(items))]
+        x = torch.stack(pixels) if pixels else torch.empty(size, dtype=torch.uint8)
+        return self.normalize(x.to(self.device))
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, C, S, S) uint8 as the network's input, to the bit as in training."""
+        return pixels.float().sub_(self._mean).mul_(self._scale)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of preprocessed images (B, C, S, S)."""
+        output = self.network(images)
+        return getattr(output, "logits", output)
+
+    def predict(self, images, top: int = 1) -> list:
+        """The `top` likeliest classes of an image, [(name, probability), ...]; of a list of images, a list of those."""
+        rows = self.classify(self.preprocess(images), top)
+        return rows if isinstance(images, list | tuple) else rows[0]
+
+    @torch.inference_mode()
+    def classify(self, images: Tensor, top: int = 1) -> list[list[tuple[str, float]]]:
+        """The `top` likeliest classes of each preprocessed image (B, C, S, S), with their probabilities."""
+        values, places = self(images).float().softmax(-1).topk(min(top, len(self.classes)))
+        return [
+            [(self.classes[place], value) for value, place in zip(*row, strict=True)]
+            for row in zip(values.tolist(), places.tolist(), strict=True)
+        ]
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes config.json, model.safetensors and README.md; FileExistsError where the folder holds anything."""
+        folder = Path(folder)
+        if folder.exists() and any(folder.iterdir()):
+            raise FileExistsError(f"{folder} must be new or empty")
+        self._save_pretrained(folder)
+        return folder
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        from eekd.export.card import card
+
+        sha256 = save_tensors(save_directory / WEIGHTS, self.network.state_dict())
+        self.facts = {**self.facts, "sha256": sha256}
+        write_json_atomic(save_directory / CONFIG, self.facts)
+        write_atomic(save_directory / CARD, card(self.facts).encode())
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, revision=None, cache_dir=None, force_download=False,
+                         local_files_only=False, token=None, **options) -> "Student":  # fmt: skip
+        if Path(model_id).is_dir():
+            return load_student(model_id)
+        from huggingface_hub import snapshot_download
+
+        patterns = [CONFIG, WEIGHTS]
+        return load_student(snapshot_download(
+            model_id, revision=revision, cache_dir=cache_dir, force_download=force_download,
+            local_files_only=local_files_only, token=token, allow_patterns=patterns,
+        ))  # fmt: skip
+
+    if ModelHubMixin is object:
+
+        def push_to_hub(self, *args, **kwargs):
+            """Uploads the student to the Hugging Face hub; needs the extra "hub"."""
+            raise ImportError("push_to_hub needs huggingface_hub: pip install 'eekd[hub]'")
+
+
+def load_student(
+    path: str | Path, factory: Callable[[], nn.Module] | None = None, device: str | torch.device = "cpu"
+) -> Student:
+    """The student in RUN/students/NAME, in a RUN with one student, or in a folder that `export` or `save` wrote.
+
+    `factory()` makes the network; None builds it from the architecture that is noted. An exported folder may note a
+    Python file, which is not run: give a factory. Raises FileNotFoundError or ValueError naming the file that is
+    missing, damaged or of another network.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} must be the folder of a student, and there is none")
+    folder = _only_student(folder)
+    exported = not (folder / "student.json").exists()
+    facts = _read_config(folder) if exported else facts_of(folder)
+    weights = folder / (WEIGHTS if exported else "student.safetensors")
+    state = load_tensors(weights, facts["sha256"])
+    spec = facts["model"]
+    if factory is None:
+        if exported and ".py:" in spec["name"]:
+            raise ValueError(
+                f"{folder} has a network from the Python file {spec['name']!r}: give load_student(factory=)"
+            )
+        network = models.build(**spec)
+    else:
+        network = factory()
+    load_state(network, state, weights)
+    return Student(network, facts).to(device)
+
+
+def _only_student(folder: Path) -> Path:
+    if not (folder / "students").is_dir():
+        return folder
+    names = sorted(path.parent.name for path in (folder / "students").glob("*/student.json"))
+    if len(names) == 1:
+        return folder / "students" / names[0]
+    found = (
+        f"has {', '.join(names)}: name one, as {folder / 'students' / names[0]}"
+        if names
+        else "has none that is finished"
+    )
+    raise ValueError(f"{folder} must be the folder of one student, and it {found}")
+
+
+def _read_config(folder: Path) -> dict:
+    facts = read_json(folder / CONFIG)
+    wanted = {"format": int, "model": dict, "classes": list, "preprocessing": dict, "sha256": str}
+    for key, kind in wanted.items():
+        if not isinstance(facts, dict) or not isinstance(facts.get(key), kind):
+            raise ValueError(f"{folder / CONFIG} must be what eekd export wrote, and it has no {key}")
+    if facts["format"] != FORMAT:
+        raise ValueError(f"{folder / CONFIG} must have format {FORMAT}, got {facts['format']!r}")
+    _check(folder / CONFIG, facts)
+    return facts
+
+
+def _check(path: Path, facts: dict) -> None:
+    data, channels = facts["preprocessing"], facts["preprocessing"].get("channels")
+    sizes = channels in (1, 3) and isinstance(data.get("image_size"), int) and 0 < data["image_size"] <= 1 << 14
+    numbers = [data.get("zoom"), *(data.get("mean") or [None]), *(data.get("std") or [None])]
+    counts = sizes and len(numbers) == 1 + 2 * channels
+    if (
+        not counts
+        or not all(isinstance(x, int | float) for x in numbers)
+        or min(numbers[1 + channels :] + [data["zoom"]]) <= 0
+    ):
+        raise ValueError(f"{path} has a preprocessing that cannot be: {data!r}")
+    if len(facts["classes"]) != facts["model"].get("num_classes"):
+        raise ValueError(
+            f"{path} names {len(facts['classes'])} classes for {facts['model'].get('num_classes')!r} outputs"
+        )
+
+
+def facts_of(folder: Path) -> dict:
+    """The facts of a student in a run, from its student.json and its run's summary.json."""
+    record = read_json(folder / "student.json")
+    if not isinstance(record, dict) or not {"spec", "sha256", "weighting"} <= record.keys():
+        raise ValueError(f"{folder / 'student.json'} must be the record of a student that eekd train wrote")
+    if "classes" not in record:
+        raise ValueError(f"{folder} was trained before students kept their classes: train it again, or export by hand")
+    run, teacher = folder.parent.parent, record.get("teacher")
+    summary, begun = (
+        read_json(run / name) if (run / name).exists() else {} for name in ("summary.json", "environment.json")
+    )
+    return {
+        "format": FORMAT,
+        "library_name": "eekd",
+        "eekd": eekd.__version__,
+        "model": record["spec"],
+        "classes": record["classes"],
+        "preprocessing": record["preprocessing"],
+        "sha256": record["sha256"],
+        "provenance": {
+            "method": record["weighting"],
+            "loss": record.get("loss"),
+            "snapshot_weights": record.get("weights"),
+            "teacher": teacher and {"model": teacher["spec"], "snapshots": teacher["snapshots"]},
+            "data": begun.get("data", {}).get("name"),
+            "images_sha256": record["setup"]["images"],
+            "epochs": record["setup"]["settings"]["epochs"],
+            "seed": record["seed"],
+            "commit": record["commit"],
+        },
+        "results": {"val": record["val"], "test": record["test"], "run": summary.get("rows", [])},
+    }
+
+
+def _encoded(image):
+    """A path or bytes as they are; another image as the bytes of a PNG."""
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, str | Path):
+        if not Path(image).is_file():
+            raise FileNotFoundError(f"{image} is missing or not a file")
+        return str(image)
+    from PIL import Image
+
+    if isinstance(image, Tensor):
+        raise TypeError("image must be a path, bytes, a PIL image or an array (H, W[, 3]) of uint8, got a tensor: give "
+                        "preprocessed tensors to student(...)")  # fmt: skip
+    if not isinstance(image, Image.Image):
+        if getattr(image, "dtype", None) != "uint8" or image.ndim not in (2, 3):
+            kind = f"{image.dtype} {image.shape}" if hasattr(image, "shape") else type(image).__name__
+            raise TypeError(f"image must be a path, bytes, a PIL image or an array (H, W[, 3]) of uint8, got {kind}")
+        image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
+    data = io.BytesIO()
+    (image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else image.convert("RGB")).save(data, "PNG")
+    return data.getvalue()
