@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from eekd.bank import __main__ as bank
@@ -44,6 +45,8 @@ def runs(tmp_path_factory):
         teacher = "--teacher.model resnet8_w4 --teacher.epochs 2 --teacher.snapshots 2 --device cpu"
         assert train.main(["teacher", *teacher.split(), "--out", "runs/teacher"]) == 0
         assert bank.main(["--teacher", "runs/teacher", "--views", "2"]) == 0
+        student = "--students attention --student.epochs 1 --device cpu"
+        assert train.main(["student", "--teacher", "runs/teacher", *student.split(), "--out", "runs/mine"]) == 0
         torch.use_deterministic_algorithms(False)
         return Path("runs").resolve()
 
@@ -51,8 +54,9 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
 def test_the_examples_of_a_page_run(page, request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if "LogitBank" in page.read_text():
+    if "LogitBank" in page.read_text() or "load_student" in page.read_text():
         Path("runs").symlink_to(request.getfixturevalue("runs"))
+    Image.new("L", (8, 8)).save("image.png")
     names = a_users_names()
     if "DistributedDataParallel" in "".join(blocks(page, "python")):
         with socket.socket() as free:
