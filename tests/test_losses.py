@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eekd.method import weightings
 from eekd.method.losses import EEKDLoss
@@ -157,10 +158,31 @@ def test_a_single_snapshot_is_plain_distillation(device, weighting):
     assert loss.isfinite()
 
 
-def test_nothing_is_measured_unless_asked(device):
-    x, loss = batch(device), EEKDLoss("uniform")
-    (quiet, nothing), (loud, measured) = loss(**x, measure=False), loss(**x)
-    assert nothing == {} and measured and torch.equal(quiet, loud)
+class Ops(TorchDispatchMode):
+    """The names of the ops that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_measured_before_it_is_read(device):
+    with Ops() as ops:
+        _, measured = EEKDLoss("uniform")(**batch(device))
+        assert not {"special_entr", "sum", "div"} & {*ops.names}
+        weights = measured["weights"]
+        assert "special_entr" in ops.names
+        before = len(ops.names)
+        assert measured["weights"] is weights and "weight_entropy" in measured and len(measured) == 4
+        assert len(ops.names) == before
+    everything = measured | {"accuracy": weights}
+    assert [*everything] == [*measured, "accuracy"] and dict(type(measured)(everything)) == dict(measured)
+    with pytest.raises(KeyError, match="accuracy"):
+        measured["accuracy"]
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)

@@ -1,12 +1,14 @@
 """The student's loss: how the snapshots are weighted, and `ensemble_kd`, or `sparse_ensemble_kd`, with the weights."""
 
+from collections.abc import Iterator, Mapping
+
 import torch
 from torch import Tensor, nn
 
 from eekd.method import weightings
 from eekd.method.attention import SnapshotAttention
 from eekd.method.topk import TopKLogits
-from eekd.ops import EnsembleKD, ensemble_kd, sparse_ensemble_kd
+from eekd.ops import ensemble_kd, sparse_ensemble_kd
 
 
 class EEKDLoss(nn.Module):
@@ -28,7 +30,7 @@ class EEKDLoss(nn.Module):
     backpropagate: L, and with objective "label" the attention's own loss.
     The measurements are detached and stay on the device: "loss" is L alone, to compare weightings by;
     "attention_loss" is -log p_y; "weights" (M,) is the mean weight of each snapshot; "weight_entropy" is the
-    mean entropy of a row's weights, from 0 to log M. With `measure=False` nothing is measured, and they are {}.
+    mean entropy of a row's weights, from 0 to log M. What is not read is not computed.
 
     Raises ValueError for options out of range, for features that "attention" misses and labels that
     "confidence" misses; else what `ensemble_kd` raises.
@@ -83,9 +85,7 @@ class EEKDLoss(nn.Module):
         labels: Tensor | None = None,
         student_features: Tensor | None = None,
         snapshot_features: Tensor | None = None,
-        *,
-        measure: bool = True,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, "Measurements"]:
         if self.attention is None:
             by = {"scores": weightings.log_weights(self.weighting, snapshot_logits, labels)}
         elif student_features is None or snapshot_features is None:
@@ -106,18 +106,39 @@ class EEKDLoss(nn.Module):
             result = ensemble_kd(student_logits, snapshot_logits, labels, **by, **self.options)
         learns_by_label = self.attention is not None and self.options["attention_objective"] == "label"
         loss = result.loss + result.attention_loss if learns_by_label else result.loss
-        return loss, _measurements(result) if measure else {}
+        known = {"loss": result.loss.detach(), "attention_loss": result.attention_loss.detach()}
+        return loss, Measurements(known, result.weights)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in {"weighting": self.weighting, **self.options}.items())
 
 
-def _measurements(result: EnsembleKD) -> dict[str, Tensor]:
-    weights = result.weights
-    rows = weights.sum().clamp(min=1)  # an ignored row has no weight, any other a total of 1
-    return {
-        "loss": result.loss.detach(),
-        "attention_loss": result.attention_loss.detach(),
-        "weights": weights.sum(0) / rows,
-        "weight_entropy": torch.special.entr(weights).sum() / rows,
-    }
+class Measurements(Mapping):
+    """What `EEKDLoss` measured of a batch, by name: each is computed when it is first read."""
+
+    NAMES = "loss", "attention_loss", "weights", "weight_entropy"
+
+    def __init__(self, known: Mapping[str, Tensor], row_weights: Tensor | None = None):
+        self._known, self._row_weights = {**known}, row_weights  # (B, M)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.NAMES:
+            raise KeyError(name)
+        if name not in self._known:
+            weights = self._row_weights
+            rows = weights.sum().clamp(min=1)  # an ignored row has no weight, any other a total of 1
+            self._known["weights"] = weights.sum(0) / rows
+            self._known["weight_entropy"] = torch.special.entr(weights).sum() / rows
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.NAMES)
+
+    def __len__(self) -> int:
+        return len(self.NAMES)
+
+    def __or__(self, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {**self, **others}
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
