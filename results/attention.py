@@ -31,7 +31,8 @@ from eekd.method.weightings import log_weights
 from eekd.snapshots import SnapshotEnsemble, SnapshotRecorder
 from eekd.train import Session
 from eekd.train.config import Config, Student, Teacher
-from eekd.train.trainer import accuracy, learning_rate
+from eekd.train.metrics import accuracy
+from eekd.train.optim import learning_rate
 
 HERE = Path(__file__).parent
 RECORD = HERE / "attention.json"

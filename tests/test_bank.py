@@ -31,7 +31,7 @@ from eekd.train import prepare, student, train, train_student, write_bank
 from eekd.train.config import Config, Student, Teacher, Weighting
 from eekd.train.estimate import plan
 from eekd.train.run import table
-from eekd.train.trainer import Session
+from eekd.train.session import Session
 
 bad_input = pytest.mark.bad_input
 TAUGHT = [weighting for weighting in get_args(Weighting) if weighting != "ce"]
@@ -582,8 +582,14 @@ def test_a_student_from_the_bank_is_the_online_student(bank, online, tmp_path, m
 
 def test_validation_uses_features_as_they_are_stored(copy, tmp_path, monkeypatch):
     make(copy, "--views", 1, "--out", copy / "narrow", "--features", 4)
-    known, distil = [], student.distil
-    monkeypatch.setattr(student, "distil", lambda *args: known.extend(args[-1]) or distil(*args))
+    known, load_teacher = [], student.load_teacher
+
+    def watched(*args, **options):
+        teacher = load_teacher(*args, **options)
+        known.extend(teacher.val)
+        return teacher
+
+    monkeypatch.setattr(student, "load_teacher", watched)
     config = dataclasses.replace(CONFIG, bank=str(copy / "narrow"))
     train_student(config, copy / "teacher", "attention", tmp_path / "student")
     ensemble, session = SnapshotEnsemble.load(copy / "teacher"), Session(config)

@@ -58,7 +58,7 @@ EVERY_MODEL = """
 import torch, torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from eekd.models import convolutions
-from eekd.train.runtime import Placement
+from eekd.train.runtime import Runtime
 
 class Watch(TorchDispatchMode):
     seen = 0
@@ -73,7 +73,7 @@ class Watch(TorchDispatchMode):
 assert convolutions.needs_guard()
 if not GUARDED:
     convolutions.needs_guard = lambda: False
-runtime = Placement("fp32", True, torch.device("cpu"))
+runtime = Runtime("fp32", True, torch.device("cpu"))
 for name in NAMES:
     network = runtime.build(dict(name=name, num_classes=10, in_channels=3, image_size=32)).train()
     with Watch():

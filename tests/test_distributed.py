@@ -30,7 +30,7 @@ from eekd.parallel.process_group import _of_the_living
 from eekd.parallel.sync_batchnorm import SyncBatchNorm
 from eekd.train.__main__ import main
 from eekd.train.run_folder import read_metrics
-from eekd.train.trainer import _device
+from eekd.train.session import _device
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

@@ -30,8 +30,8 @@ from eekd.train import checkpoints, prepare, resume, screen, teacher, train, tra
 from eekd.train.checkpoints import Checkpoints
 from eekd.train.config import Config, Student, Teacher
 from eekd.train.run_folder import read_settings
+from eekd.train.session import Session
 from eekd.train.signals import Stopped, signals
-from eekd.train.trainer import Session
 
 NETS = """
 import random
@@ -378,7 +378,7 @@ def test_no_file_can_be_written_any_more(run, tmp_path, monkeypatch, capsys, fil
     out = tmp_path / "run"
 
     def progress(self, phase, done, total, known):
-        module = "io.files" if file.endswith(".tmp") else "train.run_folder"
+        module = "io.files" if file.endswith(".tmp") else "train.metrics"
         monkeypatch.setattr(f"eekd.{module}.open", refusing(out / file, reason), raising=False)
 
     monkeypatch.setattr(screen.Display, "__call__", progress)
@@ -662,8 +662,8 @@ def test_validation_that_is_broken_off_draws_its_numbers_again(nets, tmp_path, m
 
 def test_another_setup_is_told(run, tmp_path, monkeypatch):
     out = broken_off(run, tmp_path / "run")
-    made = checkpoints.made_with(torch.device("cpu"))
-    monkeypatch.setattr(checkpoints, "made_with", lambda device: made | {"torch": "9.9"})
+    made = checkpoints.provenance(torch.device("cpu"))
+    monkeypatch.setattr(checkpoints, "provenance", lambda device: made | {"torch": "9.9"})
     with pytest.warns(RuntimeWarning, match=r"goes on with torch '9.9' for .*: the last bits may differ"):
         resume(out, session=run[0])
 
@@ -781,7 +781,7 @@ def kill_at_random(config: str, folder: str, kills: int) -> None:
     torch.set_num_threads(1)
     draw, folder, number = random.Random(0), Path(folder), 0
     prepare(Config.load(config))  # imports what the forks need
-    checkpoints.made_with(torch.device("cpu"))  # nobody's commit may come between
+    checkpoints.provenance(torch.device("cpu"))  # nobody's commit may come between
 
     def start(out: Path) -> int:
         child = os.fork()

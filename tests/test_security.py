@@ -47,7 +47,7 @@ from eekd.snapshots import SnapshotEnsemble, SnapshotRecorder, read_manifest
 from eekd.train import __main__ as train_command
 from eekd.train import screen
 from eekd.train.config import Config, Student, Teacher
-from eekd.train.nonfinite import replay
+from eekd.train.replay import replay
 from eekd.train.run_folder import check_metrics, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -470,7 +470,7 @@ def test_replay_runs_the_factory_that_was_trained(tmp_path):
     with contextlib.suppress(ValueError):  # of weights that are not there
         replay(path)
     assert (tmp_path / "ran").is_dir()
-    assert "eekd.train.nonfinite.replay" in (ROOT / "SECURITY.md").read_text()
+    assert "eekd.train.replay.replay" in (ROOT / "SECURITY.md").read_text()
 
 
 def search(folder):

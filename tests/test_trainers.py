@@ -23,10 +23,12 @@ from eekd.snapshots.features import LastFeatures
 from eekd.train import prepare, train, train_student, train_teacher
 from eekd.train.config import Config, Student, Teacher, student_names
 from eekd.train.estimate import plan
+from eekd.train.metrics import MetricsLogger, PhaseTimer, RunningMeans, evaluate
+from eekd.train.optim import learning_rate
 from eekd.train.run import table
-from eekd.train.run_folder import Log, new_folder
+from eekd.train.run_folder import new_folder
+from eekd.train.session import Session
 from eekd.train.teacher import diagnose
-from eekd.train.trainer import Clock, Means, Session, evaluate, learning_rate
 
 TINY = """
 from torch import nn
@@ -441,22 +443,22 @@ def test_tensorboard_events_only_when_asked(tiny, run, tmp_path):
 def test_the_loss_is_read_rarely(config, run, tmp_path, monkeypatch):
     """Each read makes a GPU wait: one per epoch and measurement, not one per step."""
     reads = []
-    get = Means.__getitem__
-    monkeypatch.setattr(Means, "__getitem__", lambda self, name: reads.append(name) or get(self, name))
+    get = RunningMeans.__getitem__
+    monkeypatch.setattr(RunningMeans, "__getitem__", lambda self, name: reads.append(name) or get(self, name))
     long = dataclasses.replace(config, student=dataclasses.replace(config.student, batch_size=2, epochs=1))
     train_student(long, run / "teacher", "attention", tmp_path / "student")
     assert rows(tmp_path / "student")[0]["step"] == 100 and reads.count("loss") <= 4
 
 
 def test_means_weigh_batches_by_their_rows():
-    means = Means()
+    means = RunningMeans()
     means.add(3, loss=torch.tensor(1.0), weights=torch.tensor([1.0, 0.0]))
     means.add(1, loss=torch.tensor(5.0), weights=torch.tensor([0.0, 1.0]))
     assert means.all() == {"loss": 2.0, "weights": [0.75, 0.25]}
 
 
 def test_clock(device):
-    clock = Clock(torch.device(device))
+    clock = PhaseTimer(torch.device(device))
     for _ in range(2):
         with clock("sleep"):
             time.sleep(0.02)
@@ -464,7 +466,8 @@ def test_clock(device):
 
 
 def test_log_writes_what_is_not_finite_as_null(tmp_path):
-    log = Log(tmp_path / "phase")
+    log = MetricsLogger(tmp_path / "phase")
+    log.open()
     log.write({"epoch": 1, "a": math.inf, "b": [1.0, math.nan]})
     log.write({"epoch": 2, "a": 0.5, "b": [0.0, 1.0]})
     assert rows(tmp_path / "phase")[0] == {"epoch": 1, "a": None, "b": [1.0, None]}
@@ -591,7 +594,7 @@ def test_a_damaged_teacher_is_refused(config, tmp_path):
 @pytest.mark.bad_input
 def test_processes_that_have_not_joined_are_refused(config, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match=r"torchrun started 2 processes, .* in eekd\.distributed\.joined\(\)"):
+    with pytest.raises(RuntimeError, match=r"torchrun started 2 processes, .* in eekd\.parallel\.process_group\(\)"):
         train(config, tmp_path / "run")
     assert not list(tmp_path.iterdir())
 

@@ -19,12 +19,12 @@ from eekd.data import ImageData
 from eekd.io.files import write_json_atomic
 from eekd.io.lock import locked
 from eekd.snapshots import MANIFEST as SNAPSHOTS
-from eekd.snapshots import SnapshotEnsemble, read_manifest
+from eekd.snapshots import read_manifest
 from eekd.train import Session, train_student, train_teacher
 from eekd.train.config import Config, differences
 from eekd.train.run_folder import finite, read_record, write_settings
+from eekd.train.session import Progress, quiet
 from eekd.train.teacher import diagnose
-from eekd.train.trainer import Progress, quiet
 from eekd.train.write_bank import write_bank
 
 APART = 1000  # between the seeds of independently trained teachers: more than there are seeds in a study
@@ -160,10 +160,7 @@ class Seed:
         config = dataclasses.replace(config, students=(), bank=None)
         session = Session(config, self.data)
         write_settings(run, config, self.data, session.device)
-        ensemble = SnapshotEnsemble.load(
-            run / "teacher", device=session.device, which=which, snapshots_on=config.snapshots_on
-        )
-        ensemble.to(memory_format=session.layout)
+        ensemble = session.load_snapshots(run / "teacher", which)
         found = {}
         for split in ("val", "test"):
             known = diagnose(session, ensemble, session.loader(split, config.teacher))

@@ -4,18 +4,35 @@ from typing import TYPE_CHECKING
 
 from eekd.lazy import attach
 
-__all__ = ["Session", "prepare", "resume", "train", "train_student", "train_teacher"]
+__all__ = [
+    "Callback",
+    "Session",
+    "StudentTrainer",
+    "TeacherTrainer",
+    "Trainer",
+    "prepare",
+    "resume",
+    "train",
+    "train_student",
+    "train_teacher",
+]
 
 if TYPE_CHECKING:
+    from eekd.train.callbacks import Callback
     from eekd.train.run import prepare, resume, train
-    from eekd.train.student import train_student
-    from eekd.train.teacher import train_teacher
-    from eekd.train.trainer import Session
+    from eekd.train.session import Session
+    from eekd.train.student import StudentTrainer, train_student
+    from eekd.train.teacher import TeacherTrainer, train_teacher
+    from eekd.train.trainer import Trainer
 else:  # a command line reads its settings without torch
     __getattr__, __dir__ = attach(
         __name__,
         {
-            "Session": "trainer",
+            "Callback": "callbacks",
+            "Session": "session",
+            "StudentTrainer": "student",
+            "TeacherTrainer": "teacher",
+            "Trainer": "trainer",
             "prepare": "run",
             "resume": "run",
             "train": "run",
@@ -23,20 +40,31 @@ else:  # a command line reads its settings without torch
             "train_teacher": "teacher",
         },
         modules=(
+            "callbacks",
             "checkpoints",
             "config",
             "estimate",
+            "evidence",
+            "loss_check",
+            "metrics",
             "nonfinite",
+            "optim",
             "presets",
+            "random_state",
+            "replay",
             "run",
             "run_folder",
             "runtime",
             "screen",
             "seeds",
+            "session",
             "signals",
+            "standard",
             "student",
             "teacher",
+            "teaching",
             "trainer",
+            "watch",
             "write_bank",
         ),
     )

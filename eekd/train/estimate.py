@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from eekd import models, parallel
-from eekd.train.trainer import Session
+from eekd.train.session import Session
 
 
 def plan(session: Session) -> list[dict]:

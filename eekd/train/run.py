@@ -14,19 +14,12 @@ from eekd.method import weightings
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.snapshots.features import LastFeatures
 from eekd.train.config import Config, differences
-from eekd.train.run_folder import (
-    FORMAT,
-    new_folder,
-    read_metrics,
-    read_record,
-    read_settings,
-    summary_writer,
-    write_settings,
-)
+from eekd.train.metrics import summary_writer
+from eekd.train.run_folder import FORMAT, new_folder, read_metrics, read_record, read_settings, write_settings
 from eekd.train.seeds import seeds_of, summary_of
+from eekd.train.session import Progress, Session, quiet
 from eekd.train.student import check_bank, read_student, train_student
 from eekd.train.teacher import read_teacher, train_teacher
-from eekd.train.trainer import Progress, Session, quiet
 from eekd.user_code import own_name
 
 

@@ -17,7 +17,7 @@
         student.json                     provenance (below); written last, so it marks a finished student
         attention.safetensors            the attention's own weights, where the weighting is attention
         metrics.jsonl metrics.csv checkpoints/
-      **/non-finite-STEP.*, loss-differs.*   what was wrong with a step or a loss (eekd.train.nonfinite)
+      **/non-finite-STEP.*, loss-differs.*   what was wrong with a step or a loss (eekd.train.evidence)
       .lock                   held by the process that trains
       **/events.out.tfevents.*           TensorBoard events, only when asked for
 
@@ -64,9 +64,7 @@ Every JSON object ends with the SHA-256 of the rest of its file (eekd.io.tensors
 Test images are touched once, at the end of a phase, and what is reported is the last epoch.
 """
 
-import csv
 import hashlib
-import io
 import json
 import math
 import sys
@@ -76,7 +74,6 @@ from reprlib import repr  # a damaged file must not become a page of error
 
 import torch
 
-from eekd import parallel
 from eekd.data import ImageData
 from eekd.info import environment
 from eekd.io.files import read_checked, read_json, sha256_of, write_atomic, write_json_atomic
@@ -84,65 +81,6 @@ from eekd.train.config import Config
 
 FORMAT = 1
 METRICS = "metrics.jsonl", "metrics.csv"
-
-
-class Log:
-    """Writes a row per epoch to metrics.jsonl, metrics.csv and, when asked, TensorBoard events; the first process does.
-
-    With `rows` it goes on after them, whatever the files hold. FileExistsError without, where there are files.
-    """
-
-    def __init__(self, folder: Path, tensorboard: bool = False, rows: list[dict] | None = None):
-        if rows is None and (folder / "metrics.jsonl").exists():
-            raise FileExistsError(f"{folder} already holds a trained network; choose another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.rows, self.events = folder, list(rows or []), None
-        if not parallel.is_main_process():
-            return
-        for name, text in zip(METRICS, _metrics(self.rows), strict=True):
-            if text:
-                write_atomic(folder / name, text.encode())
-            else:
-                (folder / name).unlink(missing_ok=True)
-        if tensorboard:
-            self.events = summary_writer()(folder, purge_step=len(self.rows) + 1)
-
-    def write(self, row: dict) -> None:
-        row = finite(row)
-        self.rows.append(row)
-        if not parallel.is_main_process():
-            return
-        for name, text in zip(METRICS, _metrics([row], header=len(self.rows) == 1), strict=True):
-            try:
-                with open(self.folder / name, "a", newline="") as file:
-                    file.write(text)
-            except OSError as error:
-                error.filename = str(self.folder / name)  # a full disk does not say where
-                raise
-        if self.events:
-            for name, value in _flat(row).items():
-                if value is not None:
-                    self.events.add_scalar(name, value, row["epoch"])
-            self.events.flush()
-
-
-def _metrics(rows: list[dict], header: bool = True) -> tuple[str, str]:
-    """The text of these rows in metrics.jsonl and metrics.csv."""
-    text, flat = io.StringIO(newline=""), [_flat(row) for row in rows]
-    if rows:
-        table = csv.DictWriter(text, flat[0])
-        if header:
-            table.writeheader()
-        table.writerows(flat)
-    return "".join(json.dumps(row) + "\n" for row in rows), text.getvalue()
-
-
-def _flat(row: dict) -> dict:
-    flat = {}
-    for name, value in row.items():
-        several = value if isinstance(value, list) else None
-        flat |= {f"{name}_{i}": v for i, v in enumerate(several, 1)} if several else {name: value}
-    return flat
 
 
 def metrics_of(folder: Path) -> dict[str, str]:
@@ -183,14 +121,6 @@ def finite(value):
     if isinstance(value, list):
         return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def summary_writer() -> type:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ImportError("tensorboard is not installed; pip install 'eekd[tensorboard]'") from None
-    return SummaryWriter
 
 
 def new_folder(out: str | Path | None, name: str) -> Path:

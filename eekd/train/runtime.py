@@ -14,7 +14,7 @@ from eekd.train.config import Config, settled
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Placement:
+class Runtime:
     """Makes and runs networks by the settings `precision` and `channels_last`, neither of them "auto"."""
 
     def __init__(self, precision: str, channels_last: bool, device: torch.device):

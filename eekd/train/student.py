@@ -2,8 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -11,22 +10,130 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eekd import parallel
-from eekd.bank import LogitBank
-from eekd.data import Batch, Loader
+from eekd.data import Loader
 from eekd.info import commit
 from eekd.io.files import read_checked, read_json, write_json_atomic
 from eekd.io.tensors import save_tensors
 from eekd.method import weightings
 from eekd.method.losses import EEKDLoss
-from eekd.snapshots import SnapshotEnsemble, read_entries, read_manifest
+from eekd.snapshots import read_entries, read_manifest
 from eekd.snapshots.features import LastFeatures
-from eekd.train.checkpoints import check_setup, forget, setup_of
-from eekd.train.config import Config, Student
-from eekd.train.nonfinite import Verifier
+from eekd.train.checkpoints import check_identity, delete_checkpoints, run_identity
+from eekd.train.config import Config
+from eekd.train.metrics import RunningMeans, accuracy, evaluate
 from eekd.train.run_folder import FORMAT, finite, metrics_of, read_metrics, read_record
-from eekd.train.trainer import SPLIT, Means, Progress, Session, accuracy, classify, evaluate, fit, quiet
+from eekd.train.session import SPLIT, Progress, Session, quiet
+from eekd.train.standard import standard_callbacks
+from eekd.train.teaching import TaughtBatch, Teacher, load_teacher
+from eekd.train.trainer import Trainer
 
 RECORD = "student.json"
+
+
+class StudentTrainer(Trainer):
+    """Trains the student of a session, on labels or taught by the snapshots of a teacher.
+
+    A method of one's own is a subclass. It may override
+
+        compute_loss(batch)     what to minimise on `batch.images`, `batch.labels` and `batch.teacher`, the snapshots'
+                                logits (M, B, C) and features (M, B, D); `epoch`, `step` and `total_steps` say when
+        build_criterion()       a module, called as `self.criterion(...)`, whose parameters are trained with the
+                                student's; by default EEKDLoss with `weighting`; its sizes: `student_dim`, `teacher_dim`
+        weighting               a weighting's name; "ce" for a method without a teacher
+        needs_features          whether `batch.teacher.features` are read; by default where the weighting does
+
+    `self.forward_features(images)` are the student's logits and last features as they train.
+
+    `teacher` is the folder of a teacher's snapshots or a Teacher; `which` picks snapshots by index.
+    """
+
+    weighting: str = "attention"
+    needs_features: bool | None = None
+
+    def __init__(
+        self,
+        session: Session,
+        teacher: str | Path | Teacher | None,
+        weighting: str | None = None,
+        *,
+        which: Sequence[int] | None = None,
+        name: str | None = None,
+        **options,
+    ):
+        self.weighting = weighting or self.weighting
+        self.teacher, self._which = teacher, snapshots_of(self.weighting, which)
+        if self.needs_features is None:
+            self.needs_features = needs_features(self.weighting)
+        phase, seed = session.config.student, 2 * session.config.seed + 1  # not the teacher's first weights
+        super().__init__(session, phase, session.network(phase, seed), name or self.weighting, **options)
+
+    def setup(self) -> None:
+        session, folder = self.session, self.teacher if isinstance(self.teacher, str | Path) else None
+        if session.bank:
+            check_bank(session, self.loader, folder, [self.weighting])
+        if self.weighting == "ce":
+            self.teacher = None
+        elif folder:
+            loaders, features = (self.loader, self.val_loader), self.needs_features
+            self.teacher = load_teacher(session, folder, self._which, *loaders, features=features)
+        if self.teacher:
+            self._capture = LastFeatures(self.model)
+            self._capture_alone = copy.copy(self._capture)  # to validate by, neither parallel nor compiled
+            self._capture_alone.model = self.network
+            self.student_dim, self.teacher_dim = self._capture.dim, self.teacher.feature_dim
+
+    def build_criterion(self) -> nn.Module | None:
+        return EEKDLoss(self.weighting, **self.loss_options()) if self.teacher else None
+
+    def loss_options(self) -> dict:
+        """The arguments of EEKDLoss that matter to the weighting."""
+        options = {name: getattr(self.phase, name) for name in ("temperature", "alpha", "fusion")}
+        if needs_features(self.weighting):
+            names = "embed_dim", "normalize", "scale", "detach_query", "attention_objective"
+            options |= {"student_dim": self.student_dim, "snapshot_dim": self.teacher_dim}
+            options |= {name: getattr(self.phase, name) for name in names}
+        return options
+
+    def batches_from(self, step: int) -> Iterator[TaughtBatch]:
+        batches = super().batches_from(step)
+        return self.teacher.batches(self.loader, self.timer) if self.teacher else batches
+
+    def forward_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's logits (B, C) and last features (B, D) in training."""
+        with self.timer("forward"):
+            return self.session.run(self._capture, images)
+
+    def compute_loss(self, batch: TaughtBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        if batch.teacher is None:
+            return super().compute_loss(batch)
+        logits, features = self.forward_features(batch.images)
+        taught = batch.teacher
+        loss, measured = self.criterion(logits, taught.logits, batch.labels, features, taught.features)
+        return loss, measured | {"accuracy": accuracy(logits, batch.labels)}
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """With an EEKDLoss also whether uniform weights would have made a better target."""
+        loss = self.own_criterion
+        if not isinstance(loss, EEKDLoss):
+            return super().validate()
+        self.network.eval()
+        uniform = EEKDLoss("uniform", **{name: loss.options[name] for name in ("temperature", "alpha", "fusion")})
+        means = RunningMeans()
+        for (images, labels, _), taught in zip(self.val_loader, self.teacher.val, strict=True):
+            logits, features = self.session.run(self._capture_alone, images)
+            _, weighted = loss(logits, taught.logits, labels, features, taught.features)
+            _, equal = uniform(logits, taught.logits, labels)
+            means.add(
+                len(labels),
+                val_loss=F.cross_entropy(logits.float(), labels),
+                val_accuracy=accuracy(logits, labels),
+                val_target_nll=weighted["attention_loss"],
+                val_target_nll_uniform=equal["attention_loss"],
+                val_kd_loss=weighted["loss"],
+                val_kd_loss_uniform=equal["loss"],
+            )
+        return means.all()
 
 
 def train_student(
@@ -50,79 +157,54 @@ def train_student(
     damaged or of another student.
     """
     folder, session, phase = Path(folder), session or Session(config), config.student
-    weighting = weighting if weighting == "ce" else weightings.get(weighting).name  # of a path, whose file is run now
-    which = [-1] if which is None and weighting == "last" else which
-    entries, spec = (None, None) if weighting == "ce" else read_entries(teacher, which)
-    setup = setup_of(weighting, session, phase, entries and [entry["sha256"] for entry in entries])
+    name = weighting if weighting == "ce" else weightings.get(weighting).name  # of a path, whose file is run now
+    taught = weighting != "ce"
+    entries, spec = read_entries(teacher, snapshots_of(weighting, which)) if taught else (None, None)
+    identity = run_identity(name, session, phase, entries and [entry["sha256"] for entry in entries])
     if resume and (folder / RECORD).exists():
-        known = read_student(folder)
-        check_setup(folder / RECORD, known, setup)
-        forget(folder)
-        return known
-    student = session.network(phase, 2 * config.seed + 1)  # not the teacher's first weights
-    loader, val = session.loader("train", phase, train=True), session.loader("val", phase)
-    bank, loss, taught_by = session.bank, None, None
-    if bank:
-        check_bank(session, loader, teacher, [weighting])
-    replicas = [session.parallelize(student)]
-    if weighting == "ce":
-        trained, (objective, validate) = student, classify(session, student, *replicas, val)
-    else:
-        ensemble = SnapshotEnsemble.load(teacher, device=session.device, which=which, snapshots_on=config.snapshots_on)
-        ensemble.to(memory_format=session.layout)
-        capture = LastFeatures(session.compiled(*replicas))
-        options = _options(phase, weighting, capture.dim, bank.feature_dim if bank else ensemble.feature_dim)
-        loss = EEKDLoss(weighting, **options).to(session.device)
-        trained = nn.ModuleList([student, loss])
-        replicas.append(session.parallelize(loss, "ddp"))
-        taught_by = {
-            "run": os.path.relpath(teacher, folder),
-            "spec": spec,
-            "snapshots": [{key: entry[key] for key in ("file", "sha256", "step")} for entry in entries],
-            "bank": {"path": os.path.relpath(bank.path, folder), "sha256": bank.sha256} if bank else None,
-        }
-        # Validation images never change, so the snapshots see them once.
-        known = [[t.clone() for t in session.run(ensemble, batch.images)] for batch in val]
-        if bank:
-            known = [(logits, bank.project(features)) for logits, features in known]
-            loader = Replay(loader, bank, which, features=weightings.get(weighting).needs_features)
-            teach, ensemble = loader.teach, None  # frees the snapshots
-        else:
-
-            def run_snapshots(batch):
-                return session.run(ensemble, batch.images)
-
-            teach = remember(run_snapshots, loader) or run_snapshots
-
-        verify = Verifier(weighting, loss, session, folder)
-        objective, validate = distil(session, student, capture, teach, loss, replicas[1], verify, val, known)
-    rows = fit(setup, session, phase, trained, replicas, objective, validate, loader, folder, progress, resume=resume)
-    test = evaluate(session, student, session.loader("test", phase))
-    learned = loss.state_dict() if loss else {}
-    weights = parallel.gather_to_main_process(student.state_dict().items())
-    known = parallel.is_main_process() and {
-        "format": FORMAT,
-        "setup": setup,
-        "weighting": weighting,
-        "spec": session.spec(phase),
-        "classes": list(session.data.classes),
-        "preprocessing": session.data.preprocessing,
-        "sha256": save_tensors(folder / "student.safetensors", weights),
-        "attention_sha256": save_tensors(folder / "attention.safetensors", learned) if learned else None,
-        "loss": options if loss else None,
-        "weights": rows[-1].get("weights"),
-        "seed": config.seed,
-        "commit": commit(),
-        "metrics": metrics_of(folder),
-        "val": {"loss": rows[-1]["val_loss"], "accuracy": rows[-1]["val_accuracy"]},
-        "test": test,
-        "seconds_per_epoch": sum(row["seconds"] for row in rows) / len(rows),
-        "teacher": taught_by,
-    }
-    if known:
-        write_json_atomic(folder / RECORD, finite(known))
-    forget(folder)
+        record = read_student(folder)
+        check_identity(folder / RECORD, record, identity)
+        delete_checkpoints(folder)
+        return record
+    callbacks = standard_callbacks(session, name, folder, identity, resume)
+    trainer = StudentTrainer(session, teacher, name, which=which, callbacks=callbacks, progress=progress)
+    rows = trainer.fit()
+    test = evaluate(session, trainer.network, session.loader("test", phase))
+    weights = parallel.gather_to_main_process(trainer.network.state_dict().items())
+    if parallel.is_main_process():
+        bank, learned = session.bank, trainer.own_criterion.state_dict() if trainer.own_criterion else {}
+        record = {
+            "format": FORMAT,
+            "setup": identity,
+            "weighting": name,
+            "spec": session.spec(phase),
+            "classes": list(session.data.classes),
+            "preprocessing": session.data.preprocessing,
+            "sha256": save_tensors(folder / "student.safetensors", weights),
+            "attention_sha256": save_tensors(folder / "attention.safetensors", learned) if learned else None,
+            "loss": trainer.loss_options() if taught else None,
+            "weights": rows[-1].get("weights"),
+            "seed": config.seed,
+            "commit": commit(),
+            "metrics": metrics_of(folder),
+            "val": {"loss": rows[-1]["val_loss"], "accuracy": rows[-1]["val_accuracy"]},
+            "test": test,
+            "seconds_per_epoch": sum(row["seconds"] for row in rows) / len(rows),
+            "teacher": taught and {
+                "run": os.path.relpath(teacher, folder),
+                "spec": spec,
+                "snapshots": [{key: entry[key] for key in ("file", "sha256", "step")} for entry in entries],
+                "bank": bank and {"path": os.path.relpath(bank.path, folder), "sha256": bank.sha256},
+            } or None,
+        }  # fmt: skip
+        write_json_atomic(folder / RECORD, finite(record))
+    delete_checkpoints(folder)
     return read_json(folder / RECORD)
+
+
+def snapshots_of(weighting: str, which: Sequence[int] | None) -> Sequence[int] | None:
+    """The indices of the snapshots that a weighting runs, None for all."""
+    return [-1] if which is None and weighting == "last" else which
 
 
 def read_student(folder: Path) -> dict:
@@ -136,138 +218,17 @@ def read_student(folder: Path) -> dict:
     return known
 
 
-def _options(phase: Student, weighting: str, student_dim: int, snapshot_dim: int) -> dict:
-    """The arguments of EEKDLoss that matter to this weighting."""
-    options = dict(temperature=phase.temperature, alpha=phase.alpha, fusion=phase.fusion)
-    if weightings.get(weighting).needs_features:
-        options |= dict(
-            student_dim=student_dim,
-            snapshot_dim=snapshot_dim,
-            embed_dim=phase.embed_dim,
-            normalize=phase.normalize,
-            scale=phase.scale,
-            detach_query=phase.detach_query,
-            attention_objective=phase.attention_objective,
-        )
-    return options
-
-
 def check_bank(session: Session, loader: Loader, teacher: str | Path | None, students: Iterable[str]):
     """ValueError, one sentence, unless the session's bank has its images and teacher, and what these students need."""
     config, bank = session.config, session.bank
     split = {name: getattr(config, name) for name in SPLIT}
     hashes = [entry["sha256"] for entry in read_manifest(teacher)["snapshots"]] if teacher else None
     bank.check(session.data, loader, hashes, **split)
-    needs = next((name for name in students if name != "ce" and weightings.get(name).needs_features), None)
+    needs = next((name for name in students if needs_features(name)), None)
     if needs and not bank.feature_dim:
         raise ValueError(f"weighting {needs} needs features, and {bank.path} was written with --features none")
 
 
-class Replay:
-    """A training loader beside which a bank is read: `teach(batch)` gives its batch's rows, of `which` snapshots."""
-
-    def __init__(self, loader: Loader, bank: LogitBank, which: Sequence[int] | None, features: bool):
-        self.loader, self.bank, self.which, self.features = loader, bank, which, features
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.loader.set_epoch(epoch)
-
-    def skip(self, batches: int) -> None:
-        self.loader.skip(batches)
-
-    def rows(self, batch: int) -> int:
-        return self.loader.rows(batch)
-
-    def __iter__(self) -> Iterator[Batch]:
-        loader = self.loader
-        rows = self.bank.prefetch(loader.view, loader.indices(), loader.device, self.features)
-        with closing(rows) as self.said:
-            yield from loader
-
-    def teach(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        logits, features = next(self.said)
-        if self.which is None:
-            return logits, features
-        return logits[[*self.which]], None if features is None else features[[*self.which]]
-
-
-REMEMBERED = 2**30  # bytes of snapshots' outputs that a student may keep in memory
-
-
-def remember(teach: Callable, loader: Loader) -> Callable | None:
-    """`teach`, run once over the loader's images, whose outputs are then looked up; None where that can't be.
-
-    It can where every epoch shows the same images: without augmentation, in one process. Each output is then computed
-    in one fixed order before training, so that a resumed run has the same bits.
-    """
-    if loader.augment != "none" or loader.world_size > 1:
-        return None
-    count, kept = len(loader.split), None
-    for index in torch.arange(count, device=loader.device).split(loader.batch_size):
-        (batch,) = loader.replay([(0, index)])
-        logits, features = teach(batch)
-        if kept is None:
-            row = sum(x[:, 0].numel() * x.element_size() for x in (logits, features))
-            if count * row > REMEMBERED:
-                return None
-            kept = [x.new_empty(len(x), count, *x.shape[2:]) for x in (logits, features)]
-        for all_rows, rows in zip(kept, (logits, features), strict=True):
-            all_rows[:, index] = rows
-    return lambda batch: tuple(x[:, batch.index] for x in kept)
-
-
-def distil(
-    session: Session,
-    student: nn.Module,
-    capture: LastFeatures,
-    teach: Callable,
-    loss: EEKDLoss,
-    criterion: nn.Module,
-    verify: Callable,
-    val: Loader,
-    known: list,
-) -> tuple[Callable, Callable]:
-    """Objective and validation with a teacher: teach(batch) gives the snapshots' logits and features.
-
-    `capture` and `criterion` are the student and the loss as they train, parallel and compiled; verify(the
-    loss, *what it was given) looks at the first of them.
-    Validation, where they are `known` batch by batch, also asks whether uniform weights would have made a better
-    target.
-    """
-    alone = copy.copy(capture)
-    alone.model = student
-    uniform = EEKDLoss("uniform", **{name: loss.options[name] for name in ("temperature", "alpha", "fusion")})
-
-    def objective(batch, clock):
-        with clock("teacher"):
-            snapshot_logits, snapshot_features = teach(batch)
-        with clock("forward"):
-            logits, features = session.run(capture, batch.images)
-        with clock("backward"):
-            total, measured = criterion(logits, snapshot_logits, batch.labels, features, snapshot_features)
-        verify(total, logits, snapshot_logits, batch.labels, features, snapshot_features)
-        return total, measured | {"accuracy": accuracy(logits, batch.labels)}
-
-    @torch.no_grad()
-    def validate():
-        student.eval()
-        means = Means()
-        for (images, labels, _), (snapshot_logits, snapshot_features) in zip(val, known, strict=True):
-            logits, features = session.run(alone, images)
-            _, weighted = loss(logits, snapshot_logits, labels, features, snapshot_features)
-            _, equal = uniform(logits, snapshot_logits, labels)
-            means.add(
-                len(labels),
-                val_loss=F.cross_entropy(logits.float(), labels),
-                val_accuracy=accuracy(logits, labels),
-                val_target_nll=weighted["attention_loss"],
-                val_target_nll_uniform=equal["attention_loss"],
-                val_kd_loss=weighted["loss"],
-                val_kd_loss_uniform=equal["loss"],
-            )
-        return means.all()
-
-    return objective, validate
+def needs_features(weighting: str) -> bool:
+    """Whether a weighting reads the features of student and snapshots."""
+    return weighting != "ce" and weightings.get(weighting).needs_features

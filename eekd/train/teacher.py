@@ -1,7 +1,8 @@
 """The teacher: one ordinary training run that keeps M snapshots, and what those snapshots know."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,13 +12,44 @@ from eekd import parallel
 from eekd.data import Loader
 from eekd.io.files import read_checked, read_json, write_json_atomic
 from eekd.snapshots import MANIFEST, SnapshotEnsemble, SnapshotRecorder, read_manifest
-from eekd.train.checkpoints import check_setup, forget, setup_of
+from eekd.train.callbacks import Callback
+from eekd.train.checkpoints import check_identity, delete_checkpoints, run_identity
 from eekd.train.config import Config
 from eekd.train.run_folder import FORMAT, finite, metrics_of, read_metrics, read_record
-from eekd.train.trainer import Progress, Session, classify, fit, quiet
+from eekd.train.session import Progress, Session, quiet
+from eekd.train.standard import standard_callbacks
+from eekd.train.trainer import Trainer
 
 BINS = 15
 RECORD = "snapshots.json"
+
+
+class TeacherTrainer(Trainer):
+    """Trains the teacher of a session, on labels."""
+
+    def __init__(self, session: Session, **options):
+        phase = session.config.teacher
+        super().__init__(session, phase, session.network(phase, 2 * session.config.seed), "teacher", **options)
+
+
+class Snapshots(Callback):
+    """Saves the network at the end of each stage; `resume` forgets those of epochs that are done again."""
+
+    def __init__(self, folder: Path, schedule: str | Sequence[int], spec: dict, resume: bool = False):
+        self.folder, self.schedule, self.spec, self.resume = folder, schedule, spec, resume
+
+    @contextmanager
+    def running(self, trainer):
+        if self.resume and not trainer.epoch and parallel.is_main_process():
+            for path in (self.folder / MANIFEST, *self.folder.glob("snapshot-*.safetensors")):
+                path.unlink(missing_ok=True)
+        epochs, count = trainer.phase.epochs, trainer.phase.snapshots
+        options = dict(epochs=epochs, snapshots=count, schedule=self.schedule, spec=self.spec, done=trainer.epoch)
+        self.recorder = SnapshotRecorder(self.folder, **options)
+        yield
+
+    def on_epoch_end(self, trainer, row):
+        self.recorder.step(trainer.network, {name: row[name] for name in ("train_loss", "val_loss", "val_accuracy")})
 
 
 def train_teacher(
@@ -37,40 +69,23 @@ def train_teacher(
     that is: ValueError or FileNotFoundError names what is damaged, missing or of another teacher.
     """
     folder, session, phase = Path(folder), session or Session(config), config.teacher
-    setup = setup_of("teacher", session, phase)
-    setup["schedule"] = schedule if isinstance(schedule, str) else [*schedule]
+    identity = run_identity("teacher", session, phase)
+    identity["schedule"] = schedule if isinstance(schedule, str) else [*schedule]
     if resume and (folder / RECORD).exists():
         known = read_teacher(folder)
-        check_setup(folder / RECORD, known, setup)
-        forget(folder)
+        check_identity(folder / RECORD, known, identity)
+        delete_checkpoints(folder)
         return known
-    model = session.network(phase, 2 * config.seed)
-    spec, val = session.spec(phase), session.loader("val", phase)
-
-    def begin(done: int) -> Callable[[dict], None]:
-        if resume and not done and parallel.is_main_process():  # snapshots of an epoch that is done again
-            for path in (folder / MANIFEST, *folder.glob("snapshot-*.safetensors")):
-                path.unlink(missing_ok=True)
-        recorder = SnapshotRecorder(
-            folder, epochs=phase.epochs, snapshots=phase.snapshots, schedule=schedule, spec=spec, done=done
-        )
-
-        def record(row: dict) -> None:
-            recorder.step(model, {name: row[name] for name in ("train_loss", "val_loss", "val_accuracy")})
-
-        return record
-
-    loader, replica = session.loader("train", phase, train=True), session.parallelize(model)
-    objective, validate = classify(session, model, replica, val)
-    fit(setup, session, phase, model, [replica], objective, validate, loader, folder, progress, begin, resume)
+    snapshots = Snapshots(folder, schedule, session.spec(phase), resume)
+    callbacks = standard_callbacks(session, "teacher", folder, identity, resume, snapshots)
+    TeacherTrainer(session, callbacks=callbacks, progress=progress).fit()
     parallel.barrier()  # until the last snapshot is written
-    ensemble = SnapshotEnsemble.load(folder, device=session.device, snapshots_on=session.config.snapshots_on)
-    ensemble.to(memory_format=session.layout)
+    ensemble = session.load_snapshots(folder)
     known = {split: diagnose(session, ensemble, session.loader(split, phase)) for split in ("val", "test")}
     if parallel.is_main_process():
-        known = {"format": FORMAT, "setup": setup} | known | {"metrics": metrics_of(folder)}
+        known = {"format": FORMAT, "setup": identity} | known | {"metrics": metrics_of(folder)}
         write_json_atomic(folder / RECORD, finite(known))
-    forget(folder)
+    delete_checkpoints(folder)
     return read_json(folder / RECORD)
 
 

@@ -1,436 +1,276 @@
-"""The one training loop: what a teacher's phase and every student's share."""
+"""The one training loop: what a teacher and every student share.
 
-import inspect
+    fit             epochs, each trained, validated and reported
+      train_epoch   the steps of an epoch
+        train_step  one step of the optimizer
+          compute_loss
+      validate
+
+Checkpoints, signals, logs, snapshots and checks of the numbers are callbacks (eekd.train.callbacks): a Trainer without
+any trains just so.
+"""
+
 import math
-import os
-import random
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from eekd import parallel
-from eekd.bank import LogitBank
-from eekd.data import Batch, ImageData, Loader, load
-from eekd.train.checkpoints import Checkpoints, State, random_state, set_random_state
-from eekd.train.config import Config, Phase, Teacher
-from eekd.train.nonfinite import Guard
-from eekd.train.run_folder import Log
-from eekd.train.runtime import Placement, chosen
-from eekd.train.signals import signals
+from eekd.io.tensors import load_state
+from eekd.train.callbacks import Callback
+from eekd.train.config import Phase
+from eekd.train.metrics import PhaseTimer, RunningMeans, accuracy, evaluate
+from eekd.train.optim import build_optimizer, learning_rate, sync_gradients
+from eekd.train.random_state import random_state, set_random_state
+from eekd.train.run_folder import finite
+from eekd.train.session import Progress, Session, quiet
+from eekd.train.teaching import TaughtBatch
 
-SPLIT = ("train_limit", "val_fraction", "split_seed")  # settings that decide which images there are
-CHECK = 50  # look at the loss every so many steps: each look makes the GPU wait
-
-Progress = Callable[[str, int, int, dict], object]  # phase, steps done, steps in all, what is known so far
-
-
-def quiet(phase: str, done: int, total: int, known: dict) -> None:
-    """Shows no progress."""
+LOOK_EVERY = 50  # steps between looks at the loss: each look makes a GPU wait
+UNPREFIXED = "weights", "weight_entropy"  # measurements whose entries in a row are not called train_NAME
 
 
-# Of DistributedDataParallel: whether each forward brings the first process's buffers; torch 2.14 renames it.
-_OWN_BUFFERS = next(
-    name
-    for name in ("forward_sync_buffers", "broadcast_buffers")
-    if name in inspect.signature(DistributedDataParallel.__init__).parameters
-)
+class Trainer:
+    """Trains a network on labels, in one process or, with its like, in many.
 
+        network = session.network(phase, seed)
+        rows = Trainer(session, phase, network, "teacher").fit()
 
-class Session(Placement):
-    """What the phases of a run share: settings, data, logit bank (or None), device and precision.
+    A subclass overrides `compute_loss`, and `build_criterion` where the loss has parameters of its own.
 
-    Of several processes (eekd.parallel.process_group) each has its share of every batch; batch_size is that of a
-    step, over all of them and all micro-batches. `config` are the settings with "auto" decided, `asked` those that
-    were given. Sets torch's process-wide switches of determinism.
+    What a subclass and a callback may read: `session`, `config`, `phase`, `device`; `network`, and `model`, which is
+    the network as it trains (parallel, compiled); `criterion`; `optimizer`; `loader` and `val_loader`; `epoch` and
+    `step`, the epochs and steps that are complete; `steps_per_epoch`, `total_steps`, `lr`; `rows`, one for every
+    complete epoch; `means` of the epoch in progress.
     """
 
-    def __init__(self, config: Config, data: ImageData | None = None):
-        device = _device(config.device)
-        self.asked, self.config = config, (config := chosen(config, device))
-        super().__init__(config.precision, config.channels_last, device)
-        if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
-        torch.use_deterministic_algorithms(config.deterministic)
-        torch.backends.cudnn.benchmark = not config.deterministic
-        self.data = data or load(
-            config.data,
-            config.root,
-            val_fraction=config.val_fraction,
-            seed=config.split_seed,
-            train_limit=config.train_limit,
-            image_size=config.image_size,
-        )
-        self.bank = LogitBank.open(config.bank) if config.bank else None
+    def __init__(
+        self,
+        session: Session,
+        phase: Phase,
+        network: nn.Module,
+        name: str,
+        *,
+        callbacks: Sequence[Callback] = (),
+        progress: Progress = quiet,
+    ):
+        self.session, self.config, self.device = session, session.config, session.device
+        self.phase, self.network, self.name = phase, network, name
+        self.callbacks, self.progress = [*callbacks], progress
+        self.loader, self.val_loader = session.loader("train", phase, train=True), session.loader("val", phase)
+        self.steps_per_epoch = math.ceil(len(self.loader) / self.config.accumulate)
+        self.total_steps = phase.epochs * self.steps_per_epoch
 
-    def spec(self, phase: Phase) -> dict:
-        """The arguments of eekd.models.build for this data."""
-        data = self.data
-        return dict(
-            name=phase.model, num_classes=len(data.classes), in_channels=data.channels, image_size=data.image_size
-        )
+        self.replica = session.parallelize(network)
+        self.model = session.compiled(self.replica)
+        self.setup()
+        own = self.build_criterion()
+        self.own_criterion = own and own.to(self.device)
+        self.criterion = own and session.parallelize(own, "ddp")
+        self.trained = nn.ModuleList([network, own]) if own else network
+        self._buffers = [buffer for buffer in self.trained.buffers() if not parallel.is_sharded(buffer)]
+        self.optimizer = self.build_optimizer()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "fp16")
 
-    def network(self, phase: Phase, seed: int) -> nn.Module:
-        """A new network on the device; its weights, and all random numbers drawn after, are a function of the seed.
+        self.epoch, self.step, self.skipped, self.rows, self.pause = 0, 0, 0, [], False
+        self.running_loss, self.lr = math.nan, self._rate(0)
+        self._begin_epoch()
 
-        The random numbers drawn after differ between processes.
+    def setup(self) -> None:
+        """What a subclass needs before its criterion is built."""
+
+    def build_criterion(self) -> nn.Module | None:
+        """The module that computes the loss, whose parameters are trained with the network's; None for none."""
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of `trained`, the network and the criterion. A group's "lr_scale" multiplies its rate."""
+        return build_optimizer(self.phase, self.trained)
+
+    def fit(self) -> list[dict]:
+        """Trains from `epoch` and `step` to the end of the last epoch and returns the rows of metrics.jsonl."""
+        self._check_modules()
+        with self._around("running"):
+            while self.epoch < self.phase.epochs:
+                row = self.train_epoch()
+                with self._around("validating"):
+                    row |= self.validate()
+                row |= {"seconds": self._seconds}
+                row |= {f"seconds_{part}": self.timer.seconds(part) for part in ("teacher", "forward", "backward")}
+                self.tell("on_epoch_end", row)
+                self.rows.append(finite(row))
+                self.epoch += 1
+                self._begin_epoch()
+                self.tell("on_pause")
+                self.progress(self.name, self.step, self.total_steps, row | {"epochs": self.phase.epochs})
+        return self.rows
+
+    def train_epoch(self) -> dict:
+        """Trains to the end of the epoch and returns what its row says of that."""
+        self.trained.train()
+        self.batches = self.batches_from(self.step)
+        self._start = time.perf_counter() - self._seconds
+        try:
+            while self.step < (self.epoch + 1) * self.steps_per_epoch:
+                with self._around("fetching"):
+                    batches = list(islice(self.batches, self.config.accumulate))
+                self.train_step(batches)
+        finally:
+            self.batches = None  # ends the threads of whoever reads ahead
+        self._seconds = time.perf_counter() - self._start
+        row = {"epoch": self.epoch + 1, "step": self.step, "lr": self._rate(self.step - 1)}
+        means = self.means.all().items()
+        return row | {name if name in UNPREFIXED else f"train_{name}": mean for name, mean in means}
+
+    def train_step(self, batches: Sequence[TaughtBatch]) -> None:
+        """One step of the optimizer on the parts of a batch."""
+        self.lr = self._rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * group.get("lr_scale", 1.0)
+        self.tell("on_step_begin")
+        self.optimizer.zero_grad()
+        first = self.step % self.steps_per_epoch * self.config.accumulate
+        samples = sum(self.loader.rows(first + part) for part in range(len(batches)))  # of all processes
+        self.measured = []
+        for batch in batches:
+            sync_gradients((self.replica, self.criterion), batch is batches[-1])
+            with self.timer("backward"):
+                loss, measurements = self.compute_loss(batch)
+                self.tell("on_loss", loss)
+                # Gradients are averaged over processes and summed over parts: a mean over the step's samples.
+                self.scaler.scale(loss * (parallel.world_size() * len(batch.labels) / samples)).backward()
+            self.measured.append((len(batch.labels), {"loss": loss.detach()} | measurements))
+        with self.timer("backward"):
+            if all([callback.on_update(self) for callback in self.callbacks]):
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+            parallel.all_reduce_mean_(self._buffers)
+        self.step += 1
+        self.pause = self.step % LOOK_EVERY == 0 or self.step == (self.epoch + 1) * self.steps_per_epoch
+        self.tell("on_step_end")
+        for rows, means in self.measured:
+            self.means.add(rows, **means)
+        if self.pause:
+            self.running_loss = self.means["loss"]
+            self.tell("on_pause")
+        known = {"epoch": self.epoch + 1, "epochs": self.phase.epochs, "train_loss": self.running_loss}
+        self.progress(self.name, self.step, self.total_steps, known)
+
+    def compute_loss(self, batch: TaughtBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """What to minimise on a batch, a mean over its samples, and measurements by name, means too.
+
+        A measurement becomes the entry train_NAME of the epoch's row. "loss", if it is not among them, is the loss.
         """
-        _seed(seed)
-        network = self.build(self.spec(phase))
-        if not parallel.is_main_process():
-            _seed(int(np.random.SeedSequence((seed, parallel.rank())).generate_state(1)[0]))
-        return parallel.convert_sync_batchnorm(network) if self.config.sync_batchnorm else network
+        logits = self.forward(batch.images)
+        loss = F.cross_entropy(logits.float(), batch.labels)
+        return loss, {"loss": loss, "accuracy": accuracy(logits, batch.labels)}
 
-    def parallelize(self, network: nn.Module, kind: str | None = None) -> nn.Module:
-        """The network as all processes train it together, by config.parallel: replicas with one gradient, or shards."""
-        if parallel.world_size() == 1 or not any(p.requires_grad for p in network.parameters()):
-            return network
-        if (kind or self.config.parallel) == "fsdp":
-            from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
+    def forward(self, images: Tensor) -> Tensor:
+        """The network's logits (B, C) in training."""
+        with self.timer("forward"):
+            return self.session.run(self.model, images)
 
-            return fully_shard(network, mesh=init_device_mesh(self.device.type, (parallel.world_size(),)))
-        # To look for unused parameters keeps the buckets of gradients as they are: else they, and with three processes
-        # the order of a sum, change after the first step, so that a resumed run would have other bits.
-        return DistributedDataParallel(
-            network,
-            gradient_as_bucket_view=True,
-            **{_OWN_BUFFERS: False},
-            find_unused_parameters=self.config.deterministic,
-        )
+    def validate(self) -> dict[str, float]:
+        """The val_ entries of an epoch's row."""
+        return {f"val_{name}": mean for name, mean in evaluate(self.session, self.network, self.val_loader).items()}
 
-    def micro_batch(self, phase: Phase) -> int:
-        """How many samples of a step a process sees at once; ValueError where they cannot be shared out evenly."""
-        parts = parallel.world_size() * self.config.accumulate
-        if phase.batch_size % parts:
-            raise ValueError(
-                f"{phase._prefix}batch_size must be a multiple of {parts} ({parallel.world_size()} "
-                f"processes x accumulate {self.config.accumulate}), got {phase.batch_size}"
-            )
-        return phase.batch_size // parts
+    def batches_from(self, step: int) -> Iterator[TaughtBatch]:
+        """The batches of an epoch, part by part, from those of `step` on; as often as asked."""
+        self.loader.set_epoch(step // self.steps_per_epoch)
+        self.loader.skip(step % self.steps_per_epoch * self.config.accumulate)
+        return (TaughtBatch(*batch) for batch in self.loader)
 
-    def loader(self, split: str, phase: Phase, train: bool = False) -> Loader:
-        """Batches of a split; to train on: shuffled, augmented and never a process's last one of one (batch norm).
+    def state_dict(self) -> dict:
+        """All that the next step depends on: `tensors` by name, in the first process, and the rest as JSON.
 
-        With a bank, epoch after epoch shows one of its views.
+        All processes call it together. What differs between them, the random generators and the means, is stacked in
+        the order of their ranks.
         """
-        images = getattr(self.data, split)
-        views = dict(views=self.bank.views, view_seed=self.bank.seed) if train and self.bank else {}
-        augment = self.data.augment if self.config.augment == "auto" else self.config.augment
-        each, processes = self.micro_batch(phase), parallel.world_size()
-        rest = len(images) % (each * processes)
-        return Loader(
-            images,
-            batch_size=each,
-            augment=augment if train else "none",
-            seed=self.config.seed,
-            device=self.device,
-            train=train,
-            workers=self.config.workers,
-            drop_last=train and 0 < rest < 2 * processes,
-            rank=parallel.rank(),
-            world_size=processes,
-            **views,
+        states = [(f"network.{name}", x) for name, x in self.trained.state_dict().items()]
+        for i, parameter in enumerate(self._parameters()):
+            states += [(f"optimizer.{i}.{name}", x) for name, x in self.optimizer.state.get(parameter, {}).items()]
+        tensors = parallel.gather_to_main_process((name, x) for name, x in states if isinstance(x, Tensor))
+        rest = {name.removeprefix("optimizer."): x for name, x in states if not isinstance(x, Tensor)}
+        # A fused optimizer reads memory in the parameter's order.
+        strides = {name: x.stride() for name, x in tensors.items() if name[:1] == "o" and not x.is_contiguous()}
+        tensors |= {f"means.{name}": parallel.all_gather(tensor) for name, tensor in self.means.sums.items()}
+        known = {
+            "epoch": self.epoch, "batch": self.step - self.epoch * self.steps_per_epoch, "rows": self.rows,
+            "skips": self.skipped, "seconds": time.perf_counter() - self._start, "clock": self.timer.all(),
+            "means": list(self.means.sums), "counts": parallel.all_gather(torch.tensor(self.means.count)).tolist(),
+            "scaler": self.scaler.state_dict(), "optimizer": rest, "strides": strides,
+        }  # fmt: skip
+        tensors["random"] = parallel.all_gather(random_state(self.device))
+        return {"tensors": tensors, **known}
+
+    def load_state_dict(self, state: dict, source: str | Path = "the state") -> None:
+        """Becomes what `state_dict` returned; ValueError, `source` in it, where it does not fit."""
+        parts = {
+            part: {name.removeprefix(part): x for name, x in state["tensors"].items() if name.startswith(part)}
+            for part in ("network.", "means.", "optimizer.")
+        }
+        own, place = self.trained.state_dict(), parallel.distribute_like
+        network = {name: place(x, own[name]) if name in own else x for name, x in parts["network."].items()}
+        load_state(self.trained, network, source)
+        self.epoch, self.rows, self.skipped, self._seconds = (
+            state[name] for name in ("epoch", "rows", "skips", "seconds")
         )
+        self.step = self.epoch * self.steps_per_epoch + state["batch"]
+        sums, counts = {name: parts["means."][name].to(self.device) for name in state["means"]}, state["counts"]
+        rank = parallel.rank()
+        if len(counts) == parallel.world_size():
+            self.means.sums, self.means.count = {name: x[rank] for name, x in sums.items()}, counts[rank]
+        else:  # once as many processes: what all of them had seen is the first one's
+            self.means.sums = {name: x.sum(0) * (rank == 0) for name, x in sums.items()}
+            self.means.count = sum(counts) * (rank == 0)
+        self.timer.before = state["clock"]
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        parameters = self._parameters()
+        for name, value in (parts["optimizer."] | state["optimizer"]).items():
+            index, entry = name.split(".", 1)
+            parameter = parameters[int(index)]
+            if isinstance(value, Tensor):
+                strides = state["strides"].get(f"optimizer.{name}", value.stride())
+                laid = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=parameter.device)
+                value = place(laid.copy_(value), parameter) if value.ndim else laid.copy_(value)
+            self.optimizer.state[parameter][entry] = value
+        generators = state["tensors"]["random"]
+        set_random_state(generators[rank % len(generators)], self.device)
 
-    def compiled(self, network: nn.Module) -> nn.Module:
-        return torch.compile(network) if self.config.compile else network
+    def _begin_epoch(self) -> None:
+        self.means, self.timer = RunningMeans(), PhaseTimer(self.device)
+        self._seconds, self._start = 0.0, time.perf_counter()
 
+    def _rate(self, step: int) -> float:
+        return learning_rate(self.phase, step, self.total_steps)
 
-def fit(
-    setup: dict,
-    session: Session,
-    phase: Phase,
-    trained: nn.Module,
-    replicas: Sequence[nn.Module],
-    objective: Callable,
-    validate: Callable,
-    loader: Loader,
-    folder: Path,
-    progress: Progress,
-    begin: Callable[[int], Callable[[dict], object]] = lambda done: dict,
-    resume: bool = False,
-) -> list[dict]:
-    """Trains for phase.epochs epochs on the batches of `loader` and returns the rows of metrics.jsonl.
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    `replicas` are the parts of `trained` as session.parallelize made them, or what was to be trained where it did not.
-    objective(batch, clock) gives what to minimise and detached measurements, validate() the val_ entries of a
-    row; begin(epochs done) gives what is called with the row of an epoch when it is complete. FloatingPointError
-    if loss or gradients are not finite, see `Guard`.
+    def _check_modules(self) -> None:
+        """ValueError for a module that a subclass made and that would not be trained."""
+        trained = {id(parameter) for parameter in self.trained.parameters()}
+        for name, value in vars(self).items():
+            if isinstance(value, nn.Module) and any(
+                p.requires_grad and id(p) not in trained for p in value.parameters()
+            ):
+                raise ValueError(
+                    f"{type(self).__name__}.{name} must be part of what build_criterion returns, for it is not trained"
+                )
 
-    The state is saved after every epoch, every config.save_every seconds, when a batch cannot be had and when
-    `signals` are received; `resume` goes on from there, if only `setup`, made by `setup_of`, is the same.
-    """
-    config, device, processes, name = session.config, session.device, parallel.world_size(), setup["phase"]
-    checkpoints = Checkpoints(folder, setup, device)
-    optimizer = _optimizer(phase, trained)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    state = State(trained, optimizer, scaler, device)
-    state.means, state.clock = Means(), Clock(device)
-    saved = checkpoints.load() if resume else None
-    after_epoch = begin(saved[1]["epoch"] if saved else 0)
-    each = math.ceil(len(loader) / config.accumulate)
-    total, running, last = phase.epochs * each, math.nan, time.monotonic()
-
-    def batches_from(step: int) -> Iterator[Batch]:
-        loader.set_epoch(step // each)
-        loader.skip(step % each * config.accumulate)
-        return iter(loader)
-
-    guard = Guard(name, session, phase, state, folder, objective, batches_from, total)
-    log = Log(folder, config.tensorboard, guard.rows(saved[1]["rows"] if saved else []) if resume else None)
-    if saved:
-        state.unpack(*saved)
-    state.rows = log.rows
-    buffers = [buffer for buffer in trained.buffers() if not parallel.is_sharded(buffer)]
-
-    def save() -> None:
-        nonlocal last
-        guard.left_out()  # raises where what would be saved is not to be gone on from
-        state.seconds = time.perf_counter() - start
-        checkpoints.save(state)
-        last = time.monotonic()
-
-    with signals.held():
-        while state.epoch < phase.epochs:
-            trained.train()
-            batches = batches_from(state.epoch * each + state.batch)
-            start = time.perf_counter() - state.seconds
-            while state.batch < each:
-                step = state.epoch * each + state.batch
-                try:
-                    parts = list(islice(batches, config.accumulate))
-                except BaseException:  # between two steps
-                    if processes == 1:  # the others know nothing of it
-                        save()
-                    raise
-                lr = learning_rate(phase, step, total)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                guard.begin(step, lr)
-                optimizer.zero_grad()
-                seen = []
-                rows = sum(loader.rows(state.batch * config.accumulate + i) for i in range(len(parts)))
-                for part in parts:
-                    _share_gradients(replicas, part is parts[-1])
-                    loss, measurements = objective(part, state.clock)
-                    guard.see(loss)
-                    seen.append((len(part.labels), measurements))
-                    with state.clock("backward"):
-                        # Gradients are averaged over processes and summed over parts: a mean over the step's samples.
-                        scaler.scale(loss * (processes * len(part.labels) / rows)).backward()
-                with state.clock("backward"):
-                    guard.update()
-                    parallel.all_reduce_mean_(buffers)
-                state.batch, step = state.batch + 1, step + 1
-                if config.check_replicas and step % config.check_replicas == 0:
-                    parallel.check_replicas(trained)
-                due = time.monotonic() - last >= config.save_every and state.batch < each
-                stop, due = parallel.max_across_processes(signals.received, due)
-                due = due or stop
-                pause = step % CHECK == 0 or state.batch == each or due
-                left_out = guard.left_out(pause)
-                if left_out:
-                    batches = batches_from(step)
-                for count, measurements in seen:
-                    state.means.add(0 if left_out else count, **measurements)
-                if pause:
-                    running = state.means["loss"]
-                if due:
-                    save()
-                    signals.check(stop)
-                known = {"epoch": state.epoch + 1, "epochs": phase.epochs, "train_loss": running}
-                progress(name, step, total, known)
-            seconds = time.perf_counter() - start
-            step = (state.epoch + 1) * each
-            row = {"epoch": state.epoch + 1, "step": step, "lr": learning_rate(phase, step - 1, total)}
-            row |= {_TRAIN.get(key, key): value for key, value in state.means.all().items()}
-            generators = random_state(device)
-            try:
-                with signals.held(processes > 1):
-                    row |= validate()
-            except KeyboardInterrupt:
-                set_random_state(generators, device)  # validation begins again
-                save()
-                raise
-            row |= {"seconds": seconds}
-            row |= {f"seconds_{part}": state.clock.seconds(part) for part in ("teacher", "forward", "backward")}
-            row |= guard.row(log.rows)
-            log.write(row)
-            after_epoch(row)
-            state.epoch, state.batch, state.seconds = state.epoch + 1, 0, 0.0
-            state.means, state.clock = Means(), Clock(device)
-            start = time.perf_counter()
-            save()
-            signals.check(*parallel.max_across_processes(signals.received))
-            progress(name, step, total, row | {"epochs": phase.epochs})
-    parallel.check_replicas(trained)
-    return log.rows
-
-
-def _share_gradients(replicas: Sequence[nn.Module], now: bool) -> None:
-    """Whether the next backward exchanges gradients: of a step's parts the last one does, for all."""
-    for module in replicas:
-        if isinstance(module, DistributedDataParallel):
-            module.require_backward_grad_sync = now
-        elif hasattr(module, "set_requires_gradient_sync"):  # fully_shard
-            module.set_requires_gradient_sync(now)
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
-
-
-_TRAIN = {"loss": "train_loss", "accuracy": "train_accuracy", "attention_loss": "train_attention_loss"}
-
-
-def classify(session: Session, network: nn.Module, replica: nn.Module, val: Loader) -> tuple[Callable, Callable]:
-    """Objective and validation by cross-entropy of a network that session.parallelize made `replica`."""
-    compiled = session.compiled(replica)
-
-    def objective(batch, clock):
-        with clock("forward"):
-            logits = session.run(compiled, batch.images)
-        with clock("backward"):
-            loss = F.cross_entropy(logits.float(), batch.labels)
-        return loss, {"loss": loss.detach(), "accuracy": accuracy(logits, batch.labels)}
-
-    def validate():
-        return {f"val_{name}": mean for name, mean in evaluate(session, network, val).items()}
-
-    return objective, validate
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Fraction of (B, C) logits that are highest at the label."""
-    return (logits.argmax(1) == labels).double().mean()
-
-
-@torch.no_grad()
-def evaluate(session: Session, network: nn.Module, loader: Loader) -> dict[str, float]:
-    """Mean cross-entropy and accuracy on all images of all processes' loaders."""
-    network.eval()
-    means = Means()
-    for images, labels, _ in loader:
-        logits = session.run(network, images).float()
-        means.add(len(labels), loss=F.cross_entropy(logits, labels), accuracy=accuracy(logits, labels))
-    return means.all()
-
-
-def learning_rate(phase: Phase, step: int, total: int) -> float:
-    """The learning rate of step 0 <= step < total.
-
-    step: lr / 10^(milestones passed);  cosine: lr/2 (cos(pi step/total) + 1);
-    cyclic: the cosine over each of the M stages (Huang et al., "Snapshot Ensembles", 2017).
-    """
-    if phase.schedule == "step":
-        return phase.lr * 0.1 ** sum(step / total >= m for m in phase.milestones)
-    cycles = phase.snapshots if isinstance(phase, Teacher) and phase.schedule == "cyclic" else 1
-    return phase.lr / 2 * (math.cos(math.pi * (step * cycles % total) / total) + 1)
-
-
-def _optimizer(phase: Phase, trained: nn.Module) -> torch.optim.Optimizer:
-    # fused: the one that GradScaler steps without asking the GPU for the gradients' state
-    options = dict(lr=phase.lr, weight_decay=phase.weight_decay, fused=True)
-    kinds = {False: [], True: []}  # no fused optimiser takes sharded parameters
-    for parameter in trained.parameters():
-        kinds[parallel.is_sharded(parameter)].append(parameter)
-    groups = [{"params": kind, "fused": not sharded, "foreach": sharded} for sharded, kind in kinds.items() if kind]
-    if phase.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **options)
-    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=phase.nesterov, **options)
-    for parameter in trained.parameters():  # else, where the first step is skipped, torch takes what lies in memory
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
-
-
-class Means:
-    """Means over samples of named measurements, summed on the device and read when asked.
-
-    `means[name]` is of this process, `means.all()` of all processes, which must ask together.
-    """
-
-    def __init__(self):
-        self.sums, self.count = {}, 0
-
-    def add(self, rows: int, **means: Tensor) -> None:
-        self.count += rows
-        for name, mean in means.items():
-            if name not in self.sums:
-                self.sums[name] = torch.zeros_like(mean, dtype=torch.float64)
-            if rows:
-                self.sums[name].add_(mean, alpha=rows)
-
-    def __getitem__(self, name: str) -> float | list[float]:
-        return (self.sums[name] / self.count).tolist()
-
-    def all(self) -> dict[str, float | list[float]]:
-        if not self.sums:
-            return {}
-        sums, every = [*self.sums.values()], Means()
-        count = torch.tensor([self.count], dtype=torch.float64, device=sums[0].device)
-        count, *parts = parallel.all_reduce_sum(torch.cat([count, *(x.flatten() for x in sums)])).split(
-            [1, *(x.numel() for x in sums)]
-        )
-        every.count = count.item()
-        every.sums = {name: x.view_as(own) for (name, own), x in zip(self.sums.items(), parts, strict=True)}
-        return {name: every[name] for name in every.sums}
-
-
-class Clock:
-    """Seconds spent in named stretches of code: by CUDA events, read at the end, or by the clock of a CPU."""
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        self.spans = defaultdict(list)
-        self.before: dict[str, float] = {}  # seconds before a kill
+    def tell(self, event: str, *args) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *args)
 
     @contextmanager
-    def __call__(self, name: str):
-        start = self._now()
-        yield
-        self.spans[name].append((start, self._now()))
-
-    def _now(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, name: str) -> float:
-        if self.cuda:
-            torch.cuda.synchronize()
-        spans = (a.elapsed_time(b) / 1000 if self.cuda else b - a for a, b in self.spans[name])
-        return sum(spans, self.before.get(name, 0.0))
-
-    def all(self) -> dict[str, float]:
-        return {name: self.seconds(name) for name in [*self.spans.keys() | self.before.keys()]}
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
-        raise ValueError(
-            f"device {name!r} is not there; this machine offers cpu" + ", cuda" * torch.cuda.is_available()
-        ) from None
-    device = torch.device(name)
-    if device.type == "cuda" and not parallel.enough_gpus():
-        raise ValueError(
-            f"device {name} needs a GPU for each process of this machine, and there are "
-            f"{torch.cuda.device_count()}: start fewer processes, or give --device cpu"
-        )
-    return device
+    def _around(self, name: str):
+        with ExitStack() as stack:
+            for callback in self.callbacks:
+                stack.enter_context(getattr(callback, name)(self))
+            yield

@@ -12,7 +12,7 @@ from eekd.method.topk import ATOMS
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.train.run import check_data
 from eekd.train.run_folder import read_settings
-from eekd.train.trainer import SPLIT, Session
+from eekd.train.session import SPLIT, Session
 
 AHEAD = 4  # times the batch the teacher was trained with: without gradients that much fits
 
@@ -24,8 +24,7 @@ def write_bank(flags: Flags, console: Console, rank: int = 0, world: int = 1) ->
     session = Session(dataclasses.replace(read_settings(run), bank=None, deterministic=True))
     check_data(session, run)
     config = session.config
-    ensemble = SnapshotEnsemble.load(run / "teacher", device=session.device, snapshots_on=config.snapshots_on)
-    ensemble.to(memory_format=session.layout)
+    ensemble = session.load_snapshots(run / "teacher")
     loader = session.loader("train", config.teacher, train=True)
     settings = _settings(flags, session, ensemble, loader, read_manifest(run / "teacher")["spec"])
     writer.write(

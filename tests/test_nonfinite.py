@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from test_resume import EVERY_STEP, Killed, check_same, killer, untimed
 
-from eekd import train as cli
 from eekd.bank import __main__ as bank
 from eekd.data import Loader, load
 from eekd.io.files import read_json, sha256_of, write_json_atomic
@@ -26,12 +25,16 @@ from eekd.method.topk import top_k_logits
 from eekd.ops.backend import backend_for
 from eekd.snapshots import SnapshotEnsemble
 from eekd.snapshots.features import LastFeatures
-from eekd.train import prepare, train, train_student, train_teacher, trainer
-from eekd.train.checkpoints import State
+from eekd.train import TeacherTrainer, prepare, train, train_student, train_teacher
+from eekd.train import __main__ as cli
 from eekd.train.config import Config, Student, Teacher
-from eekd.train.nonfinite import Guard, Verifier, Watch, _overflow, differs, replay
-from eekd.train.runtime import Placement
-from eekd.train.trainer import Session, learning_rate
+from eekd.train.loss_check import LossCheck, differs
+from eekd.train.nonfinite import NonFiniteGuard, overflow
+from eekd.train.optim import build_optimizer, learning_rate
+from eekd.train.replay import replay
+from eekd.train.runtime import Runtime
+from eekd.train.session import Session
+from eekd.train.watch import Watch
 
 NETS = """
 import random
@@ -257,8 +260,13 @@ TOLD = {
 def test_a_step_that_is_not_finite_stops_and_moves_no_weight(run, tmp_path, mark, monkeypatch, fault, looks):
     session, name, value = faulty(run, fault, save_every=EVERY_STEP if looks == "every step" else 300.0)
     if looks == "now and then":  # as on a GPU, which goes on for three steps before it is asked
-        begin = Guard.begin
-        monkeypatch.setattr(Guard, "begin", lambda self, *more: setattr(self, "looks", False) or begin(self, *more))
+        begin = NonFiniteGuard.on_step_begin
+
+        def on_step_begin(self, trainer):
+            self.looks = False
+            begin(self, trainer)
+
+        monkeypatch.setattr(NonFiniteGuard, "on_step_begin", on_step_begin)
     [sample] = mark(session, value, 4)
     with pytest.raises(FloatingPointError) as caught:
         start(session, name, tmp_path / "phase", run[1] / "teacher")
@@ -357,7 +365,7 @@ def test_a_first_step_that_is_skipped_leaves_a_momentum_of_nothing(run):
     network = Session(run[0].config, run[0].data).network(run[0].config.teacher, 0)
     garbage = [torch.full((1 << 12,), 1e30) for _ in range(100)]
     del garbage
-    optimizer = trainer._optimizer(run[0].config.teacher, network)
+    optimizer = build_optimizer(run[0].config.teacher, network)
     for parameter in network.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.found_inf = torch.ones(())
@@ -420,13 +428,13 @@ def test_epochs_count_their_own_skips_whatever_the_policy(run, tmp_path, mark):
 def test_processes_leave_out_the_same_steps(run, tmp_path, monkeypatch):
     """Here nothing is bad, but elsewhere."""
     session, name, _ = faulty(run, "image", non_finite="skip")
-    made = Guard.__init__
+    made = NonFiniteGuard.__init__
 
     def with_others(self, *args):
         made(self, *args)
         self.agree = lambda flag: torch.ones(()) if self.step == 3 else flag
 
-    monkeypatch.setattr(Guard, "__init__", with_others)
+    monkeypatch.setattr(NonFiniteGuard, "__init__", with_others)
     with pytest.warns(RuntimeWarning, match="step 4, .*: nothing was bad when the batch was run again; saved in"):
         start(session, name, tmp_path / "phase", None)
     assert_same(by_hand(session, name, [3])[0], after(tmp_path / "phase", name))
@@ -459,10 +467,10 @@ def test_networks_of_another_dtype_are_finite_too(run, tmp_path, model):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_the_largest_number_is_finite_and_none_beyond(dtype):
     large = torch.full((1000,), torch.finfo(dtype).max, dtype=dtype)
-    assert not _overflow([None, large, -large, torch.ones(3), large[:0]])
+    assert not overflow([None, large, -large, torch.ones(3), large[:0]])
     for value, place in itertools.product((NAN, math.inf, -math.inf), (0, 500, 999)):
         bad = large.index_fill(0, torch.tensor(place), value)
-        assert _overflow([large, bad, torch.ones(3)])
+        assert overflow([large, bad, torch.ones(3)])
 
 
 @pytest.mark.bad_input
@@ -470,7 +478,8 @@ def test_no_checkpoint_hides_a_bad_step(run, tmp_path, mark, monkeypatch):
     """A batch that cannot be had saves what there is: here nothing, for a GPU was not asked yet."""
     session, name, value = faulty(run, "image")
     mark(session, value, 1)
-    monkeypatch.setattr(Guard, "left_out", lambda self, pause=True, then=Guard.left_out: pause and then(self, pause))
+    then = NonFiniteGuard.left_out
+    monkeypatch.setattr(NonFiniteGuard, "left_out", lambda self, pause=True: pause and then(self, pause))
     marked = Loader._batch
 
     def lost(self, images, index):
@@ -524,7 +533,7 @@ def test_a_replay_runs_as_the_training_did(run, tmp_path, mark, monkeypatch, pre
     session, name, value = faulty(run, "overflow", precision=precision, channels_last=True)
     mark(session, value, 1)
     ran = []
-    monkeypatch.setattr(Placement, "run", lambda self, *args, then=Placement.run: ran.append(self) or then(self, *args))
+    monkeypatch.setattr(Runtime, "run", lambda self, *args, then=Runtime.run: ran.append(self) or then(self, *args))
     with pytest.raises(FloatingPointError):
         start(session, name, tmp_path / "phase", run[1] / "teacher")
     ran.clear()
@@ -546,27 +555,12 @@ def test_compiled_networks_are_watched_too(run, tmp_path, mark, monkeypatch):
 def test_a_step_of_several_batches_is_watched_to_the_bad_one(run, tmp_path, mark):
     session, name, value = faulty(run, "image")
     session.config = dataclasses.replace(session.config, accumulate=2)
-    network = session.network(session.config.teacher, 0)
-    state = State(
-        network,
-        trainer._optimizer(session.config.teacher, network),
-        torch.amp.GradScaler(enabled=False),
-        session.device,
-    )
-    loader = session.loader("train", session.config.teacher, train=True)
-    objective, _ = trainer.classify(session, network, network, None)
     [sample] = mark(session, value, 1)
-    guard = Guard(name, session, session.config.teacher, state, tmp_path, objective, lambda step: iter(loader), 8)
-    guard.begin(0, 0.1)
-    for batch in itertools.islice(loader, 2):
-        loss, _ = objective(batch, lambda name: contextlib.nullcontext())
-        guard.see(loss)
-        loss.backward()
-    before = {name: parameter.clone() for name, parameter in network.named_parameters()}
-    guard.update()
-    assert_same(before, dict(network.named_parameters()))
+    trainer = TeacherTrainer(session, callbacks=[NonFiniteGuard(tmp_path)])
+    before = {name: parameter.clone() for name, parameter in trainer.network.named_parameters()}
     with pytest.raises(FloatingPointError, match=f"step 1, .*: the first bad tensor is the images.* sample {sample};"):
-        guard.left_out()
+        trainer.fit()
+    assert_same(before, dict(trainer.network.named_parameters()))
     assert replay(tmp_path / "non-finite-1.json").name == "the images"
 
 
@@ -722,7 +716,7 @@ def test_a_wrong_gradient_is_found_in_every_precision(monkeypatch, weighting, dt
 
 def test_the_first_batches_of_a_student_are_verified(run, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr("eekd.train.nonfinite.differs", lambda loss, *given: calls.append(given))
+    monkeypatch.setattr("eekd.train.loss_check.differs", lambda loss, *given: calls.append(given))
     for wanted, name in ((0, "uniform"), (1, "last"), (3, "attention"), (2, "ce")):
         session = Session(dataclasses.replace(run[0].config, verify_loss=wanted), run[0].data)
         start(session, name, tmp_path / name, run[1] / "teacher")
@@ -753,19 +747,19 @@ def test_a_batch_that_is_not_finite_does_not_count_as_verified(run, tmp_path, ma
 
 
 def test_processes_stop_as_one_at_a_wrong_loss(run, tmp_path):
-    verify = Verifier("uniform", criterion("uniform"), run[0], tmp_path)
+    loss, verify = criterion("uniform"), LossCheck(run[0], "uniform", tmp_path, 1)
     verify.agree = lambda flags: torch.tensor([0.0, 1.0])  # elsewhere the loss is not finite
-    verify(torch.tensor(1.0), *inputs())
+    verify.check(loss, torch.tensor(1.0), *inputs())
     verify.agree = lambda flags: torch.tensor([1.0, 0.0])
     with pytest.raises(FloatingPointError, match="^uniform: in another process the loss differs from its formula$"):
-        verify(torch.tensor(1.0), *inputs())
+        verify.check(loss, torch.tensor(1.0), *inputs())
 
 
 def test_a_wrong_loss_of_a_bank_can_be_replayed(run, tmp_path, monkeypatch):
     monkeypatch.setattr(losses, "sparse_ensemble_kd", broken(losses.sparse_ensemble_kd, BROKEN["loss"][1]))
     given = inputs(k=4)
     with pytest.raises(FloatingPointError, match="^entropy: loss"):
-        Verifier("entropy", criterion("entropy"), run[0], tmp_path)(torch.tensor(1.0), *given)
+        LossCheck(run[0], "entropy", tmp_path, 1).check(criterion("entropy"), torch.tensor(1.0), *given)
     assert replay(tmp_path / "loss-differs.json").startswith("loss")
     monkeypatch.undo()
     assert replay(tmp_path / "loss-differs.json") is None

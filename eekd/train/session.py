@@ -1,0 +1,159 @@
+"""What the phases of a run share: settings, data, device, precision, and how processes share the work."""
+
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from eekd import parallel
+from eekd.bank import LogitBank
+from eekd.data import ImageData, Loader, load
+from eekd.snapshots import SnapshotEnsemble
+from eekd.train.config import Config, Phase
+from eekd.train.random_state import seed_generators
+from eekd.train.runtime import Runtime, chosen
+
+SPLIT = ("train_limit", "val_fraction", "split_seed")  # settings that decide which images there are
+
+Progress = Callable[[str, int, int, dict], object]  # phase, steps done, steps in all, what is known so far
+
+
+def quiet(phase: str, done: int, total: int, known: dict) -> None:
+    """Shows no progress."""
+
+
+# Of DistributedDataParallel: whether each forward brings the first process's buffers; torch 2.14 renames it.
+_OWN_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel.__init__).parameters
+)
+
+
+class Session(Runtime):
+    """What the phases of a run share: settings, data, logit bank (or None), device and precision.
+
+    Of several processes (eekd.parallel.process_group) each has its share of every batch; batch_size is that of a
+    step, over all of them and all micro-batches. `config` are the settings with "auto" decided, `asked` those that
+    were given. Sets torch's process-wide switches of determinism.
+    """
+
+    def __init__(self, config: Config, data: ImageData | None = None):
+        device = _device(config.device)
+        self.asked, self.config = config, (config := chosen(config, device))
+        super().__init__(config.precision, config.channels_last, device)
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        torch.use_deterministic_algorithms(config.deterministic)
+        torch.backends.cudnn.benchmark = not config.deterministic
+        self.data = data or load(
+            config.data,
+            config.root,
+            val_fraction=config.val_fraction,
+            seed=config.split_seed,
+            train_limit=config.train_limit,
+            image_size=config.image_size,
+        )
+        self.bank = LogitBank.open(config.bank) if config.bank else None
+
+    def spec(self, phase: Phase) -> dict:
+        """The arguments of eekd.models.build for this data."""
+        data = self.data
+        return dict(
+            name=phase.model, num_classes=len(data.classes), in_channels=data.channels, image_size=data.image_size
+        )
+
+    def network(self, phase: Phase, seed: int) -> nn.Module:
+        """A new network on the device; its weights, and all random numbers drawn after, are a function of the seed.
+
+        The random numbers drawn after differ between processes.
+        """
+        seed_generators(seed)
+        network = self.build(self.spec(phase))
+        if not parallel.is_main_process():
+            seed_generators(int(np.random.SeedSequence((seed, parallel.rank())).generate_state(1)[0]))
+        return parallel.convert_sync_batchnorm(network) if self.config.sync_batchnorm else network
+
+    def parallelize(self, network: nn.Module, kind: str | None = None) -> nn.Module:
+        """The network as all processes train it together, by config.parallel: replicas with one gradient, or shards."""
+        if parallel.world_size() == 1 or not any(p.requires_grad for p in network.parameters()):
+            return network
+        if (kind or self.config.parallel) == "fsdp":
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            return fully_shard(network, mesh=init_device_mesh(self.device.type, (parallel.world_size(),)))
+        # To look for unused parameters keeps the buckets of gradients as they are: else they, and with three processes
+        # the order of a sum, change after the first step, so that a resumed run would have other bits.
+        return DistributedDataParallel(
+            network,
+            gradient_as_bucket_view=True,
+            **{_OWN_BUFFERS: False},
+            find_unused_parameters=self.config.deterministic,
+        )
+
+    def micro_batch(self, phase: Phase) -> int:
+        """How many samples of a step a process sees at once; ValueError where they cannot be shared out evenly."""
+        parts = parallel.world_size() * self.config.accumulate
+        if phase.batch_size % parts:
+            raise ValueError(
+                f"{phase._prefix}batch_size must be a multiple of {parts} ({parallel.world_size()} "
+                f"processes x accumulate {self.config.accumulate}), got {phase.batch_size}"
+            )
+        return phase.batch_size // parts
+
+    def loader(self, split: str, phase: Phase, train: bool = False) -> Loader:
+        """Batches of a split; to train on: shuffled, augmented and never a process's last one of one (batch norm).
+
+        With a bank, epoch after epoch shows one of its views.
+        """
+        images = getattr(self.data, split)
+        views = dict(views=self.bank.views, view_seed=self.bank.seed) if train and self.bank else {}
+        augment = self.data.augment if self.config.augment == "auto" else self.config.augment
+        each, processes = self.micro_batch(phase), parallel.world_size()
+        rest = len(images) % (each * processes)
+        return Loader(
+            images,
+            batch_size=each,
+            augment=augment if train else "none",
+            seed=self.config.seed,
+            device=self.device,
+            train=train,
+            workers=self.config.workers,
+            drop_last=train and 0 < rest < 2 * processes,
+            rank=parallel.rank(),
+            world_size=processes,
+            **views,
+        )
+
+    def load_snapshots(self, folder: str | Path, which: Sequence[int] | None = None) -> SnapshotEnsemble:
+        """The snapshots in `folder`, or those of the indices `which`, where and as this run runs them."""
+        place = self.config.snapshots_on
+        ensemble = SnapshotEnsemble.load(folder, device=self.device, which=which, snapshots_on=place)
+        return ensemble.to(memory_format=self.layout)
+
+    def compiled(self, network: nn.Module) -> nn.Module:
+        return torch.compile(network) if self.config.compile else network
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise ValueError(
+            f"device {name!r} is not there; this machine offers cpu" + ", cuda" * torch.cuda.is_available()
+        ) from None
+    device = torch.device(name)
+    if device.type == "cuda" and not parallel.enough_gpus():
+        raise ValueError(
+            f"device {name} needs a GPU for each process of this machine, and there are "
+            f"{torch.cuda.device_count()}: start fewer processes, or give --device cpu"
+        )
+    return device

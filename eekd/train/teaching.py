@@ -1,0 +1,146 @@
+"""What the snapshots of a teacher say of the batches that a student sees, whoever computes it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eekd.bank import LogitBank
+from eekd.data import Batch, Loader
+from eekd.method.topk import TopKLogits
+from eekd.snapshots import SnapshotEnsemble
+from eekd.train.metrics import PhaseTimer
+from eekd.train.session import Session
+
+REMEMBERED = 2**30  # bytes of snapshots' outputs that a student may keep in memory
+
+
+class TeacherOutputs(NamedTuple):
+    """Of M snapshots: logits (M, B, C), a tensor or TopKLogits, and last features (M, B, D), or None."""
+
+    logits: Tensor | TopKLogits
+    features: Tensor | None
+
+    def of(self, which: Sequence[int] | slice) -> "TeacherOutputs":
+        """The outputs of some of the snapshots."""
+        which = which if isinstance(which, slice) else [*which]
+        return TeacherOutputs(self.logits[which], None if self.features is None else self.features[which])
+
+
+class TaughtBatch(NamedTuple):
+    """A batch (eekd.data.Batch) and what the teacher says of it, None where there is no teacher."""
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+    teacher: TeacherOutputs | None = None
+
+
+class Teacher:
+    """Gives the batches of a loader the outputs of M snapshots. A subclass says what the outputs of a batch are.
+
+    Attributes: `feature_dim` D; `val`, the outputs for each batch of the validation images, which never change.
+    """
+
+    feature_dim: int | None
+    val: Sequence[TeacherOutputs]
+
+    def __call__(self, batch: Batch) -> TeacherOutputs:
+        raise NotImplementedError
+
+    def batches(self, loader: Loader, timer: PhaseTimer) -> Iterator[TaughtBatch]:
+        """The loader's next epoch; the time it takes to have the outputs counts as "teacher"."""
+        return self._each(iter(loader), timer)
+
+    def _each(self, batches: Iterator[Batch], timer: PhaseTimer) -> Iterator[TaughtBatch]:
+        for batch in batches:
+            with timer("teacher"):
+                outputs = self(batch)
+            yield TaughtBatch(*batch, outputs)
+
+
+class RunningTeacher(Teacher):
+    """The snapshots of an ensemble, run on every batch."""
+
+    def __init__(self, session: Session, ensemble: SnapshotEnsemble, val: Loader):
+        self.session, self.ensemble, self.feature_dim = session, ensemble, ensemble.feature_dim
+        self.val = [_copied(self._run(batch)) for batch in val]
+
+    def __call__(self, batch):
+        outputs = self._run(batch)
+        return _copied(outputs) if self.session.config.accumulate > 1 else outputs  # else the next part overwrites it
+
+    def _run(self, batch: Batch) -> TeacherOutputs:
+        return TeacherOutputs(*self.session.run(self.ensemble, batch.images))
+
+
+class RememberedTeacher(Teacher):
+    """Outputs for all training images (M, N, ...), looked up."""
+
+    def __init__(self, outputs: TeacherOutputs, val: Sequence[TeacherOutputs]):
+        self.outputs, self.val = outputs, val
+        self.feature_dim = None if outputs.features is None else outputs.features.shape[-1]
+
+    def __call__(self, batch):
+        return TeacherOutputs(*(None if x is None else x[:, batch.index] for x in self.outputs))
+
+
+class BankTeacher(Teacher):
+    """The rows of a bank, read ahead of the batches, of the snapshots `which` (None: all)."""
+
+    def __init__(self, bank: LogitBank, which: Sequence[int] | None, features: bool, val: Sequence[TeacherOutputs]):
+        self.bank, self.which, self.features = bank, which, features
+        self.feature_dim = bank.feature_dim
+        self.val = [TeacherOutputs(outputs.logits, bank.project(outputs.features)) for outputs in val]
+
+    def batches(self, loader, timer):
+        rows = self.bank.prefetch(loader.view, loader.indices(), loader.device, self.features)
+        return self._read(iter(loader), rows, timer)
+
+    def _read(self, batches: Iterator[Batch], rows: Iterator, timer: PhaseTimer) -> Iterator[TaughtBatch]:
+        with closing(rows):
+            for batch in batches:
+                with timer("teacher"):
+                    outputs = TeacherOutputs(*next(rows))
+                yield TaughtBatch(*batch, outputs if self.which is None else outputs.of(self.which))
+
+
+def load_teacher(
+    session: Session, folder, which: Sequence[int] | None, loader: Loader, val: Loader, *, features: bool = True
+) -> Teacher:
+    """The snapshots in `folder`, or those of the indices `which`, as teachers of the images of `loader` and `val`.
+
+    With a bank the session's bank speaks, and the snapshots run on validation images only. Where every epoch shows
+    the same images, in one process, they run once. `features` says whether a bank's features are read.
+    """
+    running = RunningTeacher(session, session.load_snapshots(folder, which), val)
+    if session.bank:
+        return BankTeacher(session.bank, which, features, running.val)  # and frees the snapshots
+    return _remembered(running, loader) or running
+
+
+def _remembered(teacher: RunningTeacher, loader: Loader) -> RememberedTeacher | None:
+    """The teacher, run once over the loader's images; None where these change, are shared out or are too many.
+
+    Each output is computed in one fixed order before training, so that a resumed run has the same bits.
+    """
+    if loader.augment != "none" or loader.world_size > 1:
+        return None
+    count, kept = len(loader.split), None
+    for index in torch.arange(count, device=loader.device).split(loader.batch_size):
+        (batch,) = loader.replay([(0, index)])
+        outputs = teacher(batch)
+        if kept is None:
+            row = sum(x[:, 0].numel() * x.element_size() for x in outputs)
+            if count * row > REMEMBERED:
+                return None
+            kept = [x.new_empty(len(x), count, *x.shape[2:]) for x in outputs]
+        for all_rows, rows in zip(kept, outputs, strict=True):
+            all_rows[:, index] = rows
+    return RememberedTeacher(TeacherOutputs(*kept), teacher.val)
+
+
+def _copied(outputs: TeacherOutputs) -> TeacherOutputs:
+    return TeacherOutputs(*(x.clone() for x in outputs))
