@@ -9,6 +9,18 @@ from .augment import AUGMENTATIONS
 from .dataset import ImageData, Split, load
 from .encoded import Encoded
 from .loader import Batch, Loader
-from .sources import NAMES
+from .registry import Found, Reading, names, register
 
-__all__ = ["AUGMENTATIONS", "NAMES", "Batch", "Encoded", "ImageData", "Loader", "Split", "load"]
+__all__ = [
+    "AUGMENTATIONS",
+    "Batch",
+    "Encoded",
+    "Found",
+    "ImageData",
+    "Loader",
+    "Reading",
+    "Split",
+    "load",
+    "names",
+    "register",
+]

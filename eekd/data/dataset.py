@@ -3,6 +3,8 @@
 import hashlib
 import math
 import os
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,13 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eekd.io.files import printable
+
+from . import named  # noqa: F401  # registers them
 from .augment import SPLIT, random_bits
-from .encoded import Encoded
-from .sources import Part, find
+from .classes import order_of, read_classes, reordered
+from .encoded import BadImages, Encoded, decide, look_at
+from .images import is_plain, open_image
+from .registry import Found, Reading, check, find
+from .walk import counted
+
+Part = tuple[Tensor | Encoded, Tensor]
 
 _TEST_FRACTION = 0.2  # of a dataset that comes in one piece
 _TEST_ZOOM = 7 / 8  # what ImageNet's recipes show of a test image: the central 224 of 256 pixels
-_SAMPLED = 1024  # images that stand for a split too large to read whole
 
 # What the published recipes normalise with: RepDistiller's for CIFAR-100, the usual figures for CIFAR-10.
 _STATISTICS = {
@@ -33,12 +42,14 @@ class Split:
     images     (N, C, S, S) uint8, or as many `Encoded` images
     labels     (N,) int64
     mean, std  one number per channel, for images scaled to [0, 1]
+    files      what the images' files are called, from the data set's folder; None where they are no files
     """
 
     images: Tensor | Encoded
     labels: Tensor
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    files: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -46,7 +57,10 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A dataset: its class names, the augmentation that suits it, and splits that do not overlap."""
+    """A dataset: its class names, the augmentation that suits it, and splits that do not overlap.
+
+    `decisions` says, a sentence each, what was decided about splits, classes, channels and size, and why.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -54,6 +68,7 @@ class ImageData:
     train: Split
     val: Split
     test: Split
+    decisions: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -100,9 +115,21 @@ class ImageData:
             if isinstance(split.images, Tensor):
                 digest.update(split.images.numpy())
             else:
-                for i in _evenly(len(split)):
-                    digest.update(hashlib.sha256(split.images.read(i)[0]).digest())
+                for i in split.images.sample():
+                    digest.update(_identity(split.images, i))
         return digest.hexdigest()
+
+
+def _identity(images: Encoded, i: int) -> bytes:
+    """A hash of an encoded image, and of how it is shown where that is not as its pixels are stored."""
+    try:
+        data, name = images.read(i)
+        plain = is_plain(open_image(data, name))
+    except (OSError, ValueError):
+        if not images.bad.skip:
+            raise
+        return b"cannot be read"
+    return hashlib.sha256(data if plain else data + b"upright, on white, of 8 bits").digest()
 
 
 def load(
@@ -113,22 +140,42 @@ def load(
     seed: int = 0,
     train_limit: int | None = None,
     image_size: int | None = None,
+    channels: int | None = None,
+    classes: str | os.PathLike | Sequence[str] | None = None,
+    split: str | Sequence[str] | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    config_name: str | None = None,
+    streaming: bool = False,
+    bad_images: str = "stop",
+    bad_image_budget: int = 10,
     memory_budget: int = 1 << 30,
 ) -> ImageData:
-    """A dataset by name (glyphs, digits, fashion-mnist, cifar10, cifar100), path, or Hugging Face id (owner/name).
+    """A dataset by name (see `names`), path, path/to/file.py:NAME, or Hugging Face id (owner/name).
 
-    A path is a folder of train/CLASS/*.png, val/CLASS/*.png and perhaps test/, or a parquet file, or a folder
-    of parquet. `root` is the folder that holds a named dataset's files, or that a relative path starts from.
-    Without it, fashion-mnist is Debian's package dataset-fashion-mnist where that is installed; otherwise it
-    and CIFAR come from Hugging Face.
+    A path is a folder of CLASS/*.png, or of train/CLASS/*.png and perhaps val/ and test/; a parquet file, or a
+    folder of parquet; or a table (CSV, TSV, JSON, JSON lines, text) of paths and labels. `root` is the
+    folder that holds a named dataset's files, or that a relative path starts from. Without it, fashion-mnist is
+    Debian's package dataset-fashion-mnist where that is installed; otherwise it and CIFAR come from Hugging Face.
+    NAME in a file of Python is a function of a `Reading` that returns a `Found`; the file is run.
 
-    A dataset with both a validation and a test split keeps them. Of one with only val/ or only test/, that is
-    the test split; of one with neither, a fifth is. In both cases validation is `val_fraction` of the
-    training data, held out by `seed`. `train_limit` keeps that many images for training. All draws are
-    stratified.
+    A dataset with both a validation and a test split keeps them. Of one with only val/ or only test/, that is the test
+    split; of one with neither, a fifth is. In both cases validation is `val_fraction` of the training data, held out
+    by `seed`. `train_limit` keeps that many images for training. All draws are stratified. `split` names the splits to
+    read where their names do not tell: "TRAIN", "TRAIN,TEST" or "TRAIN,VAL,TEST".
 
-    Image files become squares of `image_size`, by default their own size if square and at most 64, else 224:
-    in one uint8 tensor where a split takes at most `memory_budget` bytes, otherwise decoded when needed.
+    Image files become squares of `image_size`, by default their own size where most are squares of one size and at most
+    64, else 224: in one uint8 tensor where a split takes at most `memory_budget` bytes, otherwise decoded when
+    needed. They have 1 channel where all of a sample are grey, else 3; `channels` is 1 or 3. `classes` are the class
+    names in their order, or a file with one a line; by default they are sorted by the alphabet.
+
+    Of a table, `image_column` and `label_column` name the columns where their types do not tell, and `config_name` one
+    configuration of a Hugging Face id. With `streaming`, nothing of such a data set is stored on disk: as many of its
+    images as `train_limit` needs, drawn evenly, are kept in memory.
+
+    An image that cannot be read ends in an error, or, where `bad_images` is "skip", in a warning: another image of
+    its class stands in for it, for at most `bad_image_budget` images. What was found and is not read is named in one
+    warning; what was decided, and why, is in `decisions`.
 
     Raises FileNotFoundError where there is nothing to read, ValueError for a damaged file or an impossible
     argument, ImportError where an optional package is missing.
@@ -138,26 +185,54 @@ def load(
     if not isinstance(val_fraction, int | float) or not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction!r}, wanted a number from 0 to below 1")
     check_int("seed", seed)
+    check_int("bad_image_budget", bad_image_budget, 0)
     for argument, value in (("train_limit", train_limit), ("image_size", image_size)):
         if value is not None:
             check_int(argument, value, 1)
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels is {channels!r}, wanted 1 or 3")
+    if bad_images not in ("stop", "skip"):
+        raise ValueError(f"bad_images is {bad_images!r}, wanted stop or skip")
+    if streaming and train_limit is None:
+        raise ValueError("streaming needs train_limit, how many training images to keep in memory")
     root = None if root is None else Path(root).expanduser()
     if root and not root.exists():
         raise FileNotFoundError(f"root is {root}, which does not exist")
 
-    parts, classes, augment = find(name, root, image_size)
+    reading = Reading(
+        root=root,
+        classes=None if classes is None else read_classes(classes),
+        split=None if split is None else _read_split(split),
+        image_column=image_column,
+        label_column=label_column,
+        config_name=config_name,
+        keep=math.ceil(train_limit / (1 - _TEST_FRACTION) / (1 - val_fraction)) + 1 if streaming else None,
+        skip_bad=bad_images == "skip",
+    )
+    found = check(name, find(name, reading))
+    if reading.classes:
+        found = reordered(found, reading.classes)
+    bad = BadImages(bad_images == "skip", bad_image_budget)
+    parts, augment, said = _encoded(found, image_size, channels, bad)
+    classes, said = tuple(found.classes), [*found.said, *said]
     if len(classes) < 2:
         raise ValueError(f"{name} has the classes {', '.join(classes)}, wanted at least two")
+    listed = ", ".join(map(printable, classes[:8])) + ", ..." * (len(classes) > 8)
+    said.append(f"{len(classes)} classes, {order_of(classes, reading.classes)}: {listed}.")
     whole, labels = parts["train"], parts["train"][1]
     keep = torch.arange(len(labels))
     if len(parts) == 1:
         held = stratified(labels, round(_TEST_FRACTION * len(labels)), seed=0)
         parts["test"], keep = _subset(whole, keep[held]), keep[~held]
+        said.append(f"{_TEST_FRACTION:.0%} of the images are the test, since there is no test split.")
     elif len(parts) == 2:
+        if "val" in parts:
+            said.append("The val split is the test, since there is no other.")
         parts["test"] = parts.pop("val", None) or parts["test"]
     if "val" not in parts:
         held = stratified(labels[keep], round(val_fraction * len(keep)), seed)
         parts["val"], keep = _subset(whole, keep[held]), keep[~held]
+        said.append(f"{val_fraction:.0%} of the training images are held out to validate on (val_fraction).")
     if train_limit is not None:
         if not len(classes) <= train_limit <= len(keep):
             raise ValueError(f"train_limit is {train_limit}, wanted {len(classes)} (classes) to {len(keep)}")
@@ -166,12 +241,58 @@ def load(
         raise ValueError(f"val_fraction is {val_fraction}, which leaves no image for training")
     parts["train"] = _subset(whole, keep)
 
+    left_out, missing = list(found.left_out), []
+    present = set(parts["train"][1].tolist())
+    if absent := [classes[k] for k in range(len(classes)) if k not in present]:
+        missing = [f"no image to train on is in {counted(absent, 'class')}"]
+    if left_out or absent:
+        left_out = [f"left out are {'; '.join(left_out)}"] if left_out else []
+        warnings.warn(f"{printable(name)}: {'; '.join(left_out + missing)}", stacklevel=2)
+
     if augment == "imagenet":
-        parts["val"][0].zoom = parts["test"][0].zoom = _TEST_ZOOM
-    parts = {part: (_settle(images, image_size, memory_budget), y) for part, (images, y) in parts.items()}
+        for part in ("val", "test"):
+            if isinstance(parts[part][0], Encoded):
+                parts[part][0].zoom = _TEST_ZOOM
+    files = {part: _files(images, found.base) for part, (images, _) in parts.items()}
+    parts = {part: (_settle(images, y, image_size, memory_budget), y) for part, (images, y) in parts.items()}
     mean, std = _STATISTICS.get(name) or statistics(parts["train"][0])
-    splits = {part: Split(images, y, mean, std) for part, (images, y) in parts.items()}
-    return ImageData(name, tuple(classes), augment, **splits)
+    splits = {part: Split(images, y, mean, std, files[part]) for part, (images, y) in parts.items()}
+    return ImageData(name, classes, augment, **splits, decisions=tuple(said))
+
+
+def _read_split(split: str | Sequence[str]) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in (split.split(",") if isinstance(split, str) else split))
+    if not 1 <= len(names) <= 3 or not all(names) or len(set(names)) < len(names):
+        raise ValueError(f"split is {split!r}, wanted TRAIN, TRAIN,TEST or TRAIN,VAL,TEST, each another")
+    return names
+
+
+def _encoded(
+    found: Found, image_size: int | None, channels: int | None, bad: BadImages
+) -> tuple[dict[str, Part], str, list[str]]:
+    """The splits with images to decode, or as tensors; the augmentation that suits them; what was decided."""
+    images = found.parts["train"][0]
+    if isinstance(images, Tensor):
+        if channels not in (None, images.shape[1]):
+            raise ValueError(f"channels is {channels}, wanted {images.shape[1]}, which these images have")
+        size = image_size or images.shape[3]
+        augment = found.augment or ("imagenet" if size > 64 else "crop-flip")
+        return dict(found.parts), augment, [f"Size {size} x {size}: {'as asked for' if image_size else 'their own'}."]
+
+    def encode(images: Sequence, channels: int, size: int) -> Encoded:
+        return Encoded(images, channels=channels, image_size=size, folders=found.folders, bad=bad)
+
+    channels, size, said = decide(look_at(encode(images, 3, 1)), image_size, channels)
+    parts = {part: (encode(images, channels, size), labels) for part, (images, labels) in found.parts.items()}
+    augment = found.augment or ("imagenet" if size > 64 else "crop" if channels == 1 else "crop-flip")
+    return parts, augment, said
+
+
+def _files(images: Tensor | Encoded, base: Path | None) -> list[str] | None:
+    """What the files of a split are called, from the folder `base`."""
+    if base is None or isinstance(images, Tensor):
+        return None
+    return [os.path.relpath(images.items[row], base) for row in images.rows]
 
 
 def stratified(labels: Tensor, count: int, seed: int) -> Tensor:
@@ -194,7 +315,7 @@ def statistics(images: Tensor | Encoded) -> tuple[tuple[float, ...], tuple[float
     Of images that stay encoded, 1024 evenly spaced ones stand for all.
     """
     if isinstance(images, Encoded):
-        images = torch.stack([images.decode(i) for i in _evenly(len(images))])
+        images = torch.stack([image for i in images.sample() if (image := images.decode_or_skip(i)) is not None])
     counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
     for chunk in images.split(4096):
         counts += torch.stack([channel.flatten().bincount(minlength=256) for channel in chunk.unbind(1)])
@@ -214,19 +335,15 @@ def check_int(name: str, value, low: int | None = None) -> int:
     return value
 
 
-def _evenly(n: int) -> range:
-    return range(0, n, max(1, math.ceil(n / _SAMPLED)))
-
-
 def _subset(part: Part, index: Tensor) -> Part:
     images, labels = part
     return (images.subset(index) if isinstance(images, Encoded) else images[index]), labels[index]
 
 
-def _settle(images: Tensor | Encoded, image_size: int | None, memory_budget: int) -> Tensor | Encoded:
+def _settle(images: Tensor | Encoded, labels: Tensor, image_size: int | None, memory_budget: int) -> Tensor | Encoded:
     """The images at their final size, as a tensor if the budget allows."""
     if isinstance(images, Encoded):
-        return images.decode_all() if math.prod(images.shape) <= memory_budget else images
+        return images.decode_all(labels) if math.prod(images.shape) <= memory_budget else images
     if image_size in (None, images.shape[3]):
         return images
     size = (image_size, image_size)

@@ -1,19 +1,47 @@
 """Images that stay encoded, in files or in a Hugging Face dataset, until they are asked for."""
 
 import copy
-import io
-from collections.abc import Callable, Sequence
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .formats import read_bytes
+from eekd.io.files import in_words, printable
 
-# What Pillow may take bytes for, whatever their name: for others it starts programs, for EPS Ghostscript.
-KINDS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
+from .formats import read_bytes
+from .images import GREY, decode_image, is_animated, is_transparent, open_image, orientation
+
+SAMPLED = 1024  # images that stand for a split too large to read whole
+SMALL = 64  # the largest side of images that keep their size
+LARGE = 224  # the side of all others, by default: that of ImageNet's networks
+
+Box = Callable[[int, int], Sequence[int]]  # height, width -> top, left, height, width
+
+
+@dataclass
+class BadImages:
+    """What happens at an image that cannot be read: the run stops, or skips it, at most `budget` of them."""
+
+    skip: bool = False
+    budget: int = 10
+    seen: set[str] = field(default_factory=set)
+
+    def note(self, faults: Iterable[str]) -> None:
+        """Warns of each image once; ValueError where there are more than `budget` of them."""
+        for fault in faults:
+            if fault in self.seen:
+                continue
+            self.seen.add(fault)
+            if len(self.seen) > self.budget:
+                raise ValueError(f"more than {self.budget} images (bad_image_budget) cannot be read; the last: {fault}")
+            warnings.warn(f"{printable(fault)}: another image of its class stands in for it", stacklevel=2)
 
 
 class Encoded:
@@ -22,6 +50,7 @@ class Encoded:
     items    paths, encoded bytes, or the {"bytes", "path"} cells of a Hugging Face image column
     zoom     the side of the centred square that is shown, as a fraction of the image's shorter side
     folders  where the files must lie whose paths are data, as those in a table are; None: anywhere
+    bad      what happens at an image that cannot be read
     """
 
     def __init__(
@@ -32,9 +61,10 @@ class Encoded:
         image_size: int,
         zoom: float = 1.0,
         folders: Sequence[Path] | None = None,
+        bad: BadImages | None = None,
     ):
         self.items, self.channels, self.image_size, self.zoom = items, channels, image_size, zoom
-        self.folders = folders
+        self.folders, self.bad = folders, bad or BadImages()
         self.rows = np.arange(len(items))
 
     def __len__(self) -> int:
@@ -70,12 +100,12 @@ class Encoded:
             item = str(places[0])
         return read_bytes(item), item
 
-    def decode(self, i: int, choose: Callable[[int, int], Sequence[int]] | None = None) -> Tensor:
+    def decode(self, i: int, choose: Box | None = None) -> Tensor:
         """Image i, or its box (top, left, height, width) = choose(height, width), as (C, S, S) uint8.
 
         Antialiased bilinear. Raises ValueError naming the file or row that holds no readable image.
         """
-        image = open_image(*self.read(i), mode="L" if self.channels == 1 else "RGB")
+        image = decode_image(*self.read(i), mode="L" if self.channels == 1 else "RGB")
         if choose is None:
             height = width = self.zoom * min(image.size)
             top, left = (image.height - height) / 2, (image.width - width) / 2
@@ -85,25 +115,124 @@ class Encoded:
         image = image.resize(size, resample=2, box=(left, top, left + width, top + height))  # 2: bilinear
         return torch.from_numpy(np.array(image)).view(*size, self.channels).permute(2, 0, 1)
 
-    def decode_all(self) -> Tensor:
+    def decode_or_stand_in(self, i: int, labels: Tensor, choose: Box | None = None) -> tuple[Tensor, list[str]]:
+        """Image i, and what was wrong with it: where bad images are skipped, the next of its label stands in for it."""
+        same, faults = None, []
+        while True:
+            try:
+                return self.decode(i, choose), faults
+            except (OSError, ValueError) as error:
+                if not self.bad.skip:
+                    raise
+                faults.append(in_words(error))
+            if same is None:
+                same = (labels == labels[i]).nonzero()[:, 0].tolist()
+                same = iter((same * 2)[same.index(i) + 1 : same.index(i) + len(same)])
+            i = next(same, None)
+            if i is None or len(faults) > self.bad.budget + 1:
+                raise ValueError(f"no image can stand in for others of its class: {faults[0]}")
+
+    def decode_or_skip(self, i: int) -> Tensor | None:
+        """Image i, or None where it cannot be read and bad images are skipped."""
+        try:
+            return self.decode(i)
+        except (OSError, ValueError):
+            if not self.bad.skip:
+                raise
+            return None
+
+    def decode_all(self, labels: Tensor) -> Tensor:
         """All images, (N, C, S, S) uint8, decoded by as many threads as torch uses."""
         images = torch.empty(self.shape, dtype=torch.uint8)
+
+        def decode(i: int) -> tuple[Tensor, list[str]]:
+            return self.decode_or_stand_in(i, labels)
+
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            for out, image in zip(images, pool.map(self.decode, range(len(self))), strict=True):
+            for out, (image, faults) in zip(images, pool.map(decode, range(len(self))), strict=True):
                 out.copy_(image)
+                self.bad.note(faults)
         return images
 
+    def sample(self) -> list[int]:
+        """Up to 1024 images, evenly spaced, that stand for all."""
+        return list(range(0, len(self), max(1, math.ceil(len(self) / SAMPLED))))
 
-def open_image(data: bytes, name: str, mode: str | None = None):
-    """The PIL image in `data`, decoded to `mode` if given; ValueError with its name if there is none of 8 bits."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise ImportError("reading image files needs Pillow: pip install 'eekd[data]'") from None
-    try:
-        image = Image.open(io.BytesIO(data), formats=KINDS)
-        if image.mode[0] not in "IF":  # I, I;16, I;16B, F: convert would clip them
-            return image.convert(mode) if mode else image
-    except Exception as error:  # a damaged file can make a decoder raise anything
-        raise ValueError(f"{name} is damaged or no image ({type(error).__name__})") from None
-    raise ValueError(f"{name} has 16 or 32 bits a pixel, wanted 8")
+
+@dataclass
+class Look:
+    """What the headers of a sample of images say."""
+
+    sizes: Counter  # (width, height)
+    grey: int = 0
+    transparent: int = 0
+    turned: int = 0
+    animated: int = 0
+
+    @property
+    def count(self) -> int:
+        return self.sizes.total()
+
+
+def look_at(images: Encoded) -> Look:
+    """Reads the headers of a sample; where bad images are not skipped, the first of them is an error."""
+    look = Look(Counter())
+
+    def header(i: int):
+        try:
+            image = open_image(*images.read(i))
+        except (OSError, ValueError):
+            if not images.bad.skip:
+                raise
+            return None  # it is met again, and counted, when all is read
+        return image.size, image.mode in GREY, is_transparent(image), orientation(image) != 1, is_animated(image)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for known in pool.map(header, images.sample()):
+            if known:
+                look.sizes[known[0]] += 1
+                look.grey, look.transparent, look.turned, look.animated = (
+                    a + b
+                    for a, b in zip((look.grey, look.transparent, look.turned, look.animated), known[1:], strict=True)
+                )
+    return look
+
+
+def decide(look: Look, image_size: int | None, channels: int | None) -> tuple[int, int, list[str]]:
+    """Channels and size of the images in memory, as asked for or as a look at them suggests, and sentences why."""
+    if not look.count:
+        raise ValueError(f"not one of {SAMPLED} images can be read")
+    seen = f"of {look.count} images looked at"
+    colour = look.count - look.grey
+    if channels is None:
+        chosen = 3 if colour else 1
+        why = f"all {seen} are grey" if not colour else f"{colour} {seen} {'is' if colour == 1 else 'are'} in colour"
+        why += f" and {look.grey} grey" * bool(colour and look.grey)
+    else:
+        chosen, why = channels, f"as asked for; {colour} {seen} in colour"
+    said = [f"{chosen} channel{'s' * (chosen > 1)}: {why}."]
+
+    (width, height), most = look.sizes.most_common(1)[0]
+    shapes = f"{width} x {height}"
+    if len(look.sizes) > 1:
+        small, large = (pick(look.sizes, key=math.prod) for pick in (min, max))
+        shapes = f"from {small[0]} x {small[1]} to {large[0]} x {large[1]}"
+    if image_size:
+        size, why = image_size, f"as asked for; the images looked at are {shapes}"
+    elif width == height <= SMALL and 2 * most > look.count:
+        size, why = width, f"{most} {seen} {'has' if most == 1 else 'have'} this size"
+    else:
+        size = LARGE
+        why = (
+            f"the images looked at are {shapes}, and not small squares (at most {SMALL} x {SMALL}) of one size; "
+            "--image-size sets another"
+        )
+    said.append(f"Size {size} x {size}: {why}.")
+    for count, what in (
+        (look.transparent, "can be transparent: they are laid on white"),
+        (look.turned, "are turned as their Exif orientation says"),
+        (look.animated, "are animated: their first frame is read"),
+    ):
+        if count:
+            said.append(f"{count} {seen} {what}.")
+    return chosen, size, said

@@ -79,7 +79,7 @@ class Loader:
         if self._encoded:
             self._work = []  # of the epoch: (view, samples of a batch), each batch for one process
             self._decoder = DataLoader(
-                _Decoder(split.images, self.view_seed, crop=self.augment == "imagenet"),
+                _Decoder(split.images, split.labels, self.view_seed, crop=self.augment == "imagenet"),
                 batch_size=None,
                 sampler=self._work,
                 num_workers=workers,
@@ -128,9 +128,10 @@ class Loader:
         seed, work = self.view_seed, list(work)
         if self._encoded:
             self._work[:] = work
-            for (view, _), (index, images) in zip(work, self._decoder, strict=True):
+            for (view, _), (index, images, faults) in zip(work, self._decoder, strict=True):
                 if isinstance(images, Exception):
                     raise images
+                self.split.images.bad.note(faults)
                 index, images = (x.to(self.device, non_blocking=True) for x in (index, images))
                 if self.augment == "imagenet":  # the crop was cut where the image was decoded
                     yield self._batch(random_flip(images, index, seed=seed, view=view), index)
@@ -153,20 +154,22 @@ class _Decoder(Dataset):
     Raised in a worker, it would come with the worker's traceback in its text.
     """
 
-    def __init__(self, images: Encoded, seed: int, crop: bool):
-        self.images, self.seed, self.crop = images, seed, crop
+    def __init__(self, images: Encoded, labels: Tensor, seed: int, crop: bool):
+        self.images, self.labels, self.seed, self.crop = images, labels, seed, crop
 
-    def __getitem__(self, work: tuple[int, Tensor]) -> tuple[Tensor, Tensor | Exception]:
+    def __getitem__(self, work: tuple[int, Tensor]) -> tuple[Tensor, Tensor | Exception, list[str]]:
         view, index = work
-
-        def decode(i: Tensor) -> Tensor:
-            def choose(height, width):
-                return resized_crop_boxes(i[None], height, width, seed=self.seed, view=view)[0].tolist()
-
-            return self.images.decode(int(i), choose if self.crop else None)
-
+        images, faults = [], []
         try:
-            images = [decode(i) for i in index]
-            return index, torch.stack(images) if images else torch.empty(0, *self.images.shape[1:], dtype=torch.uint8)
+            for i in index:
+
+                def choose(height, width, i=i):
+                    return resized_crop_boxes(i[None], height, width, seed=self.seed, view=view)[0].tolist()
+
+                image, said = self.images.decode_or_stand_in(int(i), self.labels, choose if self.crop else None)
+                images.append(image)
+                faults += said
+            empty = torch.empty(0, *self.images.shape[1:], dtype=torch.uint8)
+            return index, torch.stack(images) if images else empty, faults
         except (ImportError, OSError, ValueError) as error:
-            return index, error
+            return index, error, faults

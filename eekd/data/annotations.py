@@ -1,0 +1,298 @@
+"""Tables that say which image has which label: CSV, TSV, JSON, JSON lines, or text with a path and a label a line."""
+
+import csv
+import io
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from eekd.io.files import printable
+
+from .formats import read_bytes
+from .registry import Found, Reading
+from .walk import TABLES, Passed, counted, entries, images_in, is_image, split_of
+
+_LABELS = (
+    "label",
+    "labels",
+    "class",
+    "class_name",
+    "classname",
+    "category",
+    "target",
+    "label_name",
+    "species",
+    "breed",
+)
+_SPLIT_COLUMNS = ("split", "set", "subset", "partition", "usage", "dataset")
+_TRIED = 50  # rows that tell which column holds what
+
+
+class Table(NamedTuple):
+    """Rows of text; `columns` are their names, or numbers where there are no names."""
+
+    path: Path
+    columns: list[str]
+    rows: list[list[str]]
+
+    def column(self, number: int) -> list[str]:
+        return [row[number] for row in self.rows]
+
+
+class Images:
+    """The images in a folder, found by what a table calls them."""
+
+    def __init__(self, base: Path, paths: Iterable[str]):
+        self.base, self.named = base, defaultdict(list)
+        for path in paths:
+            parts = Path(path).relative_to(base).parts
+            self.named[parts[-1]].append((parts, path))
+            self.named[PurePosixPath(parts[-1]).stem].append((parts, path))
+
+    def find(self, text: str) -> str | None:
+        """The path of the image that `text` names: by its path, the end of it, or its name without ending.
+
+        ValueError where several images are called so.
+        """
+        parts = PurePosixPath(text.strip().replace("\\", "/")).parts
+        parts = tuple(part for part in parts if part not in ("/", "."))
+        if not parts or ".." in parts:
+            return None
+        best, most = [], 0
+        for known, path in self.named.get(parts[-1], ()):
+            same = 1  # the name itself
+            while same < min(len(parts), len(known)) and parts[-same - 1] == known[-same - 1]:
+                same += 1
+            if same >= min(len(parts), len(known), 2) and same >= most:
+                best, most = [*(best if same == most else []), path], same
+        if len(best) > 1:
+            exact = self.base.joinpath(*parts)
+            best = [path for path in best if Path(path) in (exact, *(exact.with_suffix(Path(p).suffix) for p in best))]
+            if len(best) != 1:
+                raise ValueError(f"{self.base} holds several images called {text!r}")
+        return best[0] if best else None
+
+
+def read_table(path: Path) -> Table:
+    """The table in a file, of UTF-8; the first row may be names. ValueError where it is none."""
+    ending = path.suffix.lower()
+    try:
+        text = read_bytes(path).decode("utf-8-sig")
+        if ending in (".json", ".jsonl"):
+            return _from_json(path, text)
+        if ending == ".txt" and "\t" not in text:
+            rows = [line.rsplit(None, 1) for line in text.splitlines() if line.strip()]
+        else:
+            first = text.partition("\n")[0]
+            delimiter = "\t" if ending == ".txt" else max(",;\t|", key=first.count)
+            rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if any(row)]
+    except (csv.Error, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} must be a table in UTF-8: {error}") from None
+    if not rows or len(rows[0]) < 2:
+        raise ValueError(f"{path} must have a path and a label in each row, got {len(rows)} rows")
+    if odd := next((number for number, row in enumerate(rows, 1) if len(row) != len(rows[0])), None):
+        raise ValueError(f"{path} must have {len(rows[0])} columns in each row, got {len(rows[odd - 1])} in row {odd}")
+    return Table(path, [], rows)
+
+
+def _from_json(path: Path, text: str) -> Table:
+    if path.suffix.lower() == ".jsonl":
+        value = [json.loads(line) for line in text.splitlines() if line.strip()]
+    else:
+        value = json.loads(text)
+    if isinstance(value, dict) and isinstance(value.get("labels"), list):  # as StyleGAN's dataset.json has them
+        value = value["labels"]
+    if isinstance(value, dict):
+        value = [[name, label] for name, label in value.items()]
+    if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+        columns = list(dict.fromkeys(name for row in value for name in row))
+        rows = [[row.get(name) for name in columns] for row in value]
+    else:
+        columns, rows = ["0", "1"], value
+    plain = isinstance(rows, list) and all(
+        isinstance(row, list) and len(row) == len(columns) and all(x is None or isinstance(x, str | int) for x in row)
+        for row in rows
+    )
+    if not plain or not rows:
+        raise ValueError(f"{path} must be a list of objects of path and label, or an object of path: label")
+    return Table(path, [str(name) for name in columns], [["" if x is None else str(x) for x in row] for row in rows])
+
+
+def _with_header(table: Table, images: Images) -> Table:
+    """The table with names of its columns: its first row, where that names no image."""
+    if table.columns:
+        return table
+    numbers = [str(number) for number in range(len(table.rows[0]))]
+    if any(_is_image(cell, images) for cell in table.rows[0]) or len(table.rows) == 1:
+        return table._replace(columns=numbers)
+    return table._replace(columns=[cell.strip() for cell in table.rows[0]], rows=table.rows[1:])
+
+
+def _is_image(text: str, images: Images) -> bool:
+    try:
+        return images.find(text) is not None
+    except ValueError:
+        return True
+
+
+def _image_column(table: Table, images: Images, asked: str | None) -> int | None:
+    """The column that names most images, or that asked for; None where no column names any."""
+    if asked is not None:
+        return _column(table, asked, "image_column")
+    hits = []
+    for k in range(len(table.columns)):  # a label can be called as a file is without its ending
+        values = {row[k].strip() for row in table.rows[:_TRIED]}
+        named = [value for value in values if _is_image(value, images)]
+        hits.append((sum(is_image(value) for value in named), len(named)))
+    return hits.index(max(hits)) if max(hits)[1] else None
+
+
+def _column(table: Table, name: str, setting: str) -> int:
+    if name not in table.columns:
+        raise ValueError(f"{setting} must be one of {', '.join(table.columns)}, got {name!r}")
+    return table.columns.index(name)
+
+
+def _split_column(table: Table) -> int | None:
+    for number, name in enumerate(table.columns):
+        if name.lower() in _SPLIT_COLUMNS and all(split_of(value) for value in set(table.column(number))):
+            return number
+    return None
+
+
+def _labels(table: Table, taken: set[int | None], asked: str | None) -> list[str] | None:
+    """The label of each row; None where no column can be meant by it."""
+    if asked is not None:
+        return table.column(_column(table, asked, "label_column"))
+    others = [k for k in range(len(table.columns)) if k not in taken and table.columns[k].lower() not in ("", "index")]
+    lowered = [name.lower() for name in table.columns]
+    for name in _LABELS:
+        if name in lowered and lowered.index(name) in others:
+            return table.column(lowered.index(name))
+    if len(others) == 1:
+        return table.column(others[0])
+    try:  # a column for each class, with a 1 in that of the image
+        marks = [[float(row[k]) for k in others] for row in table.rows]
+    except ValueError:
+        marks = []
+    if marks and all(sorted(row)[-2:] == [0, 1] and min(row) == 0 and sum(row) == 1 for row in marks):
+        return [table.columns[others[row.index(1)]] for row in marks]
+    if table.columns[:2] == ["0", "1"] and 1 in others:  # no names: path and label come first
+        return table.column(1)
+    return None
+
+
+def ordered(labels: Iterable[str]) -> list[str]:
+    """Classes in order: by number where all are whole numbers, else by the alphabet."""
+    distinct = set(labels)
+    numbers = all(label.removeprefix("-").isascii() and label.removeprefix("-").isdecimal() for label in distinct)
+    return sorted(distinct, key=int) if numbers else sorted(distinct)
+
+
+def read_annotations(files: dict[str, Path], reading: Reading, base: Path | None = None) -> Found:
+    """Reads a table for each split, or one for all; the images lie below `base`, else root, else the table's folder.
+
+    ValueError where no column names images, where no column or several can be meant by the label, where images are
+    missing (unless bad images are skipped), and where a row has no label.
+    """
+    reading.refuse("a table of paths", "config_name", "keep", "split")
+    base = base or reading.root or files["train"].parent
+    if not base.is_dir():
+        raise ValueError(f"root must be the folder of the images in {files['train']}, got {base}")
+    passed, found, said = Passed(), {}, []
+    images = Images(base, images_in(base, passed))
+    for part, file in files.items():
+        table = _with_header(read_table(file), images)
+        place = _image_column(table, images, reading.image_column)
+        names = ", ".join(map(printable, table.columns))
+        if place is None:
+            raise ValueError(f"{file} names no image below {base} in its columns {names}: --root says where they are")
+        split = _split_column(table)
+        labels = _labels(table, {place, split}, reading.label_column)
+        if labels is None or not any(labels):
+            if part != "train":
+                passed.phrases.append(f"{printable(file.name)}, which has no labels")
+                continue
+            raise ValueError(f"{file} has the columns {names}: --label-column says which is the label")
+        missing = []
+        for number, (name, label) in enumerate(zip(table.column(place), labels, strict=True), 1):
+            path, label = images.find(name), label.strip()
+            if path is None:
+                missing.append(name)
+                continue
+            if not label:
+                raise ValueError(f"{file} has no label for {name!r}, in row {number}")
+            own = split_of(table.rows[number - 1][split]) if split is not None else part
+            found.setdefault(own, []).append((path, label))
+        if missing and not reading.skip_bad:
+            raise ValueError(f"{file} names {counted(missing, 'image')} that {base} lacks")
+        if missing:
+            passed.phrases.append(f"{counted(missing, 'row')} of {printable(file.name)} whose images are missing")
+        said.append(f"{printable(file.name)} names the images in {printable(table.columns[place])}.")
+    if "train" not in found:
+        raise ValueError(f"{files['train']} names no image to train on, but {', '.join(found)}")
+    classes = ordered(label for _, label in found["train"])
+    number = {name: k for k, name in enumerate(classes)}
+    parts = {}
+    for part, pairs in found.items():
+        if strange := next((label for _, label in pairs if label not in number), None):
+            raise ValueError(
+                f"{files.get(part, files['train'])} has the label {strange!r} in {part}, which train has not"
+            )
+        parts[part] = [path for path, _ in pairs], [number[label] for _, label in pairs]
+    return Found(parts, classes, base=base, said=said, left_out=passed.all())
+
+
+def labels_beside(
+    folder: Path, images: Sequence[str], classes: list[str], passed: Passed, label_column: str | None = None
+) -> tuple[list[str], list[int], list[str]] | None:
+    """Paths, labels and classes of the images in a folder without classes, from a table in it or beside it.
+
+    With `classes`, all labels are one of them, or begin with it. None where there is no such table; images that it does
+    not name are left out.
+    """
+    known = Images(folder, images)
+    own = split_of(folder.name)
+    for place in (folder, folder.parent):
+        tables = [Path(entry.path) for entry in entries(place)[1] if entry.name.lower().endswith(TABLES)]
+        meant = [path for path in tables if place == folder or split_of(path.stem) in (own, None)]
+        for path in sorted(meant, key=lambda path: (split_of(path.stem) != own, path.name)):
+            try:
+                table = _with_header(read_table(path), known)
+                number = _image_column(table, known, None)
+            except ValueError:  # a text of another kind
+                continue
+            if number is None:
+                continue
+            found = {known.find(row[number]): row for row in table.rows}
+            found.pop(None, None)
+            if 2 * len(found) < len(images):
+                continue
+            if classes:
+                labels = _among(classes, table, number, found)
+            else:
+                labels = _labels(
+                    table._replace(rows=list(found.values())), {number, _split_column(table)}, label_column
+                )
+                if labels and not all(labels):
+                    labels = None
+            if not labels:
+                continue
+            if left := len(images) - len(found):
+                passed.phrases.append(f"{left:,} images of {printable(folder.name)}/ that {printable(path.name)} lacks")
+            names = classes or ordered(labels)
+            return list(found), [names.index(label) for label in labels], names
+    return None
+
+
+def _among(classes: list[str], table: Table, number: int, found: dict[str, list[str]]) -> list[str] | None:
+    """The labels of the rows found: of the one column in which each entry, or its first word, is a class."""
+    names = set(classes)
+    for k in range(len(table.columns)):
+        labels = [row[k].strip() for row in found.values()]
+        labels = [label if label in names else label.partition(" ")[0] for label in labels]
+        if k != number and set(labels) <= names:
+            return labels
+    return None

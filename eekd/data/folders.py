@@ -1,0 +1,180 @@
+"""Folders of images: which of them are splits, which are classes, and what lies there besides."""
+
+import difflib
+import unicodedata
+from pathlib import Path
+
+from eekd.io.files import printable
+
+from .annotations import labels_beside, read_annotations
+from .registry import SPLITS, Found, Reading
+from .tables import is_saved, read_parquet, read_saved
+from .walk import TABLES, UNLABELLED, Passed, counted, entries, holds_images, images_in, is_image, is_leftover, split_of
+
+_PACKED = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
+_WANTED = "wanted CLASS/*.png, train/CLASS/*.png, parquet, or a table of paths and labels"
+
+
+def read_path(path: Path, reading: Reading) -> Found:
+    """Reads a folder of images or of parquet, or a file: parquet, or a table of paths and labels."""
+    if path.is_file():
+        ending = path.suffix.lower()
+        if ending == ".parquet":
+            return read_parquet(path, reading)
+        if ending in TABLES:
+            return read_annotations({"train": path}, reading)
+        advice = ": unpack it and give the folder" if ending in _PACKED else ""
+        raise ValueError(f"{path} is no data set that can be read{advice}; {_WANTED}")
+    if is_saved(path):
+        return read_saved(path, reading)
+    if _has_parquet(path) and not holds_images(path):
+        return read_parquet(path, reading)
+    reading.refuse(f"the folder of images {path}", "image_column", "label_column", "config_name", "keep")
+    return _read_folder(_unwrapped(path), reading)
+
+
+def _has_parquet(path: Path) -> bool:
+    return any(
+        not any(is_leftover(part) for part in found.relative_to(path).parts)
+        for pattern in ("*.parquet", "*/*.parquet", "*/*/*.parquet")
+        for found in path.glob(pattern)
+    )
+
+
+def _unwrapped(path: Path) -> Path:
+    """The folder meant, where there is nothing in this one but another folder of folders."""
+    while True:
+        folders, files = entries(path)
+        if len(folders) != 1 or any(is_image(file.name) for file in files):
+            return path
+        if split_of(folders[0].name) or len(entries(folders[0].path)[0]) < 1:
+            return path
+        path = Path(folders[0].path)
+
+
+def _read_folder(path: Path, reading: Reading) -> Found:
+    splits, beside = _splits(path, reading)
+    passed, said = Passed(), []
+    if beside:
+        passed.phrases.append(f"{counted(beside, 'folder')} beside train/")
+    if not splits:
+        splits = {"train": path}
+        said.append(f"The folders of {printable(path.name)}/ are the classes.")
+    parts, classes = {}, []
+    for part in SPLITS:
+        folder = splits.get(part)
+        if folder is None:
+            continue
+        found = _labelled(folder, part, classes, passed, reading)
+        if found is None:
+            passed.phrases.append(f"{printable(folder.name)}/, whose images have no labels")
+            continue
+        if part == "train":
+            classes = found[2]
+        parts[part] = found[:2]
+        if folder != path:
+            said.append(
+                f"{printable(folder.name)}/ is {'the training data' if part == 'train' else f'the {part} split'}."
+            )
+    return Found(parts, classes, folders=None, base=path, said=said, left_out=passed.all())
+
+
+def _splits(path: Path, reading: Reading) -> tuple[dict[str, Path], list[str]]:
+    """The folders of the splits, none where the folder holds classes, and other folders of images beside them."""
+    folders = {entry.name: Path(entry.path) for entry in entries(path)[0]}
+    if reading.split:
+        if missing := [name for name in reading.split if not (path / name).is_dir()]:
+            raise ValueError(f"split must name folders of {path}, got {missing[0]!r}; there are {', '.join(folders)}")
+        chosen = dict(zip(named(reading.split), (path / name for name in reading.split), strict=True))
+        return chosen, [name for name in folders if name not in reading.split]
+    candidates = {}
+    for name in sorted(folders, key=lambda name: (name not in SPLITS, name)):  # the plain name comes first
+        if (part := split_of(name)) and name not in (reading.classes or ()):
+            candidates.setdefault(part, folders[name])
+    others = [name for name in folders if folders[name] not in candidates.values()]
+    if "train" in candidates:
+        flat = not any(holds_images(entry.path) for entry in entries(_inner(candidates["train"]))[0])
+        if flat and any(holds_images(folders[name]) for name in others):
+            return {}, []  # "train" is a class among others
+        return {part: _inner(folder) for part, folder in candidates.items()}, [
+            name for name in others if holds_images(folders[name])
+        ]
+    if candidates and not others:
+        raise ValueError(f"{path} has {', '.join(f'{name}/' for name in folders)} and no train/; {_WANTED}")
+    _refuse_unknown_splits(path, folders, reading)
+    return {}, []
+
+
+def named(split: tuple[str, ...]) -> tuple[str, ...]:
+    """What the names in `split` stand for, in their order."""
+    return SPLITS if len(split) == 3 else ("train", "test")[: len(split)]
+
+
+def _inner(folder: Path) -> Path:
+    """train/train/ or train/images/, where it is all there is in train/."""
+    while True:
+        folders, files = entries(folder)
+        if len(folders) != 1 or any(is_image(file.name) for file in files) or len(entries(folders[0].path)[0]) < 2:
+            return folder
+        folder = Path(folders[0].path)
+
+
+def _refuse_unknown_splits(path: Path, folders: dict[str, Path], reading: Reading) -> None:
+    """ValueError where folders hold the same folders each, as splits with other names do, and not images."""
+    if reading.classes and set(folders) & set(reading.classes):
+        return
+    inside = []
+    for folder in folders.values():
+        below, files = entries(folder)
+        below = {entry.name for entry in below if holds_images(entry.path)}
+        if any(is_image(file.name) for file in files):
+            return
+        if below:
+            inside.append(below)
+    if len(inside) > 1 and len(common := set.intersection(*inside)) > 1:
+        raise ValueError(
+            f"{path} holds {counted(folders, 'folder')} with the same folders {', '.join(sorted(common)[:3])} in each: "
+            "where they are splits, name them by --split TRAIN,TEST; where they are classes, by --classes FILE"
+        )
+
+
+def _labelled(folder: Path, part: str, classes: list[str], passed: Passed, reading: Reading):
+    """Paths, labels and classes of a split; None where its images have no labels, and it is not the training data."""
+    below, files = entries(folder)
+    loose = [entry for entry in files if is_image(entry.name)]
+    filled: dict[str, list[str]] = {}
+    for entry in below:
+        filled[entry.name] = sorted(images_in(entry.path, passed))
+        if not filled[entry.name]:
+            passed.empty.append(f"{folder.name}/{entry.name}")
+    filled = {name: images for name, images in filled.items() if images}
+    known = {unicodedata.normalize("NFC", name): number for number, name in enumerate(classes)}
+    places = {name: known.get(unicodedata.normalize("NFC", name)) for name in filled}
+    unlabelled = len(filled) == 1 and all(name.lower() in UNLABELLED or split_of(name) for name in filled)
+    if (not filled and loose) or (unlabelled and (part == "train" or None in places.values())):
+        images = [entry.path for entry in loose] + [image for images in filled.values() for image in images]
+        found = labels_beside(folder, images, classes, passed)
+        if found or part != "train":
+            return found
+        raise ValueError(
+            f"{folder} holds {len(images):,} images and no folders of classes: give a table of their paths and labels, "
+            "--data FILE.csv"
+        )
+    if not filled:
+        raise ValueError(f"{folder} holds no images, wanted {folder}/CLASS/*.png")
+    if part == "train":
+        classes = list(filled)
+        places = {name: number for number, name in enumerate(classes)}
+    if strange := [name for name, place in places.items() if place is None]:
+        near = difflib.get_close_matches(strange[0].lower(), [name.lower() for name in classes], 1, 0.8)
+        hint = f"; did you mean {next(name for name in classes if name.lower() == near[0])!r}?" if near else ""
+        raise ValueError(f"{folder / strange[0]} is a class that train has not{hint}")
+    if loose:
+        passed.phrases.append(
+            f"{counted([entry.name for entry in loose], 'image')} of {folder.name}/ outside its classes"
+        )
+    files, labels = [], []
+    for name, images in filled.items():
+        files += images
+        labels += [places[name]] * len(images)
+    return files, labels, classes

@@ -1,0 +1,135 @@
+"""The registry of data sets: names, and the functions that read them."""
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eekd import user_code
+
+from .encoded import Encoded
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a data set is to be read: the settings of `load` that its reader can need. None: the reader chooses."""
+
+    root: Path | None = None  # where its files are
+    classes: tuple[str, ...] | None = None
+    split: tuple[str, ...] | None = None  # the names of its splits: of train, or train and test, or train, val, test
+    image_column: str | None = None
+    label_column: str | None = None
+    config_name: str | None = None
+    keep: int | None = None  # images a split may have when they are read as a stream
+    skip_bad: bool = False
+
+    def refuse(self, what: str, *names: str) -> None:
+        """ValueError where a setting is given that a reader of `what` has no use for."""
+        for name in names:
+            if getattr(self, name) is not None:
+                shown = "streaming" if name == "keep" else name
+                raise ValueError(f"{shown} must not be given for {what}, got {getattr(self, name)!r}")
+
+
+class Found(NamedTuple):
+    """What a reader found.
+
+    parts     "train", and perhaps "val" and "test": (images, labels)
+              images: (N, C, S, S) uint8, or N paths, encoded images, or cells of a Hugging Face image column
+              labels: N whole numbers, the places in `classes`
+    classes   the names of the classes
+    augment   what suits the images, one of AUGMENTATIONS; None: their size decides
+    folders   where the files must lie whose paths are data; None: anywhere
+    base      the folder that names of files are told from
+    said      what the reader decided, a sentence each
+    left_out  what it found and did not read, a phrase each
+    """
+
+    parts: dict[str, tuple[Tensor | Sequence, Sequence[int] | Tensor]]
+    classes: Sequence[str]
+    augment: str | None = None
+    folders: Sequence[Path] | None = None
+    base: Path | None = None
+    said: Sequence[str] = ()
+    left_out: Sequence[str] = ()
+
+
+Reader = Callable[[Reading], Found]
+DATASETS: dict[str, Reader] = {}
+
+
+def register(name: str) -> Callable[[Reader], Reader]:
+    """Decorates the function that reads the data set of this name: it takes a `Reading` and returns what it `Found`.
+
+    ValueError where the name is taken, or is that of a path.
+    """
+    if not name or name in DATASETS or "/" in name or ":" in name:
+        raise ValueError(f"name must be new and without / and :, got {name!r}")
+
+    def add(read: Reader) -> Reader:
+        DATASETS[name] = read
+        return read
+
+    return add
+
+
+def names() -> tuple[str, ...]:
+    """The data sets that `load` knows by a plain name."""
+    return tuple(DATASETS)
+
+
+def find(name: str, reading: Reading) -> Found:
+    """Reads a registered data set, path/to/file.py:NAME or a path; see `eekd.data.load`, which says what it raises."""
+    from .folders import read_path
+    from .tables import read_hub
+
+    own_file = user_code.is_file_name(name)
+    if name in DATASETS or own_file:
+        wanted = "a function of a Reading that returns a Found"
+        read = user_code.load(name, wanted) if own_file else DATASETS[name]
+        others = [field.name for field in fields(Reading) if field.name not in ("root", "classes", "skip_bad")]
+        if not own_file:
+            reading.refuse(name, *others)
+        return check(name, read(reading))
+    path = Path(reading.root or "", name).expanduser()
+    if path.exists():
+        return read_path(path, reading)
+    if name.count("/") == 1 and name[0] not in "./~":
+        return read_hub(name, reading, f"{name} is neither a path nor to be had from Hugging Face")
+    near = difflib.get_close_matches(name, DATASETS, 1, 0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"wanted {', '.join(DATASETS)}, a path or a Hugging Face id"
+    raise FileNotFoundError(f"there is no dataset {str(path)!r} in {Path.cwd()}: {hint}")
+
+
+def check(name: str, found: Found) -> Found:
+    """What a reader found, with labels as tensors; ValueError or TypeError where it is not what `Found` says."""
+    if not isinstance(found, Found):
+        raise TypeError(f"{name} must return an eekd.data.Found, got a {type(found).__name__}")
+    if not found.parts.keys() <= set(SPLITS) or "train" not in found.parts:
+        raise ValueError(f"{name} must have the parts train, and perhaps val and test, got {', '.join(found.parts)}")
+    parts, shapes = {}, set()
+    for part, (images, labels) in found.parts.items():
+        labels = torch.as_tensor(labels)
+        if labels.dim() != 1 or labels.is_floating_point() or len(labels) != len(images) or not len(labels):
+            got = f"{len(images)} images and labels {tuple(labels.shape)} {labels.dtype}"
+            raise ValueError(f"{name} must have a whole number for each image of {part}, got {got}")
+        if labels.min() < 0 or labels.max() >= len(found.classes):
+            wanted = f"from 0 to {len(found.classes) - 1}"
+            raise ValueError(f"{name} must have labels {wanted} in {part}, got {labels.min()} to {labels.max()}")
+        if isinstance(images, Tensor):
+            if images.dim() != 4 or images.dtype != torch.uint8 or images.shape[2] != images.shape[3]:
+                got = f"{tuple(images.shape)} {images.dtype}"
+                raise ValueError(f"{name} must have images (N, C, S, S) uint8 in {part}, got {got}")
+            shapes.add(tuple(images.shape[1:]))
+        elif isinstance(images, Encoded):
+            raise TypeError(f"{name} must have images as a tensor, or a sequence of paths or bytes, in {part}")
+        parts[part] = images, labels.long().cpu()
+    if len(shapes) > 1:
+        raise ValueError(f"{name} must have images of one shape, got {' and '.join(map(str, sorted(shapes)))}")
+    return found._replace(parts=parts)

@@ -1,0 +1,115 @@
+"""What lies in a folder of images, without what operating systems, editors and notebooks leave behind."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from eekd.io.files import printable
+
+from .images import ENDINGS
+
+TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl")
+# Files that nobody takes for images, and that stand beside images often.
+_PAPERS = {*TABLES, ".xml", ".md", ".yaml", ".yml", ".html", ".pdf", ".log", ".ini", ".db", ".py", ".mat", ".parquet"}
+_LEFTOVERS = {
+    "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db",
+    "ehthumbs.db", "desktop.ini", "icon\r", "__pycache__",
+}  # fmt: skip
+_SPLITS = {"train": "train|training", "val": "val|valid|validation|dev", "test": "test|testing|eval|evaluation"}
+UNLABELLED = {"images", "image", "imgs", "unknown", "unlabeled", "unlabelled", "all", "none", "data", "dummy", "files"}
+_FILLERS = {"set", "data", "dataset", "images", "image", "imgs", "img", "split", "folder", "seg", "samples"}
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or left behind by a system or an editor."""
+    return name.startswith((".", "~$")) or name.endswith("~") or name.lower() in _LEFTOVERS
+
+
+def entries(folder: str | Path) -> tuple[list[os.DirEntry], list[os.DirEntry]]:
+    """The folders and the files in a folder, each by name; links to them count as what they lead to."""
+    with os.scandir(folder) as inside:
+        found = sorted((entry for entry in inside if not is_leftover(entry.name)), key=lambda entry: entry.name)
+    folders = [entry for entry in found if entry.is_dir()]
+    return folders, [entry for entry in found if not entry.is_dir()]
+
+
+def split_of(name: str) -> str | None:
+    """The split that a folder or column entry of this name is meant to be: "train", "val", "test", or None."""
+    words = [re.sub("(set|data|images|imgs)$", "", word) for word in re.split("[^a-z]+", name.lower())]
+    words = [word for word in words if word and word not in _FILLERS]
+    if len(words) != 1:
+        return None
+    return next((split for split, names in _SPLITS.items() if re.fullmatch(names, words[0])), None)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of this name is read as an image."""
+    return name.lower().endswith(ENDINGS)
+
+
+@dataclass
+class Passed:
+    """What was found in folders of images and not read."""
+
+    endings: Counter = field(default_factory=Counter)
+    dangling: int = 0
+    empty: list[str] = field(default_factory=list)
+    phrases: list[str] = field(default_factory=list)
+
+    def count(self, entry: os.DirEntry) -> None:
+        ending = os.path.splitext(entry.name)[1].lower()
+        if ending not in _PAPERS:
+            self.endings[ending or "no ending"] += 1
+
+    def all(self) -> list[str]:
+        """A phrase for each kind."""
+        found = list(self.phrases)
+        if self.empty:
+            found.append(f"{counted(self.empty, 'folder')} without images")
+        if self.endings:
+            kinds = ", ".join(
+                f"{count:,} {ending}"
+                for ending, count in sorted(self.endings.items(), key=lambda kind: (-kind[1], kind[0]))
+            )
+            found.append(f"{self.endings.total():,} files of other kinds ({printable(kinds)})")
+        if self.dangling:
+            found.append(f"{self.dangling:,} links that lead nowhere")
+        return found
+
+
+def images_in(folder: str | Path, passed: Passed | None = None) -> Iterator[str]:
+    """The paths of all images in a folder and its folders, in no order; each folder is entered once."""
+    passed = passed or Passed()
+    waiting, entered = [str(folder)], set(map(str, Path(folder).resolve().parents))
+    while waiting:
+        here = waiting.pop()
+        if (real := os.path.realpath(here)) in entered:  # a link to a folder above
+            continue
+        entered.add(real)
+        with os.scandir(here) as inside:
+            found = [entry for entry in inside if not is_leftover(entry.name)]
+        for entry in found:
+            if entry.is_dir():
+                waiting.append(entry.path)
+            elif not is_image(entry.name):
+                passed.count(entry)
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                passed.dangling += 1
+            else:
+                yield entry.path
+
+
+def holds_images(folder: str | Path) -> bool:
+    """Whether there is an image in a folder or its folders."""
+    return next(images_in(folder), None) is not None
+
+
+def counted(names: Iterable[str], what: str, shown: int = 5) -> str:
+    """`3 folders (a, b, c)`: how many there are, and the first of their names."""
+    names = list(names)
+    listed = ", ".join(printable(name)[:100] for name in names[:shown]) + ", ..." * (len(names) > shown)
+    plural = "" if len(names) == 1 else "es" if what.endswith("s") else "s"
+    return f"{len(names):,} {what}{plural} ({listed})"
