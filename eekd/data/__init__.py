@@ -6,6 +6,7 @@ for images, labels, index in Loader(data.train, batch_size=128, augment=data.aug
 """
 
 from .augment import AUGMENTATIONS
+from .check import Checked, check_images
 from .dataset import ImageData, Split, load
 from .encoded import Encoded
 from .loader import Batch, Loader
@@ -14,12 +15,14 @@ from .registry import Found, Reading, names, register
 __all__ = [
     "AUGMENTATIONS",
     "Batch",
+    "Checked",
     "Encoded",
     "Found",
     "ImageData",
     "Loader",
     "Reading",
     "Split",
+    "check_images",
     "load",
     "names",
     "register",

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +14,11 @@ from torch import Tensor
 
 from eekd.io.files import printable
 
-from . import named  # noqa: F401  # registers them
 from .augment import SPLIT, random_bits
-from .classes import order_of, read_classes, reordered
-from .encoded import BadImages, Encoded, decide, look_at
+from .encoded import BadImages, Encoded
 from .images import is_plain, open_image
-from .registry import Found, Reading, check, find
+from .opened import Contents, Part, check_int, open_data
 from .walk import counted
-
-Part = tuple[Tensor | Encoded, Tensor]
 
 _TEST_FRACTION = 0.2  # of a dataset that comes in one piece
 _TEST_ZOOM = 7 / 8  # what ImageNet's recipes show of a test image: the central 224 of 256 pixels
@@ -42,14 +37,12 @@ class Split:
     images     (N, C, S, S) uint8, or as many `Encoded` images
     labels     (N,) int64
     mean, std  one number per channel, for images scaled to [0, 1]
-    files      what the images' files are called, from the data set's folder; None where they are no files
     """
 
     images: Tensor | Encoded
     labels: Tensor
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    files: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,7 +52,8 @@ class Split:
 class ImageData:
     """A dataset: its class names, the augmentation that suits it, and splits that do not overlap.
 
-    `decisions` says, a sentence each, what was decided about splits, classes, channels and size, and why.
+    `decisions` says, a sentence each, what was decided about splits, classes, channels and size, and why; `contents`
+    what was found before it was split.
     """
 
     name: str
@@ -69,6 +63,7 @@ class ImageData:
     val: Split
     test: Split
     decisions: tuple[str, ...] = ()
+    contents: Contents | None = None
 
     @property
     def channels(self) -> int:
@@ -90,7 +85,8 @@ class ImageData:
     def preprocessing(self) -> dict:
         """How an image becomes a network's input when it is tested, as JSON values.
 
-        The centred square of `zoom` times the shorter side is resized bilinearly to image_size x image_size, in
+        The image stands upright as its Exif data say, and on white where it is transparent. The centred square of
+        `zoom` times the shorter side is resized bilinearly to image_size x image_size, in
         `channels` (1: grey, 3: RGB), scaled to [0, 1], less `mean`, over `std`.
         """
         zoom = getattr(self.test.images, "zoom", _TEST_ZOOM if self.augment == "imagenet" else 1.0)
@@ -186,39 +182,26 @@ def load(
         raise ValueError(f"val_fraction is {val_fraction!r}, wanted a number from 0 to below 1")
     check_int("seed", seed)
     check_int("bad_image_budget", bad_image_budget, 0)
-    for argument, value in (("train_limit", train_limit), ("image_size", image_size)):
-        if value is not None:
-            check_int(argument, value, 1)
-    if channels not in (None, 1, 3):
-        raise ValueError(f"channels is {channels!r}, wanted 1 or 3")
+    if train_limit is not None:
+        check_int("train_limit", train_limit, 1)
     if bad_images not in ("stop", "skip"):
         raise ValueError(f"bad_images is {bad_images!r}, wanted stop or skip")
     if streaming and train_limit is None:
         raise ValueError("streaming needs train_limit, how many training images to keep in memory")
-    root = None if root is None else Path(root).expanduser()
-    if root and not root.exists():
-        raise FileNotFoundError(f"root is {root}, which does not exist")
-
-    reading = Reading(
-        root=root,
-        classes=None if classes is None else read_classes(classes),
-        split=None if split is None else _read_split(split),
+    opened = open_data(
+        name,
+        root,
+        image_size=image_size,
+        channels=channels,
+        classes=classes,
+        split=split,
         image_column=image_column,
         label_column=label_column,
         config_name=config_name,
         keep=math.ceil(train_limit / (1 - _TEST_FRACTION) / (1 - val_fraction)) + 1 if streaming else None,
-        skip_bad=bad_images == "skip",
+        bad=BadImages(bad_images == "skip", bad_image_budget),
     )
-    found = check(name, find(name, reading))
-    if reading.classes:
-        found = reordered(found, reading.classes)
-    bad = BadImages(bad_images == "skip", bad_image_budget)
-    parts, augment, said = _encoded(found, image_size, channels, bad)
-    classes, said = tuple(found.classes), [*found.said, *said]
-    if len(classes) < 2:
-        raise ValueError(f"{name} has the classes {', '.join(classes)}, wanted at least two")
-    listed = ", ".join(map(printable, classes[:8])) + ", ..." * (len(classes) > 8)
-    said.append(f"{len(classes)} classes, {order_of(classes, reading.classes)}: {listed}.")
+    parts, classes, augment, said = dict(opened.parts), opened.classes, opened.augment, list(opened.said)
     whole, labels = parts["train"], parts["train"][1]
     keep = torch.arange(len(labels))
     if len(parts) == 1:
@@ -241,7 +224,7 @@ def load(
         raise ValueError(f"val_fraction is {val_fraction}, which leaves no image for training")
     parts["train"] = _subset(whole, keep)
 
-    left_out, missing = list(found.left_out), []
+    left_out, missing = list(opened.left_out), []
     present = set(parts["train"][1].tolist())
     if absent := [classes[k] for k in range(len(classes)) if k not in present]:
         missing = [f"no image to train on is in {counted(absent, 'class')}"]
@@ -253,46 +236,10 @@ def load(
         for part in ("val", "test"):
             if isinstance(parts[part][0], Encoded):
                 parts[part][0].zoom = _TEST_ZOOM
-    files = {part: _files(images, found.base) for part, (images, _) in parts.items()}
     parts = {part: (_settle(images, y, image_size, memory_budget), y) for part, (images, y) in parts.items()}
     mean, std = _STATISTICS.get(name) or statistics(parts["train"][0])
-    splits = {part: Split(images, y, mean, std, files[part]) for part, (images, y) in parts.items()}
-    return ImageData(name, classes, augment, **splits, decisions=tuple(said))
-
-
-def _read_split(split: str | Sequence[str]) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in (split.split(",") if isinstance(split, str) else split))
-    if not 1 <= len(names) <= 3 or not all(names) or len(set(names)) < len(names):
-        raise ValueError(f"split is {split!r}, wanted TRAIN, TRAIN,TEST or TRAIN,VAL,TEST, each another")
-    return names
-
-
-def _encoded(
-    found: Found, image_size: int | None, channels: int | None, bad: BadImages
-) -> tuple[dict[str, Part], str, list[str]]:
-    """The splits with images to decode, or as tensors; the augmentation that suits them; what was decided."""
-    images = found.parts["train"][0]
-    if isinstance(images, Tensor):
-        if channels not in (None, images.shape[1]):
-            raise ValueError(f"channels is {channels}, wanted {images.shape[1]}, which these images have")
-        size = image_size or images.shape[3]
-        augment = found.augment or ("imagenet" if size > 64 else "crop-flip")
-        return dict(found.parts), augment, [f"Size {size} x {size}: {'as asked for' if image_size else 'their own'}."]
-
-    def encode(images: Sequence, channels: int, size: int) -> Encoded:
-        return Encoded(images, channels=channels, image_size=size, folders=found.folders, bad=bad)
-
-    channels, size, said = decide(look_at(encode(images, 3, 1)), image_size, channels)
-    parts = {part: (encode(images, channels, size), labels) for part, (images, labels) in found.parts.items()}
-    augment = found.augment or ("imagenet" if size > 64 else "crop" if channels == 1 else "crop-flip")
-    return parts, augment, said
-
-
-def _files(images: Tensor | Encoded, base: Path | None) -> list[str] | None:
-    """What the files of a split are called, from the folder `base`."""
-    if base is None or isinstance(images, Tensor):
-        return None
-    return [os.path.relpath(images.items[row], base) for row in images.rows]
+    splits = {part: Split(images, y, mean, std) for part, (images, y) in parts.items()}
+    return ImageData(name, classes, augment, **splits, decisions=tuple(said), contents=opened.contents)
 
 
 def stratified(labels: Tensor, count: int, seed: int) -> Tensor:
@@ -324,15 +271,6 @@ def statistics(images: Tensor | Encoded) -> tuple[tuple[float, ...], tuple[float
     mean = share @ value
     std = (share * (value - mean[:, None]).square()).sum(1).sqrt().clamp(min=1 / 255)
     return tuple(mean.tolist()), tuple(std.tolist())
-
-
-def check_int(name: str, value, low: int | None = None) -> int:
-    """`value`, or a TypeError or ValueError naming it where it is not an integer of at least `low`."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}, wanted an integer")
-    if low is not None and value < low:
-        raise ValueError(f"{name} is {value}, wanted at least {low}")
-    return value
 
 
 def _subset(part: Part, index: Tensor) -> Part:

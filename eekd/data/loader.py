@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .augment import AUGMENTATIONS, ORDER, augment, random_bits, random_flip, resized_crop_boxes
-from .dataset import Split, check_int
+from .dataset import Split
 from .encoded import Encoded
+from .opened import check_int
 
 
 class Batch(NamedTuple):

@@ -96,7 +96,7 @@ def find(name: str, reading: Reading) -> Found:
         others = [field.name for field in fields(Reading) if field.name not in ("root", "classes", "skip_bad")]
         if not own_file:
             reading.refuse(name, *others)
-        return check(name, read(reading))
+        return validate(name, read(reading))
     path = Path(reading.root or "", name).expanduser()
     if path.exists():
         return read_path(path, reading)
@@ -107,7 +107,7 @@ def find(name: str, reading: Reading) -> Found:
     raise FileNotFoundError(f"there is no dataset {str(path)!r} in {Path.cwd()}: {hint}")
 
 
-def check(name: str, found: Found) -> Found:
+def validate(name: str, found: Found) -> Found:
     """What a reader found, with labels as tensors; ValueError or TypeError where it is not what `Found` says."""
     if not isinstance(found, Found):
         raise TypeError(f"{name} must return an eekd.data.Found, got a {type(found).__name__}")
@@ -130,6 +130,8 @@ def check(name: str, found: Found) -> Found:
         elif isinstance(images, Encoded):
             raise TypeError(f"{name} must have images as a tensor, or a sequence of paths or bytes, in {part}")
         parts[part] = images, labels.long().cpu()
+    if shapes and not all(isinstance(images, Tensor) for images, _ in parts.values()):
+        raise TypeError(f"{name} must have images as tensors in all parts, or in none")
     if len(shapes) > 1:
         raise ValueError(f"{name} must have images of one shape, got {' and '.join(map(str, sorted(shapes)))}")
     return found._replace(parts=parts)

@@ -29,7 +29,13 @@ except ImportError as error:
     raise SystemExit(f"python -m eekd.train needs {error.name}: pip install 'eekd[train]'") from None
 
 # torch, and what needs it, is imported after the command line is read: --help is quick then.
-WATCHES = "non_finite", "skip_budget", "verify_loss"  # settings that a run may go on with others of
+WATCHES = (
+    "non_finite",
+    "skip_budget",
+    "verify_loss",
+    "bad_images",
+    "bad_image_budget",
+)  # settings that a run may go on with others of
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Flags:
     resume: str | None = None  # go on with this run where it was stopped or killed, with its settings
     out: str | None = None  # the run folder to make (None: the first free runs/DATA-1, -2, ...)
     dry_run: bool = False  # print networks, steps, memory and disk, and stop
+    check_data: bool = False  # read every image once, list what is wrong with the data, and stop
     settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
@@ -108,12 +115,16 @@ def _main(flags: Flags) -> int:
 
     console = Console(quiet=not parallel.is_main_process(), markup=False)
     try:
+        if flags.check_data:
+            return screen.check_data(console, flags.settings)
         flags = _again(flags)
         session = prepare(flags.settings)
     except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:  # a name, a file, a value
         return _error(error)
     if flags.dry_run:
         screen.show(console, screen.plan(session))
+        for said in session.data.decisions:
+            console.print(f"- {printable(said)}", highlight=False)
         return 0
     try:
         with screen.Display(console, session.config.seeds) as display:

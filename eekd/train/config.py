@@ -183,9 +183,21 @@ class Student(Phase):
 class Config(_Checked):
     """A whole run: the data, the teacher and the students."""
 
-    data: str = "digits"  # glyphs, digits, fashion-mnist, cifar10, cifar100, a folder or a Hugging Face id
+    # glyphs, digits, fashion-mnist, cifar10, cifar100, a folder, a table, path/to/file.py:NAME or a Hugging Face id
+    data: str = "digits"
     root: str | None = None  # where the data's files are; none: the usual places
-    image_size: int | None = None  # resize images to this; none: as they are
+    image_size: int | None = (
+        None  # resize images to this; none: their own size if most are squares of up to 64, else 224
+    )
+    channels: int | None = None  # 1: grey, 3: in colour; none: 3, but 1 where all of a sample of images are grey
+    classes: str | None = None  # a file of the names of the classes, in their order, one a line; none: by the alphabet
+    split: str | None = None  # the splits to read, where their names do not tell: TRAIN or TRAIN,TEST or TRAIN,VAL,TEST
+    image_column: str | None = None  # of a table, where the types of its columns do not tell
+    label_column: str | None = None  # of a table, where the types of its columns do not tell
+    config_name: str | None = None  # of a Hugging Face id, which of its configurations
+    streaming: bool = False  # store nothing of a Hugging Face id on disk: the images train_limit needs are in memory
+    bad_images: Literal["stop", "skip"] = "stop"  # what to do at an image that cannot be read; skip: take another
+    bad_image_budget: int = 10  # images that may be skipped
     train_limit: int | None = None  # use only so many training images
     val_fraction: float = 0.1  # of the training images, held out to validate on
     split_seed: int = 0  # which images are held out
@@ -219,6 +231,9 @@ class Config(_Checked):
 
     def _rules(self):
         yield "image_size", self.image_size is None or self.image_size >= 1, "at least 1"
+        yield "channels", self.channels in (None, 1, 3), "1 or 3"
+        yield "streaming", not self.streaming or self.train_limit is not None, "false without train_limit"
+        yield "bad_image_budget", self.bad_image_budget >= 0, "at least 0"
         yield "train_limit", self.train_limit is None or self.train_limit >= 1, "at least 1"
         yield "val_fraction", 0 < self.val_fraction < 1, "between 0 and 1"
         yield "split_seed", self.split_seed >= 0, "at least 0"
@@ -234,6 +249,16 @@ class Config(_Checked):
         yield "verify_loss", self.verify_loss >= 0, "at least 0"
         yield "seed", 0 <= self.seed < 2**31, "from 0 to 2**31 - 1"
         yield "seeds", 1 <= self.seeds <= 2**31 - self.seed, "at least 1"
+
+    def source(self) -> dict:
+        """The arguments of `eekd.data.load` that say what is read, besides name and root."""
+        names = "image_size", "channels", "classes", "split", "image_column", "label_column", "config_name"
+        return {name: getattr(self, name) for name in names}
+
+    def reading(self) -> dict:
+        """The arguments of `eekd.data.load`, besides name and root."""
+        names = "val_fraction", "train_limit", "streaming", "bad_images", "bad_image_budget"
+        return self.source() | {"seed": self.split_seed} | {name: getattr(self, name) for name in names}
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

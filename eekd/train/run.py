@@ -15,7 +15,7 @@ from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.snapshots.features import LastFeatures
 from eekd.train.config import Config, differences
 from eekd.train.metrics import summary_writer
-from eekd.train.run_folder import FORMAT, new_folder, read_metrics, read_record, read_settings, write_settings
+from eekd.train.run_folder import FORMAT, changes, new_folder, read_metrics, read_record, read_settings, write_settings
 from eekd.train.seeds import seeds_of, summary_of
 from eekd.train.session import Progress, Session, quiet
 from eekd.train.student import check_bank, read_student, train_student
@@ -160,7 +160,12 @@ def check_data(session: Session, run: Path) -> None:
     """ValueError unless the session has the images that `run` was trained on."""
     images = read_record(run / "environment.json", "data")["data"]
     if not isinstance(images, dict) or images.get("fingerprint") != session.data.fingerprint:
-        raise ValueError(f"{run} was trained on other images than {session.config.data} gives now")
+        differ = changes(run, images if isinstance(images, dict) else {}, session.data)
+        raise ValueError(
+            f"{run} was trained on other images than {session.config.data} gives now ({differ}): put the data back as "
+            "they were, where an image that cannot be read may stay with --bad-images skip; or train again, by "
+            f"--config {run / 'config.json'}"
+        )
 
 
 def table(teacher: Path, students: list[Path]) -> list[dict]:

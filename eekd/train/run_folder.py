@@ -3,7 +3,9 @@
     RUN/
       config.json             every setting (eekd.train.config.Config): --config RUN/config.json runs it again
       environment.json        format, command, device, started, what eekd.info.environment() says, config_sha256, and
-                              data: name, fingerprint, classes, and train, val, test: how many images
+                              data: name, fingerprint, classes, class_names in their order, and train, val, test: how
+                              many images; found: of each part as it was found, how many images of each class
+      files.txt.gz            the names of the data's files, where they are files of a folder, one a line
       summary.json            format, seconds, rows: the final table (below); absent until the run has ended
       seed-0/ seed-1/ ...     a run folder for each seed, in place of all below, where config.json asks for several
                               seeds; summary.json then speaks of all (eekd.train.seeds)
@@ -64,6 +66,7 @@ Every JSON object ends with the SHA-256 of the rest of its file (eekd.io.tensors
 Test images are touched once, at the end of a phase, and what is reported is the last epoch.
 """
 
+import gzip
 import hashlib
 import json
 import math
@@ -75,12 +78,15 @@ from reprlib import repr  # a damaged file must not become a page of error
 import torch
 
 from eekd.data import ImageData
+from eekd.data.formats import read_bytes
+from eekd.data.walk import counted
 from eekd.info import environment
-from eekd.io.files import read_checked, read_json, sha256_of, write_atomic, write_json_atomic
+from eekd.io.files import printable, read_checked, read_json, sha256_of, write_atomic, write_json_atomic
 from eekd.train.config import Config
 
 FORMAT = 1
 METRICS = "metrics.jsonl", "metrics.csv"
+FILES = "files.txt.gz"
 
 
 def metrics_of(folder: Path) -> dict[str, str]:
@@ -130,7 +136,7 @@ def new_folder(out: str | Path | None, name: str) -> Path:
     """
     if out is not None:
         out = Path(out)
-        early = {".lock", "environment.json", ".environment.json.tmp", ".config.json.tmp"}
+        early = {".lock", FILES, f".{FILES}.tmp", "environment.json", ".environment.json.tmp", ".config.json.tmp"}
         if out.is_file() or out.is_dir() and {path.name for path in out.iterdir()} - early:
             raise FileExistsError(f"{out} already holds something; choose another run folder with --out")
         out.mkdir(parents=True, exist_ok=True)
@@ -154,11 +160,36 @@ def write_settings(run: Path, config: Config, data: ImageData, device: torch.dev
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else facts["cpu"],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "data": {"name": data.name, "fingerprint": data.fingerprint, "classes": len(data.classes),
-                 "train": len(data.train), "val": len(data.val), "test": len(data.test)},
+                 "train": len(data.train), "val": len(data.val), "test": len(data.test),
+                 "class_names": data.classes, "found": data.contents and data.contents.counts},
         **facts,
         "config_sha256": hashlib.sha256(settings).hexdigest(),
     })  # fmt: skip
+    if data.contents and data.contents.files is not None:
+        listing = "".join(f"{printable(name)}\n" for name in data.contents.files)
+        write_atomic(run / FILES, gzip.compress(listing.encode(), 6, mtime=0))
     write_atomic(run / "config.json", settings)
+
+
+def changes(run: Path, known: dict, data: ImageData) -> str:
+    """What is not as it was when `run` wrote down its data, the entry `known` of environment.json, in words."""
+    found = []
+    if known.get("class_names") not in (None, list(data.classes)):
+        found.append("the classes, or their order, are others")
+    if (run / FILES).is_file() and data.contents and data.contents.files is not None:
+        was = set(read_bytes(run / FILES).decode().splitlines())
+        now = set(map(printable, data.contents.files))
+        for what, names in (("gone", was - now), ("new", now - was)):
+            if names:
+                found.append(f"{what}: {counted(sorted(names), 'file')}")
+    elif isinstance(known.get("found"), dict) and data.contents:
+        now = data.contents.counts
+        found += [
+            f"{part} has {sum(now.get(part, [])):,} images instead of {sum(was):,}"
+            for part, was in known["found"].items()
+            if isinstance(was, list) and was != now.get(part)
+        ]
+    return "; ".join(found) or "their content, or the settings they are read with, differ"
 
 
 def read_settings(run: str | Path) -> Config:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eekd.io.files import printable
-from eekd.train.config import title_of
+from eekd.train.config import Config, title_of
 
 if TYPE_CHECKING:  # torch, and what needs it, comes after the command line is read: --help is quick then
     from eekd.train import Session
@@ -51,6 +51,26 @@ class Display:
             if not self.console.is_terminal and (self.seeds == 1 or known["epoch"] == known["epochs"]):
                 self.console.print(f"{title}: {state}", highlight=False)
         self.bars.update(self.tasks[name], completed=done, state=state)
+
+
+def check_data(console: Console, config: Config) -> int:
+    """Reads every image once and lists what is wrong; returns 0, or 2 where something is."""
+    from eekd.data import check_images
+
+    with progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("images read")
+        checked = check_images(
+            config.data,
+            config.root,
+            **config.source(),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    for sentence in (*checked.notes, *checked.faults):
+        console.print(f"- {printable(sentence)}", highlight=False, soft_wrap=True)
+    faults = f"{len(checked.faults):,} things are" if len(checked.faults) != 1 else "1 thing is"
+    found = f"{faults} wrong, listed last" if checked.faults else "nothing is wrong"
+    console.print(f"{checked.images:,} images of {printable(config.data)} were read: {found}.", highlight=False)
+    return 2 if checked.faults else 0
 
 
 def plan(session: "Session") -> Table:

@@ -51,14 +51,7 @@ class Session(Runtime):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
         torch.use_deterministic_algorithms(config.deterministic)
         torch.backends.cudnn.benchmark = not config.deterministic
-        self.data = data or load(
-            config.data,
-            config.root,
-            val_fraction=config.val_fraction,
-            seed=config.split_seed,
-            train_limit=config.train_limit,
-            image_size=config.image_size,
-        )
+        self.data = data or load(config.data, config.root, **config.reading())
         self.bank = LogitBank.open(config.bank) if config.bank else None
 
     def spec(self, phase: Phase) -> dict:

@@ -1,0 +1,131 @@
+"""A data set that is found, its classes in order, its images ready to be decoded, before anything is split."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from eekd.io.files import printable
+
+from . import named  # noqa: F401  # registers them
+from .classes import order_of, read_classes, reordered
+from .encoded import BadImages, Encoded, decide, look_at
+from .registry import Found, Reading, find, validate
+
+Part = tuple[Tensor | Encoded, Tensor]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What was found: the images of each class in each part, and the names of files, from the data set's folder.
+
+    `files` is None where the images are no files.
+    """
+
+    counts: dict[str, list[int]]
+    files: Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Images and labels of train, and perhaps of val and test, and what was decided and left out in finding them."""
+
+    parts: dict[str, Part]
+    classes: tuple[str, ...]
+    augment: str
+    said: list[str]
+    left_out: list[str]
+    contents: Contents
+
+
+def open_data(
+    name: str,
+    root: str | os.PathLike | None = None,
+    *,
+    image_size: int | None = None,
+    channels: int | None = None,
+    classes: str | os.PathLike | Sequence[str] | None = None,
+    split: str | Sequence[str] | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    config_name: str | None = None,
+    keep: int | None = None,
+    bad: BadImages | None = None,
+) -> Opened:
+    """Finds a data set; `eekd.data.load` says what the arguments mean and what is raised."""
+    if image_size is not None:
+        check_int("image_size", image_size, 1)
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels is {channels!r}, wanted 1 or 3")
+    root = None if root is None else Path(root).expanduser()
+    if root and not root.exists():
+        raise FileNotFoundError(f"root is {root}, which does not exist")
+    bad = bad or BadImages()
+    reading = Reading(
+        root=root,
+        classes=None if classes is None else read_classes(classes),
+        split=None if split is None else _read_split(split),
+        image_column=image_column,
+        label_column=label_column,
+        config_name=config_name,
+        keep=keep,
+        skip_bad=bad.skip,
+    )
+    found = validate(name, find(name, reading))
+    if reading.classes:
+        found = reordered(found, reading.classes)
+    parts, augment, said = _encoded(found, image_size, channels, bad)
+    classes = tuple(found.classes)
+    if len(classes) < 2:
+        raise ValueError(f"{name} has the classes {', '.join(classes)}, wanted at least two")
+    listed = ", ".join(map(printable, classes[:8])) + ", ..." * (len(classes) > 8)
+    said = [*found.said, *said, f"{len(classes)} classes, {order_of(classes, reading.classes)}: {listed}."]
+    counts = {part: labels.bincount(minlength=len(classes)).tolist() for part, (_, labels) in found.parts.items()}
+    return Opened(parts, classes, augment, said, list(found.left_out), Contents(counts, _files(found)))
+
+
+def _read_split(split: str | Sequence[str]) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in (split.split(",") if isinstance(split, str) else split))
+    if not 1 <= len(names) <= 3 or not all(names) or len(set(names)) < len(names):
+        raise ValueError(f"split is {split!r}, wanted TRAIN, TRAIN,TEST or TRAIN,VAL,TEST, each another")
+    return names
+
+
+def _encoded(
+    found: Found, image_size: int | None, channels: int | None, bad: BadImages
+) -> tuple[dict[str, Part], str, list[str]]:
+    """The splits with images to decode, or as tensors; the augmentation that suits them; what was decided."""
+    images = found.parts["train"][0]
+    if isinstance(images, Tensor):
+        if channels not in (None, images.shape[1]):
+            raise ValueError(f"channels is {channels}, wanted {images.shape[1]}, which these images have")
+        size = image_size or images.shape[3]
+        augment = found.augment or ("imagenet" if size > 64 else "crop" if images.shape[1] == 1 else "crop-flip")
+        return dict(found.parts), augment, [f"Size {size} x {size}: {'as asked for' if image_size else 'their own'}."]
+
+    def encode(images: Sequence, channels: int, size: int) -> Encoded:
+        return Encoded(images, channels=channels, image_size=size, folders=found.folders, bad=bad)
+
+    channels, size, said = decide(look_at(encode(images, 3, 1)), image_size, channels)
+    parts = {part: (encode(images, channels, size), labels) for part, (images, labels) in found.parts.items()}
+    augment = found.augment or ("imagenet" if size > 64 else "crop" if channels == 1 else "crop-flip")
+    return parts, augment, said
+
+
+def _files(found: Found) -> list[str] | None:
+    """What the files of all parts are called, from the folder `base`, in order."""
+    if found.base is None:
+        return None
+    prefix = os.path.join(found.base, "")
+    return sorted(path.removeprefix(prefix) for images, _ in found.parts.values() for path in images)
+
+
+def check_int(name: str, value, low: int | None = None) -> int:
+    """`value`, or a TypeError or ValueError naming it where it is not an integer of at least `low`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, wanted an integer")
+    if low is not None and value < low:
+        raise ValueError(f"{name} is {value}, wanted at least {low}")
+    return value
