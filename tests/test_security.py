@@ -37,7 +37,7 @@ from eekd.bank.reader import shard_names
 from eekd.compare import __main__ as compare
 from eekd.compare import runner
 from eekd.data import formats, load
-from eekd.data.encoded import open_image
+from eekd.data.images import decode_image
 from eekd.io.files import printable, read_checked, read_json, write_atomic, write_json_atomic
 from eekd.io.lock import locked
 from eekd.io.tensors import load_tensors, load_weights, save_tensors
@@ -401,7 +401,7 @@ def test_an_image_that_is_a_program(tmp_path, monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *arguments: ran.append(arguments))
     program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(%pipe%touch x) (w) file\nshowpage\n"
     with pytest.raises(ValueError, match="cat.png is damaged or no image"):
-        open_image(program, "cat.png", "RGB")
+        decode_image(program, "cat.png", "RGB")
     assert not ran
 
 
@@ -1164,7 +1164,7 @@ PARSERS = {
     "safetensors": (changed(safetensors.torch.save(STATE)), inside(load_tensors)),
     "torch.save": (changed(zipped()), inside(load_weights)),
     "metrics": (rewritten({"epoch": 1, "weights": [0.5]}).map(lambda data: data + b"\n"), inside(page._rows)),
-    "image": (changed(png(4, 4)), lambda data, _: open_image(data, "f", "RGB")),
+    "image": (changed(png(4, 4)), lambda data, _: decode_image(data, "f", "RGB")),
 }  # fmt: skip
 
 
