@@ -141,12 +141,15 @@ class Encoded:
                 raise
             return None
 
-    def decode_all(self, labels: Tensor) -> Tensor:
-        """All images, (N, C, S, S) uint8, decoded by as many threads as torch uses."""
+    def decode_all(self, labels: Tensor | None = None) -> Tensor:
+        """All images, (N, C, S, S) uint8, decoded by as many threads as torch uses.
+
+        With labels (N,), others stand in for images that cannot be read, where bad images are skipped.
+        """
         images = torch.empty(self.shape, dtype=torch.uint8)
 
         def decode(i: int) -> tuple[Tensor, list[str]]:
-            return self.decode_or_stand_in(i, labels)
+            return (self.decode(i), []) if labels is None else self.decode_or_stand_in(i, labels)
 
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             for out, (image, faults) in zip(images, pool.map(decode, range(len(self))), strict=True):
