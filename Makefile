@@ -3,7 +3,7 @@ EXTRAS ?= dev
 VENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo test test-all docs bench check-gpu sdist wheel check-packages install
+.PHONY: demo test test-all lint docs bench check-gpu sdist wheel check-packages install
 demo: install
 	$(PYTHON) -m eekd.train
 
@@ -15,6 +15,11 @@ TESTS ?= -m "not slow"
 test-all:
 	$(MAKE) install EXTRAS=dev,timm,data,export
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist worksteal $(TESTS)
+
+# Formatting and types. It mends what ruff and clang-format can mend, and fails where it did.
+lint:
+	$(MAKE) install EXTRAS=dev,lint
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PYTHON) -m pre_commit run --all-files --show-diff-on-failure
 
 # The site, in build/site. Its notebook is run.
 docs:
