@@ -1,4 +1,7 @@
-"""README and docs are run: every Python block in order, page by page, and every command line parsed."""
+"""README and docs are run: every Python block in order, page by page, and every command line parsed.
+
+Tutorials are run as a whole, commands too. Links lead somewhere, and tables are what the results say.
+"""
 
 import json
 import re
@@ -14,10 +17,12 @@ from torch import nn
 
 from eekd.bank import __main__ as bank
 from eekd.compare import __main__ as compare
+from eekd.report import __main__ as report
 from eekd.train import __main__ as train
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*"))
+PAGES = [ROOT / "README.md", *sorted(set((ROOT / "docs").rglob("*.md")) - set(TUTORIALS))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -92,6 +97,41 @@ def test_the_command_lines_parse(command, request, tmp_path, monkeypatch):
         Path(run).mkdir(parents=True, exist_ok=True)
         Path(run, "config.json").write_text(train.Config().to_json())
     train.parse(shlex.split(command)[3:])
+
+
+def steps(tutorial: Path) -> list[tuple[str, str]]:
+    """The language and the text of every block of a page, or of every cell of a notebook."""
+    if tutorial.suffix == ".md":
+        return re.findall(r"```(python|bash)\n(.*?)```", tutorial.read_text(), re.DOTALL)
+    cells = json.loads(tutorial.read_text())["cells"]
+    return [("python", "".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("tutorial", TUTORIALS, ids=lambda p: p.stem)
+def test_a_tutorial_runs_from_its_first_line_to_its_last(tutorial, tmp_path, monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("agg")
+    monkeypatch.chdir(tmp_path)
+    mains = {"train": train.main, "report": report.main}
+    names = {}
+    for language, text in steps(tutorial):
+        if language == "python":
+            exec(compile(text, str(tutorial), "exec"), names)
+        for line in text.splitlines() if language == "bash" else ():
+            program, _, module, *flags = shlex.split(line)
+            assert program == "python" and not mains[module.removeprefix("eekd.")](flags)
+    if "classify" in names:  # prepares an image as the training did
+        files = list(Path("images/test").glob("*/*.png"))
+        right = sum(names["classify"](file)[0] == file.parent.name for file in files)
+        assert right / len(files) == pytest.approx(names["record"]["test"]["accuracy"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "page", [*(ROOT).glob("*.md"), *(ROOT / "docs").rglob("*.md"), *TUTORIALS], ids=lambda p: p.name
+)
+def test_links_lead_to_files_of_the_repository(page):
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text())
+    assert not [link for link in links if not (page.parent / link).is_file()]
 
 
 def test_the_tables_are_what_the_results_say():

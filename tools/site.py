@@ -7,10 +7,11 @@ import os
 import re
 from pathlib import Path
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {"README.md": "index.md", **{name: name for name in ("CHANGELOG.md", "SECURITY.md")}}
+PAGES = {"README.md": "index.md", **{name: name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")}}
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 
 
@@ -35,6 +36,19 @@ def on_page_markdown(markdown: str, page, **_) -> str:
         lambda link: "](" + os.path.relpath(_in_site(_in_repository(uri, link[1])), os.path.dirname(uri) or "."),
         markdown,
     )
+
+
+def on_page_content(html: str, page, files: Files, **_) -> str:
+    """Does the same for the links of a notebook, which are HTML by now."""
+
+    def link(found: re.Match) -> str:
+        path = _in_site(_in_repository(page.file.src_uri, found[1]))
+        target = files.get_file_from_path(path)
+        if target is None:
+            raise PluginError(f"{page.file.src_uri} links to {path}, which is no page")
+        return f'href="{target.url_relative_to(page.file)}"'
+
+    return re.sub(r'href="(?!https?:)([^"#]+\.md)"', link, html) if page.file.src_uri.endswith(".ipynb") else html
 
 
 def _in_repository(uri: str, target: str) -> str:
