@@ -75,8 +75,8 @@ class Images:
         return best[0] if best else None
 
 
-def read_table(path: Path) -> Table:
-    """The table in a file, of UTF-8; the first row may be names. ValueError where it is none."""
+def read_table(path: Path, columns: int = 2) -> Table:
+    """The table in a file, of UTF-8; the first row may be names. ValueError where it is none of so many columns."""
     ending = path.suffix.lower()
     try:
         text = read_bytes(path).decode("utf-8-sig")
@@ -90,7 +90,7 @@ def read_table(path: Path) -> Table:
             rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if any(row)]
     except (csv.Error, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} must be a table in UTF-8: {error}") from None
-    if not rows or len(rows[0]) < 2:
+    if not rows or len(rows[0]) < columns:
         raise ValueError(f"{path} must have a path and a label in each row, got {len(rows)} rows")
     if odd := next((number for number, row in enumerate(rows, 1) if len(row) != len(rows[0])), None):
         raise ValueError(f"{path} must have {len(rows[0])} columns in each row, got {len(rows[odd - 1])} in row {odd}")
@@ -204,7 +204,7 @@ def read_annotations(files: dict[str, Path], reading: Reading, base: Path | None
     passed, found, said = Passed(), {}, []
     images = Images(base, images_in(base, passed))
     for part, file in files.items():
-        table = _with_header(read_table(file), images)
+        table = _with_header(read_table(file, 2 if part == "train" else 1), images)
         place = _image_column(table, images, reading.image_column)
         names = ", ".join(map(printable, table.columns))
         if place is None:
@@ -257,7 +257,9 @@ def labels_beside(
     own = split_of(folder.name)
     for place in (folder, folder.parent):
         tables = [Path(entry.path) for entry in entries(place)[1] if entry.name.lower().endswith(TABLES)]
-        meant = [path for path in tables if place == folder or split_of(path.stem) in (own, None)]
+        # A table beside the folders speaks of the training data, unless its name says otherwise: images of another
+        # split can be called the same.
+        meant = [path for path in tables if place == folder or (split_of(path.stem) or "train") == (own or "train")]
         for path in sorted(meant, key=lambda path: (split_of(path.stem) != own, path.name)):
             try:
                 table = _with_header(read_table(path), known)

@@ -45,14 +45,22 @@ def _unwrapped(path: Path) -> Path:
     """The folder meant, where there is nothing in this one but another folder of folders."""
     while True:
         folders, files = entries(path)
-        if len(folders) != 1 or any(is_image(file.name) for file in files):
+        if len(folders) != 1 or any(is_image(file.name) for file in files) or "train" in _tables(path):
             return path
         if split_of(folders[0].name) or len(entries(folders[0].path)[0]) < 1:
             return path
         path = Path(folders[0].path)
 
 
+def _tables(path: Path) -> dict[str, Path]:
+    """The tables of splits in a folder, by their names."""
+    files = [Path(entry.path) for entry in entries(path)[1] if entry.name.lower().endswith(TABLES)]
+    return {part: file for file in files if (part := split_of(file.stem))}
+
+
 def _read_folder(path: Path, reading: Reading) -> Found:
+    if "train" in (tables := _tables(path)) and not any(split_of(entry.name) for entry in entries(path)[0]):
+        return read_annotations(tables, reading, path)
     splits, beside = _splits(path, reading)
     passed, said = Passed(), []
     if beside:

@@ -110,6 +110,6 @@ def holds_images(folder: str | Path) -> bool:
 def counted(names: Iterable[str], what: str, shown: int = 5) -> str:
     """`3 folders (a, b, c)`: how many there are, and the first of their names."""
     names = list(names)
-    listed = ", ".join(printable(name)[:100] for name in names[:shown]) + ", ..." * (len(names) > shown)
+    listed = ", ".join(printable(name)[:300] for name in names[:shown]) + ", ..." * (len(names) > shown)
     plural = "" if len(names) == 1 else "es" if what.endswith("s") else "s"
     return f"{len(names):,} {what}{plural} ({listed})"

@@ -27,11 +27,11 @@ def several(*folders, each=10, ending="png"):
     return [f"{folder}/{k:03}.{ending}" for folder in folders for k in range(each)]
 
 
-def read(root, **settings):
+def read(source, **settings):
     """The data, and the one warning or None."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        data = load(str(root), **settings)
+        data = load(str(source), **settings)
     assert len(caught) <= 1, [str(warning.message) for warning in caught]
     return data, str(caught[0].message) if caught else None
 
