@@ -4,13 +4,19 @@ Needs no torch: command lines are read by it.
 """
 
 import difflib
+import errno
 import hashlib
 import json
 import os
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
 SEAL = "own_sha256"  # the last entry of a JSON object: SHA-256 of the file as it would be without this entry
+# How disks that lack something answer, and not those that are full or break: on them the work goes on with a warning.
+LACKING = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_NO_FOLDER_SYNC = LACKING | {errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF}
+_NO_REPLACE = LACKING | {errno.EEXIST, errno.EACCES, errno.EPERM, errno.EBUSY, errno.ETXTBSY}
 LARGEST_JSON = 1 << 25  # bytes: Python needs twenty times as many to hold them, and a manifest of a TB has fewer
 
 
@@ -20,7 +26,8 @@ def write_atomic(path: str | Path, data: bytes, sync: bool = True) -> str:
     The bytes go to a hidden file beside `path`, reach the disk, and take the name in one step. Missing
     folders are made. An error removes the hidden file; after a power cut the next write replaces it, as it does a
     link of that name, which could lead anywhere.
-    `sync=False` saves the wait for the disk: the kill of a process harms as little, a power cut may.
+    `sync=False` saves the wait for the disk: the kill of a process harms as little, a power cut may. Of a disk that
+    cannot wait, or not replace a file in one step, a warning says what it does not promise.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,8 +38,8 @@ def write_atomic(path: str | Path, data: bytes, sync: bool = True) -> str:
             file.write(data)
             file.flush()
             if sync:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
+                _sync(file.fileno(), path.parent, LACKING)
+        _replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -41,12 +48,73 @@ def write_atomic(path: str | Path, data: bytes, sync: bool = True) -> str:
         raise
     if not sync:
         return hashlib.sha256(data).hexdigest()
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # without it the new name may not survive a power cut
-    finally:
-        os.close(folder)
+    _sync_folder(path.parent)  # without it the new name may not survive a power cut
     return hashlib.sha256(data).hexdigest()
+
+
+def lacks(folder: Path, what: str, so: str, error: OSError) -> None:
+    """Warns, once for each disk, that the one of `folder` lacks `what`, and `so` what is not promised."""
+    with suppress(OSError):
+        if (key := (what, os.stat(folder).st_dev)) in _warned:
+            return
+        _warned.add(key)
+    warnings.warn(f"the disk of {folder} {what} ({os.strerror(error.errno)}), so {so}", RuntimeWarning, stacklevel=3)
+
+
+_warned: set[tuple[str, int]] = set()
+
+
+def _sync(descriptor: int, folder: Path, lacking: set[int]) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in lacking:
+            raise
+        lacks(
+            folder, "cannot wait until files are written", "a power cut may cost files that were written before", error
+        )
+
+
+def _sync_folder(folder: Path) -> None:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+        lacks(
+            folder, "cannot wait until files are written", "a power cut may cost files that were written before", error
+        )
+        return
+    try:
+        _sync(descriptor, folder, _NO_FOLDER_SYNC)
+    finally:
+        os.close(descriptor)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Gives `temporary` the name `path`, in one step where the disk can."""
+    try:
+        os.replace(temporary, path)
+        return
+    except OSError as error:
+        if error.errno not in _NO_REPLACE or not os.path.lexists(path) or path.is_dir():
+            raise
+        cause = error
+    old = path.with_name(f".{path.name}.old")
+    old.unlink(missing_ok=True)
+    os.rename(path, old)
+    try:
+        os.rename(temporary, path)
+    except BaseException:
+        os.rename(old, path)
+        raise
+    old.unlink()
+    lacks(
+        path.parent,
+        "cannot replace a file in one step",
+        "a kill between two steps can leave a file under the name .NAME.old only",
+        cause,
+    )
 
 
 def read_checked(path: str | Path, sha256: str | None = None) -> bytes:

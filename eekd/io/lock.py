@@ -1,17 +1,21 @@
 """A lock on a folder, held by one process at a time."""
 
+import errno
 import fcntl
 import os
 import platform
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from eekd.io.files import LACKING, lacks
+
 
 @contextmanager
 def locked(run: Path, wait: bool = False):
     """Keeps other processes from the run; BlockingIOError, one sentence, where one has it, unless it shall `wait`.
 
-    The lock is the kernel's (flock), so it ends with the process however that ends.
+    The lock is the kernel's (flock), so it ends with the process however that ends. Of a disk without locks a warning
+    says that there is none.
     """
     path = run / ".lock"
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)  # a link may lead anywhere
@@ -23,7 +27,11 @@ def locked(run: Path, wait: bool = False):
             raise BlockingIOError(f"{run} is in use by {holder}: wait for it or stop it first") from None
         except OSError as error:
             error.filename = str(path)
-            raise
+            if error.errno not in LACKING | {errno.ENOLCK}:
+                raise
+            lacks(
+                run, "has no locks", "nothing keeps a second process out of what this one writes: start only one", error
+            )
         _locks.add(file)
         with suppress(OSError):  # a disk may be full: the lock holds all the same
             os.ftruncate(file, 0)

@@ -137,7 +137,12 @@ def new_folder(out: str | Path | None, name: str) -> Path:
     if out is not None:
         out = Path(out)
         early = {".lock", FILES, f".{FILES}.tmp", "environment.json", ".environment.json.tmp", ".config.json.tmp"}
-        if out.is_file() or out.is_dir() and {path.name for path in out.iterdir()} - early:
+        left = (".nfs", ".fuse_hidden", ".DS_Store", "._")  # what disks of a network and systems leave behind
+        if (
+            out.is_file()
+            or out.is_dir()
+            and any(path.name not in early and not path.name.startswith(left) for path in out.iterdir())
+        ):
             raise FileExistsError(f"{out} already holds something; choose another run folder with --out")
         out.mkdir(parents=True, exist_ok=True)
         return out
