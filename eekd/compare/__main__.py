@@ -128,7 +128,7 @@ def run(flags: Flags, typed: list[str]) -> Path:
     from eekd.train import prepare
 
     rank, processes = parallel.rank_and_world_size()
-    out = Path(flags.out or f"runs/compare-{Path(flags.settings.data).name}")
+    out = Path(flags.out or f"runs/compare-{flags.settings.data_name}")
     wanted = dataclasses.replace(flags.settings, seeds=1)
     if (out / "settings.json").exists():
         wanted = settled(wanted, kept_settings(out))

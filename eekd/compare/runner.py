@@ -21,7 +21,7 @@ from eekd.io.lock import locked
 from eekd.snapshots import MANIFEST as SNAPSHOTS
 from eekd.snapshots import read_manifest
 from eekd.train import Session, train_student, train_teacher
-from eekd.train.config import Config, differences
+from eekd.train.config import Config, differences, located
 from eekd.train.run_folder import finite, read_record, write_settings
 from eekd.train.session import Progress, quiet
 from eekd.train.teacher import diagnose
@@ -44,17 +44,22 @@ def alone(folder: Path, wait: bool = False) -> Iterator[None]:
 
 def keep_settings(out: Path, config: Config, views: int, fingerprint: str) -> None:
     """Writes settings.json; ValueError, one sentence, where `out` was made with others."""
-    settings = json.loads(config.to_json())
-    del settings["seed"], settings["seeds"]
+    settings = _but_seed(config)
     now = {"format": FORMAT, "config": settings, "views": views, "fingerprint": fingerprint}
     with alone(out, wait=True):
         if not (out / "settings.json").exists():
             write_json_atomic(out / "settings.json", now)
-        changed = differences(read_record(out / "settings.json"), now)
+        kept = {"config": _but_seed(kept_settings(out))}  # with the defaults of settings that are newer than it
+        changed = differences(read_record(out / "settings.json") | kept, now)
     for name, (was, got) in changed.items():
         raise ValueError(
             f"{out} was made with {name.removeprefix('config.')} {was!r}, got {got!r}: choose another --out"
         )
+
+
+def _but_seed(config: Config) -> dict:
+    settings = json.loads(located(config).to_json())
+    return {name: value for name, value in settings.items() if name not in ("seed", "seeds")}
 
 
 def kept_settings(out: Path) -> Config:

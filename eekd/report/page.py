@@ -120,7 +120,7 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
     run = read(folder)
     try:
         sections = [tag("section", tag("h2", title), *draw(run), id=draw.__name__) for title, draw in SECTIONS.items()]
-        drawn = page(f"{Path(run.config.data).name} · eekd", header(run), *sections)
+        drawn = page(f"{run.config.data_name} · eekd", header(run), *sections)
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} is not written as eekd.train.run_folder says: {repr(error)}") from error
     write_atomic(out, drawn)
@@ -177,7 +177,7 @@ def header(run: Run) -> Html:
             done = f"{len(net.rows)} of {net.epochs} epochs, and no final measurements yet"
             lacks.append(f"{net.title}: {done if net.rows else 'not found'}.")
     lacks += [] if run.students else ["No student: this run trains a teacher only."]
-    return tag("header", tag("h1", Path(config.data).name), note(" · ".join(filter(None, facts))), *map(missing, lacks))
+    return tag("header", tag("h1", config.data_name), note(" · ".join(filter(None, facts))), *map(missing, lacks))
 
 
 def results(run: Run) -> list[Html]:

@@ -19,8 +19,8 @@ def draw(folder: Path, config: Config, summary: dict, seeds: dict[int, dict]) ->
     links = [tag("a", f"seed {seed}", href=f"seed-{seed}/report.html") for seed in seeds]
     between = [child for link in links for child in (link, " ")]
     return page(
-        f"{Path(config.data).name}, {len(seeds)} seeds · eekd",
-        tag("header", tag("h1", Path(config.data).name), tag("p", sentence(summary))),
+        f"{config.data_name}, {len(seeds)} seeds · eekd",
+        tag("header", tag("h1", config.data_name), tag("p", sentence(summary))),
         tag(
             "section",
             tag("h2", "Results"),

@@ -15,7 +15,7 @@ if __name__ == "__main__":
     command.start()
 
 from eekd.io.files import first_line, in_words, printable
-from eekd.train.config import Config, differences, nearest, settled, switched
+from eekd.train.config import Config, differences, located, nearest, settled, switched
 from eekd.train.presets import preset
 from eekd.train.signals import Stopped, signals
 
@@ -29,13 +29,8 @@ except ImportError as error:
     raise SystemExit(f"python -m eekd.train needs {error.name}: pip install 'eekd[train]'") from None
 
 # torch, and what needs it, is imported after the command line is read: --help is quick then.
-WATCHES = (
-    "non_finite",
-    "skip_budget",
-    "verify_loss",
-    "bad_images",
-    "bad_image_budget",
-)  # settings that a run may go on with others of
+# Settings that a run may go on with others of.
+CHANGEABLE = ("non_finite", "skip_budget", "verify_loss", "bad_images", "bad_image_budget", "data", "root", "classes")
 
 
 @dataclass(frozen=True)
@@ -185,7 +180,7 @@ def parse(argv: list[str]) -> Flags:
     if start.resume:
         other = next((name for name in ("preset", "config", "out") if getattr(parsed, name)), phase)
         changed = differences(asdict(_settings_of(start.resume)), asdict(chosen))
-        changed = other or ", ".join(name for name in changed if name not in WATCHES)
+        changed = other or ", ".join(name for name in changed if name not in CHANGEABLE)
         if changed:
             raise ValueError(
                 f"--resume {start.resume} goes on with the run as it was begun, and cannot be given with "
@@ -211,7 +206,7 @@ def _again(flags: Flags) -> Flags:
     if not parallel.broadcast(lambda: "begun" * Path(flags.out, "config.json").exists()):
         return flags
     begun = read_settings(flags.out)
-    changed = differences(asdict(begun), asdict(settled(flags.settings, begun)))
+    changed = differences(asdict(located(begun)), asdict(settled(located(flags.settings), begun)))
     if flags.settings.bank and not flags.settings.teacher_run:  # which the run has from its bank
         changed.pop("teacher_run", None)
     if changed:

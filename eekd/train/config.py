@@ -250,6 +250,11 @@ class Config(_Checked):
         yield "seed", 0 <= self.seed < 2**31, "from 0 to 2**31 - 1"
         yield "seeds", 1 <= self.seeds <= 2**31 - self.seed, "at least 1"
 
+    @property
+    def data_name(self) -> str:
+        """What folders and reports call the data: the last part of its path, or NAME of path/to/file.py:NAME."""
+        return Path(own_name(self.data)).name or Path(self.data).absolute().name or "data"
+
     def source(self) -> dict:
         """The arguments of `eekd.data.load` that say what is read, besides name and root."""
         names = "image_size", "channels", "classes", "split", "image_column", "label_column", "config_name"
@@ -302,6 +307,22 @@ def settled(config: Config, by: Config) -> Config:
     """The settings with those of `by` wherever they are "auto" and so leave the choice to the device."""
     auto = {name: getattr(by, name) for name in ("precision", "channels_last") if getattr(config, name) == "auto"}
     return dataclasses.replace(config, **auto)
+
+
+def located(config: Config) -> Config:
+    """The settings with absolute paths of data, teacher and bank: the run can be gone on with from any folder."""
+    from eekd.data import names  # torch, and what needs it, comes after the command line is read
+
+    def absolute(path: str | None) -> str | None:
+        return path and str(Path(path).expanduser().absolute())
+
+    data, root = config.data, absolute(config.root)
+    if is_file_name(data):
+        data = f"{absolute(data.rpartition(':')[0])}:{own_name(data)}"
+    elif root is None and data not in names() and Path(data).expanduser().exists():
+        data = absolute(data)
+    paths = {name: absolute(getattr(config, name)) for name in ("classes", "teacher_run", "bank")}
+    return dataclasses.replace(config, data=data, root=root, **paths)
 
 
 def _read(cls: type, values: Any, prefix: str = "") -> Any:

@@ -13,7 +13,7 @@ from eekd.io.lock import locked
 from eekd.method import weightings
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.snapshots.features import LastFeatures
-from eekd.train.config import Config, differences
+from eekd.train.config import Config, differences, located
 from eekd.train.metrics import summary_writer
 from eekd.train.run_folder import FORMAT, changes, new_folder, read_metrics, read_record, read_settings, write_settings
 from eekd.train.seeds import seeds_of, summary_of
@@ -35,7 +35,7 @@ def train(
     """
     parallel.check_process_group()
     session = session or prepare(config)
-    run = Path(parallel.broadcast(lambda: str(new_folder(out, Path(config.data).name))))
+    run = Path(parallel.broadcast(lambda: str(new_folder(out, config.data_name))))
     with _resumable(run), _alone(run):
         if parallel.is_main_process():
             write_settings(run, session.config, session.data, session.device)
@@ -91,7 +91,7 @@ def _train_seeds(run: Path, session: Session, progress: Progress) -> Path:
                 write_settings(folder, config, session.data, session.device)
         parallel.barrier()
         with _alone(folder):
-            if changed := ", ".join(differences(*map(dataclasses.asdict, (read_settings(folder), config)))):
+            if changed := ", ".join(differences(*map(dataclasses.asdict, (located(read_settings(folder)), config)))):
                 raise ValueError(f"{folder} holds a run with another {changed}")
             _train(folder, Session(config, session.data), of_seed)
     if parallel.is_main_process() and not (run / "summary.json").exists():
@@ -124,6 +124,7 @@ def prepare(config: Config) -> Session:
 
     The teacher's settings become those of config.teacher_run, where there is one; a bank knows its teacher_run.
     """
+    config = located(config)
     if config.bank and not config.teacher_run:
         config = dataclasses.replace(config, teacher_run=str(LogitBank.open(config.bank).run))
     earlier = Path(config.teacher_run) if config.teacher_run else None

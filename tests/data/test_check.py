@@ -1,5 +1,6 @@
 """Every image is read once, and all that is wrong is listed, by --check-data too."""
 
+import json
 import os
 import shutil
 
@@ -111,3 +112,28 @@ def test_a_run_goes_on_past_bad_images_where_it_may(sound, tmp_path, capsys, mon
     assert main(["--data", "data", "--out", "run", "--bad-images", "skip", *FLAGS]) == 0
     assert "another image of its class stands in for it" in capsys.readouterr().err
     assert main(["--resume", "run", "--bad-images", "skip"]) == 0
+
+
+def test_a_run_goes_on_from_any_folder_and_with_data_that_moved(sound, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "names.txt").write_text("dog\ncat\n")
+    assert main(["--data", "data", "--classes", "names.txt", "--out", "run", *FLAGS]) == 0
+    summary, again = tmp_path / "run" / "summary.json", ["--resume", str(tmp_path / "run")]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    summary.unlink()
+    assert main(again) == 0 and summary.exists()
+    summary.unlink()
+    sound.rename(tmp_path / "moved")
+    assert main(again) == 2 and "there is no dataset" in capsys.readouterr().err
+    assert main([*again, "--data", str(tmp_path / "moved")]) == 0 and summary.exists()
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    summary.unlink()
+    assert main([*again, "--data", "../moved"]) == 2
+    assert "the classes, or their order, are others" in capsys.readouterr().err
+
+
+def test_runs_and_the_record_name_their_classes(sound, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--data", "data", *FLAGS]) == 0
+    assert json.loads((tmp_path / "runs/data-1/environment.json").read_text())["data"]["class_names"] == ["cat", "dog"]
