@@ -12,7 +12,7 @@ from eekd import command
 if __name__ == "__main__":
     command.start()
 
-from eekd.compare.methods import METHODS, method
+from eekd.compare.methods import METHODS, folder_of, method
 from eekd.io.files import in_words, printable
 from eekd.train.config import Config, settled, switched
 from eekd.train.presets import preset
@@ -38,7 +38,9 @@ class Flags:
     torchrun starts share the seeds.
     """
 
-    methods: tuple[str, ...] = ()  # names of eekd.compare.METHODS, NAME-online without a bank (None: all)
+    methods: tuple[
+        str, ...
+    ] = ()  # names of eekd.compare.METHODS or path/to/file.py:NAME, NAME-online without a bank (None: all)
     first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...; --seeds says how many (3)
     views: int | None = None  # augmented views in a bank (None: 8, and 1 where nothing is augmented)
     out: str | None = None  # the folder of the comparison (None: runs/compare-DATA)
@@ -109,6 +111,8 @@ def parse(argv: list[str]) -> Flags:
     if flags.first_seed < 0:
         raise ValueError(f"first_seed must be at least 0, got {flags.first_seed}")
     names = tuple(dict.fromkeys(flags.methods or METHODS))
+    if len({*map(folder_of, names)}) < len(names):
+        raise ValueError(f"methods must have different names, got {', '.join(names)}")
     for name in names:
         how, teacher = method(name), chosen.teacher
         if type(how.snapshots) is int and how.snapshots > teacher.epochs:
@@ -126,12 +130,15 @@ def run(flags: Flags, typed: list[str]) -> Path:
     from eekd.compare.runner import Seed, keep_settings, kept_settings
     from eekd.compare.study import gather
     from eekd.train import prepare
+    from eekd.train.student import method_of
 
     rank, processes = parallel.rank_and_world_size()
     out = Path(flags.out or f"runs/compare-{flags.settings.data_name}")
     wanted = dataclasses.replace(flags.settings, seeds=1)
     if (out / "settings.json").exists():
         wanted = settled(wanted, kept_settings(out))
+    for name in flags.methods:
+        method_of(method(name).weighting)  # which a mistake in a user's file ends here
     console, session = Console(quiet=rank > 0, markup=False), prepare(wanted)
     settings = session.config
     augmented = session.loader("train", settings.student, train=True).augment != "none"

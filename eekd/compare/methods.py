@@ -5,6 +5,7 @@ from typing import Literal
 
 from eekd.method import weightings
 from eekd.train.config import Config, nearest, title_of
+from eekd.user_code import is_file_name, own_name
 
 FORMAT = 1
 KINDS = {"ordinary": "one training", "cyclic": "one training, cyclic schedule", "sed": "independent trainings"}
@@ -53,14 +54,23 @@ METHODS: dict[str, Method] = {
 
 
 def method(name: str) -> Method:
-    """The method of that name; with -online appended, taught by snapshots that run. ValueError names the nearest."""
+    """The method of that name, or path/to/file.py:NAME; with -online appended, taught by snapshots that run.
+
+    A file is not run here. ValueError names the nearest.
+    """
     base = name.removesuffix("-online")
     if base not in METHODS and base in weightings.names():  # registered since
         METHODS[base] = Method(title_of(base), base)
-    if base not in METHODS:
+    if base not in METHODS and not is_file_name(base):
         raise ValueError(f"no method {name!r}{nearest(base, METHODS) or '; there are ' + ', '.join(METHODS)}")
-    found = METHODS[base]
+    found = METHODS.get(base) or Method(title_of(base), base)
     return found if name == base else replace(found, title=f"{found.title}, online", online=True)
+
+
+def folder_of(name: str) -> str:
+    """The name of a method's folder: NAME of path/to/file.py:NAME, any other name as it is."""
+    base = name.removesuffix("-online")
+    return own_name(base) + name[len(base) :]
 
 
 def stage_ends(epochs: int, snapshots: int) -> list[int]:

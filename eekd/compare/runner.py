@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from eekd.bank import Flags, LogitBank
-from eekd.compare.methods import FORMAT, Method, method, stage_ends
+from eekd.compare.methods import FORMAT, Method, folder_of, method, stage_ends
 from eekd.data import ImageData
 from eekd.io.files import write_json_atomic
 from eekd.io.lock import locked
@@ -24,8 +24,10 @@ from eekd.train import Session, train_student, train_teacher
 from eekd.train.config import Config, differences, located
 from eekd.train.run_folder import finite, read_record, write_settings
 from eekd.train.session import Progress, quiet
+from eekd.train.student import check_source, method_of
 from eekd.train.teacher import diagnose
 from eekd.train.write_bank import write_bank
+from eekd.user_code import is_file_name
 
 APART = 1000  # between the seeds of independently trained teachers: more than there are seeds in a study
 
@@ -82,14 +84,17 @@ class Seed:
 
     def __post_init__(self):
         self.folder = self.out / f"seed-{self.config.seed}"
-        self.methods = {name: method(name) for name in self.names}
+        self.methods = {folder_of(name): method(name) for name in self.names}
 
     def run(self) -> None:
         """Makes the cells that are not there yet; OSError while another process works on this seed."""
         with alone(self.folder):
             for number, (name, how) in enumerate(self.methods.items(), 1):
                 folder = self.folder / "students" / name
-                if cell_made(folder, how) is None:
+                made = cell_made(folder, how)
+                if made and is_file_name(how.weighting):
+                    check_source(folder, method_of(how.weighting))
+                if made is None:
                     known = self.cell(folder, name, how)
                     done = f"validation {known['val']['accuracy']:.2%}, test {known['test']['accuracy']:.2%}"
                     self.say(f"seed {self.config.seed}, {name}: {done} ({number} of {len(self.methods)})")

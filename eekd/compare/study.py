@@ -35,13 +35,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eekd import models
 from eekd.compare import page
-from eekd.compare.methods import FORMAT, KINDS, METHODS, SWEEP, Method, method
+from eekd.compare.methods import FORMAT, KINDS, METHODS, SWEEP, Method, folder_of, method
 from eekd.compare.runner import alone, cell_made
 from eekd.info import environment
 from eekd.io.files import read_json, write_json_atomic
 from eekd.statistics import interval, mean_std, paired
 from eekd.train.config import Config
 from eekd.train.run_folder import finite, read_metrics, read_record
+from eekd.user_code import is_file_name
 
 HOLDS, CONTRADICTED, UNDECIDED, MISSING = "holds", "contradicted", "undecided", "not measured"
 
@@ -76,17 +77,27 @@ def study(out: Path, command: list[str], augmented: bool) -> dict:
 
 
 def _by_table(paths) -> list[Path]:
-    """Of the methods there are: another folder is a copy, or unfinished."""
+    """Of the methods there are, users' own at the end: another folder is a copy, or unfinished."""
     order = {name: place for place, name in enumerate(METHODS)}
 
     def place(path):
-        return order.get(path.parent.name.removesuffix("-online"), -1), path.parent.name
+        return order.get(path.parent.name.removesuffix("-online"), len(order)), path.parent.name
 
-    return sorted((path for path in paths if place(path)[0] >= 0), key=place)
+    return sorted((path for path in paths if _method(path.parent)), key=place)
+
+
+def _method(folder: Path) -> Method | None:
+    """The method that a cell's folder is named after; a user's own is the one that the cell names. None for others."""
+    if folder.name.removesuffix("-online") in METHODS:
+        return method(folder.name)
+    known = read_record(folder / "cell.json", "method")["method"]
+    own = isinstance(known, dict) and is_file_name(known.get("weighting"))
+    name = own and known["weighting"] + "-online" * bool(known.get("online"))
+    return method(name) if own and folder_of(name) == folder.name else None
 
 
 def _cell(folder: Path) -> dict:
-    cell = cell_made(folder, method(folder.name))
+    cell = cell_made(folder, _method(folder))
     same = "seed", "val", "test", "seconds_per_epoch", "commit", "spec", "sha256"
     known = read_record(folder / "student.json", *same)
     last = read_metrics(folder, known)[-1]
@@ -149,7 +160,7 @@ def summarise(record: dict, config: Config, flops: dict[str, int]) -> dict:
             "over_online": paired(test[name], test.get(f"{name}-online", {})),
             "weights": [mean(column) for column in zip(*(cell["weights"] for cell in several), strict=True)]
             if first["weights"] else None,
-            "weight_entropy": mean(cell["weight_entropy"] for cell in several) if first["weights"] else None,
+            "weight_entropy": mean(cell["weight_entropy"] for cell in several) if first["weight_entropy"] else None,
             "seconds": _seconds(how, first["epochs"], several, record),
             "cost": cost(how, len(first["epochs"]), config, record["images"], record["views"], flops),
         })  # fmt: skip

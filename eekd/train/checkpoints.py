@@ -37,6 +37,7 @@ from eekd.train.random_state import random_state, set_random_state
 from eekd.train.signals import signals
 
 FORMAT = 1
+SOURCE = "method.py"  # in the folder of a student: the file that holds its method, where it is the user's own
 KEEP = 2
 SYNC = 10  # seconds: how much training a power cut may cost, where a kill costs what the last checkpoint lacks
 # Settings that leave the bits of a phase as they are, or that its `setup` knows by their content.
@@ -221,6 +222,14 @@ def run_identity(name: str, session, phase, snapshots: list[str] | None = None) 
 def check_identity(path: Path, known: dict, identity: dict) -> None:
     """ValueError unless what `path` holds was made with this identity."""
     for name, (was, now) in differences({"": known["setup"]}, {"": identity}).items():
+        if name == ".method.file":  # it may move
+            continue
+        if name == ".method.sha256":
+            phase = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+            raise ValueError(
+                f"{identity['method']['file']} must be what it was when {path} was written, got another content: "
+                f"{phase / SOURCE} is a copy of what it was"
+            )
         raise ValueError(f"{path} was written with {name.strip('.') or 'setup'} {was!r}, and cannot go on with {now!r}")
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from eekd import models, parallel
 from eekd.train.session import Session
+from eekd.train.student import method_of
 
 
 def plan(session: Session) -> list[dict]:
@@ -19,7 +20,7 @@ def plan(session: Session) -> list[dict]:
     splits = data.train, data.val, data.test
     images = sum(split.images.nbytes for split in splits if isinstance(split.images, Tensor))
     snapshot = _bytes(models.build(**session.spec(config.teacher)))
-    taught = {"teacher": 0, "ce": 0, "last": 1}
+    taught = {"ce": 0, "last": 1}
     rows = []
     for name in (() if config.teacher_run else ("teacher",)) + config.students:
         phase = config.teacher if name == "teacher" else config.student
@@ -30,7 +31,8 @@ def plan(session: Session) -> list[dict]:
         training = weights * (2 + moments)
         if config.parallel == "fsdp" and processes > 1:  # a step gathers weights and gradients
             training = training // processes + 2 * weights
-        teaching = 0 if session.bank else taught.get(name, config.teacher.snapshots)
+        weighting = "ce" if name == "teacher" else method_of(name).weighting
+        teaching = 0 if session.bank else taught.get(weighting, config.teacher.snapshots)
         few = teaching if session.device.type == "cpu" else min(teaching, 2)
         here = {"device": teaching, "cpu": few, "ranks": math.ceil(teaching / processes)}
         batches = len(session.loader("train", phase, train=True))

@@ -194,6 +194,8 @@ class NonFiniteGuard(Callback):
         taught = (given["snapshot_logits"], given.get("snapshot_features")) if given else part.teacher
         tensors |= snapshot_tensors(*taught) if taught else {}
         known |= {"found": watch.found and str(watch.found), "spec": trainer.session.spec(trainer.phase)}
+        if not type(trainer).__module__.startswith("eekd."):
+            known["method"] = type(trainer).__name__  # whose loss nobody else computes
         path = keep_evidence(self.folder, f"non-finite-{known['step']}", tensors, known, trainer.session, loss)
         return watch.found, part.index, path
 

@@ -21,7 +21,8 @@ from eekd.train.watch import Found, Watch
 def replay(path: str | Path, device: str = "cpu") -> Found | str | None:
     """What is wrong with what was kept in `path`, on this machine: the first bad tensor, or what of the loss differs.
 
-    None where nothing is. ValueError or FileNotFoundError where a file is damaged, missing or of another format.
+    None where nothing is. ValueError or FileNotFoundError where a file is damaged or missing, of another format, or
+    of a method of the user's own.
     """
     generators = random_state(torch.device(device))
     try:
@@ -38,6 +39,8 @@ def _replay(path: Path, device: str) -> Found | str | None:
         raise ValueError(f"{path} must have format {FORMAT}, got {known.get('format')!r:.100}")
     if missing := [name for name in ("sha256", "classes", "criterion", "settings") if name not in known]:
         raise ValueError(f"{path} must have {', '.join(missing)}, got {', '.join(known):.100}")
+    if own := known.get("method"):
+        raise ValueError(f"{path} must be of one of eekd's methods, got {own!r:.100}, which has a loss of its own")
     tensors = load_tensors(path.with_suffix(".safetensors"), known["sha256"])
     weights = {name.removeprefix("network."): tensors.pop(name) for name in [*tensors] if name.startswith("network.")}
     generators = tensors.pop("random", None)

@@ -10,7 +10,6 @@ from eekd import models, parallel
 from eekd.bank import LogitBank
 from eekd.io.files import write_json_atomic
 from eekd.io.lock import locked
-from eekd.method import weightings
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.snapshots.features import LastFeatures
 from eekd.train.config import Config, differences, located
@@ -18,7 +17,7 @@ from eekd.train.metrics import summary_writer
 from eekd.train.run_folder import FORMAT, changes, new_folder, read_metrics, read_record, read_settings, write_settings
 from eekd.train.seeds import seeds_of, summary_of
 from eekd.train.session import Progress, Session, quiet
-from eekd.train.student import check_bank, read_student, train_student
+from eekd.train.student import check_bank, method_of, read_student, train_student
 from eekd.train.teacher import read_teacher, train_teacher
 from eekd.user_code import own_name
 
@@ -67,9 +66,9 @@ def _train(run: Path, session: Session, progress: Progress) -> Path:
         teacher = Path(config.teacher_run, "teacher")
     else:
         train_teacher(config, teacher, session=session, progress=progress, resume=True)
-    students = {weighting: run / "students" / own_name(weighting) for weighting in config.students}
-    for weighting, folder in students.items():
-        train_student(config, teacher, weighting, folder, session=session, progress=progress, resume=True)
+    students = {method: run / "students" / own_name(method) for method in config.students}
+    for method, folder in students.items():
+        train_student(config, teacher, method, folder, session=session, progress=progress, resume=True)
     if parallel.is_main_process() and not (run / "summary.json").exists():
         rows, seconds = table(teacher, list(students.values())), time.perf_counter() - start
         write_json_atomic(run / "summary.json", {"format": FORMAT, "seconds": seconds, "rows": rows})
@@ -139,9 +138,7 @@ def prepare(config: Config) -> Session:
     if config.tensorboard:
         summary_writer()
     session = Session(config)
-    for name in config.students:
-        if name != "ce":
-            weightings.get(name)
+    methods = [method_of(name) for name in config.students]
     for phase in (config.teacher, config.student):
         session.micro_batch(phase)
         network = models.build(**session.spec(phase))
@@ -151,7 +148,8 @@ def prepare(config: Config) -> Session:
     if earlier:
         if session.bank:
             loader = session.loader("train", config.student, train=True)
-            check_bank(session, loader, earlier / "teacher", config.students)
+            needs_features = next((method.name for method in methods if method.needs_features), None)
+            check_bank(session, loader, earlier / "teacher", needs_features)
         check_data(session, earlier)
         SnapshotEnsemble.load(earlier / "teacher")
     return session

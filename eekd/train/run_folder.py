@@ -18,6 +18,8 @@
         student.safetensors              weights at the end of the last epoch
         student.json                     provenance (below); written last, so it marks a finished student
         attention.safetensors            the attention's own weights, where the weighting is attention
+        criterion.safetensors            what else was trained by a method of the user's own
+        method.py                        the file of a method of the user's own, as it was
         metrics.jsonl metrics.csv checkpoints/
       **/non-finite-STEP.*, loss-differs.*   what was wrong with a step or a loss (eekd.train.evidence)
       .lock                   held by the process that trains

@@ -1,8 +1,11 @@
-"""A student: trained on labels alone, or taught by a teacher's snapshots under one of the weightings."""
+"""A student: trained on labels alone, or taught by a teacher's snapshots, by a weighting or a method of one's own."""
 
 import copy
+import inspect
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,34 +15,36 @@ from torch import Tensor, nn
 from eekd import parallel
 from eekd.data import Loader
 from eekd.info import commit
-from eekd.io.files import read_checked, read_json, write_json_atomic
+from eekd.io.files import read_checked, read_json, sha256_of, write_atomic, write_json_atomic
 from eekd.io.tensors import save_tensors
 from eekd.method import weightings
 from eekd.method.losses import EEKDLoss
 from eekd.snapshots import read_entries, read_manifest
 from eekd.snapshots.features import LastFeatures
-from eekd.train.checkpoints import check_identity, delete_checkpoints, run_identity
-from eekd.train.config import Config
+from eekd.train.callbacks import Callback
+from eekd.train.checkpoints import SOURCE, check_identity, delete_checkpoints, run_identity
+from eekd.train.config import Config, student_names
 from eekd.train.metrics import RunningMeans, accuracy, evaluate
 from eekd.train.run_folder import FORMAT, finite, metrics_of, read_metrics, read_record
 from eekd.train.session import SPLIT, Progress, Session, quiet
 from eekd.train.standard import standard_callbacks
 from eekd.train.teaching import TaughtBatch, Teacher, load_teacher
 from eekd.train.trainer import Trainer
+from eekd.user_code import is_file_name, load, own_name
 
-RECORD = "student.json"
+RECORD, ATTENTION, CRITERION = "student.json", "attention.safetensors", "criterion.safetensors"
 
 
 class StudentTrainer(Trainer):
     """Trains the student of a session, on labels or taught by the snapshots of a teacher.
 
-    A method of one's own is a subclass. It may override
+    A method of your own is a subclass. It may override
 
         compute_loss(batch)     what to minimise on `batch.images`, `batch.labels` and `batch.teacher`, the snapshots'
                                 logits (M, B, C) and features (M, B, D); `epoch`, `step` and `total_steps` say when
         build_criterion()       a module, called as `self.criterion(...)`, whose parameters are trained with the
                                 student's; by default EEKDLoss with `weighting`; its sizes: `student_dim`, `teacher_dim`
-        weighting               a weighting's name; "ce" for a method without a teacher
+        weighting               a weighting's name; "ce" for a method without a teacher, "last" for the last snapshot
         needs_features          whether `batch.teacher.features` are read; by default where the weighting does
 
     `self.forward_features(images)` are the student's logits and last features as they train.
@@ -65,12 +70,13 @@ class StudentTrainer(Trainer):
         if self.needs_features is None:
             self.needs_features = needs_features(self.weighting)
         phase, seed = session.config.student, 2 * session.config.seed + 1  # not the teacher's first weights
-        super().__init__(session, phase, session.network(phase, seed), name or self.weighting, **options)
+        name = name or (self.weighting if type(self) is StudentTrainer else type(self).__name__)
+        super().__init__(session, phase, session.network(phase, seed), name, **options)
 
     def setup(self) -> None:
         session, folder = self.session, self.teacher if isinstance(self.teacher, str | Path) else None
         if session.bank:
-            check_bank(session, self.loader, folder, [self.weighting])
+            check_bank(session, self.loader, folder, self.name if self.needs_features else None)
         if self.weighting == "ce":
             self.teacher = None
         elif folder:
@@ -136,10 +142,78 @@ class StudentTrainer(Trainer):
         return means.all()
 
 
+@dataclass(frozen=True)
+class Method:
+    """How a student is taught: `trainer` with `weighting`, of one's own if it comes from a `file`."""
+
+    name: str
+    trainer: type[StudentTrainer]
+    weighting: str
+    file: Path | None = None
+
+    @property
+    def needs_features(self) -> bool:
+        own = self.trainer.needs_features
+        return needs_features(self.weighting) if own is None else own
+
+    @property
+    def source(self) -> dict:
+        """What a record says of the file."""
+        return {"file": self.file and str(self.file), "sha256": self.file and sha256_of(self.file)}
+
+
+def method_of(method: "str | Callable | type[StudentTrainer]") -> Method:
+    """The method that is "ce", a weighting's name, path/to/file.py:NAME, a weighting's function or a StudentTrainer.
+
+    The code of a file is run. ValueError for an unknown name, or one that belongs to eekd; TypeError for a NAME of
+    another kind; else what eekd.user_code.load raises.
+    """
+    if method == "ce":
+        return Method("ce", StudentTrainer, "ce")
+    if isinstance(method, str) and not is_file_name(method):
+        name = weightings.get(method).name
+        return Method(name, StudentTrainer, name)
+    wanted = "a weighting's function or a subclass of eekd.train.StudentTrainer"
+    if isinstance(method, str):
+        name, file, own = own_name(method), Path(method.rpartition(":")[0]), load(method, wanted)
+    else:
+        name, own = getattr(method, "__name__", "method"), method
+        file = Path(inspect.getsourcefile(own) or "") if inspect.isroutine(own) or inspect.isclass(own) else None
+        file = file if file and file.is_file() else None  # a notebook has none
+    if isinstance(own, type) and issubclass(own, StudentTrainer):
+        if name in student_names():
+            raise ValueError(f"a method's name must be one that eekd does not use itself, got {name!r}")
+        return Method(name, own, own.weighting, file)
+    if not callable(own) or isinstance(own, type):
+        raise TypeError(f"{name} must be {wanted}, got {own if isinstance(own, type) else type(own).__name__}")
+    known = {entry.log_weights: entry for entry in weightings.registered()}
+    entry = known.get(own) or weightings.register(name, name, own)
+    return Method(entry.name, StudentTrainer, entry.name, file)
+
+
+def check_source(folder: Path, method: Method) -> None:
+    """ValueError where the student in `folder` was trained by another content of the method's file."""
+    known = read_record(folder / RECORD, "setup")["setup"]
+    check_identity(folder / RECORD, {"setup": known}, known | {"method": method.source})
+
+
+class KeepSource(Callback):
+    """Keeps a copy of the file that holds the method of a student."""
+
+    def __init__(self, folder: Path, source: bytes):
+        self.folder, self.source = folder, source
+
+    @contextmanager
+    def running(self, trainer):
+        if parallel.is_main_process():
+            write_atomic(self.folder / SOURCE, self.source)
+        yield
+
+
 def train_student(
     config: Config,
     teacher: str | Path | None,
-    weighting: str,
+    method: "str | Callable | type[StudentTrainer]",
     folder: str | Path,
     *,
     which: Sequence[int] | None = None,
@@ -147,32 +221,39 @@ def train_student(
     progress: Progress = quiet,
     resume: bool = False,
 ) -> dict:
-    """Trains config.student by `weighting` from the snapshots in the folder `teacher`; leaves it in `folder`.
+    """Trains config.student by `method` from the snapshots in the folder `teacher`; leaves it in `folder`.
 
     "ce" trains on labels alone and needs no teacher; "last" is plain knowledge distillation and runs the last
-    snapshot only. `which` picks the snapshots by index. With config.bank they run on validation images only.
-    Returns the content of student.json, see eekd.train.run_folder. FloatingPointError if the loss is not finite,
-    FileExistsError if the folder holds a network, and what SnapshotEnsemble.load and LogitBank.check raise.
-    `resume` goes on from what the folder holds, whatever that is: ValueError or FileNotFoundError names what is
-    damaged or of another student.
+    snapshot only; `method_of` says what else a method may be. `which` picks the snapshots by index. With config.bank
+    they run on validation images only. Returns the content of student.json, see eekd.train.run_folder.
+
+    FloatingPointError if the loss is not finite, FileExistsError if the folder holds a network, and what
+    SnapshotEnsemble.load and LogitBank.check raise. `resume` goes on from what the folder holds, whatever that is:
+    ValueError or FileNotFoundError names what is damaged or of another student.
     """
     folder, session, phase = Path(folder), session or Session(config), config.student
-    name = weighting if weighting == "ce" else weightings.get(weighting).name  # of a path, whose file is run now
-    taught = weighting != "ce"
-    entries, spec = read_entries(teacher, snapshots_of(weighting, which)) if taught else (None, None)
+    method = method_of(method)
+    name, taught = method.name, method.weighting != "ce"
+    entries, spec = read_entries(teacher, snapshots_of(method.weighting, which)) if taught else (None, None)
     identity = run_identity(name, session, phase, entries and [entry["sha256"] for entry in entries])
+    if method.file or method.trainer is not StudentTrainer:
+        identity["method"] = method.source
     if resume and (folder / RECORD).exists():
         record = read_student(folder)
         check_identity(folder / RECORD, record, identity)
         delete_checkpoints(folder)
         return record
     callbacks = standard_callbacks(session, name, folder, identity, resume)
-    trainer = StudentTrainer(session, teacher, name, which=which, callbacks=callbacks, progress=progress)
+    if method.file:
+        callbacks.append(KeepSource(folder, method.file.read_bytes()))
+    options = dict(which=which, name=name, callbacks=callbacks, progress=progress)
+    trainer = method.trainer(session, teacher, method.weighting, **options)
     rows = trainer.fit()
     test = evaluate(session, trainer.network, session.loader("test", phase))
     weights = parallel.gather_to_main_process(trainer.network.state_dict().items())
     if parallel.is_main_process():
-        bank, learned = session.bank, trainer.own_criterion.state_dict() if trainer.own_criterion else {}
+        bank, criterion = session.bank, trainer.own_criterion
+        learned, eekd = criterion.state_dict() if criterion else {}, isinstance(criterion, EEKDLoss)
         record = {
             "format": FORMAT,
             "setup": identity,
@@ -181,8 +262,8 @@ def train_student(
             "classes": list(session.data.classes),
             "preprocessing": session.data.preprocessing,
             "sha256": save_tensors(folder / "student.safetensors", weights),
-            "attention_sha256": save_tensors(folder / "attention.safetensors", learned) if learned else None,
-            "loss": trainer.loss_options() if taught else None,
+            "attention_sha256": save_tensors(folder / ATTENTION, learned) if learned and eekd else None,
+            "loss": trainer.loss_options() if eekd else None,
             "weights": rows[-1].get("weights"),
             "seed": config.seed,
             "commit": commit(),
@@ -197,6 +278,8 @@ def train_student(
                 "bank": bank and {"path": os.path.relpath(bank.path, folder), "sha256": bank.sha256},
             } or None,
         }  # fmt: skip
+        if learned and not eekd:
+            record["criterion_sha256"] = save_tensors(folder / CRITERION, learned)
         write_json_atomic(folder / RECORD, finite(record))
     delete_checkpoints(folder)
     return read_json(folder / RECORD)
@@ -213,20 +296,24 @@ def read_student(folder: Path) -> dict:
     known = read_record(folder / RECORD, *keys)
     read_checked(folder / "student.safetensors", known["sha256"])
     if known["attention_sha256"]:
-        read_checked(folder / "attention.safetensors", known["attention_sha256"])
+        read_checked(folder / ATTENTION, known["attention_sha256"])
+    if known.get("criterion_sha256"):
+        read_checked(folder / CRITERION, known["criterion_sha256"])
     read_metrics(folder, known)
     return known
 
 
-def check_bank(session: Session, loader: Loader, teacher: str | Path | None, students: Iterable[str]):
-    """ValueError, one sentence, unless the session's bank has its images and teacher, and what these students need."""
+def check_bank(session: Session, loader: Loader, teacher: str | Path | None, needs_features: str | None) -> None:
+    """ValueError, one sentence, unless the session's bank has its images and teacher, and the features a student needs.
+
+    `needs_features` is the name of such a student, None where there is none.
+    """
     config, bank = session.config, session.bank
     split = {name: getattr(config, name) for name in SPLIT}
     hashes = [entry["sha256"] for entry in read_manifest(teacher)["snapshots"]] if teacher else None
     bank.check(session.data, loader, hashes, **split)
-    needs = next((name for name in students if needs_features(name)), None)
-    if needs and not bank.feature_dim:
-        raise ValueError(f"weighting {needs} needs features, and {bank.path} was written with --features none")
+    if needs_features and not bank.feature_dim:
+        raise ValueError(f"student {needs_features} needs features, and {bank.path} was written with --features none")
 
 
 def needs_features(weighting: str) -> bool:
