@@ -144,7 +144,7 @@ class Trainer:
                 self.tell("on_loss", loss)
                 # Gradients are averaged over processes and summed over parts: a mean over the step's samples.
                 self.scaler.scale(loss * (parallel.world_size() * len(batch.labels) / samples)).backward()
-            self.measured.append((len(batch.labels), {"loss": loss.detach()} | measurements))
+            self.measured.append((len(batch.labels), {"loss": loss.detach(), **measurements}))
         with self.timer("backward"):
             if all([callback.on_update(self) for callback in self.callbacks]):
                 self.scaler.step(self.optimizer)

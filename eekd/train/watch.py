@@ -88,7 +88,7 @@ class Watch:
     def _after(self, title: str, module: nn.Module, args: tuple, output) -> None:
         if isinstance(module, EEKDLoss):
             total, measured = output
-            for name, value in reversed(measured.items()) if not total.isfinite() else ():
+            for name, value in reversed([*measured.items()]) if not total.isfinite() else ():
                 self.look(f"the {name} of {title}", value)
             return
         self.look(f"the output of {title}", output)
