@@ -73,7 +73,7 @@ def test_a_verb_is_its_module(capsys):
     assert command.main(["info"]) == 0
     assert capsys.readouterr().out.splitlines()[0].split()[:2] == ["eekd", eekd.__version__]
     assert command.main(["report", "nowhere"]) == 2
-    assert "nowhere is not a run folder" in capsys.readouterr().err
+    assert "nowhere must be a run folder" in capsys.readouterr().err
 
 
 @pytest.mark.bad_input

@@ -194,7 +194,7 @@ def test_a_users_own_factory(user_file, factory):
     ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(name, nearest):
-    with pytest.raises(ValueError, match=f"no model is called {name!r}; the nearest is '{nearest}"):
+    with pytest.raises(ValueError, match=f"name must be a model of eekd, got {name!r}; did you mean '{nearest}"):
         models.build(name, num_classes=10)
 
 
@@ -202,7 +202,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(name, nearest):
 @pytest.mark.bad_input
 def test_an_unknown_timm_name_is_answered_with_the_nearest():
     pytest.importorskip("timm")
-    with pytest.raises(ValueError, match="timm has no model 'resnet_18'; the nearest is 'resnet"):
+    with pytest.raises(ValueError, match="timm:NAME must be a model of timm, got 'resnet_18'; did you mean 'resnet"):
         models.build("timm:resnet_18", num_classes=10)
 
 

@@ -375,9 +375,9 @@ def add(name, text):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda run: shutil.rmtree(run), "run is not a run folder: there is no config.json in it"),
-        (without("config.json"), "run is not a run folder: there is no config.json in it"),
-        (lambda run: (shutil.rmtree(run), run.write_text("")), "run is not a run folder"),
+        (lambda run: shutil.rmtree(run), "run must be a run folder, got one without config.json"),
+        (without("config.json"), "run must be a run folder, got one without config.json"),
+        (lambda run: (shutil.rmtree(run), run.write_text("")), "run must be a run folder"),
         (write("config.json", "{"), "config.json: the config is not JSON"),
         (write("config.json", "[]"), "config.json: the config must be an object"),
         (edit("config.json", sede=1), "config.json: sede is not a setting; did you mean 'seed'?"),

@@ -229,7 +229,7 @@ def test_bad_uses():
     kept = top_k_logits(z, 6, labels)
     assert isinstance(kept, TopKLogits)
     for which in (0, (slice(1), slice(2))):
-        with pytest.raises(TypeError, match="snapshots are chosen by a slice, a list or a tensor, got"):
+        with pytest.raises(TypeError, match="the index must be a slice, a list or a tensor, got"):
             kept[which]
     for classes in (29, 31):
         with pytest.raises(ValueError, match=r"student_logits must have shape \(B, 30\), got \(16, " + str(classes)):

@@ -111,7 +111,7 @@ def net(num_classes, in_channels, image_size):
     return nn.Sequential(NormAct(in_channels), nn.Flatten(), nn.Linear(in_channels * image_size**2, num_classes))
 """)
     config = small(tiny, student=dict(model=f"{tmp_path / 'net.py'}:net"), sync_batchnorm=True)
-    with pytest.raises(ValueError, match="sync_batchnorm wants nn.BatchNorm1d, 2d or 3d, got NormAct as 0"):
+    with pytest.raises(ValueError, match="0 must be nn.BatchNorm1d, 2d or 3d for sync_batchnorm, got NormAct"):
         prepare(config)
 
 

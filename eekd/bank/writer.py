@@ -140,9 +140,7 @@ def _whole(path: Path, settings: dict) -> str | None:
         return None
     for name, value in settings.items():
         if made.get(name) != value:
-            raise ValueError(
-                f"{path} belongs to a bank with {name} {made.get(name)!r}, not {value!r}: choose another --out"
-            )
+            raise ValueError(f"{path} was made with {name} {made.get(name)!r}, got {value!r}: choose another --out")
     return hashlib.sha256(data).hexdigest()
 
 

@@ -116,11 +116,11 @@ def parse(argv: list[str]) -> Flags:
     for name in names:
         how, teacher = method(name), chosen.teacher
         if type(how.snapshots) is int and how.snapshots > teacher.epochs:
-            raise ValueError(f"method {name} needs {how.snapshots} snapshots, and teacher.epochs is {teacher.epochs}")
+            raise ValueError(f"teacher.epochs must be at least {how.snapshots} for method {name}, got {teacher.epochs}")
         if how.teacher == "cyclic":
             dataclasses.replace(teacher, schedule="cyclic")  # a ValueError where its cycles are not equal
         elif teacher.schedule == "cyclic":
-            raise ValueError("teacher.schedule must not be cyclic, which is what the cyclic- methods are for")
+            raise ValueError("teacher.schedule must be another than that of the cyclic- methods, got 'cyclic'")
     return dataclasses.replace(flags, methods=names)
 
 

@@ -41,7 +41,7 @@ class TopKLogits:
 
     def __getitem__(self, which) -> "TopKLogits":
         if not isinstance(which, (slice, list, Tensor)):
-            raise TypeError(f"snapshots are chosen by a slice, a list or a tensor, got {which!r}")
+            raise TypeError(f"the index must be a slice, a list or a tensor, got {which!r}")
         return TopKLogits(self.logits[which], self.indices, self.atoms[which], self.classes)
 
 

@@ -61,7 +61,7 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
     if is_file_name(name):
         return guard(_from_file(name, **sizes))
     if name not in MODELS:
-        raise ValueError(f"no model is called {name!r}; the nearest is {_nearest(name, MODELS)!r}")
+        raise ValueError(f"name must be a model of eekd, got {name!r}; did you mean {_nearest(name, MODELS)!r}?")
     return guard(MODELS[name](**sizes))
 
 
@@ -77,7 +77,7 @@ def _from_timm(name: str, *, num_classes: int, in_channels: int, image_size: int
         raise ImportError(f"'timm:{name}' needs the package timm: pip install 'eekd[timm]'") from error
     if not timm.is_model(name):
         nearest = _nearest(name, timm.list_models())
-        raise ValueError(f"timm has no model {name!r}; the nearest is {nearest!r}")
+        raise ValueError(f"timm:NAME must be a model of timm, got {name!r}; did you mean {nearest!r}?")
     # Only models whose weights depend on the image size, such as vision transformers, take it as an argument.
     cfg = timm.get_pretrained_cfg(name)
     size = {"img_size": image_size} if cfg is not None and cfg.fixed_input_size else {}

@@ -69,7 +69,9 @@ def _check_environment() -> None:
     alone = os.environ["WORLD_SIZE"] == "1"
     needed = [name for name in TORCHRUN if not (alone and name.startswith("LOCAL_"))]
     if missing := [name for name in needed if name not in os.environ]:
-        raise ValueError(f"WORLD_SIZE is set, and {', '.join(missing)} not: let torchrun start the processes")
+        raise ValueError(
+            f"{', '.join(missing)} must be set where WORLD_SIZE is, got none: let torchrun start the processes"
+        )
 
 
 def _take_gpu() -> None:

@@ -16,7 +16,7 @@ def convert_sync_batchnorm(network: nn.Module) -> nn.Module:
     """
     for name, module in network.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in _NORMS:
-            raise ValueError(f"sync_batchnorm wants nn.BatchNorm1d, 2d or 3d, got {type(module).__name__} as {name}")
+            raise ValueError(f"{name} must be nn.BatchNorm1d, 2d or 3d for sync_batchnorm, got {type(module).__name__}")
     if next(network.parameters()).is_cuda:
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     for module in network.modules():

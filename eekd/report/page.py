@@ -70,7 +70,7 @@ def read(folder: str | Path) -> Run:
 
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is not a run folder: there is no config.json in it")
+        raise FileNotFoundError(f"{folder} must be a run folder, got one without config.json")
     config = read_settings(folder)
 
     def read_if_there(path):
