@@ -1,6 +1,7 @@
 // The only file that knows torch and Python: schemas, argument checks, registration, and the module eekd._C.
 
 #include <pybind11/pybind11.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -48,79 +49,108 @@ eekd::Matrix matrix(const Tensor& t, int64_t rows, int64_t columns, const char* 
   return out;
 }
 
-void* output(const std::optional<Tensor>& t, int64_t numel, ScalarType dtype, const char* name) {
-  if (!t) return nullptr;
-  STD_TORCH_CHECK(t->numel() == numel && t->is_contiguous() && t->scalar_type() == dtype, name,
-                  " must be contiguous, of the shape and dtype of what it describes");
-  return t->mutable_data_ptr();
-}
-
 constexpr const char* kEnsembleKDFwd =
     "ensemble_kd_fwd(Tensor student, Tensor[] snapshots, Tensor? labels, Tensor? scores, Tensor? query, "
-    "Tensor? keys, float temperature, float alpha, bool logit_fusion, bool kl_objective, bool mean, "
-    "int ignore_index, Tensor(a!) loss, Tensor(b!) attention_loss, Tensor(c!) weights, Tensor(d!)? d_student, "
-    "Tensor(e!)? d_scores, Tensor(f!)? d_query, Tensor(g!)? d_keys) -> ()";
+    "Tensor? keys, float temperature, float alpha, bool logit_fusion, bool kl_objective, int reduction, "
+    "int ignore_index, bool wants_student, bool wants_attention) -> Tensor[]";
 
 constexpr const char* kSparseEnsembleKDFwd =
     "sparse_ensemble_kd_fwd(Tensor student, Tensor[] snapshots, Tensor tail, Tensor indices, Tensor? labels, "
     "Tensor? scores, Tensor? query, Tensor? keys, float temperature, float alpha, bool logit_fusion, "
-    "bool kl_objective, bool mean, int ignore_index, Tensor(a!) loss, Tensor(b!) attention_loss, Tensor(c!) weights, "
-    "Tensor(d!)? d_student, Tensor(e!)? d_scores, Tensor(f!)? d_query, Tensor(g!)? d_keys) -> ()";
+    "bool kl_objective, int reduction, int ignore_index, bool wants_student, bool wants_attention) -> Tensor[]";
 
 constexpr const char* kEnsembleKDBwd =
     "ensemble_kd_bwd(Tensor? d_loss, Tensor? d_attention_loss, Tensor? count, Tensor(a!)? d_student, "
     "Tensor(b!)? d_scores, Tensor(c!)? d_query, Tensor(d!)? d_keys) -> ()";
 
-// `snapshots` is M tensors (B, columns), or one (M, B, columns). A scalar `loss` is summed over rows, a (B) one is not.
-eekd::EnsembleKD ensemble_kd_args(const Tensor& student, const std::vector<Tensor>& snapshots, int64_t columns,
-                                  const std::optional<Tensor>& labels, const std::optional<Tensor>& scores,
-                                  const std::optional<Tensor>& query, const std::optional<Tensor>& keys,
-                                  double temperature, double alpha, bool logit_fusion, bool kl_objective,
-                                  int64_t ignore_index, const Tensor& weights, const std::optional<Tensor>& d_student,
-                                  const std::optional<Tensor>& d_scores, const std::optional<Tensor>& d_query,
-                                  const std::optional<Tensor>& d_keys) {
-  eekd::EnsembleKD a;
-  STD_TORCH_CHECK(student.dim() == 2, "student must be (B, C)");
-  const int64_t rows = a.rows = student.size(0), classes = a.classes = student.size(1);
-  a.student = matrix(student, rows, classes, "student");
-  STD_TORCH_CHECK(!snapshots.empty(), "snapshots must not be empty");
-  const bool stacked = snapshots[0].dim() == 3;
-  const int64_t count = a.snapshots = stacked ? snapshots[0].size(0) : snapshots.size();
-  STD_TORCH_CHECK(count >= 1 && count <= eekd::kMaxSnapshots && (!stacked || snapshots.size() == 1),
-                  "snapshots must be one (M, B, C) or M of (B, C), M from 1 to 64");
-  for (int64_t m = 0; m < count; ++m)
-    a.snapshot[m] = matrix(snapshots[stacked ? 0 : m], rows, columns, "snapshots", stacked ? m : -1);
-  if (labels) {
-    STD_TORCH_CHECK(labels->dim() == 1 && labels->size(0) == rows && labels->is_contiguous() &&
-                        labels->scalar_type() == ScalarType::Long,
-                    "labels must be contiguous int64 (B)");
-    a.labels = static_cast<const int64_t*>(labels->const_data_ptr());
-  }
-  a.width = 0;
-  if (query) {
-    STD_TORCH_CHECK(keys.has_value() && query->dim() == 2, "query (B, D) needs keys (M, B, D)");
-    a.width = query->size(1);
-    a.query = matrix(*query, rows, a.width, "query");
-    for (int64_t m = 0; m < count; ++m) a.keys[m] = matrix(*keys, rows, a.width, "keys", m);
-    STD_TORCH_CHECK(keys->size(0) == count, "keys has the wrong shape");
-    a.d_query = output(d_query, rows * a.width, query->scalar_type(), "d_query");
-    a.d_keys = output(d_keys, count * rows * a.width, keys->scalar_type(), "d_keys");
-    STD_TORCH_CHECK(!a.d_query == !a.d_keys, "d_query and d_keys go together");
-  } else if (scores) {
-    a.scores = matrix(*scores, rows, count, "scores");
-    a.d_scores = output(d_scores, rows * count, scores->scalar_type(), "d_scores");
-  }
-  a.temperature = temperature;
-  a.alpha = alpha;
-  a.fusion = logit_fusion ? eekd::Fusion::logit : eekd::Fusion::probability;
-  a.objective = kl_objective ? eekd::Objective::kl : eekd::Objective::label;
-  STD_TORCH_CHECK(labels || kl_objective || !(a.d_scores || a.d_query),
-                  "the gradient of the label objective needs labels");
-  a.ignore_index = ignore_index;
-  a.weights = static_cast<float*>(output(weights, rows * count, ScalarType::Float, "weights"));
-  a.d_student = output(d_student, rows * classes, student.scalar_type(), "d_student");
-  return a;
+using MaybeTensor = std::optional<Tensor>;
+enum Reduction : int64_t { none, mean, sum };
+
+// A new contiguous tensor on the device of `like`.
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t strides[3], step = 1;
+  for (size_t d = sizes.size(); d-- > 0;) strides[d] = step, step *= std::max<int64_t>(sizes.begin()[d], 1);
+  int32_t device;
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides, static_cast<int32_t>(dtype),
+                                                  device, like.get_device_index(), &handle));
+  return Tensor(handle);
 }
+
+// The arguments of a forward op, and its outputs: first loss, attention_loss and weights, then the gradients wanted.
+struct Call {
+  const Tensor& student;
+  const std::vector<Tensor>& snapshots;
+  const MaybeTensor &labels, &scores, &query, &keys;
+  double temperature, alpha;
+  bool logit_fusion, kl_objective;
+  int64_t reduction, ignore_index;
+  bool wants_student, wants_attention;
+  std::vector<Tensor> outputs = {};
+
+  const Tensor& loss() const { return outputs[0]; }
+  const Tensor& attention_loss() const { return outputs[1]; }
+
+  // Checks the tensors, whose snapshots have so many columns, and allocates the outputs. `snapshots` is M tensors
+  // (B, columns), or one (M, B, columns). A loss is summed over rows, unless the reduction is none. Sets `wide` where
+  // results are fp64, as they are where a logit is.
+  eekd::EnsembleKD args(int64_t columns, bool& wide) {
+    eekd::EnsembleKD a;
+    STD_TORCH_CHECK(student.dim() == 2, "student must be (B, C)");
+    const int64_t rows = a.rows = student.size(0), classes = a.classes = student.size(1);
+    a.student = matrix(student, rows, classes, "student");
+    STD_TORCH_CHECK(!snapshots.empty(), "snapshots must not be empty");
+    const bool stacked = snapshots[0].dim() == 3;
+    const int64_t count = a.snapshots = stacked ? snapshots[0].size(0) : snapshots.size();
+    STD_TORCH_CHECK(count >= 1 && count <= eekd::kMaxSnapshots && (!stacked || snapshots.size() == 1),
+                    "snapshots must be one (M, B, C) or M of (B, C), M from 1 to 64");
+    wide = a.student.dtype == eekd::DType::f64;
+    for (int64_t m = 0; m < count; ++m) {
+      a.snapshot[m] = matrix(snapshots[stacked ? 0 : m], rows, columns, "snapshots", stacked ? m : -1);
+      wide |= a.snapshot[m].dtype == eekd::DType::f64;
+    }
+    if (labels) {
+      STD_TORCH_CHECK(labels->dim() == 1 && labels->size(0) == rows && labels->is_contiguous() &&
+                          labels->scalar_type() == ScalarType::Long,
+                      "labels must be contiguous int64 (B)");
+      a.labels = static_cast<const int64_t*>(labels->const_data_ptr());
+    }
+    STD_TORCH_CHECK(labels || kl_objective || !wants_attention, "the gradient of the label objective needs labels");
+    a.temperature = temperature;
+    a.alpha = alpha;
+    a.fusion = logit_fusion ? eekd::Fusion::logit : eekd::Fusion::probability;
+    a.objective = kl_objective ? eekd::Objective::kl : eekd::Objective::label;
+    a.ignore_index = ignore_index;
+
+    const ScalarType result = wide ? ScalarType::Double : ScalarType::Float;
+    outputs.reserve(6);
+    const auto output = [&](std::initializer_list<int64_t> sizes, ScalarType dtype) {
+      outputs.push_back(empty(student, sizes, dtype));
+      return outputs.back().mutable_data_ptr();
+    };
+    for (void** of_rows : {&a.loss, &a.attention_loss})
+      *of_rows = reduction == none ? output({rows}, result) : output({}, result);
+    a.weights = static_cast<float*>(output({rows, count}, ScalarType::Float));
+    if (wants_student) a.d_student = output({rows, classes}, student.scalar_type());
+    a.width = 0;
+    if (query) {
+      STD_TORCH_CHECK(keys.has_value() && query->dim() == 2, "query (B, D) needs keys (M, B, D)");
+      a.width = query->size(1);
+      a.query = matrix(*query, rows, a.width, "query");
+      for (int64_t m = 0; m < count; ++m) a.keys[m] = matrix(*keys, rows, a.width, "keys", m);
+      STD_TORCH_CHECK(keys->size(0) == count, "keys has the wrong shape");
+      if (wants_attention) {
+        a.d_query = output({rows, a.width}, query->scalar_type());
+        a.d_keys = output({count, rows, a.width}, keys->scalar_type());
+      }
+    } else if (scores) {
+      a.scores = matrix(*scores, rows, count, "scores");
+      if (wants_attention) a.d_scores = output({rows, count}, scores->scalar_type());
+    }
+    return a;
+  }
+};
 
 eekd::SparseEnsembleKD sparse_ensemble_kd_args(const eekd::EnsembleKD& kd, const Tensor& tail, const Tensor& indices,
                                                bool wide) {
@@ -147,34 +177,22 @@ void run_parallel(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*
 // Where a kernel puts the losses of its rows, until `add_up` makes one number of them, in order.
 template <class T>
 struct Rows {
-  Rows(eekd::EnsembleKD& a, const Tensor& loss, const Tensor& attention_loss)
-      : loss(loss), attention_loss(attention_loss) {
-    if (loss.dim() == 0) scratch = std::make_unique_for_overwrite<T[]>(2 * a.rows);
-    a.loss = scratch ? scratch.get() : loss.mutable_data_ptr();
-    a.attention_loss = scratch ? scratch.get() + a.rows : attention_loss.mutable_data_ptr();
+  explicit Rows(eekd::EnsembleKD& a, bool reduces) : loss(a.loss), attention_loss(a.attention_loss) {
+    if (!reduces) return;
+    scratch = std::make_unique_for_overwrite<T[]>(2 * a.rows);
+    a.loss = scratch.get();
+    a.attention_loss = scratch.get() + a.rows;
   }
   void add_up(int64_t rows) const {
     if (!scratch) return;
     double total = 0, attention_total = 0;
     for (int64_t b = 0; b < rows; ++b) total += scratch[b], attention_total += scratch[rows + b];
-    *static_cast<T*>(loss.mutable_data_ptr()) = static_cast<T>(total);
-    *static_cast<T*>(attention_loss.mutable_data_ptr()) = static_cast<T>(attention_total);
+    *static_cast<T*>(loss) = static_cast<T>(total);
+    *static_cast<T*>(attention_loss) = static_cast<T>(attention_total);
   }
-  const Tensor &loss, &attention_loss;
+  void *loss, *attention_loss;
   std::unique_ptr<T[]> scratch;
 };
-
-// Whether results are fp64, as they are where a logit is; checks that `loss` and `attention_loss` can hold them.
-bool is_wide(const eekd::EnsembleKD& a, const Tensor& loss, const Tensor& attention_loss) {
-  bool wide = a.student.dtype == eekd::DType::f64;
-  for (int64_t m = 0; m < a.snapshots; ++m) wide |= a.snapshot[m].dtype == eekd::DType::f64;
-  const ScalarType result = wide ? ScalarType::Double : ScalarType::Float;
-  for (const Tensor& t : {loss, attention_loss})
-    STD_TORCH_CHECK(t.scalar_type() == result && (t.dim() == 0 || (t.dim() == 1 && t.size(0) == a.rows)) &&
-                        t.dim() == loss.dim() && t.is_contiguous(),
-                    "loss and attention_loss must be () or (B), float64 for float64 logits, else float32");
-  return wide;
-}
 
 // Counts the labels of a mean; a label that is no class is an error, here where it can be one.
 void set_row_scale(eekd::EnsembleKD& a, bool mean) {
@@ -193,15 +211,15 @@ void set_row_scale(eekd::EnsembleKD& a, bool mean) {
 eekd::Parallel parallel() { return {static_cast<int>(torch::stable::get_num_threads()), run_parallel}; }
 
 template <class T>
-void run_rows(eekd::EnsembleKD& a, const Tensor& loss, const Tensor& attention_loss) {
-  const Rows<T> rows(a, loss, attention_loss);
+void run_rows(eekd::EnsembleKD& a, bool reduces) {
+  const Rows<T> rows(a, reduces);
   eekd::ensemble_kd_fwd_cpu<T>(a, parallel());
   rows.add_up(a.rows);
 }
 
 template <class T>
-void run_rows(eekd::SparseEnsembleKD& a, const Tensor& loss, const Tensor& attention_loss) {
-  const Rows<T> rows(a.kd, loss, attention_loss);
+void run_rows(eekd::SparseEnsembleKD& a, bool reduces) {
+  const Rows<T> rows(a.kd, reduces);
   const int64_t wrong = eekd::sparse_ensemble_kd_fwd_cpu<T>(a, parallel());
   if (wrong >= 0) {
     const int64_t b = wrong / a.k, j = wrong % a.k;
@@ -212,34 +230,33 @@ void run_rows(eekd::SparseEnsembleKD& a, const Tensor& loss, const Tensor& atten
   rows.add_up(a.kd.rows);
 }
 
-void ensemble_kd_fwd_cpu(Tensor student, std::vector<Tensor> snapshots, std::optional<Tensor> labels,
-                         std::optional<Tensor> scores, std::optional<Tensor> query, std::optional<Tensor> keys,
-                         double temperature, double alpha, bool logit_fusion, bool kl_objective, bool mean,
-                         int64_t ignore_index, Tensor loss, Tensor attention_loss, Tensor weights,
-                         std::optional<Tensor> d_student, std::optional<Tensor> d_scores, std::optional<Tensor> d_query,
-                         std::optional<Tensor> d_keys) {
-  eekd::EnsembleKD a =
-      ensemble_kd_args(student, snapshots, student.size(1), labels, scores, query, keys, temperature, alpha,
-                       logit_fusion, kl_objective, ignore_index, weights, d_student, d_scores, d_query, d_keys);
-  set_row_scale(a, mean);
-  is_wide(a, loss, attention_loss) ? run_rows<double>(a, loss, attention_loss)
-                                   : run_rows<float>(a, loss, attention_loss);
+std::vector<Tensor> ensemble_kd_fwd_cpu(Tensor student, std::vector<Tensor> snapshots, MaybeTensor labels,
+                                        MaybeTensor scores, MaybeTensor query, MaybeTensor keys, double temperature,
+                                        double alpha, bool logit_fusion, bool kl_objective, int64_t reduction,
+                                        int64_t ignore_index, bool wants_student, bool wants_attention) {
+  Call call{student, snapshots,    labels,       scores,    query,        keys,          temperature,
+            alpha,   logit_fusion, kl_objective, reduction, ignore_index, wants_student, wants_attention};
+  bool wide;
+  eekd::EnsembleKD a = call.args(student.size(1), wide);
+  set_row_scale(a, reduction == mean);
+  wide ? run_rows<double>(a, reduction != none) : run_rows<float>(a, reduction != none);
+  return std::move(call.outputs);
 }
 
-void sparse_ensemble_kd_fwd_cpu(Tensor student, std::vector<Tensor> snapshots, Tensor tail, Tensor indices,
-                                std::optional<Tensor> labels, std::optional<Tensor> scores, std::optional<Tensor> query,
-                                std::optional<Tensor> keys, double temperature, double alpha, bool logit_fusion,
-                                bool kl_objective, bool mean, int64_t ignore_index, Tensor loss, Tensor attention_loss,
-                                Tensor weights, std::optional<Tensor> d_student, std::optional<Tensor> d_scores,
-                                std::optional<Tensor> d_query, std::optional<Tensor> d_keys) {
+std::vector<Tensor> sparse_ensemble_kd_fwd_cpu(Tensor student, std::vector<Tensor> snapshots, Tensor tail,
+                                               Tensor indices, MaybeTensor labels, MaybeTensor scores,
+                                               MaybeTensor query, MaybeTensor keys, double temperature, double alpha,
+                                               bool logit_fusion, bool kl_objective, int64_t reduction,
+                                               int64_t ignore_index, bool wants_student, bool wants_attention) {
+  Call call{student, snapshots,    labels,       scores,    query,        keys,          temperature,
+            alpha,   logit_fusion, kl_objective, reduction, ignore_index, wants_student, wants_attention};
   STD_TORCH_CHECK(indices.dim() == 2, "indices must be (B, K)");
-  eekd::EnsembleKD kd =
-      ensemble_kd_args(student, snapshots, indices.size(1), labels, scores, query, keys, temperature, alpha,
-                       logit_fusion, kl_objective, ignore_index, weights, d_student, d_scores, d_query, d_keys);
-  set_row_scale(kd, mean);
-  const bool wide = is_wide(kd, loss, attention_loss);
+  bool wide;
+  eekd::EnsembleKD kd = call.args(indices.size(1), wide);
+  set_row_scale(kd, reduction == mean);
   eekd::SparseEnsembleKD a = sparse_ensemble_kd_args(kd, tail, indices, wide);
-  wide ? run_rows<double>(a, loss, attention_loss) : run_rows<float>(a, loss, attention_loss);
+  wide ? run_rows<double>(a, reduction != none) : run_rows<float>(a, reduction != none);
+  return std::move(call.outputs);
 }
 
 #ifdef EEKD_CUDA
@@ -263,59 +280,56 @@ void* stream_of(int32_t device) {
 
 // Gives the rows a place for their losses, and calls launch(mean, loss, attention_loss, count, stream) on the device.
 template <class F>
-void launch_rows(eekd::EnsembleKD& a, const Tensor& student, bool mean, const Tensor& loss,
-                 const Tensor& attention_loss, F launch) {
-  a.row_scale = mean ? 1.0 / std::max<int64_t>(a.rows, 1) : 1.0;
-  const bool reduces = loss.dim() == 0;
-  const int32_t device = student.get_device_index();
+void launch_rows(eekd::EnsembleKD& a, const Call& call, F launch) {
+  const Tensor& loss = call.loss();
+  const bool reduces = call.reduction != none, divides = call.reduction == mean;
+  a.row_scale = divides ? 1.0 / std::max<int64_t>(a.rows, 1) : 1.0;
+  const int32_t device = call.student.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = stream_of(device);
-  std::optional<Tensor> per_row;
-  if (reduces) per_row = torch::stable::new_empty(loss, {2, std::max<int64_t>(a.rows, 1)});
-  const Tensor count = torch::stable::new_empty(loss, {eekd::kCounts}, ScalarType::Int);
-  char* rows = static_cast<char*>(reduces ? per_row->mutable_data_ptr() : loss.mutable_data_ptr());
-  a.loss = rows;
-  a.attention_loss =
-      reduces ? rows + a.rows * (loss.scalar_type() == ScalarType::Double ? 8 : 4) : attention_loss.mutable_data_ptr();
-  const char* error = launch(mean, reduces ? loss.mutable_data_ptr() : nullptr, attention_loss.mutable_data_ptr(),
-                             static_cast<int*>(count.mutable_data_ptr()), stream);
+  const Tensor count = empty(loss, {eekd::kCounts}, ScalarType::Int);
+  MaybeTensor per_row;
+  void *total = reduces ? a.loss : nullptr, *attention_total = a.attention_loss;
+  if (reduces) {
+    per_row = empty(loss, {2, std::max<int64_t>(a.rows, 1)}, loss.scalar_type());
+    a.loss = per_row->mutable_data_ptr();
+    a.attention_loss = static_cast<char*>(a.loss) + a.rows * (loss.scalar_type() == ScalarType::Double ? 8 : 4);
+  }
+  const char* error = launch(divides, total, attention_total, static_cast<int*>(count.mutable_data_ptr()), stream);
   STD_TORCH_CHECK(!error, "eekd on CUDA: ", error);
 }
 
-void ensemble_kd_fwd_cuda(Tensor student, std::vector<Tensor> snapshots, std::optional<Tensor> labels,
-                          std::optional<Tensor> scores, std::optional<Tensor> query, std::optional<Tensor> keys,
-                          double temperature, double alpha, bool logit_fusion, bool kl_objective, bool mean,
-                          int64_t ignore_index, Tensor loss, Tensor attention_loss, Tensor weights,
-                          std::optional<Tensor> d_student, std::optional<Tensor> d_scores,
-                          std::optional<Tensor> d_query, std::optional<Tensor> d_keys) {
-  eekd::EnsembleKD a =
-      ensemble_kd_args(student, snapshots, student.size(1), labels, scores, query, keys, temperature, alpha,
-                       logit_fusion, kl_objective, ignore_index, weights, d_student, d_scores, d_query, d_keys);
-  const auto launcher =
-      is_wide(a, loss, attention_loss) ? eekd::ensemble_kd_fwd_cuda<double> : eekd::ensemble_kd_fwd_cuda<float>;
-  launch_rows(a, student, mean, loss, attention_loss, [&](auto... rest) { return launcher(a, rest...); });
+std::vector<Tensor> ensemble_kd_fwd_cuda(Tensor student, std::vector<Tensor> snapshots, MaybeTensor labels,
+                                         MaybeTensor scores, MaybeTensor query, MaybeTensor keys, double temperature,
+                                         double alpha, bool logit_fusion, bool kl_objective, int64_t reduction,
+                                         int64_t ignore_index, bool wants_student, bool wants_attention) {
+  Call call{student, snapshots,    labels,       scores,    query,        keys,          temperature,
+            alpha,   logit_fusion, kl_objective, reduction, ignore_index, wants_student, wants_attention};
+  bool wide;
+  eekd::EnsembleKD a = call.args(student.size(1), wide);
+  const auto launcher = wide ? eekd::ensemble_kd_fwd_cuda<double> : eekd::ensemble_kd_fwd_cuda<float>;
+  launch_rows(a, call, [&](auto... rest) { return launcher(a, rest...); });
+  return std::move(call.outputs);
 }
 
-void sparse_ensemble_kd_fwd_cuda(Tensor student, std::vector<Tensor> snapshots, Tensor tail, Tensor indices,
-                                 std::optional<Tensor> labels, std::optional<Tensor> scores,
-                                 std::optional<Tensor> query, std::optional<Tensor> keys, double temperature,
-                                 double alpha, bool logit_fusion, bool kl_objective, bool mean, int64_t ignore_index,
-                                 Tensor loss, Tensor attention_loss, Tensor weights, std::optional<Tensor> d_student,
-                                 std::optional<Tensor> d_scores, std::optional<Tensor> d_query,
-                                 std::optional<Tensor> d_keys) {
+std::vector<Tensor> sparse_ensemble_kd_fwd_cuda(Tensor student, std::vector<Tensor> snapshots, Tensor tail,
+                                                Tensor indices, MaybeTensor labels, MaybeTensor scores,
+                                                MaybeTensor query, MaybeTensor keys, double temperature, double alpha,
+                                                bool logit_fusion, bool kl_objective, int64_t reduction,
+                                                int64_t ignore_index, bool wants_student, bool wants_attention) {
+  Call call{student, snapshots,    labels,       scores,    query,        keys,          temperature,
+            alpha,   logit_fusion, kl_objective, reduction, ignore_index, wants_student, wants_attention};
   STD_TORCH_CHECK(indices.dim() == 2, "indices must be (B, K)");
-  const eekd::EnsembleKD kd =
-      ensemble_kd_args(student, snapshots, indices.size(1), labels, scores, query, keys, temperature, alpha,
-                       logit_fusion, kl_objective, ignore_index, weights, d_student, d_scores, d_query, d_keys);
-  const bool wide = is_wide(kd, loss, attention_loss);
-  eekd::SparseEnsembleKD a = sparse_ensemble_kd_args(kd, tail, indices, wide);
+  bool wide;
+  const eekd::EnsembleKD kd = call.args(indices.size(1), wide);
   const auto launcher = wide ? eekd::sparse_ensemble_kd_fwd_cuda<double> : eekd::sparse_ensemble_kd_fwd_cuda<float>;
-  launch_rows(a.kd, student, mean, loss, attention_loss, [&](auto... rest) { return launcher(a, rest...); });
+  eekd::SparseEnsembleKD a = sparse_ensemble_kd_args(kd, tail, indices, wide);
+  launch_rows(a.kd, call, [&](auto... rest) { return launcher(a, rest...); });
+  return std::move(call.outputs);
 }
 
-void ensemble_kd_bwd_cuda(std::optional<Tensor> d_loss, std::optional<Tensor> d_attention_loss,
-                          std::optional<Tensor> count, std::optional<Tensor> d_student, std::optional<Tensor> d_scores,
-                          std::optional<Tensor> d_query, std::optional<Tensor> d_keys) {
+void ensemble_kd_bwd_cuda(MaybeTensor d_loss, MaybeTensor d_attention_loss, MaybeTensor count, MaybeTensor d_student,
+                          MaybeTensor d_scores, MaybeTensor d_query, MaybeTensor d_keys) {
   eekd::Scale args;
   for (const auto& [grad, upstream] : {std::pair(&d_student, &d_loss), std::pair(&d_scores, &d_attention_loss),
                                        std::pair(&d_query, &d_attention_loss), std::pair(&d_keys, &d_attention_loss)}) {
@@ -381,7 +395,8 @@ PYBIND11_MODULE(_C, m) {
   };
   if (const char* name = std::getenv("EEKD_CPU_CAPABILITY"); name && !choose(name))
     throw pybind11::value_error(
-        "EEKD_CPU_CAPABILITY must be baseline, avx2 or avx512, and be in this build and processor, got " +
+        "EEKD_CPU_CAPABILITY must be baseline, avx2 or avx512, and be in this build and "
+        "processor, got " +
         std::string(name));
   m.def("set_cpu_capability", choose,
         "Chooses another: baseline, avx2 or avx512. False where build or processor lacks it.");

@@ -317,13 +317,13 @@ def by_kernel(calls: list[Callable]) -> dict[str, float]:
 
 def chosen(tensors, fusion: str) -> dict | None:
     """The launch of the dense Triton op for these tensors."""
-    from eekd.kernels.common import architecture, launch
+    from eekd.kernels.launch import architecture, launch_for
 
     student, snapshots, *_ = tensors
     if isinstance(snapshots, Sparse):
         return None
     again = fusion == "logit"
-    return launch(
+    return launch_for(
         student.shape[1], len(snapshots), student.element_size(), architecture(student.device), again
     )._asdict()
 
@@ -346,10 +346,10 @@ def accesses(backend: str, case: Case, device: torch.device) -> float:
         return least(case)
     on_chip = True
     if backend == "triton":
-        from eekd.kernels.common import architecture, launch
+        from eekd.kernels.launch import architecture, launch_for
 
         again = case.fusion == "logit"
-        on_chip = launch(classes, m, getattr(torch, case.dtype).itemsize, architecture(device), again).on_chip
+        on_chip = launch_for(classes, m, getattr(torch, case.dtype).itemsize, architecture(device), again).on_chip
     elif backend == "native" and device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         blocks = 8 if properties.major >= 9 else 1

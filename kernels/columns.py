@@ -7,7 +7,7 @@ the other. A long row's sums are of groups of columns that one thread holds, and
 import triton
 import triton.language as tl
 
-from .common import LOG2E, PTX, finite, inverse, log2, powers, scaled, write_columns
+from .rows import LOG2E, PTX, finite, inverse, log2, powers, scaled, write_columns
 
 LEAST = tl.constexpr(1.2e-38)  # of the probabilities that have a logarithm on a GPU
 
@@ -158,7 +158,7 @@ def _sum(x, V: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def _absorb(top, total, x, k, V: tl.constexpr, T: tl.constexpr):
-    """As kernels.common.absorb, for the T groups of columns x (R, N)."""
+    """As kernels.rows.absorb, for the T groups of columns x (R, N)."""
     x = _grouped(x, V, T)
     new = tl.maximum(top, tl.max(tl.max(x, 3), 1) * k)
     each = tl.exp2(scaled(x, new[:, None, :, None], k))
@@ -243,7 +243,7 @@ def _visit(
     INSIDE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """What kernels.common.visit sums over columns, of each column, and d loss / d s; all (R, N)."""
+    """What kernels.rows.visit sums over columns, of each column, and d loss / d s; all (R, N)."""
     a = scaled(s, s_top[:, None], k)
     if LOGIT:
         b = scaled(t, t_top[:, None], k)
@@ -317,7 +317,7 @@ def columns(
     T: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Sums kl (R), means and moved (R, M) of kernels.common.visit; hard_top, hard_sum; z_top, z_sum of finish."""
+    """Sums kl (R), means and moved (R, M) of kernels.rows.visit; hard_top, hard_sum; z_top, z_sum of finish."""
     w = _elements(w_all, m, M)
     i = tl.arange(0, BLOCK)
     y = tl.where(valid, y + shift, -1).to(tl.int32)

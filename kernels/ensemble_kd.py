@@ -1,7 +1,7 @@
 """ensemble_kd in Triton: attention, fusion, KL, CE and all gradients of a row in one launch.
 
 Traffic in accesses of B·C elements: reads M + 1 and writes 1 where a row's tile stays on chip, reads 2 (M + 1) and
-writes 1 where it is streamed twice; kernels.common.launch decides by M and C. The op fills outputs that the caller
+writes 1 where it is streamed twice; kernels.launch.launch_for decides by M and C. The op fills outputs that the caller
 allocated, with the arguments of eekd::ensemble_kd_fwd, under the name eekd_triton::ensemble_kd_fwd.
 """
 
@@ -12,26 +12,23 @@ import triton
 import triton.language as tl
 from triton import next_power_of_2
 
-from . import common
+from . import launch
 from .columns import columns
-from .common import (
+from .launch import MEAN, alignment, define_forward, forward, planned, start
+from .rows import (
     LN2,
     LOG2E,
     SEPARATE,
     absorb,
     absorb_targets,
-    alignment,
     attend,
     finish,
-    forward,
     log2,
     log2_softmax,
-    planned,
     read_labels,
     scaled,
     snapshot_rows,
     softmax,
-    start,
     visit,
     write_columns,
 )
@@ -89,7 +86,7 @@ def _visit(
     MEANS: tl.constexpr,
     MOVED: tl.constexpr,
 ):
-    """The sums of kernels.common.visit over columns, and d loss / d s (R, N)."""
+    """The sums of kernels.rows.visit over columns, and d loss / d s (R, N)."""
     log_q = log2_softmax(s, s_top, soft_sum, k)
     q = softmax(s, s_top, soft_sum, k)
     kl, means, moved, p = visit(log_q, z, w, used, k, z_top, z_sum, LOGIT, MEANS, MOVED)
@@ -277,7 +274,7 @@ def rows_kernel(
     """One program takes R rows: all their columns at once if ON_CHIP, else in blocks, and those twice.
 
     `snapshots` is a tuple of M pointers with M `snapshot_strides` from row to row, or one pointer, `snapshot_stride`
-    from snapshot to snapshot and `snapshot_strides` from row to row. VECTOR and SHIFTED are kernels.common.alignment.
+    from snapshot to snapshot and `snapshot_strides` from row to row. VECTOR and SHIFTED are kernels.launch.alignment.
     """
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     m = tl.arange(0, MP)
@@ -497,9 +494,8 @@ def scale_kernel(
 
 SCHEMA = (
     "(Tensor student, Tensor[] snapshots, Tensor? labels, Tensor? scores, Tensor? query, "
-    "Tensor? keys, float temperature, float alpha, bool logit_fusion, bool kl_objective, bool mean, "
-    "int ignore_index, Tensor(a!) loss, Tensor(b!) attention_loss, Tensor(c!) weights, Tensor(d!)? d_student, "
-    "Tensor(e!)? d_scores, Tensor(f!)? d_query, Tensor(g!)? d_keys) -> ()"
+    "Tensor? keys, float temperature, float alpha, bool logit_fusion, bool kl_objective, int reduction, "
+    "int ignore_index, bool wants_student, bool wants_attention) -> Tensor[]"
 )
 
 
@@ -538,11 +534,11 @@ def plan(
     )
     # M pointers take the registers that M lines would.
     again = logit_fusion or not stacked or (kl_objective and (d_scores is not None or d_query is not None))
-    cut = cut or common.launch(
+    cut = cut or launch.launch_for(
         classes + (vector - 1 if shifted else 0),
         m,
         8 if wide else max(sizes),
-        common.architecture(student.device),
+        launch.architecture(student.device),
         again,
     )
     held = min(16 // (8 if wide else max(sizes)), cut.block)  # columns next to each other that a thread has
@@ -571,7 +567,7 @@ def plan(
     )
 
 
-def ensemble_kd_fwd(
+def fill(
     student,
     snapshots,
     labels,
@@ -582,19 +578,12 @@ def ensemble_kd_fwd(
     alpha,
     logit_fusion,
     kl_objective,
-    mean,
+    reduction,
     ignore_index,
-    loss,
-    attention_loss,
-    weights,
-    d_student,
-    d_scores,
-    d_query,
-    d_keys,
+    outputs,
 ):
     """Fills the outputs. A label that is neither a class nor `ignore_index` gives NaN, for a GPU cannot raise."""
-    options = temperature, alpha, logit_fusion, kl_objective, mean, ignore_index
-    outputs = loss, attention_loss, weights, d_student, d_scores, d_query, d_keys
+    options = temperature, alpha, logit_fusion, kl_objective, reduction == MEAN, ignore_index
     forward(rows_kernel, plan, student, snapshots, (), labels, scores, query, keys, options, outputs)
 
 
@@ -604,7 +593,7 @@ BWD_SCHEMA = (
 )
 
 
-@functools.lru_cache(common.KEPT)
+@functools.lru_cache(launch.KEPT)
 def _scaling(rows: int, snapshots: int, classes: int, width: int, strides: tuple[int, int], most: int):
     """The grid of `scale_kernel`, and what follows the tensors among its arguments."""
     padded = (min(next_power_of_2(n), SCALED) for n in (snapshots, classes, width))
@@ -648,10 +637,7 @@ def ensemble_kd_bwd(d_loss, d_attention_loss, count, d_student, d_scores, d_quer
         start(scale_kernel, grid, (*tensors, *numbers), {"num_warps": 4}, key, pointers % 16 == 0)
 
 
-for _name, _schema, _op in (
-    ("ensemble_kd_fwd", SCHEMA, ensemble_kd_fwd),
-    ("ensemble_kd_bwd", BWD_SCHEMA, ensemble_kd_bwd),
-):
-    torch.library.define(f"eekd_triton::{_name}", _schema)
-    torch.library.impl(f"eekd_triton::{_name}", ("cpu", "cuda"))(_op)
-    torch.library.register_fake(f"eekd_triton::{_name}")(lambda *args: None)
+define_forward("ensemble_kd_fwd", SCHEMA, fill)
+torch.library.define("eekd_triton::ensemble_kd_bwd", BWD_SCHEMA)
+torch.library.impl("eekd_triton::ensemble_kd_bwd", ("cpu", "cuda"))(ensemble_kd_bwd)
+torch.library.register_fake("eekd_triton::ensemble_kd_bwd")(lambda *args: None)

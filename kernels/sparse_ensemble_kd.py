@@ -11,20 +11,18 @@ import triton
 import triton.language as tl
 from triton import next_power_of_2
 
-from . import common
-from .common import (
+from . import launch
+from .launch import MEAN, alignment, define_forward, forward, planned
+from .rows import (
     LN2,
     LOG2E,
     absorb,
     absorb_targets,
-    alignment,
     attend,
     finish,
     finite,
-    forward,
     log2,
     log2_softmax,
-    planned,
     powers,
     read_labels,
     scaled,
@@ -135,7 +133,7 @@ def _visit_top(
     MEANS: tl.constexpr,
     MOVED: tl.constexpr,
 ):
-    """The sums of kernels.common.visit over these of the K columns; writes their part of d_student."""
+    """The sums of kernels.rows.visit over these of the K columns; writes their part of d_student."""
     log_q = log2_softmax(s, s_top, soft_sum, k)
     kl, means, moved, p = visit(log_q, z, w, used, k, z_top, z_sum, LOGIT, MEANS, MOVED)
     if o_d_student is not None:
@@ -148,7 +146,7 @@ def _visit_top(
 
 @triton.jit
 def _visit_rest(log_q, z, w, used, k, z_top, z_sum, LOGIT: tl.constexpr, MEANS: tl.constexpr, MOVED: tl.constexpr):
-    """kernels.common.visit of one column: log_q (R), z (R, M), and p (R).
+    """kernels.rows.visit of one column: log_q (R), z (R, M), and p (R).
 
     Written out, for of tiles of one column Triton 3.6 makes programs that it then refuses.
     """
@@ -483,15 +481,14 @@ def sparse_rows_kernel(
 
 SCHEMA = (
     "(Tensor student, Tensor[] snapshots, Tensor tail, Tensor indices, Tensor? labels, Tensor? scores, Tensor? query, "
-    "Tensor? keys, float temperature, float alpha, bool logit_fusion, bool kl_objective, bool mean, "
-    "int ignore_index, Tensor(a!) loss, Tensor(b!) attention_loss, Tensor(c!) weights, Tensor(d!)? d_student, "
-    "Tensor(e!)? d_scores, Tensor(f!)? d_query, Tensor(g!)? d_keys) -> ()"
+    "Tensor? keys, float temperature, float alpha, bool logit_fusion, bool kl_objective, int reduction, "
+    "int ignore_index, bool wants_student, bool wants_attention) -> Tensor[]"
 )
 
 
-def by_rule(classes: int, kept: int, itemsize: int) -> common.Launch:
+def by_rule(classes: int, kept: int, itemsize: int) -> launch.Launch:
     """How the student's rows are cut: as the dense op's of one snapshot, for as many numbers are kept of a column."""
-    cut = common.by_rule_of_tiles(classes, 1, itemsize)
+    cut = launch.by_rule_of_tiles(classes, 1, itemsize)
     if cut.on_chip:
         return cut._replace(rows=min(cut.rows, max(1, 512 // cut.block)), block=max(cut.block, 32))
     return cut._replace(maxnreg=FOR_THREE if kept <= 64 and itemsize == 2 else cut.maxnreg)
@@ -572,7 +569,7 @@ def plan(
     )
 
 
-def sparse_ensemble_kd_fwd(
+def fill(
     student,
     snapshots,
     tail,
@@ -585,23 +582,15 @@ def sparse_ensemble_kd_fwd(
     alpha,
     logit_fusion,
     kl_objective,
-    mean,
+    reduction,
     ignore_index,
-    loss,
-    attention_loss,
-    weights,
-    d_student,
-    d_scores,
-    d_query,
-    d_keys,
+    outputs,
 ):
     """Fills the outputs. An index or a label that is not a class gives NaN, for a GPU cannot raise."""
-    options = temperature, alpha, logit_fusion, kl_objective, mean, ignore_index
-    more = tail, indices
-    outputs = loss, attention_loss, weights, d_student, d_scores, d_query, d_keys
-    forward(sparse_rows_kernel, plan, student, snapshots, more, labels, scores, query, keys, options, outputs)
+    options = temperature, alpha, logit_fusion, kl_objective, reduction == MEAN, ignore_index
+    forward(
+        sparse_rows_kernel, plan, student, snapshots, (tail, indices), labels, scores, query, keys, options, outputs
+    )
 
 
-torch.library.define("eekd_triton::sparse_ensemble_kd_fwd", SCHEMA)
-torch.library.impl("eekd_triton::sparse_ensemble_kd_fwd", ("cpu", "cuda"))(sparse_ensemble_kd_fwd)
-torch.library.register_fake("eekd_triton::sparse_ensemble_kd_fwd")(lambda *args: None)
+define_forward("sparse_ensemble_kd_fwd", SCHEMA, fill)

@@ -2,7 +2,7 @@
 
 For every bucket of classes, snapshots, bytes per logit and fusion it compiles the launches that could be fast, in as
 many processes as there are cores, runs each that can run, refuses one whose result is not the reference's, times the
-fastest few once more, and writes the fastest to launch/<architecture>.json, which eekd.kernels.common reads. A launch
+fastest few once more, and writes the fastest to launch/<architecture>.json, which eekd.kernels.launch reads. A launch
 that fails is counted with its reason and passed over. A bucket without an entry is launched by the rule there.
 """
 
@@ -25,8 +25,9 @@ import triton
 from triton import next_power_of_2
 
 from eekd.info import environment
-from eekd.kernels import common, ensemble_kd
-from eekd.kernels.common import Launch
+from eekd.kernels import ensemble_kd, launch
+from eekd.kernels.launch import Launch
+from eekd.kernels.rows import SEPARATE
 from eekd.ops import reference
 
 CLASSES = [2**n for n in range(3, 19)]
@@ -51,7 +52,7 @@ class Shape(NamedTuple):
 
     @property
     def bucket(self) -> str:
-        return common.bucket(self.classes, self.snapshots, self.dtype.itemsize, self.fusion == "logit")
+        return launch.bucket(self.classes, self.snapshots, self.dtype.itemsize, self.fusion == "logit")
 
 
 class Compiled(NamedTuple):
@@ -67,10 +68,10 @@ def candidates(classes: int, snapshots: int, itemsize: int, again: bool) -> list
 
     With few warps a row has few reductions across them; with many an SM has more loads and exponentials under way.
     """
-    found = [common.by_rule(classes, snapshots, itemsize, again)]
+    found = [launch.by_rule(classes, snapshots, itemsize, again)]
     whole = next_power_of_2(classes)
-    if snapshots <= common.SEPARATE.value:
-        column = common.column_registers(snapshots, itemsize, again)
+    if snapshots <= SEPARATE.value:
+        column = launch.column_registers(snapshots, itemsize, again)
         lines = snapshots + 1
     else:
         column, lines = next_power_of_2(snapshots) + 3, next_power_of_2(snapshots) + 1
@@ -257,8 +258,8 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError
         except ValueError:
             parser.error(f"--shape must be M,C in positive numbers, got {' '.join(args.shape)}")
-    architecture = common.architecture(torch.empty(0, device=device).device)
-    folder = args.out or (None if args.tiny else common.TABLES)
+    architecture = launch.architecture(torch.empty(0, device=device).device)
+    folder = args.out or (None if args.tiny else launch.TABLES)
     path = folder and folder / f"{architecture}.json"
     launches = json.loads(path.read_text())["launches"] if path and path.is_file() else {}
     dtypes = [getattr(torch, name) for name in args.dtype or (DTYPES[:1] if args.tiny else DTYPES)]

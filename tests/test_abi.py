@@ -15,9 +15,8 @@ loader = importlib.machinery.ExtensionFileLoader("_C", sys.argv[1])
 importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
 student = torch.tensor([[1.0, 2.0, 3.0], [0.5, -1.0, 0.0]])
 snapshots = torch.arange(12.0).view(2, 2, 3).sin()
-loss, attention_loss, weights, grad = torch.empty(()), torch.empty(()), torch.empty(2, 2), torch.empty(2, 3)
-torch.ops.eekd.ensemble_kd_fwd(student, [snapshots], torch.tensor([2, 0]), None, None, None, 5.0, 0.5, False, False,
-                               True, -100, loss, attention_loss, weights, grad, None, None, None)
+loss, attention_loss, weights, grad = torch.ops.eekd.ensemble_kd_fwd(
+    student, [snapshots], torch.tensor([2, 0]), None, None, None, 5.0, 0.5, False, False, 1, -100, True, False)
 print(torch.__version__, loss.item(), attention_loss.item(), *grad.flatten().tolist(), sep="\\n")
 """
 

@@ -100,7 +100,7 @@ def test_a_build_without_cuda(monkeypatch):
 @pytest.mark.bad_input
 @pytest.mark.parametrize("missing", ["triton", "eekd.kernels.ensemble_kd"])
 def test_a_python_without_triton(monkeypatch, missing):
-    for module in ("eekd.kernels.ensemble_kd", "eekd.kernels.common"):
+    for module in ("eekd.kernels.ensemble_kd", "eekd.kernels.launch"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.delattr(eekd.kernels, "ensemble_kd", raising=False)
     monkeypatch.setitem(sys.modules, missing, None)

@@ -52,7 +52,8 @@ from test_sparse_ensemble_kd import (  # noqa: F401  and these
     test_padded_vocabulary_inside_and_outside,
 )
 
-from eekd.ops.ensemble_kd import DTYPES, MAX_SNAPSHOTS
+from eekd.kernels.outputs import allocate, wanted
+from eekd.ops.checks import DTYPES, MAX_SNAPSHOTS
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
 SOURCES = sorted((HERE.parents[1] / "csrc" / "cuda").glob("*.cu"))
@@ -170,10 +171,14 @@ class Emulator:
         self.library.emulate(ctypes.byref((ctypes.c_int * len(facts))(*facts)))
 
     def ensemble_kd_fwd(self, student, snapshots, *rest):
-        self._forward(None, None, student, snapshots, *rest)
+        outputs = allocate(student, snapshots, *rest)
+        self._forward(None, None, student, snapshots, *rest[:-2], *outputs)
+        return wanted(outputs)
 
     def sparse_ensemble_kd_fwd(self, student, snapshots, tail, indices, *rest):
-        self._forward(tail, indices, student, snapshots, *rest)
+        outputs = allocate(student, snapshots, *rest)
+        self._forward(tail, indices, student, snapshots, *rest[:-2], *outputs)
+        return wanted(outputs)
 
     def _forward(self, *args):
         if not self.edge:
@@ -206,7 +211,7 @@ class Emulator:
         alpha,
         logit_fusion,
         kl_objective,
-        mean,
+        reduction,
         ignore_index,
         loss,
         attention_loss,
@@ -236,7 +241,7 @@ class Emulator:
             fusion=logit_fusion,
             objective=kl_objective,
             ignore_index=ignore_index,
-            row_scale=1 / max(rows, 1) if mean else 1,
+            row_scale=1 / max(rows, 1) if reduction == 1 else 1,
             loss=per_row[0].data_ptr(),
             attention_loss=per_row[1].data_ptr(),
             **{name: value.data_ptr() for name, value in pointers.items() if value is not None},
@@ -260,7 +265,7 @@ class Emulator:
         error = launcher(
             ctypes.byref(args),
             loss.dtype == torch.float64,
-            mean,
+            reduction == 1,
             *map(ctypes.c_void_p, scalars),
             (ctypes.c_int * 32)(*[-1] * 32),
         )
@@ -304,7 +309,7 @@ def device():
 @pytest.fixture(params=DEVICES)
 def backend(request, emulator, monkeypatch):
     emulator.choose(request.param)
-    monkeypatch.setattr(sys.modules["eekd.ops.ensemble_kd"], "namespace", lambda device: emulator)
+    monkeypatch.setattr(sys.modules["eekd.ops.fused"], "namespace", lambda device: emulator)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the reference's tensors are small: more threads cost more than they give
     yield "native"

@@ -17,8 +17,8 @@ import triton
 
 import eekd.kernels.ensemble_kd
 import eekd.kernels.sparse_ensemble_kd  # noqa: F401  both register the ops
-from eekd.kernels import common, tune
-from eekd.kernels.common import alignment, launch
+from eekd.kernels import launch, tune
+from eekd.kernels.launch import alignment, launch_for
 
 SUITES = [Path(__file__).with_name(f"test_{op}.py") for op in ("ensemble_kd", "sparse_ensemble_kd")]
 INTERPRETED = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -86,7 +86,7 @@ def test_the_ops_whole_suites_in_the_interpreter():
 BAD_INDICES = """
 import mmap
 import torch
-import eekd.kernels.sparse_ensemble_kd
+from eekd.kernels import sparse_ensemble_kd
 
 torch.manual_seed(0)
 rows, count, classes, kept = 4, 3, 40, 7
@@ -99,9 +99,9 @@ student, z = torch.randn(rows, classes), torch.randn(count, rows, kept)
 tail, indices = torch.randn(count, rows), torch.stack([torch.randperm(classes)[:kept] for _ in range(rows)])
 indices[1, 2], indices[2, 0], indices[2, 1] = classes, -1, 2**40 + 3
 loss, attention_loss, weights = torch.empty(rows), torch.empty(rows), torch.empty(rows, count)
-torch.ops.eekd_triton.sparse_ensemble_kd_fwd(
-    student, [z], tail, indices, torch.zeros(rows, dtype=torch.long), None, None, None, 5.0, 0.5, False, False, False,
-    -100, loss, attention_loss, weights, d_student, None, None, None,
+sparse_ensemble_kd.fill(
+    student, [z], tail, indices, torch.zeros(rows, dtype=torch.long), None, None, None, 5.0, 0.5, False, False, 0,
+    -100, (loss, attention_loss, weights, d_student, None, None, None),
 )
 assert loss.isnan().tolist() == [False, True, True, False], loss
 assert d_student[[0, 3]].isfinite().all() and d_student[1:3].isnan().any()
@@ -125,7 +125,7 @@ def test_same_schemas_as_the_native_ops():
 def test_every_number_of_classes_has_a_launch(snapshots):
     for classes in (1, 2, 10, 100, 1000, 1001, 4096, 8192, 8193, 50257, 262144):
         for itemsize in (2, 4, 8):
-            cut = launch(classes, snapshots, itemsize, "sm_90")
+            cut = launch_for(classes, snapshots, itemsize, "sm_90")
             assert cut.block >= (classes if cut.on_chip else 32) and cut.num_warps in (1, 2, 4, 8, 16)
             assert 1 <= cut.num_stages <= 3
 
@@ -147,33 +147,33 @@ def test_the_tuner_writes_the_table_that_launches_come_from(tmp_path, monkeypatc
     written = json.loads((tmp_path / "cpu.json").read_text())["launches"]
     assert len(written) == run.stdout.count("bytes") == 2
     # As if another launch had been the fastest, by far.
-    bucket = common.bucket(1000, 3, 2)
-    other = common.by_rule(1000, 3, 2)._replace(block=512, on_chip=False, num_stages=2, maxnreg=255)
+    bucket = launch.bucket(1000, 3, 2)
+    other = launch.by_rule(1000, 3, 2)._replace(block=512, on_chip=False, num_stages=2, maxnreg=255)
     written[bucket]["launch"] = other._asdict()
     (tmp_path / "cpu.json").write_text(json.dumps({"launches": written}))
-    monkeypatch.setattr(common, "TABLES", tmp_path)
-    for cached in (common.tuned, launch):
+    monkeypatch.setattr(launch, "TABLES", tmp_path)
+    for cached in (launch.tuned, launch_for):
         cached.cache_clear()
     try:
-        assert launch(1000, 3, 2, "cpu") == launch(513, 3, 2, "cpu") == other
-        assert launch(1000, 3, 2, "cpu", again=True) == common.by_rule(1000, 3, 2, again=True)
-        assert launch(1000, 3, 2, "sm_90") == common.by_rule(1000, 3, 2)
-        assert launch(1025, 3, 2, "cpu") == common.by_rule(1025, 3, 2)
+        assert launch_for(1000, 3, 2, "cpu") == launch_for(513, 3, 2, "cpu") == other
+        assert launch_for(1000, 3, 2, "cpu", again=True) == launch.by_rule(1000, 3, 2, again=True)
+        assert launch_for(1000, 3, 2, "sm_90") == launch.by_rule(1000, 3, 2)
+        assert launch_for(1025, 3, 2, "cpu") == launch.by_rule(1025, 3, 2)
     finally:
-        for cached in (common.tuned, launch):
+        for cached in (launch.tuned, launch_for):
             cached.cache_clear()
 
 
 TUNED = """
 import os
 from pathlib import Path
-from eekd.kernels import common, ensemble_kd, tune
+from eekd.kernels import ensemble_kd, launch, tune
 
 def entries():
     return sorted(path.name for path in Path(os.environ["TRITON_CACHE_DIR"]).iterdir())
 
 shape = tune.Shape(4096, 5, 1000, torch.bfloat16, "probability")
-cut = common.Launch(1, 1024, True, 4, 1, 128)
+cut = launch.Launch(1, 1024, True, 4, 1, 128)
 assert tune.compile_one(shape, cut) == tune.Compiled(64, 0)
 found = entries()
 tensors = tune.made(shape, "cpu")
@@ -197,7 +197,7 @@ def test_what_the_tuner_compiles_beforehand_is_what_it_launches(tmp_path):
 def test_the_tuner_tries_the_rule_first_and_many_warps(classes, snapshots, itemsize):
     for again in (False, True):
         found = tune.candidates(classes, snapshots, itemsize, again)
-        assert found[0] == common.by_rule(classes, snapshots, itemsize, again) and len({*found}) == len(found) < 60
+        assert found[0] == launch.by_rule(classes, snapshots, itemsize, again) and len({*found}) == len(found) < 60
         assert {cut.num_warps for cut in found} >= {4, 8, 16}
         assert all(32 * cut.num_warps * (cut.maxnreg or 0) <= 65536 for cut in found)
 
@@ -208,7 +208,7 @@ def test_a_launch_that_fails_is_counted_and_passed_over():
             raise ValueError("a wrong result\nat great length")
 
     failures = Counter()
-    assert tune.timed(Failing(), common.by_rule(10, 2, 4), failures, milliseconds=1) is None
+    assert tune.timed(Failing(), launch.by_rule(10, 2, 4), failures, milliseconds=1) is None
     assert failures == {"ValueError: a wrong result": 1}
 
 
@@ -252,9 +252,7 @@ def step(student, snapshots, labels, upstream, *attention):
     outputs = [torch.empty_like(upstream), torch.empty_like(upstream), torch.empty(rows, count)]
     grads = [torch.empty_like(x) if x is not None else None for x in (student, *attention)]
     launched.clear()
-    kernels.ensemble_kd_fwd(
-        student, snapshots, labels, *attention, 5.0, 0.5, False, False, True, -100, *outputs, *grads
-    )
+    kernels.fill(student, snapshots, labels, *attention, 5.0, 0.5, False, False, 1, -100, (*outputs, *grads))
     kernels.ensemble_kd_bwd(upstream, upstream, None, *grads)
     # Tensors are new in every step, and so is what the profiler would be told; all else must be the same.
     return [
@@ -290,9 +288,9 @@ for shape in (
     assert names == ["count_kernel"] * counts + ["rows_kernel"] + ["sum_kernel"] * reduces + ["scale_kernel"], names
     assert first == second and all(call[4] == 7 for call in first)
     expected += len(names)
-    assert len(kernels.common._compiled) == expected
+    assert len(kernels.launch._compiled) == expected
 step(*made(128, 100, offset=1))  # where 16-byte accesses are wrong, what was compiled for them is not used
-assert launched[0][0] == "rows_kernel" and len(kernels.common._compiled) == expected
+assert launched[0][0] == "rows_kernel" and len(kernels.launch._compiled) == expected
 vector = kernels.rows_kernel.arg_names.index("VECTOR") - len(kernels.rows_kernel.arg_names)
 assert launched[0][vector] == 1, launched[0][vector]
 """
@@ -307,19 +305,19 @@ def test_what_is_launched_again_is_what_was_launched_first():
 
 SMALL_LAUNCHES = """
 import torch
-from eekd.kernels import common
+from eekd.kernels import launch, rows
 
 for n in (1, 1023, 2049, 40000):
     labels = torch.arange(n) % 7 - 1
-    counts = torch.empty(common.COUNTS.value, dtype=torch.int32)
-    common.count_kernel[(common.COUNTS.value, 1, 1)](labels, counts, n, -1, 1024, num_warps=4)
+    counts = torch.empty(rows.COUNTS.value, dtype=torch.int32)
+    launch.count_kernel[(rows.COUNTS.value, 1, 1)](labels, counts, n, -1, 1024, num_warps=4)
     assert counts.sum() == (labels != -1).sum()
     for dtype, block in ((torch.float32, 32768), (torch.float32, 1024), (torch.float64, 16384)):
         parts = torch.full((2, -(-n // 4) * 4), torch.nan, dtype=dtype)
         parts[:, :n] = torch.randint(-9, 9, (2, n))
         first, second = torch.empty(2, dtype=dtype)
         width = 16 // dtype.itemsize
-        common.sum_kernel[(2, 1, 1)](parts, first, second, n, parts.stride(0), block, width, block // 8, num_warps=4)
+        launch.sum_kernel[(2, 1, 1)](parts, first, second, n, parts.stride(0), block, width, block // 8, num_warps=4)
         assert [first, second] == [*parts[:, :n].sum(1)]
 """
 

@@ -13,8 +13,9 @@ sparse_kernels = pytest.importorskip("eekd.kernels.sparse_ensemble_kd")
 ASTSource = pytest.importorskip("triton.compiler").ASTSource
 GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
 
-common = pytest.importorskip("eekd.kernels.common")
-SEPARATE = common.SEPARATE.value
+launch = pytest.importorskip("eekd.kernels.launch")
+rows = pytest.importorskip("eekd.kernels.rows")
+SEPARATE = rows.SEPARATE.value
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_LIMIT = {80: 163, 90: 227, 100: 227, 120: 99}  # KB per block
 SPILLED = 16  # bytes: each compiler keeps a few registers of one kernel or another on the stack
@@ -254,10 +255,10 @@ def test_the_small_launches_have_all_loads_under_way(tmp_path):
         return torch.empty(size, dtype=dtype, device="meta")
 
     tensors = {"labels": empty(32768, dtype=torch.int64), "o_counts": empty(32, dtype=torch.int32)}
-    assert code(common.count_kernel, 4, **tensors, B=32768, ignore_index=-100, BLOCK=1024) == (4, 0)
+    assert code(launch.count_kernel, 4, **tensors, B=32768, ignore_index=-100, BLOCK=1024) == (4, 0)
     for n in (32768, 32767):
         numbers = {"n": n, "stride": 32768, "BLOCK": 32768, "VECTOR": 4, "THREADS": 1024}
-        assert code(common.sum_kernel, 32, parts=empty(2, 32768), o_first=empty(), o_second=empty(), **numbers) == (
+        assert code(launch.sum_kernel, 32, parts=empty(2, 32768), o_first=empty(), o_second=empty(), **numbers) == (
             8,
             0,
         )

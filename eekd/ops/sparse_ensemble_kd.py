@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from eekd.ops.ensemble_kd import EnsembleKD, distil
+from eekd.ops.fused import EnsembleKD, distil
 
 
 def sparse_ensemble_kd(
@@ -71,19 +71,6 @@ def sparse_ensemble_kd(
     """
     if indices is None:
         raise TypeError("indices must be a tensor, got NoneType")
-    return distil(
-        snapshot_tail,
-        indices,
-        student_logits,
-        snapshot_logits,
-        labels,
-        scores,
-        query,
-        keys,
-        temperature,
-        alpha,
-        fusion,
-        attention_objective,
-        reduction,
-        ignore_index,
-    )
+    attention = scores, query, keys
+    options = temperature, alpha, fusion, attention_objective, reduction, ignore_index
+    return distil(student_logits, snapshot_logits, snapshot_tail, indices, labels, attention, options)
