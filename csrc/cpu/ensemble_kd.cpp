@@ -563,10 +563,16 @@ void ensemble_kd_fwd(const EnsembleKD& a, const Parallel& parallel) {
   const int64_t tiles = (a.classes + kTile - 1) / kTile;
   const auto grain = [&](int64_t columns) { return std::max<int64_t>(1, kGrain / (columns * (a.snapshots + 2))); };
   if (a.rows >= parallel.threads || tiles == 1) {
+    // Threads share whole vectors of narrow rows.
+    struct Share {
+      const EnsembleKD& a;
+      const int64_t unit;
+    } share = {a, a.classes <= kNarrow ? NarrowKernel<T>::lanes : 1};
     const auto rows = [](int64_t begin, int64_t end, void* context) {
-      ensemble_kd_rows<T>(*static_cast<const EnsembleKD*>(context), begin, end, true);
+      const auto& [a, unit] = *static_cast<const Share*>(context);
+      ensemble_kd_rows<T>(a, begin * unit, std::min(end * unit, a.rows), true);
     };
-    parallel.run(a.rows, grain(a.classes), rows, const_cast<EnsembleKD*>(&a));
+    parallel.run((a.rows + share.unit - 1) / share.unit, grain(a.classes * share.unit), rows, &share);
   } else {
     for (int64_t b = 0; b < a.rows; ++b)
       SharedRow<T>{a, b, {}, {}, {}, std::vector<Stats<T>>(tiles), std::vector<Sums<T>>(tiles)}.run(parallel,

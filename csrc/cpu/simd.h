@@ -57,17 +57,24 @@ inline void store_to(T* p, Vec<T> v) {  // anywhere
 }
 // k x - less, rounded once: by an FMA, or where there is none in double.
 template <class T>
-[[gnu::always_inline]] inline Vec<T> scaled(Vec<T> x, T k, T less) {
+[[gnu::always_inline]] inline Vec<T> scaled_by(Vec<T> x, T k, Vec<T> less) {
 #if defined(__x86_64__) && !defined(__FMA__)
   if constexpr (std::is_same_v<T, float>) {
     using Wide = Simd<double>::Vec;
-    const double scale = k, rest = less;
-    const auto half = [&](auto part) { return __builtin_convertvector(part, Wide) * scale - rest; };
-    const Wide low = half(__builtin_shufflevector(x, x, 0, 1)), high = half(__builtin_shufflevector(x, x, 2, 3));
+    const double scale = k;
+    const auto half = [&](auto part, auto rest) {
+      return __builtin_convertvector(part, Wide) * scale - __builtin_convertvector(rest, Wide);
+    };
+    const Wide low = half(__builtin_shufflevector(x, x, 0, 1), __builtin_shufflevector(less, less, 0, 1));
+    const Wide high = half(__builtin_shufflevector(x, x, 2, 3), __builtin_shufflevector(less, less, 2, 3));
     return __builtin_convertvector(__builtin_shufflevector(low, high, 0, 1, 2, 3), Vec<float>);
   }
 #endif
   return x * k - less;
+}
+template <class T>
+[[gnu::always_inline]] inline Vec<T> scaled(Vec<T> x, T k, T less) {
+  return scaled_by<T>(x, k, splat(less));
 }
 
 template <class V>

@@ -13,7 +13,7 @@ void ensemble_kd_rows(const EnsembleKD&, int64_t begin, int64_t end, bool ce);
 namespace {
 
 constexpr int kTile = 1024;
-constexpr int kNarrow = 32;            // columns up to which transposing rows into lanes costs less than it saves
+constexpr int kNarrow = 128;           // columns up to which transposing rows into lanes costs less than it saves
 constexpr int64_t kGrain = 1 << 14;    // logits per task below which a second thread costs more than it gives
 constexpr int64_t kInCache = 1 << 18;  // logits that the cache of a core holds
 
