@@ -98,6 +98,16 @@ def test_a_build_without_cuda(monkeypatch):
 
 
 @pytest.mark.bad_input
+def test_a_library_that_is_older_than_the_code():
+    code = "import torch, eekd._C; del eekd._C.ops_version; import eekd.ops"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stderr.splitlines()[-1] == (
+        "ImportError: eekd's compiled kernels are of another version than its Python code; build them again with "
+        "`pip install -e .`"
+    )
+
+
+@pytest.mark.bad_input
 @pytest.mark.parametrize("missing", ["triton", "eekd.kernels.ensemble_kd"])
 def test_a_python_without_triton(monkeypatch, missing):
     for module in ("eekd.kernels.ensemble_kd", "eekd.kernels.launch"):

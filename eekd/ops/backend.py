@@ -15,6 +15,11 @@ except ImportError as error:
         "non-editable install from the source folder, where the uncompiled sources shadow it"
     ) from None
 
+if getattr(_C, "ops_version", 1) != 2:  # of the ops' signatures, counted in csrc/bindings.cpp
+    raise ImportError(
+        "eekd's compiled kernels are of another version than its Python code; build them again with `pip install -e .`"
+    )
+
 BACKENDS = ("native", "triton", "reference")
 _forced: str | None = None
 
