@@ -23,16 +23,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eekd import LastFeatures, ensemble_kd
+from eekd import ensemble_kd
 from eekd.data import ImageData
 from eekd.info import commit, environment
 from eekd.method.attention import SnapshotAttention
 from eekd.method.weightings import log_weights
-from eekd.snapshots import SnapshotEnsemble, SnapshotRecorder
-from eekd.train import Session
+from eekd.train import Callback, Session, StudentTrainer, TeacherTrainer
 from eekd.train.config import Config, Student, Teacher
 from eekd.train.metrics import accuracy
 from eekd.train.optim import learning_rate
+from eekd.train.teacher import Snapshots
+from eekd.train.teaching import RememberedTeacher, TeacherOutputs
 
 HERE = Path(__file__).parent
 RECORD = HERE / "attention.json"
@@ -62,6 +63,17 @@ def half_size() -> ImageData:
     return replace(data, train=half(data.train), val=half(data.val))
 
 
+class Unvalidated:
+    """Of a trainer: validation images are asked at the end only."""
+
+    def validate(self):
+        return {}
+
+
+class UnvalidatedTeacher(Unvalidated, TeacherTrainer):
+    pass
+
+
 def sgd(phase, *groups: dict) -> torch.optim.Optimizer:
     options = dict(lr=phase.lr, momentum=0.9, nesterov=phase.nesterov, weight_decay=phase.weight_decay)
     return torch.optim.SGD(groups, **options, fused=True)
@@ -75,19 +87,8 @@ def teacher(seed: int) -> dict:
         return load_file(known)
     shutil.rmtree(folder, ignore_errors=True)  # half trained
     session, phase = Session(replace(CONFIG, seed=seed), half_size()), CONFIG.teacher
-    model, loader = session.network(phase, 2 * seed), session.loader("train", phase, train=True)
-    recorder = SnapshotRecorder(folder, epochs=phase.epochs, snapshots=phase.snapshots, spec=session.spec(phase))
-    optimizer, total = sgd(phase, {"params": model.parameters()}), phase.epochs * len(loader)
-    for epoch in range(phase.epochs):
-        model.train()
-        loader.set_epoch(epoch)
-        for step, (images, labels, _) in enumerate(loader, epoch * len(loader)):
-            optimizer.param_groups[0]["lr"] = learning_rate(phase, step, total)
-            optimizer.zero_grad()
-            F.cross_entropy(session.run(model, images).float(), labels).backward()
-            optimizer.step()
-        recorder.step(model)
-    ensemble, said = SnapshotEnsemble.load(folder).to(memory_format=session.layout), {}
+    UnvalidatedTeacher(session, callbacks=[Snapshots(folder, "uniform", session.spec(phase))]).fit()
+    ensemble, said = session.load_snapshots(folder), {}
     for split in ("train", "val"):
         batches = [
             (*(x.float().clone() for x in session.run(ensemble, images)), labels)
@@ -144,6 +145,12 @@ def best_fixed(logits: Tensor, labels: Tensor, temperature: float, rounds: int =
     for _ in range(rounds):
         w = (w * p_y / (w * p_y).sum(0)).mean(1, keepdim=True)
     return w[:, 0].float()
+
+
+def scores_for(attention: SnapshotAttention, v: Tensor, u: Tensor) -> Tensor:
+    """Scores (B, M) of the student's features (B, D) and the snapshots' (M, B, D)."""
+    query, keys = attention(v, u)
+    return torch.einsum("bd,mbd->bm", query, keys)
 
 
 def scores_of(cell: "Cell", logits: Tensor, labels: Tensor) -> Tensor:
@@ -247,74 +254,85 @@ def snapshots(known: dict) -> dict:
     return found
 
 
+class CellTrainer(Unvalidated, StudentTrainer):
+    """A student of what the snapshots say of all training images."""
+
+    weighting = "uniform"
+
+    def __init__(self, session: Session, cell: Cell, known: dict, **options):
+        self.cell, self.known = cell, known
+        super().__init__(session, RememberedTeacher(TeacherOutputs(*known["train"][:2]), val=[]), **options)
+
+    def build_criterion(self):
+        return self.cell.attention(self.student_dim, self.teacher_dim) if self.cell.target == "attention" else None
+
+    def build_optimizer(self):
+        parts = [(self.network, 1.0)] + [(self.own_criterion, self.cell.lr)] * bool(self.own_criterion)
+        return sgd(self.phase, *({"params": [*part.parameters()], "lr_scale": lr} for part, lr in parts))
+
+    def compute_loss(self, batch):
+        cell, attention, (z, u), labels = self.cell, self.criterion, batch.teacher, batch.labels
+        s, v = (x.float() for x in self.forward_features(batch.images))
+        options = dict(temperature=cell.temperature, alpha=cell.alpha)
+        if cell.target == "ce":
+            return F.cross_entropy(s, labels), {}
+        if cell.objective == "kl":
+            query, keys = attention(v.detach() if cell.detach_query else v, u)
+            result = ensemble_kd(s, z, labels, query=query, keys=keys, attention_objective="kl", **options)
+            return result.loss, {"weights": result.weights.mean(0)}
+        scores = scores_for(attention, v.detach(), u) if attention else scores_of(cell, z, labels)
+        taught = torch.zeros_like(scores) if self.epoch < cell.warmup else scores.detach()
+        loss = ensemble_kd(s, z, labels, scores=taught, **options).loss
+        if attention:
+            loss = loss + attention_loss(*(held_out(self) if cell.held_out else (scores, z, labels)), cell)
+        return loss, {"weights": scores.detach().softmax(1).mean(0)}
+
+
+def held_out(trainer: CellTrainer) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, logits and labels of images that no network was trained on."""
+    index, (z, u, labels) = torch.randint(HELD, (trainer.phase.batch_size,)), trainer.known["held"]
+    trainer.network.eval()
+    with torch.no_grad():
+        _, v = trainer.infer(images_of(trainer.session, "val")[index])
+    trainer.network.train()
+    return scores_for(trainer.criterion, v.float(), u[:, index]), z[:, index], labels[index]
+
+
+class Norms(Callback):
+    """Of an attention that is trained: its mean weights in each epoch, and norms of gradients and weights."""
+
+    def __init__(self):
+        self.curve, self.weights, self.norms = [], [], []
+
+    def on_update(self, trainer):
+        if trainer.criterion:
+            parts = trainer.network, trainer.criterion
+            if len(self.weights) % 10 == 0:
+                self.norms.append([norm(p.grad for p in part.parameters()) for part in parts])
+                self.norms[-1] += [norm(part.parameters()) for part in parts]
+            self.weights.append(trainer.measured[0][1]["weights"])
+        return True
+
+    def on_epoch_end(self, trainer, row):
+        if trainer.criterion:
+            names = "grad_student", "grad_attention", "norm_student", "norm_attention"
+            means = dict(zip(names, map(mean, zip(*self.norms, strict=True)), strict=True))
+            self.curve.append({"weights": torch.stack(self.weights).mean(0).tolist()} | means)
+        self.weights, self.norms = [], []
+
+
 def student(seed: int, cell: Cell, known: dict) -> dict:
     """Trains one student, and measures it and its target on training and validation images."""
-    session, phase = Session(replace(CONFIG, seed=seed), half_size()), CONFIG.student
-    model, loader = session.network(phase, 2 * seed + 1), session.loader("train", phase, train=True)
-    capture, held_images = LastFeatures(model), images_of(session, "val")[:HELD]
-    logits, features, _ = known["train"]
-    groups, attention = [{"params": list(model.parameters()), "factor": 1.0}], None
-    if cell.target == "attention":
-        attention = cell.attention(capture.dim, features.shape[-1])
-        groups.append({"params": list(attention.parameters()), "factor": cell.lr})
-    optimizer, total, curve = sgd(phase, *groups), phase.epochs * len(loader), []
+    session, norms = Session(replace(CONFIG, seed=seed), half_size()), Norms()
+    trainer = CellTrainer(session, cell, known, callbacks=[norms])
+    trainer.fit()
+    attention = trainer.criterion
 
-    def scores_for(v, u):
-        query, keys = attention(v, u)
-        return torch.einsum("bd,mbd->bm", query, keys)
-
-    for epoch in range(phase.epochs):
-        model.train()
-        loader.set_epoch(epoch)
-        weights, norms = [], []
-        for step, (images, labels, index) in enumerate(loader, epoch * len(loader)):
-            for group in optimizer.param_groups:
-                group["lr"] = group["factor"] * learning_rate(phase, step, total)
-            s, v = session.run(capture, images)
-            s, v, z, u = s.float(), v.float(), logits[:, index], features[:, index]
-            options = dict(temperature=cell.temperature, alpha=cell.alpha)
-            if cell.target == "ce":
-                loss = F.cross_entropy(s, labels)
-            elif not attention:
-                loss = ensemble_kd(s, z, labels, scores=scores_of(cell, z, labels), **options).loss
-            elif cell.objective == "kl":
-                query, keys = attention(v.detach() if cell.detach_query else v, u)
-                result = ensemble_kd(s, z, labels, query=query, keys=keys, attention_objective="kl", **options)
-                loss, w = result.loss, result.weights
-            else:
-                scores = scores_for(v.detach(), u)
-                w = scores.detach().softmax(1)
-                taught = torch.zeros_like(scores) if epoch < cell.warmup else scores.detach()
-                loss = ensemble_kd(s, z, labels, scores=taught, **options).loss
-                if cell.held_out:
-                    index = torch.randint(HELD, (phase.batch_size,))
-                    model.eval()
-                    with torch.no_grad():
-                        v = session.run(capture, held_images[index])[1].float()
-                    model.train()
-                    z, u, labels = known["held"][0][:, index], known["held"][1][:, index], known["held"][2][index]
-                    scores = scores_for(v, u)
-                loss = loss + attention_loss(scores, z, labels, cell)
-            optimizer.zero_grad()
-            loss.backward()
-            if attention:
-                weights.append(w.mean(0))
-                if len(weights) % 10 == 1:
-                    norms.append(
-                        [norm(p.grad for p in m.parameters()) for m in (model, attention)]
-                        + [norm(m.parameters()) for m in (model, attention)]
-                    )
-            optimizer.step()
-        if attention:
-            names = "grad_student", "grad_attention", "norm_student", "norm_attention"
-            means = {name: mean(values) for name, values in zip(names, zip(*norms, strict=True), strict=True)}
-            curve.append({"weights": torch.stack(weights).mean(0).tolist()} | means)
-
-    model.eval()
-    found, said = {"curve": curve}, {}
+    trainer.network.eval()
+    found, said = {"curve": norms.curve}, {}
     with torch.no_grad():
         for split, images in (("train", images_of(session, "train")), ("val", images_of(session, "val"))):
-            outputs = [session.run(capture, part) for part in images.split(500)]
+            outputs = [trainer.infer(part) for part in images.split(500)]
             s, v = (torch.cat([x.float() for x in xs]) for xs in zip(*outputs, strict=True))
             if split == "val":
                 said["held"], s, v = v[:HELD], s[HELD:], v[HELD:]
@@ -322,7 +340,7 @@ def student(seed: int, cell: Cell, known: dict) -> dict:
             z, u, labels = known[split]
             found[split] = {"accuracy": accuracy(s, labels).item(), "nll": F.cross_entropy(s, labels).item()}
             if cell.target != "ce":
-                log_w = scores_for(v, u) if attention else scores_of(cell, z, labels)
+                log_w = scores_for(attention, v, u) if attention else scores_of(cell, z, labels)
                 found[split]["target"] = quality(log_w.log_softmax(1), z, labels, cell.temperature)
                 equal = torch.zeros(len(labels), len(z)).log_softmax(1)
                 found[split]["uniform"] = quality(equal, z, labels, cell.temperature)
@@ -344,21 +362,17 @@ def fit(seed: int, cell: Cell, known: dict, phase: Student) -> dict:
     optimizer, steps = sgd(phase, {"params": attention.parameters()}), len(y) // phase.batch_size
     total, batch = phase.epochs * steps, phase.batch_size
 
-    def scores_for(v, u):
-        query, keys = attention(v, u)
-        return torch.einsum("bd,mbd->bm", query, keys)
-
     for epoch in range(phase.epochs):
         order = torch.randperm(len(y))
         for step in range(steps):
             index = order[step * batch : (step + 1) * batch]
             optimizer.param_groups[0]["lr"] = cell.lr * learning_rate(phase, epoch * steps + step, total)
             optimizer.zero_grad()
-            attention_loss(scores_for(v[index], u[:, index]), z[:, index], y[index], cell).backward()
+            attention_loss(scores_for(attention, v[index], u[:, index]), z[:, index], y[index], cell).backward()
             optimizer.step()
     with torch.no_grad():
         return {
-            name: quality(scores_for(said[name], u).log_softmax(1), z, y, cell.temperature)
+            name: quality(scores_for(attention, said[name], u).log_softmax(1), z, y, cell.temperature)
             for name, (z, u, y) in known.items()
             if name != "held"
         }

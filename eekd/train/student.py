@@ -84,7 +84,7 @@ class StudentTrainer(Trainer):
             self.teacher = load_teacher(session, folder, self._which, *loaders, features=features)
         if self.teacher:
             self._capture = LastFeatures(self.model)
-            self._capture_alone = copy.copy(self._capture)  # to validate by, neither parallel nor compiled
+            self._capture_alone = copy.copy(self._capture)
             self._capture_alone.model = self.network
             self.student_dim, self.teacher_dim = self._capture.dim, self.teacher.feature_dim
 
@@ -109,6 +109,10 @@ class StudentTrainer(Trainer):
         with self.timer("forward"):
             return self.session.run(self._capture, images)
 
+    def infer(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits and last features of the network itself, neither parallel nor compiled."""
+        return self.session.run(self._capture_alone, images)
+
     def compute_loss(self, batch: TaughtBatch) -> tuple[Tensor, dict[str, Tensor]]:
         if batch.teacher is None:
             return super().compute_loss(batch)
@@ -127,7 +131,7 @@ class StudentTrainer(Trainer):
         uniform = EEKDLoss("uniform", **{name: loss.options[name] for name in ("temperature", "alpha", "fusion")})
         means = RunningMeans()
         for (images, labels, _), taught in zip(self.val_loader, self.teacher.val, strict=True):
-            logits, features = self.session.run(self._capture_alone, images)
+            logits, features = self.infer(images)
             _, weighted = loss(logits, taught.logits, labels, features, taught.features)
             _, equal = uniform(logits, taught.logits, labels)
             means.add(

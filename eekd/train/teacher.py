@@ -49,7 +49,8 @@ class Snapshots(Callback):
         yield
 
     def on_epoch_end(self, trainer, row):
-        self.recorder.step(trainer.network, {name: row[name] for name in ("train_loss", "val_loss", "val_accuracy")})
+        kept = "train_loss", "val_loss", "val_accuracy"
+        self.recorder.step(trainer.network, {name: row[name] for name in kept if name in row})
 
 
 def train_teacher(
