@@ -1,6 +1,8 @@
 """The scripts of results/ compute what their tables say."""
 
+import dataclasses
 import importlib.util
+import inspect
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,24 @@ def test_no_weights_are_better_than_the_best_fixed_and_the_oracle_s(study, rows)
     best = min(nll(other.log()) for other in [*others, *torch.eye(5), torch.full((5,), 0.2)])
     assert nll(w.log()) < best + 1e-6
     assert nll(study.scores_of(study.Cell("oracle", temperature=2.0), logits, labels)) < nll(w.log())
+
+
+@pytest.mark.parametrize("name", ["ce", "attention", "warm-up 5", "kl, literal", "held-out, temperature 1"])
+def test_the_student_of_the_study_is_a_short_trainer(study, tmp_path, monkeypatch, name):
+    assert len([line for line in inspect.getsource(study.CellTrainer).splitlines() if line]) <= 30
+    teacher = dataclasses.replace(study.CONFIG.teacher, epochs=5, batch_size=50)
+    phase = dataclasses.replace(study.CONFIG.student, epochs=2, batch_size=50)
+    small = dict(data="digits", train_limit=150, precision="fp32", teacher=teacher, student=phase, device="cpu")
+    monkeypatch.setattr(study, "CONFIG", dataclasses.replace(study.CONFIG, **small))
+    monkeypatch.setattr(study, "HELD", 200)
+    monkeypatch.setattr(study, "WORK", tmp_path)
+    monkeypatch.setattr(study, "_IMAGES", {})
+    study.half_size.cache_clear()
+    known = study.parts(study.teacher(0))
+    found = study.student(1, study.CELLS[name], known)
+    study.half_size.cache_clear()
+    assert 0.1 < found["val"]["accuracy"] <= 1 and ("target" in found["val"]) == (name != "ce")
+    assert len(found["curve"]) == (0 if name == "ce" else 2)
+    if name != "ce":
+        weights = found["curve"][-1]["weights"]
+        assert sum(weights) == pytest.approx(1, abs=1e-5) and found["curve"][0]["grad_attention"] > 0

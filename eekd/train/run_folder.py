@@ -38,7 +38,7 @@ metrics.jsonl has one object per epoch; metrics.csv the same, a list spread over
     seconds_backward        loss, backward and optimiser step; what remains of `seconds` is the wait for data
     skipped                 steps left out since they were not finite, counted in `step`; where non_finite is skip
 
-and for a student with snapshots also:
+A method of the user's own adds train_NAME for each measurement NAME. A student with snapshots has also:
 
     weights                 list of M: mean weight of each snapshot in training
     weight_entropy          mean over samples of the entropy of the weights, in nats (uniform: log M)
