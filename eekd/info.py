@@ -36,7 +36,7 @@ def environment() -> dict:
     """What a number depends on: commit, versions and devices, as JSON values."""
     import torch  # not before: a call for help needs no torch
 
-    from eekd import _C
+    from eekd import _C  # pyright: ignore[reportAttributeAccessIssue]
 
     return {
         "eekd": eekd.__version__,
@@ -73,7 +73,7 @@ PARSER = argparse.ArgumentParser(prog="eekd info", description="Prints versions,
 def main(argv: list[str] | None = None) -> int:
     PARSER.parse_args(command.arguments(argv))
     try:
-        from eekd import _C
+        from eekd import _C  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -30,6 +30,7 @@ def load(name: str, what: str):
         raise FileNotFoundError(f"{name!r} names a file that does not exist: {file}")
     _forget_neighbours(file.parent)
     spec = importlib.util.spec_from_file_location(f"eekd_user_{file.stem}", file)
+    assert spec is not None  # the file is there
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up by name
     sys.path.insert(0, str(file.parent))

@@ -22,8 +22,8 @@ from eekd.data import Loader, load
 def main(epochs: int = 4, snapshots: int = 2) -> float:
     """Trains a teacher and a student on digits; returns the student's accuracy on the validation images."""
     data = load("digits")
-    ranks = dict(rank=dist.get_rank(), world_size=dist.get_world_size())
-    loader = Loader(data.train, batch_size=32, drop_last=True, **ranks)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    loader = Loader(data.train, batch_size=32, drop_last=True, rank=rank, world_size=world_size)
     folder = parallel.broadcast(tempfile.mkdtemp)  # all processes read the snapshots that rank 0 writes
 
     def network(name):

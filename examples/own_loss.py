@@ -35,7 +35,7 @@ class Hint(StudentTrainer):
     needs_features = True
 
     def build_criterion(self):
-        return HintLoss(super().build_criterion(), self.student_dim, self.teacher_dim)
+        return HintLoss(super().build_criterion(), self.student_dim, self.teacher_dim)  # pyright: ignore
 
     def compute_loss(self, batch):
         logits, features = self.forward_features(batch.images)

@@ -43,7 +43,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import eekd
-from eekd import _C
+from eekd import _C  # pyright: ignore[reportAttributeAccessIssue]
 from eekd.info import environment
 from eekd.kernels.timing import events, in_graph, microseconds, peak_extra_bytes, rotation, wall
 from eekd.ops import reference

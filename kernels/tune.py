@@ -225,7 +225,7 @@ class Bench:
                 raise ValueError("a wrong result")
         if compiled is None:  # in the interpreter
             return 1e6 * elapsed
-        return 1e3 * triton.testing.do_bench_cudagraph(run, rep=milliseconds, return_mode="median")
+        return 1e3 * triton.testing.do_bench_cudagraph(run, rep=milliseconds, return_mode="median")  # pyright: ignore
 
 
 def timed(bench: Bench, cut: Launch, failures: Counter, **how) -> float | None:

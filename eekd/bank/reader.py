@@ -47,7 +47,7 @@ class LogitBank:
         self.augment, self.seed = manifest["images"]["augment"], manifest["images"]["seed"]
         self.sha256 = sha256_of(path / MANIFEST)
         self.top_k: int | None = manifest.get("top_k")
-        self._shards: dict[str, list[np.ndarray]] = {}
+        self._shards: dict[str, dict[str, np.ndarray]] = {}
         self._stored = stored(manifest)
 
     @classmethod
@@ -113,7 +113,8 @@ class LogitBank:
         width = self.manifest["projection"]["width"]
         if features.shape[-1] != width:
             raise ValueError(f"{self.path} must be of a teacher with {width} features, got {features.shape[-1]}")
-        return features.float() @ projection(**self.manifest["projection"], to=self.feature_dim).to(features.device)
+        matrix = projection(width, self.manifest["features"], self.manifest["projection"]["seed"])
+        return features.float() @ matrix.to(features.device)
 
     def check(self, data, loader, snapshots: Sequence[str] | None = None, **split) -> None:
         """ValueError, one sentence that says what differs, unless the bank belongs to these images and snapshots.
@@ -191,7 +192,7 @@ class LogitBank:
 def stored(settings: Mapping) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Of each kind of tensor in a shard the dtype and the shape of a sample, as the manifest's fields imply."""
     dtype, snapshots, k = DTYPES[settings["dtype"]], settings["snapshots"], settings.get("top_k")
-    kinds = {"logits": (dtype, (snapshots, k or settings["classes"]))}
+    kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"logits": (dtype, (snapshots, k or settings["classes"]))}
     if k:
         kinds["indices"] = (torch.int16 if settings["classes"] <= 65536 else torch.int32, (k,))
         kinds["atoms"] = (torch.float32, (snapshots, 2, settings["atoms"]))
@@ -250,7 +251,7 @@ def _check(path: Path, manifest) -> None:
     def hashes(values):
         return all(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in values)
 
-    sizes = [manifest.get(name) for name in ("views", "samples", "shard_rows")]
+    sizes: list[int] = [manifest.get(name) or 0 for name in ("views", "samples", "shard_rows")]
     right = {
         **{name: counts for name in ("views", "samples", "snapshots", "classes", "shard_rows")},
         "features": lambda value: counts(value, least=0),

@@ -107,9 +107,9 @@ class ImageData:
         digest = hashlib.sha256()
         for split in (self.train, self.val, self.test):
             digest.update(str((*split.images.shape, split.mean, split.std)).encode())
-            digest.update(split.labels.numpy())
+            digest.update(split.labels.numpy().data)
             if isinstance(split.images, Tensor):
-                digest.update(split.images.numpy())
+                digest.update(split.images.numpy().data)
             else:
                 for i in split.images.sample():
                     digest.update(_identity(split.images, i))
@@ -234,8 +234,9 @@ def load(
 
     if augment == "imagenet":
         for part in ("val", "test"):
-            if isinstance(parts[part][0], Encoded):
-                parts[part][0].zoom = _TEST_ZOOM
+            images = parts[part][0]
+            if isinstance(images, Encoded):
+                images.zoom = _TEST_ZOOM
     parts = {part: (_settle(images, y, image_size, memory_budget), y) for part, (images, y) in parts.items()}
     mean, std = _STATISTICS.get(name) or statistics(parts["train"][0])
     splits = {part: Split(images, y, mean, std) for part, (images, y) in parts.items()}

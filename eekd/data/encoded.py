@@ -128,7 +128,7 @@ class Encoded:
             if same is None:
                 same = (labels == labels[i]).nonzero()[:, 0].tolist()
                 same = iter((same * 2)[same.index(i) + 1 : same.index(i) + len(same)])
-            i = next(same, None)
+            i = next(same, None)  # pyright: ignore[reportAssignmentType]
             if i is None or len(faults) > self.bad.budget + 1:
                 raise ValueError(f"no image can stand in for others of its class: {faults[0]}")
 

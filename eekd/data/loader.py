@@ -76,8 +76,8 @@ class Loader:
         mean, std = 255 * torch.tensor([split.mean, split.std], dtype=torch.float64)[:, None, :, None, None]
         self._mean, self._scale = mean.float().to(self.device), (1 / std).float().to(self.device)
         self._labels = split.labels.to(self.device)
-        self._encoded = isinstance(split.images, Encoded)
-        if self._encoded:
+        self._encoded = split.images if isinstance(split.images, Encoded) else None
+        if isinstance(split.images, Encoded):
             self._work = []  # of the epoch: (view, samples of a batch), each batch for one process
             self._decoder = DataLoader(
                 _Decoder(split.images, split.labels, self.view_seed, crop=self.augment == "imagenet"),
@@ -121,18 +121,18 @@ class Loader:
         return (*parts, order[:0])[self.first : len(self)]  # the last one of none is beyond the end, mostly
 
     def __iter__(self) -> Iterator[Batch]:
-        indices = self.indices("cpu" if self._encoded else self.device)
+        indices = self.indices("cpu" if self._encoded is not None else self.device)
         return self.replay([(self.view, index) for index in indices])
 
     def replay(self, work: Sequence[tuple[int, Tensor]]) -> Iterator[Batch]:
         """A batch for each (view, index) of `work`: the samples `index` (B,) int64 augmented as that view."""
         seed, work = self.view_seed, list(work)
-        if self._encoded:
+        if self._encoded is not None:
             self._work[:] = work
             for (view, _), (index, images, faults) in zip(work, self._decoder, strict=True):
                 if isinstance(images, Exception):
                     raise images
-                self.split.images.bad.note(faults)
+                self._encoded.bad.note(faults)
                 index, images = (x.to(self.device, non_blocking=True) for x in (index, images))
                 if self.augment == "imagenet":  # the crop was cut where the image was decoded
                     yield self._batch(random_flip(images, index, seed=seed, view=view), index)

@@ -16,13 +16,13 @@ from eekd.io.tensors import load_state, load_tensors, save_tensors
 try:  # the extra "hub"
     from huggingface_hub import ModelHubMixin
 except ImportError:
-    ModelHubMixin = object
+    ModelHubMixin = object  # pyright: ignore[reportAssignmentType]
 
 FORMAT = 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 
-class Student(nn.Module, ModelHubMixin):
+class Student(nn.Module, ModelHubMixin):  # pyright: ignore[reportGeneralTypeIssues]
     """A classifier that takes images as people have them.
 
         student = eekd.load_student("runs/digits-1/students/attention")

@@ -58,7 +58,9 @@ def lacks(folder: Path, what: str, so: str, error: OSError) -> None:
         if (key := (what, os.stat(folder).st_dev)) in _warned:
             return
         _warned.add(key)
-    warnings.warn(f"the disk of {folder} {what} ({os.strerror(error.errno)}), so {so}", RuntimeWarning, stacklevel=3)
+    warnings.warn(
+        f"the disk of {folder} {what} ({os.strerror(error.errno or 0)}), so {so}", RuntimeWarning, stacklevel=3
+    )
 
 
 _warned: set[tuple[str, int]] = set()

@@ -67,7 +67,8 @@ class EEKDLoss(nn.Module):
         entry = weightings.get(weighting)
         self.attention = None
         if entry.needs_features:
-            self.attention = SnapshotAttention(student_dim, snapshot_dim, embed_dim, normalize, scale)
+            # SnapshotAttention refuses None.
+            self.attention = SnapshotAttention(student_dim, snapshot_dim, embed_dim, normalize, scale)  # pyright: ignore
         self.weighting = entry.name
         self.detach_query = detach_query
         self.options = {

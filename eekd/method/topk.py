@@ -66,7 +66,9 @@ def top_k_logits(logits: Tensor, k: int, labels: Tensor | None = None) -> TopKLo
         raise ValueError(f"labels must have shape ({rows},), got {tuple(labels.shape)}")
     if not (logits < torch.inf).all():
         raise ValueError("logits must be below infinity and not NaN to keep the top k of them")
-    likely = sum((z.float() / SELECT).softmax(1) for z in logits)
+    likely = torch.zeros(rows, classes, device=logits.device)
+    for z in logits:
+        likely += (z.float() / SELECT).softmax(1)
     if labels is not None:
         named = torch.arange(classes, device=logits.device) == labels[:, None]
         likely = likely.masked_fill(named, torch.inf)

@@ -135,7 +135,6 @@ def register(
         raise TypeError(f"title must be some text, got {title!r}")
     if not callable(log_weights):
         raise TypeError(f"log_weights must be a function, got {type(log_weights).__name__}")
-    colours = tuple(colours)
     if len(colours) != 2 or not all(isinstance(c, str) and re.fullmatch("#[0-9a-fA-F]{6}", c) for c in colours):
         raise ValueError(f"colours must be two of the form #rrggbb, for a light page and a dark one, got {colours!r}")
     _REGISTRY[name] = entry = Weighting(name, title, colours, log_weights, per_sample)

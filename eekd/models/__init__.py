@@ -80,7 +80,7 @@ def _from_timm(name: str, *, num_classes: int, in_channels: int, image_size: int
         raise ValueError(f"timm:NAME must be a model of timm, got {name!r}; did you mean {nearest!r}?")
     # Only models whose weights depend on the image size, such as vision transformers, take it as an argument.
     cfg = timm.get_pretrained_cfg(name)
-    size = {"img_size": image_size} if cfg is not None and cfg.fixed_input_size else {}
+    size: dict = {"img_size": image_size} if cfg is not None and cfg.fixed_input_size else {}
     return timm.create_model(name, num_classes=num_classes, in_chans=in_channels, **size)
 
 

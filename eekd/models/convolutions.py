@@ -30,11 +30,11 @@ def guard(model: nn.Module) -> nn.Module:
     for module in model.modules():
         convolve = next((_ALIKE[kind] for kind in _ALIKE if isinstance(module, kind)), None)
         if convolve and _affected(module):
-            module._conv_forward = Strided(convolve, module.stride)
+            module._conv_forward = Strided(convolve, module.stride)  # pyright: ignore[reportArgumentType]
     return model
 
 
-def _affected(module: nn.Module) -> bool:
+def _affected(module) -> bool:
     ones, none = set(module.kernel_size) == {1}, not any(module.padding) or module.padding in ("valid", "same")
     return ones and none and max(module.stride) > 1 and module.groups == 1 and module.in_channels < 8
 

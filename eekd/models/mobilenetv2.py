@@ -18,7 +18,8 @@ def inverted(inputs: int, outputs: int, expansion: int, stride: int) -> nn.Modul
 
 def mobilenetv2(*, num_classes: int, in_channels: int, image_size: int) -> Classifier:
     """Inverted residuals at half the published widths; the last convolution keeps its 1280 channels."""
-    layers, inputs = [conv_bn_relu(in_channels, 16, 3, 2)], 16
+    layers: list[nn.Module] = [conv_bn_relu(in_channels, 16, 3, 2)]
+    inputs = 16
     for expansion, outputs, blocks, stride in STAGES:
         for i in range(blocks):
             layers.append(inverted(inputs, outputs, expansion, stride if i == 0 else 1))

@@ -75,7 +75,7 @@ def all_reduce_mean_(tensors: Iterable[Tensor]) -> None:
 
 def full_tensor(x: Tensor) -> Tensor:
     """`x`, or where `x` is this process's part of a sharded tensor all of it, on the CPU; every process must ask."""
-    return x.full_tensor().cpu() if is_sharded(x) else x
+    return x.full_tensor().cpu() if is_sharded(x) else x  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def gather_to_main_process(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -95,10 +95,10 @@ def is_sharded(x: Tensor) -> bool:
 
 def to_local(x: Tensor) -> Tensor:
     """What this process holds of `x`."""
-    return x.to_local() if is_sharded(x) else x
+    return x.to_local() if is_sharded(x) else x  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def distribute_like(x: Tensor, like: Tensor) -> Tensor:
+def distribute_like(x: Tensor, like) -> Tensor:
     """This process's part of `x`, which is whole in every process, where `like` is a part; else `x`."""
     if not is_sharded(like):
         return x

@@ -93,7 +93,7 @@ def _of_the_living(store: distributed.Store, number: int, count: int, timeout: t
     while time.monotonic() < end:  # asks, for what waits in the store hears no signal
         if number == 0:
             if all(store.check([other]) for other in others):
-                store.set(f"{word}/seen", b" ".join(map(store.get, others)))
+                store.set(f"{word}/seen", " ".join(store.get(other).decode() for other in others))
                 return distributed.PrefixStore(word, store)
         elif store.check(["part"]):
             part = store.get("part").decode()  # perhaps that of a dead process
@@ -161,9 +161,9 @@ def group_of(x: Tensor) -> distributed.ProcessGroup | None:
     """The group that exchanges `x`: the default one (None), or gloo for the CPU where a loop of its own joined NCCL."""
     if x.is_cuda or "cpu:" in distributed.get_backend_config():
         return None
-    return _gloo(distributed.group.WORLD)
+    return _gloo(distributed.group.WORLD)  # pyright: ignore
 
 
 @functools.cache
 def _gloo(world: distributed.ProcessGroup) -> distributed.ProcessGroup:
-    return distributed.new_group(backend="gloo")
+    return distributed.new_group(backend="gloo")  # pyright: ignore[reportReturnType]

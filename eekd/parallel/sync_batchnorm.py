@@ -41,7 +41,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
         centred = x32 - (mean / count).view(shape)
         variance = _Total.apply(centred.square().sum(dims)) / count
         with torch.no_grad():
-            self.num_batches_tracked += 1
+            self.num_batches_tracked += 1  # pyright: ignore[reportOperatorIssue]
             share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean / count, share)
             self.running_var.lerp_(variance * (count / (count - 1)), share)
