@@ -27,6 +27,7 @@ __all__ = [
     "SnapshotRecorder",
     "TopKLogits",
     "ensemble_kd",
+    "linear_ensemble_kd",
     "load_student",
     "sparse_ensemble_kd",
     "top_k_logits",
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from eekd.method.attention import SnapshotAttention
     from eekd.method.losses import EEKDLoss
     from eekd.method.topk import TopKLogits, top_k_logits
-    from eekd.ops import EnsembleKD, ensemble_kd, sparse_ensemble_kd, use_backend
+    from eekd.ops import EnsembleKD, ensemble_kd, linear_ensemble_kd, sparse_ensemble_kd, use_backend
     from eekd.snapshots import SnapshotEnsemble, SnapshotRecorder
     from eekd.snapshots.features import LastFeatures
 else:  # torch takes seconds to import: it comes with the first name that needs it
@@ -55,6 +56,7 @@ else:  # torch takes seconds to import: it comes with the first name that needs 
             "SnapshotRecorder": "snapshots",
             "TopKLogits": "method.topk",
             "ensemble_kd": "ops",
+            "linear_ensemble_kd": "ops",
             "load_student": "export.student",
             "sparse_ensemble_kd": "ops",
             "top_k_logits": "method.topk",

@@ -85,6 +85,60 @@ def sparse_ensemble_kd(
     )
 
 
+def linear_ensemble_kd(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    snapshot_hidden: Tensor | list[Tensor],
+    snapshot_weights: Tensor | list[Tensor],
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    snapshot_biases: Tensor | list[Tensor] | None = None,
+    scores: Tensor | None = None,
+    temperature: float = 1.0,
+    alpha: float = 0.5,
+    fusion: str = "probability",
+    attention_objective: str = "label",
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    denominator: Tensor | float | None = None,
+    memory_budget: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`eekd.linear_ensemble_kd` by autograd: all logits, and `ensemble_kd`."""
+    hidden, count = list(snapshot_hidden), len(snapshot_hidden)
+    heads = [snapshot_weights] if isinstance(snapshot_weights, Tensor) else list(snapshot_weights)
+    biases = [None] if snapshot_biases is None or not len(snapshot_biases) else snapshot_biases
+    biases = [biases] if isinstance(biases, Tensor) and biases.dim() == 1 else list(biases)
+    heads, biases = (x * count if len(x) == 1 else x for x in (heads, biases))
+    classes = min(len(weight) for weight in (student_weight, *heads))
+    given = (student_hidden, student_weight, student_bias, scores, *hidden, *heads)
+    wide = any(x is not None and x.dtype == torch.float64 for x in given)
+    dtype = torch.float64 if wide else torch.float32
+
+    def logits(h, weight, bias):
+        x = h.to(dtype) @ weight[:classes].to(dtype).t()
+        x = logit_scale * (x if bias is None else x + bias[:classes].to(dtype))
+        return x if softcap is None else softcap * (x / softcap).tanh()
+
+    loss, weights, attention_loss = ensemble_kd(
+        logits(student_hidden, student_weight, student_bias),
+        [logits(*each) for each in zip(hidden, heads, biases, strict=True)],
+        labels,
+        scores=scores,
+        temperature=temperature,
+        alpha=alpha,
+        fusion=fusion,
+        attention_objective=attention_objective,
+        reduction=reduction if denominator is None else "sum",
+        ignore_index=ignore_index,
+    )
+    if denominator is None:
+        return loss, weights, attention_loss
+    return loss / denominator, weights, attention_loss / denominator
+
+
 def _ensemble_kd(
     columns,
     student,
