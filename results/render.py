@@ -241,6 +241,27 @@ def online(record: dict) -> str:
     )
 
 
+def linear(record: dict) -> str:
+    lines = [
+        "Time of a step is relative to its matrix products alone; memory is the peak beyond inputs and outputs.",
+        "",
+    ]
+    names = [name for name in record["steps"][0]["seconds"] if name != "products"]
+    lines += _head("N, H, H_m, V, M", "dtype", *names, "memory", "memory of eager")
+    for row in record["steps"]:
+        times = [f"{row['seconds'][name] / row['seconds']['products']:.2f}" for name in names]
+        memory = [f"{row['memory'][name] / 2**20:.0f} MiB" for name in ("ours", "eager")]
+        lines.append(_row(", ".join(map(str, row["shape"])), row["dtype"], *times, *memory))
+    for row in record["shared_head"]:
+        ratio = row["seconds"]["5"] / row["seconds"]["1"]
+        shape = ", ".join(map(str, row["shape"]))
+        lines += [
+            "",
+            f"With one shared head and logit fusion ({shape}), M = 5 takes {ratio:.2f} times as long as M = 1.",
+        ]
+    return "\n".join([*lines, "", provenance(record)])
+
+
 def gpu(record: dict) -> str:
     """Both backends at many shapes."""
     lines = ["| (B, M, C) | dtype | fusion | copy, µs | triton | native | eager | % of the floor | triton, × eager |"]
@@ -473,6 +494,22 @@ def plot(record: dict, path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def memory_plot(record: dict, path: Path) -> None:
+    """Peak memory of a step against the number of rows, ours and eager's."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    points = record["memory_by_rows"]["points"]
+    for name, title in (("eager", "eager, all logits"), ("ours", "linear_ensemble_kd")):
+        axes.plot([p["rows"] for p in points], [p["memory"][name] / 2**20 for p in points], marker="o", label=title)
+    h, h_m, v, m = record["memory_by_rows"]["shape"]
+    axes.set(xlabel=f"rows (H {h}, H_m {h_m}, V {v:,}, M {m}, fp32)", ylabel="MiB beyond inputs and outputs")
+    axes.set(xscale="log", yscale="log")
+    axes.legend(frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
 def file_of(name: str) -> Path:
     """Of a record: here, or a launch table of the kernels."""
     file = HERE / f"{name}.json"
@@ -508,7 +545,7 @@ def main(argv: list[str]) -> int:
             else:
                 kinds = {"rows": bench, "forwards": forwards, "pairs": cost, "ways": scaling, "claims": online,
                          "runs": seeds, "summary": demo, "shapes": gpu, "launches": launches, "settings": precisions,
-                         "spins": waiting}  # fmt: skip
+                         "spins": waiting, "shared_head": linear}  # fmt: skip
                 table = next(table for key, table in kinds.items() if key in record)(record)
             return f"<!-- table:{match[1]} -->\n{table}\n<!-- end -->"
 
@@ -526,6 +563,8 @@ def main(argv: list[str]) -> int:
             comparison.plots(record, picture.parent, path.stem)
         elif "runs" in record:
             plot(record, picture)
+        elif "memory_by_rows" in record:
+            memory_plot(record, picture)
         elif record.get("rows") and (why := bandwidth(record, picture)):
             print(f"{path.relative_to(HERE)} has no plot: {why}")
     return 0

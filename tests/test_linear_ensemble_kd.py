@@ -133,7 +133,7 @@ def test_chunks_give_the_same_as_one(fusion, objective, shared, dtype):
     options = {"fusion": fusion, "attention_objective": objective}
     small, whole = (check(x, memory_budget=budget, **options) for budget in (1, 1 << 30))
     for name, value in small.items():
-        rounding = 2 * torch.finfo(value.dtype).eps
+        rounding = 8 * torch.finfo(value.dtype).eps
         largest = max(value.abs().max().item(), 1 / 70)  # a gradient is a difference of probabilities over the rows
         torch.testing.assert_close(value, whole[name], rtol=rounding, atol=rounding * largest, msg=name)
 
