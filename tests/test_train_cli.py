@@ -147,7 +147,7 @@ def test_out_of_memory_is_one_line(here, monkeypatch, capsys):
     ("--teacher.lr 0", "teacher.lr must be above 0, got 0.0"),
     ("--teacher.lr nan", "teacher.lr must be a finite number, got nan"),
     ("--teacher.schedule cosin", "did you mean 'cosine'?"),
-    ("--student.schedule cyclic", "must be one of step, cosine, got 'cyclic'"),
+    ("--student.schedule cyclic", "must be one of step, cosine, one_cycle, got 'cyclic'"),
     ("--student.alpha 1.5", "student.alpha must be from 0 to 1, got 1.5"),
     ("--student.temperature -1", "student.temperature must be above 0"),
     ("--student.fusion probabilty", "did you mean 'probability'?"),

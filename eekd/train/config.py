@@ -120,8 +120,11 @@ class Phase(_Checked):
     lr: float = 0.1
     nesterov: bool = True
     weight_decay: float = 5e-4
-    schedule: Literal["step", "cosine"] = "step"
+    schedule: Literal["step", "cosine", "one_cycle"] = "step"
     milestones: tuple[float, ...] = (0.3, 0.6, 0.9)  # step: divide lr by 10 at these fractions of training
+    warmup_epochs: float = 0.0  # step and cosine: lr rises linearly for so long
+    min_lr: float = 0.0  # where cosine ends
+    clip_grad: float | None = None  # largest norm of all gradients together; none: any
 
     def _rules(self):
         marks = self.milestones
@@ -129,6 +132,12 @@ class Phase(_Checked):
         yield "batch_size", self.batch_size >= 1, "at least 1"
         yield "lr", self.lr > 0, "above 0"
         yield "weight_decay", self.weight_decay >= 0, "at least 0"
+        yield "warmup_epochs", 0 <= self.warmup_epochs < self.epochs, f"from 0 to below epochs ({self.epochs})"
+        ramps = self.schedule in ("step", "cosine")
+        yield "warmup_epochs", not self.warmup_epochs or ramps, f"0 with schedule {self.schedule}"
+        yield "min_lr", 0 <= self.min_lr <= self.lr, f"from 0 to lr ({self.lr})"
+        yield "min_lr", not self.min_lr or self.schedule == "cosine", f"0 with schedule {self.schedule}"
+        yield "clip_grad", self.clip_grad is None or self.clip_grad > 0, "above 0"
         yield (
             "milestones",
             all(0 < m < 1 for m in marks) and list(marks) == sorted(set(marks)),
@@ -142,7 +151,7 @@ class Teacher(Phase):
 
     _prefix = "teacher."
 
-    schedule: Literal["step", "cosine", "cyclic"] = "step"  # cyclic: one cosine cycle per snapshot
+    schedule: Literal["step", "cosine", "one_cycle", "cyclic"] = "step"  # cyclic: one cosine cycle per snapshot
     snapshots: int = 5  # M; one at the end of each of M equal stages
 
     def _rules(self):

@@ -26,7 +26,7 @@ from eekd.io.tensors import load_state
 from eekd.train.callbacks import Callback
 from eekd.train.config import Phase
 from eekd.train.metrics import PhaseTimer, RunningMeans, accuracy, evaluate
-from eekd.train.optim import build_optimizer, learning_rate, sync_gradients
+from eekd.train.optim import build_optimizer, clip_gradients, learning_rate, sync_gradients
 from eekd.train.random_state import random_state, set_random_state
 from eekd.train.run_folder import finite
 from eekd.train.session import Progress, Session, quiet
@@ -146,6 +146,9 @@ class Trainer:
                 self.scaler.scale(loss * (parallel.world_size() * len(batch.labels) / samples)).backward()
             self.measured.append((len(batch.labels), {"loss": loss.detach(), **measurements}))
         with self.timer("backward"):
+            if self.phase.clip_grad is not None:
+                self.scaler.unscale_(self.optimizer)
+                clip_gradients(self._parameters(), self.phase.clip_grad)
             if all([callback.on_update(self) for callback in self.callbacks]):
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
