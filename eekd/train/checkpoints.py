@@ -89,18 +89,18 @@ class Checkpoints:
         for number in sorted(self._numbers("json"), reverse=True):
             path = self.folder / f"{number}.json"
             try:
-                known = read_json(path)
-                if known.get("format") != FORMAT:
-                    raise ValueError(f"{path} must have format {FORMAT}, got {known.get('format')!r}")
-                tensors = load_tensors(path.with_suffix(".safetensors"), known["sha256"])
+                record = read_json(path)
+                if record.get("format") != FORMAT:
+                    raise ValueError(f"{path} must have format {FORMAT}, got {record.get('format')!r}")
+                tensors = load_tensors(path.with_suffix(".safetensors"), record["sha256"])
             except (AttributeError, FileNotFoundError, KeyError, ValueError) as error:
                 damaged.append(str(error))
                 continue
             for fault in damaged:
                 warnings.warn(f"{fault}; going on from the checkpoint before it, {path}", RuntimeWarning, stacklevel=2)
-            self._check(path, known)
+            self._check(path, record)
             self._newest = [number]
-            return {"tensors": tensors, **known}, path
+            return {"tensors": tensors, **record}, path
         if damaged:
             raise ValueError(
                 f"no checkpoint in {self.folder} is whole: {damaged[0]}; remove {self.folder.parent} to "
@@ -118,13 +118,13 @@ class Checkpoints:
         """Writes what Trainer.state_dict returned, then removes what that replaces and what a kill or damage left."""
         if not parallel.is_main_process():
             return
-        tensors, known = state["tensors"], {name: value for name, value in state.items() if name != "tensors"}
+        tensors, record = state["tensors"], {name: value for name, value in state.items() if name != "tensors"}
         number = max(self._numbers("json") + self._numbers("safetensors"), default=0) + 1
         path = self.folder / f"{number}.json"
         sync = time.monotonic() - self._sync_time >= SYNC
         sha256 = save_tensors(path.with_suffix(".safetensors"), tensors, sync=sync)
         head = {"format": FORMAT, "sha256": sha256, "setup": self.identity, "made_with": provenance(self.device)}
-        write_json_atomic(path, head | known, sync)
+        write_json_atomic(path, head | record, sync)
         if sync:
             self._synced, self._sync_time = number, time.monotonic()
         self._newest = [*self._newest, number][-KEEP:]
@@ -137,9 +137,9 @@ class Checkpoints:
     def _numbers(self, kind: str) -> list[int]:
         return [int(path.stem) for path in self.folder.glob(f"*.{kind}") if path.stem.isdecimal()]
 
-    def _check(self, path: Path, known: dict) -> None:
-        check_identity(path, known, self.identity)
-        was, now = known["made_with"], provenance(self.device)
+    def _check(self, path: Path, record: dict) -> None:
+        check_identity(path, record, self.identity)
+        was, now = record["made_with"], provenance(self.device)
         changed = [f"{name} {now[name]!r} for {was.get(name)!r}" for name in now if was.get(name) != now[name]]
         if changed:
             warnings.warn(
@@ -219,9 +219,9 @@ def run_identity(name: str, session, phase, snapshots: list[str] | None = None) 
             "bank": session.bank and session.bank.sha256}  # fmt: skip
 
 
-def check_identity(path: Path, known: dict, identity: dict) -> None:
+def check_identity(path: Path, record: dict, identity: dict) -> None:
     """ValueError unless what `path` holds was made with this identity."""
-    for name, (was, now) in differences({"": known["setup"]}, {"": identity}).items():
+    for name, (was, now) in differences({"": record["setup"]}, {"": identity}).items():
         if name == ".method.file":  # it may move
             continue
         if name == ".method.sha256":

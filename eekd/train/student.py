@@ -190,15 +190,15 @@ def method_of(method: "str | Callable | type[StudentTrainer]") -> Method:
         return Method(name, own, own.weighting, file)
     if not callable(own) or isinstance(own, type):
         raise TypeError(f"{name} must be {wanted}, got {own if isinstance(own, type) else type(own).__name__}")
-    known = {entry.log_weights: entry for entry in weightings.registered()}
-    entry = known.get(own) or weightings.register(name, name, own)
+    by_function = {entry.log_weights: entry for entry in weightings.registered()}
+    entry = by_function.get(own) or weightings.register(name, name, own)
     return Method(entry.name, StudentTrainer, entry.name, file)
 
 
 def check_source(folder: Path, method: Method) -> None:
     """ValueError where the student in `folder` was trained by another content of the method's file."""
-    known = read_record(folder / RECORD, "setup")["setup"]
-    check_identity(folder / RECORD, {"setup": known}, known | {"method": method.source})
+    record = read_record(folder / RECORD, "setup")
+    check_identity(folder / RECORD, record, record["setup"] | {"method": method.source})
 
 
 class KeepSource(Callback):
@@ -297,14 +297,14 @@ def snapshots_of(weighting: str, which: Sequence[int] | None) -> Sequence[int] |
 def read_student(folder: Path) -> dict:
     """The content of student.json of a finished student, all files checked; ValueError names the one at fault."""
     keys = "setup", "weighting", "spec", "sha256", "attention_sha256", "seconds_per_epoch", "val", "test", "metrics"
-    known = read_record(folder / RECORD, *keys)
-    read_checked(folder / "student.safetensors", known["sha256"])
-    if known["attention_sha256"]:
-        read_checked(folder / ATTENTION, known["attention_sha256"])
-    if known.get("criterion_sha256"):
-        read_checked(folder / CRITERION, known["criterion_sha256"])
-    read_metrics(folder, known)
-    return known
+    record = read_record(folder / RECORD, *keys)
+    read_checked(folder / "student.safetensors", record["sha256"])
+    if record["attention_sha256"]:
+        read_checked(folder / ATTENTION, record["attention_sha256"])
+    if record.get("criterion_sha256"):
+        read_checked(folder / CRITERION, record["criterion_sha256"])
+    read_metrics(folder, record)
+    return record
 
 
 def check_bank(session: Session, loader: Loader, teacher: str | Path | None, needs_features: str | None) -> None:

@@ -73,30 +73,30 @@ def train_teacher(
     identity = run_identity("teacher", session, phase)
     identity["schedule"] = schedule if isinstance(schedule, str) else [*schedule]
     if resume and (folder / RECORD).exists():
-        known = read_teacher(folder)
-        check_identity(folder / RECORD, known, identity)
+        record = read_teacher(folder)
+        check_identity(folder / RECORD, record, identity)
         delete_checkpoints(folder)
-        return known
+        return record
     snapshots = Snapshots(folder, schedule, session.spec(phase), resume)
     callbacks = standard_callbacks(session, "teacher", folder, identity, resume, snapshots)
     TeacherTrainer(session, callbacks=callbacks, progress=progress).fit()
     parallel.barrier()  # until the last snapshot is written
     ensemble = session.load_snapshots(folder)
-    known = {split: diagnose(session, ensemble, session.loader(split, phase)) for split in ("val", "test")}
+    record = {split: diagnose(session, ensemble, session.loader(split, phase)) for split in ("val", "test")}
     if parallel.is_main_process():
-        known = {"format": FORMAT, "setup": identity} | known | {"metrics": metrics_of(folder)}
-        write_json_atomic(folder / RECORD, finite(known))
+        record = {"format": FORMAT, "setup": identity} | record | {"metrics": metrics_of(folder)}
+        write_json_atomic(folder / RECORD, finite(record))
     delete_checkpoints(folder)
     return read_json(folder / RECORD)
 
 
 def read_teacher(folder: Path) -> dict:
     """The content of snapshots.json of a finished teacher, all files checked; ValueError names the damaged one."""
-    known = read_record(folder / RECORD, "setup", "val", "test", "metrics")
+    record = read_record(folder / RECORD, "setup", "val", "test", "metrics")
     for entry in read_manifest(folder)["snapshots"]:
         read_checked(folder / entry["file"], entry["sha256"])
-    read_metrics(folder, known)
-    return known
+    read_metrics(folder, record)
+    return record
 
 
 @torch.no_grad()
