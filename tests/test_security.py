@@ -37,6 +37,8 @@ from eekd.bank.reader import shard_names
 from eekd.compare import __main__ as compare
 from eekd.compare import runner
 from eekd.data import formats, load
+from eekd.data.annotations import read_table
+from eekd.data.classes import read_classes
 from eekd.data.images import decode_image
 from eekd.io.files import printable, read_checked, read_json, write_atomic, write_json_atomic
 from eekd.io.lock import locked
@@ -1164,6 +1166,9 @@ PARSERS = {
     "safetensors": (changed(safetensors.torch.save(STATE)), inside(load_tensors)),
     "torch.save": (changed(zipped()), inside(load_weights)),
     "metrics": (rewritten({"epoch": 1, "weights": [0.5]}).map(lambda data: data + b"\n"), inside(page._rows)),
+    "table of paths": (changed(b"path,label\na.png,cat\nb.png,dog\n"), inside(read_table, "l.csv")),
+    "JSON of paths": (rewritten([{"path": "a.png", "label": "cat"}]), inside(read_table, "l.json")),
+    "list of classes": (rewritten(["cat", "dog"]), inside(read_classes, "l.json")),
     "image": (changed(png(4, 4)), lambda data, _: decode_image(data, "f", "RGB")),
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ from eekd.io.files import printable
 
 from .formats import read_bytes
 from .registry import Found, Reading
-from .walk import TABLES, Passed, counted, entries, images_in, is_image, split_of
+from .walk import TABLES, Passed, counted, entries, images_in, is_image, plural, split_of
 
 _LABELS = (
     "label",
@@ -283,7 +283,9 @@ def labels_beside(
             if not labels:
                 continue
             if left := len(images) - len(found):
-                passed.phrases.append(f"{left:,} images of {printable(folder.name)}/ that {printable(path.name)} lacks")
+                passed.phrases.append(
+                    f"{plural(left, 'image')} of {printable(folder.name)}/ that {printable(path.name)} lacks"
+                )
             names = classes or ordered(labels)
             return list(found), [names.index(label) for label in labels], names
     return None

@@ -14,7 +14,7 @@ from eekd.io.files import in_words, printable
 from .encoded import BadImages, Encoded
 from .images import GREY, decode_image, is_animated, is_transparent, open_image, orientation
 from .opened import open_data
-from .walk import counted
+from .walk import counted, plural
 
 _CHUNK = 256  # images that wait for a thread; more would only take memory
 _PAIRS = 5  # of equal images that are named
@@ -51,7 +51,7 @@ def check_images(name: str, root=None, *, progress: Callable[[int, int], object]
                 sizes[size] += 1
             if progress:
                 progress(checked.images, total)
-    checked.notes += [f"{count:,} images {what}." for what, count in sorted(kinds.items())]
+    checked.notes += [f"{plural(count, 'image')}: {what}." for what, count in sorted(kinds.items())]
     if sizes:
         smallest, largest = (pick(sizes, key=lambda size: size[0] * size[1]) for pick in (min, max))
         checked.notes.append("From {} x {} to {} x {} pixels.".format(*smallest, *largest))
@@ -70,12 +70,12 @@ def _read_all(images: Encoded) -> Iterator[tuple]:
         except (OSError, ValueError) as error:
             return in_words(error), b"", "", (0, 0), ()
         traits = {
-            "are in colour, and read as grey": images.channels == 1 and header.mode not in GREY,
-            "are grey": images.channels == 3 and header.mode in GREY,
-            "can be transparent, and are laid on white": is_transparent(header),
-            "are turned as their Exif orientation says": orientation(header) != 1,
-            "are animated, and only their first frame is read": is_animated(header),
-            "have 16 bits a channel, and are read as 8": header.mode[0] == "I",
+            "in colour, and read as grey": images.channels == 1 and header.mode not in GREY,
+            "grey": images.channels == 3 and header.mode in GREY,
+            "can be transparent, and laid on white": is_transparent(header),
+            "turned as the Exif orientation says": orientation(header) != 1,
+            "animated, of which the first frame is read": is_animated(header),
+            "of 16 bits a channel, and read as 8": header.mode[0] == "I",
         }
         return "", hashlib.sha256(data).digest(), place, image.size, [what for what, holds in traits.items() if holds]
 
@@ -102,4 +102,4 @@ def _compare(same: dict[bytes, list[tuple[str, int, str]]], classes: tuple[str, 
     if quarrels:
         checked.faults.append(f"{counted(quarrels, 'pair', _PAIRS)} of equal images are of different classes")
     if copies:
-        checked.notes.append(f"{copies:,} images are copies of others.")
+        checked.notes.append(f"{plural(copies, 'image')}: copies of others.")

@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -203,6 +204,7 @@ def load(
     )
     parts, classes, augment, said = dict(opened.parts), opened.classes, opened.augment, list(opened.said)
     whole, labels = parts["train"], parts["train"][1]
+    given = [] if len(parts) == 1 else ["test"] if len(parts) == 2 else ["val", "test"]
     keep = torch.arange(len(labels))
     if len(parts) == 1:
         held = stratified(labels, round(_TEST_FRACTION * len(labels)), seed=0)
@@ -225,10 +227,14 @@ def load(
     parts["train"] = _subset(whole, keep)
 
     left_out, missing = list(opened.left_out), []
-    present = set(parts["train"][1].tolist())
-    if absent := [classes[k] for k in range(len(classes)) if k not in present]:
-        missing = [f"no image to train on is in {counted(absent, 'class')}"]
-    if left_out or absent:
+    for part, purpose in (("train", "train"), *((p, "test" if p == "test" else "validate") for p in given)):
+        present = set(parts[part][1].tolist())
+        if absent := [classes[k] for k in range(len(classes)) if k not in present]:
+            missing.append(f"no image to {purpose} on is in {counted(absent, 'class')}")
+    folded = Counter(name.strip().casefold() for name in classes)
+    if alike := [name for name in classes if len(name) > 2 and folded[name.strip().casefold()] > 1]:  # not a and A
+        missing.append(f"only case or spaces tell {counted(alike, 'class')} apart")
+    if left_out or missing:
         left_out = [f"left out are {'; '.join(left_out)}"] if left_out else []
         warnings.warn(f"{printable(name)}: {'; '.join(left_out + missing)}", stacklevel=2)
 
@@ -263,7 +269,10 @@ def statistics(images: Tensor | Encoded) -> tuple[tuple[float, ...], tuple[float
     Of images that stay encoded, 1024 evenly spaced ones stand for all.
     """
     if isinstance(images, Encoded):
-        images = torch.stack([image for i in images.sample() if (image := images.decode_or_skip(i)) is not None])
+        decoded = [image for i in images.sample() if (image := images.decode_or_skip(i)) is not None]
+        if not decoded:
+            raise ValueError(f"not one of {len(images.sample())} images can be read")
+        images = torch.stack(decoded)
     counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
     for chunk in images.split(4096):
         counts += torch.stack([channel.flatten().bincount(minlength=256) for channel in chunk.unbind(1)])

@@ -74,9 +74,9 @@ class Passed:
                 f"{count:,} {ending}"
                 for ending, count in sorted(self.endings.items(), key=lambda kind: (-kind[1], kind[0]))
             )
-            found.append(f"{self.endings.total():,} files of other kinds ({printable(kinds)})")
+            found.append(f"{plural(self.endings.total(), 'file')} of other kinds ({printable(kinds)})")
         if self.dangling:
-            found.append(f"{self.dangling:,} links that lead nowhere")
+            found.append(f"{plural(self.dangling, 'link')} without a target")
         return found
 
 
@@ -111,5 +111,9 @@ def counted(names: Iterable[str], what: str, shown: int = 5) -> str:
     """`3 folders (a, b, c)`: how many there are, and the first of their names."""
     names = list(names)
     listed = ", ".join(printable(name)[:300] for name in names[:shown]) + ", ..." * (len(names) > shown)
-    plural = "" if len(names) == 1 else "es" if what.endswith("s") else "s"
-    return f"{len(names):,} {what}{plural} ({listed})"
+    return f"{plural(len(names), what)} ({listed})"
+
+
+def plural(count: int, what: str) -> str:
+    """`1 image`, `3 images`, `3 classes`."""
+    return f"{count:,} {what}" + ("" if count == 1 else "es" if what.endswith("s") else "s")

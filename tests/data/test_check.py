@@ -45,10 +45,10 @@ def test_all_that_is_wrong_is_listed(sound):
     assert "1 pair (" in faults and "002.png (cat) = " in faults and "other.png (dog)) of equal images" in faults
     notes = " ".join(checked.notes)
     for part in (
-        "1 images are grey.",
-        "2 images are copies",
+        "1 image: grey.",
+        "2 images: copies of others",
         "From 9 x 8 to 16 x 16",
-        "1 files of other kinds (1 .mp4)",
+        "1 file of other kinds (1 .mp4)",
     ):
         assert part in notes
 

@@ -115,7 +115,7 @@ def test_classes_at_different_depths_and_links(tmp_path):
     os.symlink(tmp_path / "nowhere.png", tmp_path / "train" / "cat" / "gone.png")
     data, warning = read(tmp_path, val_fraction=0)
     assert data.classes == ("cat", "cow", "dog") and len(data.train) + len(data.test) == 35
-    assert "1 links that lead nowhere" in warning
+    assert "1 link without a target" in warning
 
 
 def test_classes_without_images_and_files_of_other_kinds_are_named_in_one_warning(tmp_path):
@@ -219,6 +219,26 @@ def test_names_in_another_unicode_form_are_one_class(tmp_path):
     put(tmp_path, *several("train/caf\u00e9", "train/dog", "val/cafe\u0301", "val/dog"))
     data, _ = read(tmp_path)
     assert data.classes == ("caf\u00e9", "dog") and data.test.labels.bincount().tolist() == [10, 10]
+
+
+def test_a_class_without_images_to_test_on_is_named(tmp_path):
+    _, warning = read(put(tmp_path, *several("train/cat", "train/dog", "val/cat")))
+    assert warning.endswith(": no image to test on is in 1 class (dog)")
+
+
+def test_classes_that_differ_in_case_only_are_named(tmp_path):
+    data, warning = read(put(tmp_path, *several("Cat", "cat", "dog")))
+    assert len(data.classes) == 3 and "only case or spaces tell 2 classes (Cat, cat) apart" in warning
+
+
+def test_names_that_are_no_text(tmp_path):
+    """As unzip makes them of another encoding."""
+    put(tmp_path, *several("dog"))
+    (tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
+    for k in range(10):
+        (tmp_path / os.fsdecode(b"caf\xe9/%d.png" % k)).write_bytes((tmp_path / "dog/000.png").read_bytes())
+    data, _ = read(tmp_path)
+    assert len(data.train) == 14 and all(said.isprintable() for said in data.decisions)
 
 
 def test_warnings_and_decisions_do_not_speak_to_the_terminal(tmp_path):
