@@ -201,7 +201,7 @@ def test_a_bad_option(name, value, exception, wanted):
 def test_attention_given_twice(names):
     both = tensors(B, M, C, attention="query", width=D) | tensors(B, M, C)
     given = ("student_logits", "snapshot_logits", "labels", *names)
-    refused(ValueError, "scores, or as query and keys, not both", **{name: both[name] for name in given})
+    refused(ValueError, "scores, or query and keys, got both", **{name: both[name] for name in given})
 
 
 @pytest.mark.bad_input

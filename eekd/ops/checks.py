@@ -123,7 +123,7 @@ def checked_labels(labels, rows: int, device: torch.device) -> Tensor:
 
 def checked_attention(query, keys, rows: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     if query is None or keys is None:
-        raise ValueError(f"query and keys go together, got only {'keys' if query is None else 'query'}")
+        raise ValueError(f"query and keys must both be given, got only {'keys' if query is None else 'query'}")
     if not isinstance(query, Tensor):
         raise TypeError(f"query must be a tensor, got {type(query).__name__}")
     if query.dim() != 2 or query.shape[1] == 0:

@@ -37,7 +37,7 @@ def distil(student_logits, snapshot_logits, tail, indices, labels, attention, op
     scores, query, keys = attention
     if query is not None or keys is not None:
         if scores is not None:
-            raise ValueError("give attention as scores, or as query and keys, not both")
+            raise ValueError("attention must be scores, or query and keys, got both")
         query, keys = checks.checked_attention(query, keys, rows, count, device)
     elif scores is not None:
         scores = checks.checked_scores(scores, rows, count, device)
@@ -53,7 +53,7 @@ def distil(student_logits, snapshot_logits, tail, indices, labels, attention, op
         elif scores is not None:
             wants_attention = scores.requires_grad
     if wants_attention and labels is None and not kl_objective:
-        raise ValueError('attention_objective="label" needs labels to train the attention; give labels or use "kl"')
+        raise ValueError('labels must be given for attention_objective="label", got None; give labels or use "kl"')
     backend = backend_for(device)
     if backend == "reference":
         z = snapshots[0] if isinstance(snapshot_logits, Tensor) else snapshots

@@ -100,7 +100,7 @@ def linear_ensemble_kd(
     grad = torch.is_grad_enabled()
     wants = [grad and x is not None and x.requires_grad for x in (student_hidden, student_weight, student_bias, scores)]
     if wants[3] and labels is None and attention_objective == "label":
-        raise ValueError('attention_objective="label" needs labels to train the attention; give labels or use "kl"')
+        raise ValueError('labels must be given for attention_objective="label", got None; give labels or use "kl"')
     if backend_for(device) == "reference":
         return EnsembleKD(
             *reference.linear_ensemble_kd(
@@ -199,7 +199,7 @@ def _forward(
             w = _weights(e, n, count, dtype, device)
         if fused:
             hidden = _read(w, hidden)
-            heads[0](sum(w[:, m, None] * x for m, x in enumerate(hidden)), None, out=z[0])
+            heads[0](sum(w[:, m, None] * x for m, x in enumerate(hidden)), None, out=z[0])  # pyright: ignore[reportArgumentType]
         elif mixed:
             log_p_y = _mix(w, _read(w, hidden), heads, softcap, temperature, y, out=z[0])
         else:
@@ -245,7 +245,7 @@ def _forward(
     if reduction == "sum":
         loss, attention_loss = loss.sum(), attention_loss.sum()
     elif reduction == "mean":
-        loss, attention_loss = loss.sum() * factor, attention_loss.sum() * attention
+        loss, attention_loss = loss.sum() * factor, attention_loss.sum() * attention  # pyright: ignore[reportOperatorIssue]
     d_weight = gradient.result() if gradient else torch.zeros(0, dtype=dtype, device=device)
     return loss, weights, attention_loss, d_hidden, d_weight, d_bias, d_scores
 

@@ -112,7 +112,7 @@ def linear_ensemble_kd(
     biases = [None] if snapshot_biases is None or not len(snapshot_biases) else snapshot_biases
     biases = [biases] if isinstance(biases, Tensor) and biases.dim() == 1 else list(biases)
     heads, biases = (x * count if len(x) == 1 else x for x in (heads, biases))
-    classes = min(len(weight) for weight in (student_weight, *heads))
+    classes = min(len(weight) for weight in (student_weight, *heads))  # pyright: ignore[reportArgumentType]
     given = (student_hidden, student_weight, student_bias, scores, *hidden, *heads)
     wide = any(x is not None and x.dtype == torch.float64 for x in given)
     dtype = torch.float64 if wide else torch.float32
