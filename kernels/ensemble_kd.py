@@ -1,8 +1,8 @@
 """ensemble_kd in Triton: attention, fusion, KL, CE and all gradients of a row in one launch.
 
 Traffic in accesses of B·C elements: reads M + 1 and writes 1 where a row's tile stays on chip, reads 2 (M + 1) and
-writes 1 where it is streamed twice; kernels.launch.launch_for decides by M and C. The op fills outputs that the caller
-allocated, with the arguments of eekd::ensemble_kd_fwd, under the name eekd_triton::ensemble_kd_fwd.
+writes 1 where it is streamed twice; kernels.launch.launch_for decides by M and C. The op
+eekd_triton::ensemble_kd_fwd has the signature of eekd::ensemble_kd_fwd.
 """
 
 import functools

@@ -2,8 +2,7 @@
 
 Traffic of a row in elements: reads C of the student and K of each snapshot, and writes C, where the student's row stays
 on chip; reads the student twice where it is streamed. The K columns are gathered from cache, and read twice where they
-do not fit a tile. The op fills outputs that the caller allocated, with the arguments of eekd::sparse_ensemble_kd_fwd,
-under the name eekd_triton::sparse_ensemble_kd_fwd.
+do not fit a tile. The op eekd_triton::sparse_ensemble_kd_fwd has the signature of eekd::sparse_ensemble_kd_fwd.
 """
 
 import torch

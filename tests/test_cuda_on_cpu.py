@@ -186,7 +186,7 @@ class Emulator:
         copies = []
 
         def move(x):
-            if isinstance(x, list):
+            if isinstance(x, (list, tuple)):  # snapshots
                 return [move(z) for z in x]
             if not isinstance(x, torch.Tensor):
                 return x
