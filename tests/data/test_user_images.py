@@ -1,5 +1,6 @@
 """Images as people have them: turned, transparent, of 16 bits, grey among coloured ones, or damaged."""
 
+import hashlib
 import io
 import warnings
 from collections import Counter
@@ -289,3 +290,22 @@ def test_an_image_of_too_many_pixels_is_told(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match="x is damaged or no image .*more pixels than Pillow reads"):
         shown(png(np.zeros((15, 15), np.uint8)))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_fingerprint_is_another_where_images_were_read_otherwise_before(tmp_path, turned):
+    """A run on photographs that were shown sideways must not go on, and all others must."""
+    exif = Image.Exif()
+    exif[0x0112] = 6 if turned else 1
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for k, x in enumerate(images(8, 3, 16).transpose(0, 2, 3, 1)):
+            (tmp_path / name / f"{k}.jpg").write_bytes(saved(Image.fromarray(x), "JPEG", exif=exif))
+    data = load(str(tmp_path), memory_budget=0)
+    digest = hashlib.sha256()
+    for split in (data.train, data.val, data.test):
+        digest.update(str((*split.images.shape, split.mean, split.std)).encode())
+        digest.update(split.labels.numpy())
+        for i in range(len(split)):
+            digest.update(hashlib.sha256(split.images.read(i)[0]).digest())
+    assert (data.fingerprint != digest.hexdigest()) == turned
