@@ -201,6 +201,7 @@ def test_what_is_not_json_is_named(tmp_path, text):
         lambda state: {"model_state_dict": state},
         lambda state: {"net": {f"module.{name}": tensor for name, tensor in state.items()}},
         lambda state: {"module": {"state_dict": state}},
+        lambda state: {"weights": state, "epoch": 1},
         lambda state: {f"module._orig_mod.{name}": tensor for name, tensor in state.items()},
     ],
 )
@@ -231,7 +232,7 @@ def endless():
         ([STATE], "must hold a state_dict of tensors, .*; got a list$"),
         ({}, "must hold a state_dict of tensors, .*; got a dict of nothing$"),
         ({"state_dict": {}}, "must hold a state_dict of tensors, .*; got a dict of 'state_dict'$"),
-        ({"weights": STATE, "epoch": 1}, "must hold a state_dict .*; got a dict of 'weights', 'epoch'$"),
+        ({"weights": STATE, "other": {**STATE}, "epoch": 1}, "holds weights under weights, other: choose by entry=$"),
         ({str(n): n for n in range(9)}, "must hold a state_dict .*; got a dict of '0', '1', '2' and 6 more$"),
         (endless(), "must hold a state_dict of tensors, .*; got a dict of 'model'$"),
     ],

@@ -165,9 +165,9 @@ def test_a_model_must_be_a_module(model):
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("model", [nn.Identity(), nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten())])
+@pytest.mark.parametrize("model", [nn.Identity(), nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())])
 def test_a_model_without_linear_layer_is_refused(model):
-    with pytest.raises(ValueError, match="model must have an nn.Linear, got a .*; name its classifier"):
+    with pytest.raises(ValueError, match="model must have an nn.Linear or a 1×1 convolution, got a .*; name its"):
         LastFeatures(model)
 
 
@@ -178,10 +178,12 @@ def test_an_unknown_layer_is_answered_with_the_nearest(net, layer, nearest):
         LastFeatures(net, layer)
 
 
-@pytest.mark.bad_input
-def test_a_layer_without_matrix_is_refused(net):
-    with pytest.raises(ValueError, match="layer must name a linear layer, got 'last', a Dropout"):
-        LastFeatures(net, "last")
+def test_a_layer_without_matrix_says_its_width_after_a_call(net, x):
+    capture = LastFeatures(net, "last")
+    with pytest.raises(RuntimeError, match="^the width of the features is not known: call this once, 'last' does not"):
+        _ = capture.dim
+    logits, features = capture(x)
+    assert torch.equal(logits, features) and capture.dim == 3
 
 
 @pytest.mark.bad_input

@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import string
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from eekd.snapshots.recorder import _schedule
 
 SPEC = {"name": "resnet8_w4", "num_classes": 3, "in_channels": 1, "image_size": 8}
 HASH = "0123456789abcdef" * 4
+CPU = torch.device("cpu")
 
 
 class Net(nn.Module):
@@ -580,9 +580,12 @@ def test_one_model_may_serve_as_the_factory(tmp_path, nets, images):
 @pytest.mark.parametrize(
     "paths, options, error, message",
     [
-        ("a.pt", {}, ValueError, "paths must be a list of at least one file, got 'a.pt'"),
-        (Path("a.pt"), {}, ValueError, "paths must be a list of at least one file, got PosixPath"),
-        ([], {}, ValueError, r"paths must be a list of at least one file, got \[\]"),
+        ([], {}, ValueError, r"paths must be a file, a folder or a list of at least one, got \[\]"),
+        ("", {}, ValueError, "paths must be a file, a folder or a list of at least one, got ''"),
+        ([3], {}, ValueError, r"paths must be a file, a folder or a list of at least one, got \[3\]"),
+        (["a.pt"], {"load": "resnet"}, TypeError, "load must be a function that makes a model, got str"),
+        (["a.pt"], {"load": Net}, ValueError, "factory must be None where load reads the models"),
+        (["a.pt"], {"factory": None, "load": lambda path: 3}, TypeError, "load must return an nn.Module, got int"),
         (["nowhere.pt"], {}, FileNotFoundError, "nowhere.pt is missing"),
         (["a.pt"], {"sha256": [HASH]}, ValueError, "a.pt was changed or damaged"),
         (["a.pt"], {"sha256": [HASH, HASH]}, ValueError, "sha256 must hold a hash for each of 1 paths, got 2"),
@@ -608,7 +611,7 @@ def test_from_files_refuses(tmp_path, monkeypatch, paths, options, error, messag
         (Net(), TypeError, "models must be a list of nn.Modules, got one Net"),
         (nn.Sequential(nn.Linear(1, 1)), TypeError, "models must be a list of nn.Modules, got one Sequential"),
         ([Net(), "net"], TypeError, "models must be nn.Modules, got str"),
-        ([nn.Conv2d(1, 1, 1)], ValueError, "Linear"),
+        ([nn.Conv2d(1, 1, 3)], ValueError, "Linear"),
     ],
 )
 def test_ensemble_refuses(models, error, message):
@@ -706,8 +709,8 @@ def test_features_are_the_input_of_the_last_linear_or_of_the_named_layer(nets, i
     torch.testing.assert_close(nets[2].head(nets[2].hidden(features[2])), logits[2])
 
 
-def test_memory_is_used_again_sliced_and_grown(nets, images):
-    ensemble = SnapshotEnsemble(nets).to(images.device)
+def test_memory_is_used_again_sliced_and_grown_on_request(nets, images):
+    ensemble = SnapshotEnsemble(nets, reuse=True).to(images.device)
     first = ensemble(images)
     pointers = [output.data_ptr() for output in first]
     smaller = ensemble(images[:2])
@@ -734,7 +737,7 @@ def test_autocast_gives_its_dtype_and_leaving_it_gives_the_old_one(nets, images)
 
 
 def test_memory_born_in_inference_mode_serves_training(nets, images):
-    ensemble = SnapshotEnsemble(nets).to(images.device)
+    ensemble = SnapshotEnsemble(nets, reuse=True).to(images.device)
     with torch.inference_mode():
         ensemble(images)
     logits, _ = ensemble(images)
@@ -744,7 +747,7 @@ def test_memory_born_in_inference_mode_serves_training(nets, images):
 
 
 def test_a_loss_of_an_overwritten_batch_is_an_error_not_a_wrong_gradient(nets, images):
-    ensemble = SnapshotEnsemble(nets).to(images.device)
+    ensemble = SnapshotEnsemble(nets, reuse=True).to(images.device)
     student = torch.randn(4, 3, device=images.device, requires_grad=True)
     loss = (student * ensemble(images)[0]).sum()
     ensemble(images)
@@ -893,13 +896,13 @@ def test_host_snapshots_pass_through_two_slots(nets, images):
     swapped = Swapped(ensemble._captures)
     wanted = alone(ensemble, images.cpu())
     for _ in range(2):
-        got = [torch.stack(rows) for rows in zip(*swapped(images.cpu()), strict=True)]
+        got = [torch.stack(rows) for rows in zip(*swapped(CPU, images.cpu()), strict=True)]
         assert all(map(torch.equal, got, wanted))
     held = {name: t.data_ptr() for name, t in swapped.slots[0].items()}
     with torch.no_grad():
         ensemble.models[2].head.weight.zero_()  # where it lies in host memory it is seen by the next call
     wanted = alone(ensemble, images.cpu())
-    got = [torch.stack(rows) for rows in zip(*swapped(images.cpu()), strict=True)]
+    got = [torch.stack(rows) for rows in zip(*swapped(CPU, images.cpu()), strict=True)]
     assert all(map(torch.equal, got, wanted)) and not (got[0][2] - ensemble.models[2].head.bias).any()
     assert held == {name: t.data_ptr() for name, t in swapped.slots[0].items()}
     assert held.keys() == {
@@ -918,7 +921,7 @@ def test_host_snapshots_pass_through_two_slots(nets, images):
         "head.bias",
     }
     ensemble.double()
-    double = list(swapped(images.cpu().double()))
+    double = list(swapped(CPU, images.cpu().double()))
     assert double[0][0].dtype == torch.float64
 
 

@@ -1,6 +1,8 @@
 """State on disk: written whole or not at all, checked by SHA-256 when read, never unpickled."""
 
+import hashlib
 import io
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,11 +10,13 @@ from reprlib import repr  # a damaged file must not become a page of error
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from eekd.io.files import first_line, printable, read_checked, write_atomic
+from eekd.io.files import first_line, read_checked, read_json, sha256_of, write_atomic
+from eekd.io.state_dicts import bare_names, find_state, kind_of, load_state, some
 
-NESTS = "state_dict", "model_state_dict", "model", "module", "net"  # where others keep their state_dict
+__all__ = ["bare_names", "load_state", "load_tensors", "load_weights", "save_tensors", "weights_sha256"]
+INDEX = ".index.json"
 
 
 def save_tensors(
@@ -25,11 +29,11 @@ def save_tensors(
     """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-            raise TypeError(f"{path}: {name!r} must be a dense tensor with data, got {_kind(tensor)}")
+            raise TypeError(f"{path}: {name!r} must be a dense tensor with data, got {kind_of(tensor)}")
     metadata = dict(metadata or {})
     for name, value in metadata.items():
         if not isinstance(value, str):
-            raise TypeError(f"{path}: metadata {name!r} must be a str, got {_kind(value)}")
+            raise TypeError(f"{path}: metadata {name!r} must be a str, got {kind_of(value)}")
     copies = {
         name: tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
         for name, tensor in tensors.items()
@@ -46,82 +50,74 @@ def load_tensors(path: str | Path, sha256: str | None = None) -> dict[str, Tenso
         raise ValueError(f"{path} is not a whole safetensors file: {first_line(error)}") from error
 
 
-def load_weights(path: str | Path, sha256: str | None = None) -> dict[str, Tensor]:
-    """The state_dict in a .safetensors file or, by any other ending, in a file of `torch.save`; on the CPU.
+def load_weights(path: str | Path, sha256: str | None = None, *, entry: str | None = None) -> dict[str, Tensor]:
+    """The state_dict in a checkpoint, on the CPU.
 
-    The latter is read with `weights_only=True`, so that nothing in it is run, and not where it unpacks to more than
-    its size; the state_dict may lie in it under "state_dict", "model_state_dict", "model", "module" or "net". Errors
-    of `load_tensors`.
+    That is a .safetensors file, an index of several (`model.safetensors.index.json`), or by any other ending a file of
+    `torch.save`. The latter is read with `weights_only=True`, so that nothing in it is run, and not where it unpacks to
+    more than its size. `eekd.io.state_dicts.find_state` says where in it the state_dict may lie, and what `entry`
+    chooses. `sha256` is that of `weights_sha256`. Errors of `load_tensors`.
     """
-    if Path(path).suffix == ".safetensors":
-        return load_tensors(path, sha256)
+    path = Path(path)
+    if path.name.endswith(INDEX):
+        content = _shards(path, sha256)
+    elif path.suffix == ".safetensors":
+        content = load_tensors(path, sha256)
+    else:
+        content = _torch_file(path, sha256)
+    if path.suffix == ".safetensors" and entry is None:
+        return content
+    return find_state(content, path, entry)
+
+
+def weights_sha256(path: str | Path) -> str:
+    """SHA-256 of a checkpoint's file; of an index, that of the lines "SHA-256 NAME" of it and its files."""
+    path = Path(path)
+    if not path.name.endswith(INDEX):
+        return sha256_of(path)
+    names = [path.name, *sorted(set(_weight_map(path).values()))]
+    return hashlib.sha256("".join(f"{sha256_of(path.with_name(name))} {name}\n" for name in names).encode()).hexdigest()
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    known = read_json(index)
+    files = known.get("weight_map") if isinstance(known, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{index} must be an object with a weight_map, got {repr(known)}")
+    for name in files.values():
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*\.(safetensors|bin)", name, re.ASCII):
+            raise ValueError(f"{index} must name .safetensors or .bin files in its folder, got {repr(name)}")
+    return files
+
+
+def _shards(index: Path, sha256: str | None) -> dict[str, Tensor]:
+    if sha256 is not None and (found := weights_sha256(index)) != sha256:
+        raise ValueError(f"{index} or one of its files was changed or damaged: SHA-256 must be {sha256}, got {found}")
+    files, state = _weight_map(index), {}
+    for file in sorted(set(files.values())):
+        shard = load_weights(index.with_name(file))
+        if lacking := [name for name, of in files.items() if of == file and name not in shard]:
+            raise ValueError(f"{index.with_name(file)} must hold {some(lacking)}, as {index.name} says")
+        state |= shard
+    return state
+
+
+def _torch_file(path: Path, sha256: str | None):
     data = read_checked(path, sha256)
     try:
         if data.startswith(b"PK"):
             with zipfile.ZipFile(io.BytesIO(data)) as archive:  # torch.save packs nothing
                 if (size := sum(member.file_size for member in archive.infolist())) > len(data):
                     raise ValueError(f"it unpacks {len(data)} bytes to {size}")
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
         # The reader begins with the advice to do without its protection.
         lines = [line for line in str(error).splitlines() if "Unpickler error: " in line or "GLOBAL" in line]
         reason = first_line(lines[0] if lines else error)
+        if kind := re.search(r"GLOBAL ([\w.]+)", reason):
+            reason += "; where you trust the file, unpickle it yourself and save its state_dict alone"
+            if not re.match("builtins|os|posix|nt|sys|subprocess|shutil|importlib", kind[1]):
+                reason += f", or allow {kind[1]} by torch.serialization.add_safe_globals"
+        elif "torch.jit.load" in str(error):
+            reason = "it is a TorchScript archive; give it as SnapshotEnsemble.from_files(..., load=torch.jit.load)"
         raise ValueError(f"{path} cannot be read as tensors without unpickling: {reason}") from error
-    state = content
-    for _ in NESTS:  # a file can nest without end
-        if isinstance(state, dict) and not _all_tensors(state):
-            state = next((state[key] for key in NESTS if isinstance(state.get(key), dict)), None)
-    if not isinstance(state, dict) or not state or not _all_tensors(state):
-        found = f"a dict of {_some(map(repr, content))}" if isinstance(content, dict) else _kind(content)
-        raise ValueError(f"{path} must hold a state_dict of tensors, alone or under {', '.join(NESTS)}; got {found}")
-    return state
-
-
-def bare_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` with the bare model's names, without what torch.compile and DistributedDataParallel add."""
-    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
-    while state and all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    return state
-
-
-def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
-    """Copy `state` into `model`, both wrapped or not; ValueError, and nothing copied, where it does not fit.
-
-    It fits if it has the model's names, and for each the model's shape and kind of number. `source` is where
-    it came from, for the error.
-    """
-    state, own = bare_names(state), bare_names(model.state_dict())
-    both = [(name, state[name], own[name]) for name in own if name in state]
-    faults = {
-        "missing": [name for name in own if name not in state],
-        "unexpected": [name for name in state if name not in own],
-        "of another shape": [
-            f"{name} {tuple(got.shape)} for {tuple(want.shape)}" for name, got, want in both if got.shape != want.shape
-        ],
-        "of another kind": [
-            f"{name} {got.dtype} for {want.dtype}"
-            for name, got, want in both
-            if got.is_floating_point() != want.is_floating_point()
-        ],
-    }
-    if any(faults.values()):
-        reasons = "; ".join(f"{fault}: {_some(names)}" for fault, names in faults.items() if names)
-        raise ValueError(f"{source} does not fit this {type(model).__name__}: {reasons}")
-    model.load_state_dict({name: state[bare] for name, bare in zip(model.state_dict(), own, strict=True)})
-
-
-def _all_tensors(state: dict) -> bool:
-    return all(isinstance(value, Tensor) for value in state.values())
-
-
-def _kind(value) -> str:
-    if isinstance(value, Tensor):
-        return f"a {value.layout} tensor on {value.device}"
-    return f"a {type(value).__name__}"
-
-
-def _some(names) -> str:
-    names = list(names)
-    shown = ", ".join(printable(name)[:100] for name in names[:3]) or "nothing"
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,6 +1,5 @@
 """M frozen snapshots of a trained model, asked together."""
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -9,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from eekd import parallel
-from eekd.io import tensors as tensor_files
-from eekd.io.files import first_line, sha256_of
+from eekd.io.files import first_line
+from eekd.io.state_dicts import load_state
+from eekd.io.tensors import load_weights
 from eekd.snapshots.features import LastFeatures
+from eekd.snapshots.files import checkpoint_files, checkpoint_sha256
 from eekd.snapshots.forward import Folded, Spread, Swapped, pinned
 from eekd.snapshots.manifest import MANIFEST, read_entries
+from eekd.snapshots.wrappers import frozen_copy
 
 Place = Literal["device", "cpu", "ranks"]
 
@@ -29,8 +31,11 @@ class SnapshotEnsemble(nn.Module):
     What moves or casts the student (`to`, `cuda`, `half`, channels_last) does reach them.
 
     Args:
-        models: the trained nn.Modules (copied, so yours stay as they are), alike in C and D.
-        layer: the name of the layer whose input is the feature; None takes the last nn.Linear.
+        models: the trained nn.Modules (copied without DistributedDataParallel, AveragedModel and torch.compile, so
+            yours stay as they are), alike in C and D.
+        layer: the name of the layer whose input is the feature; None takes the last nn.Linear, as LastFeatures does.
+        features: whether features are given; where not, they are None, and the models need no such layer.
+        reuse: whether the tensors that a call returns lie in memory that the next call overwrites.
         snapshots_on: where the weights lie: on the "device", in host memory ("cpu"), where they stay whatever moves
             the ensemble, and go to the images' device two models at a time, the next while one runs, or spread over
             the processes of torch.distributed ("ranks"): each runs its share, every size-th model from its rank on,
@@ -43,22 +48,30 @@ class SnapshotEnsemble(nn.Module):
         hashes: SHA-256 of the M files they came from, () for models from memory.
     """
 
-    def __init__(self, models: Iterable[nn.Module], layer: str | None = None, *, snapshots_on: Place = "device"):
+    def __init__(
+        self,
+        models: Iterable[nn.Module],
+        layer: str | None = None,
+        *,
+        features: bool = True,
+        reuse: bool = False,
+        snapshots_on: Place = "device",
+    ):
         super().__init__()
         if snapshots_on not in get_args(Place):
             raise ValueError(f"snapshots_on must be device, cpu or ranks, got {snapshots_on!r}")
         if isinstance(models, nn.Module):
             raise TypeError(f"models must be a list of nn.Modules, got one {type(models).__name__}")
         # nn.Module does not look into tuples
-        frozen = tuple(_frozen(model) for model in models)
+        frozen = tuple(frozen_copy(model) for model in models)
         if not frozen:
             raise ValueError("models must hold at least one nn.Module, got none")
-        self._count = len(frozen)
+        self._count, self._reuse = len(frozen), reuse
         several = self._count > 1 and parallel.world_size() > 1
         self._spread = Spread() if snapshots_on == "ranks" and several else None
         self.models = self._spread.share(frozen) if self._spread else frozen
         self.hashes: tuple[str, ...] = ()
-        self._captures = tuple(LastFeatures(model, layer) for model in self.models)
+        self._captures = tuple(LastFeatures(model, layer, features=features) for model in self.models)
         self._memory: list[Tensor | None] = [None, None]  # of logits, of features
         self._folded, self._swapped = Folded(), Swapped(self._captures) if snapshots_on == "cpu" else None
         if self._swapped:
@@ -74,6 +87,8 @@ class SnapshotEnsemble(nn.Module):
         which: Sequence[int] | None = None,
         layer: str | None = None,
         *,
+        features: bool = True,
+        reuse: bool = False,
         snapshots_on: Place = "device",
     ) -> "SnapshotEnsemble":
         """The snapshots that a SnapshotRecorder left in `directory`, each file checked against its hash.
@@ -97,41 +112,59 @@ class SnapshotEnsemble(nn.Module):
 
         files = [path.with_name(entry["file"]) for entry in entries]
         hashes = [entry["sha256"] for entry in entries]
-        return cls.from_files(files, factory or build, device, layer, sha256=hashes, snapshots_on=snapshots_on)
+        options = {"features": features, "reuse": reuse, "snapshots_on": snapshots_on}
+        return cls.from_files(files, factory or build, device, layer, sha256=hashes, **options)
 
     @classmethod
     def from_files(
         cls,
-        paths: Sequence[str | Path],
-        factory: Callable[[], nn.Module],
+        paths: str | Path | Sequence[str | Path],
+        factory: Callable[[], nn.Module] | None = None,
         device: str | torch.device = "cpu",
         layer: str | None = None,
         *,
+        load: Callable[[Path], nn.Module] | None = None,
+        entry: str | None = None,
         sha256: Sequence[str] | None = None,
+        features: bool = True,
+        reuse: bool = False,
         snapshots_on: Place = "device",
     ) -> "SnapshotEnsemble":
-        """Anybody's checkpoints of the model that `factory()` makes: .safetensors or files of `torch.save`.
+        """Anybody's checkpoints, of the model that `factory()` makes or of models that `load(path)` reads.
 
-        Nothing is unpickled; `eekd.io.tensor_files.load_weights` says where in a file the state_dict may lie.
-        `sha256` are the hashes that the files must have. Errors as in `load`.
+            SnapshotEnsemble.from_files("outputs", load=AutoModelForImageClassification.from_pretrained)
+
+        `paths` are files and folders, which `eekd.snapshots.files.checkpoint_files` puts into the order of training.
+        With a factory nothing is unpickled; `eekd.io.tensors.load_weights` says what is read, and what of a file
+        `entry` chooses, such as "ema". What `load` does with a file is its own affair. `sha256` are the hashes that
+        the checkpoints must have (`hashes`). Errors as in `load`.
         """
-        if isinstance(paths, str | Path) or not paths:
-            raise ValueError(f"paths must be a list of at least one file, got {paths!r}")
-        if not callable(factory):
-            raise TypeError(f"factory must be a function that makes a model, got {type(factory).__name__}")
-        hashes = tuple(map(sha256_of, paths) if sha256 is None else sha256)
-        if len(hashes) != len(paths):
-            raise ValueError(f"sha256 must hold a hash for each of {len(paths)} paths, got {len(hashes)}")
+        name, function = ("factory", factory) if load is None else ("load", load)
+        if not callable(function):
+            raise TypeError(f"{name} must be a function that makes a model, got {type(function).__name__}")
+        for name, value in {"factory": factory, "entry": entry}.items():
+            if load and value is not None:
+                raise ValueError(f"{name} must be None where load reads the models, got {value!r}")
+        files = checkpoint_files(paths, folders=load is not None)
+        hashes = tuple(map(checkpoint_sha256, files) if sha256 is None else sha256)
+        if len(hashes) != len(files):
+            raise ValueError(f"sha256 must hold a hash for each of {len(files)} paths, got {len(hashes)}")
 
         def models():
-            model = factory()
-            if not isinstance(model, nn.Module):
-                raise TypeError(f"factory must return an nn.Module, got {type(model).__name__}")
-            for path, digest in zip(paths, hashes, strict=True):
-                tensor_files.load_state(model, tensor_files.load_weights(path, digest), path)
+            model = factory() if factory else None
+            for path, digest in zip(files, hashes, strict=True):
+                if load:
+                    if sha256 is not None and (found := checkpoint_sha256(path)) != digest:
+                        raise ValueError(f"{path} was changed or damaged: its SHA-256 must be {digest}, got {found}")
+                    model = load(path)
+                if not isinstance(model, nn.Module):
+                    name = "load" if load else "factory"
+                    raise TypeError(f"{name} must return an nn.Module, got {type(model).__name__}")
+                if factory:
+                    load_state(model, load_weights(path, digest, entry=entry), path)
                 yield model  # copied by the ensemble before the next file is read into it
 
-        ensemble = cls(models(), layer, snapshots_on=snapshots_on).to(device)
+        ensemble = cls(models(), layer, features=features, reuse=reuse, snapshots_on=snapshots_on).to(device)
         ensemble.hashes = hashes
         return ensemble
 
@@ -144,41 +177,52 @@ class SnapshotEnsemble(nn.Module):
         return self._captures[0].dim
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, *inputs, **named) -> tuple[Tensor, Tensor | None]:
         """All snapshots' logits (M, B, C) and last features (M, B, D), in the dtypes that snapshot 0 returns.
 
-        Both are views of buffers that the next call overwrites: use or clone them before. The buffers grow
-        with the largest batch. ValueError where a snapshot differs in C or D.
+        The inputs are those of a model, keywords too. With `reuse` both results are views of memory that the next
+        call overwrites, which grows with the largest batch. ValueError where a snapshot differs in C or D.
         """
         if self._spread:
-            return tuple(self._spread.back(own, self._count) for own in self._own(self._spread.all_images(x)))
-        return self._own(x)
+            if len(inputs) != 1 or named or not isinstance(inputs[0], Tensor):
+                raise ValueError("inputs must be one tensor where snapshots_on is ranks, got several or none")
+            own = self._own(self._spread.all_images(*inputs))
+            return tuple(None if x is None else self._spread.back(x, self._count) for x in own)
+        return self._own(*inputs, **named)
 
-    def _own(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _own(self, *inputs, **named) -> tuple[Tensor, Tensor | None]:
         """What the models in this process say."""
-        if self._swapped and x.device.type != "cpu":
-            each = self._swapped(x)
+        device = next((x.device for x in (*inputs, *named.values()) if isinstance(x, Tensor)), torch.device("cpu"))
+        if self._swapped and device.type != "cpu":
+            each = self._swapped(device, *inputs, **named)
         else:  # a GPU runs one model after another: nothing faster was measured yet
-            each = self._folded(self._captures, x) or (capture(x) for capture in self._captures)
+            each = self._folded(self._captures, *inputs, **named)
+            each = each or (capture(*inputs, **named) for capture in self._captures)
+        memory, views = [None, None], [None, None]
         for m, outputs in enumerate(each):
             if m == 0:
-                self._memory = [*map(self._room, self._memory, outputs)]
-                views = [memory[:, : len(rows)] for memory, rows in zip(self._memory, outputs, strict=True)]
+                memory = [*map(self._room, self._memory if self._reuse else memory, outputs)]
+                views = [None if y is None else x[:, : len(y)] for x, y in zip(memory, outputs, strict=True)]
             for name, rows, view in zip(("logits", "features"), outputs, views, strict=True):
+                if rows is None:
+                    continue
                 if rows.shape != view.shape[1:]:  # copy_ would broadcast
                     raise ValueError(
                         f"{name} of snapshot {m} must have snapshot 0's shape "
                         f"{tuple(view.shape[1:])}, got {tuple(rows.shape)}"
                     )
                 view[m].copy_(rows)
+        self._memory = memory if self._reuse else self._memory
         return tuple(views)
 
     def train(self, mode: bool = True) -> "SnapshotEnsemble":
         """Stay in eval mode, whatever `mode` is."""
         return super().train(False)
 
-    def _room(self, memory: Tensor | None, rows: Tensor) -> Tensor:
+    def _room(self, memory: Tensor | None, rows: Tensor | None) -> Tensor | None:
         """`memory` where M times `rows` (B, width) fit into it, else new memory."""
+        if rows is None:
+            return None
         if rows.ndim != 2:
             raise ValueError(f"outputs of a snapshot must be (B, width), got shape {tuple(rows.shape)}")
         kind = rows.shape[1], rows.dtype, rows.device
@@ -194,9 +238,3 @@ class SnapshotEnsemble(nn.Module):
             if self._swapped:
                 pinned(model)
         return super()._apply(fn, recurse)
-
-
-def _frozen(model: nn.Module) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"models must be nn.Modules, got {type(model).__name__}")
-    return copy.deepcopy(model).eval().requires_grad_(False)

@@ -1,81 +1,178 @@
-"""The last feature of any classifier: what goes into its last linear layer."""
+"""The last feature of any classifier: what goes into the layer that makes its logits."""
 
 import difflib
+import gc
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from eekd import parallel
 from eekd.models.convolutions import guard
+from eekd.snapshots.wrappers import bare_model, logits_of
+
+_CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 
 
 class LastFeatures:
-    """Runs a classifier and returns its logits and its last features: `logits, features = capture(x)`.
+    """Runs a classifier and returns its logits and its last features: `logits, features = capture(images)`.
 
-    The features (B, dim) are the input of the model's last nn.Linear, or of the layer named `layer`.
-    Gradients flow through both outputs. The model may be wrapped in DistributedDataParallel or torch.compile,
-    but a compiled one must not have run before. An output object that has `logits` is understood. The model's
-    convolutions are guarded, see `eekd.models.convolutions.guard`.
+    The features (B, dim) are the input of the model's last nn.Linear, where it has none of its last 1×1 convolution,
+    or of the layer named `layer`, which may be any module. Of images (B, dim, H, W) the mean over the pixels is
+    taken. With `features=False` none are asked for: the model may be any, and features are None.
+    Gradients flow through both outputs. What is called with is given to the model, several inputs and keywords too;
+    `eekd.snapshots.wrappers.logits_of` says where in its output the logits may lie. The model may be wrapped in
+    DistributedDataParallel or torch.compile, but a compiled one must not have run before. The model's convolutions are
+    guarded, see `eekd.models.convolutions.guard`.
 
-    Raises ValueError where no such layer exists, or where it does not take (B, dim) or give the logits;
-    RuntimeError where the model's forward does not run it.
+    `remove()`, or leaving a `with` block, takes the hook from the model, which can then be exported and scripted.
+
+    Attributes:
+        dim: the width of the features. Of a layer that is neither linear nor a convolution it is known after a call.
+        layer: the name of the layer.
+
+    Raises ValueError where no such layer exists, where the features are not (B, dim) or the layer does not give the
+    logits, and for TorchScript; RuntimeError where the model's forward does not run the layer once, after `remove`, and
+    where the model is trained past the DistributedDataParallel around it, which would average no gradients.
     """
 
-    def __init__(self, model: nn.Module, layer: str | None = None):
+    def __init__(self, model: nn.Module, layer: str | None = None, *, features: bool = True):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         self.model = guard(model)
-        modules = dict(_unwrapped(model).named_modules())
+        self.layer = self._dim = self._classes = self._tap = self._hook = None
+        self._past_ddp: bool | None = None
+        if features:
+            self._attach(bare_model(model), layer)
+
+    def _attach(self, model: nn.Module, layer: str | None) -> None:
+        modules, kind = dict(model.named_modules()), type(model).__name__
+        if isinstance(model, torch.jit.ScriptModule):
+            raise ValueError(f"model must be written in Python for its features, got a {kind}; or give features=False")
         if layer is None:
-            self.layer = next((n for n, m in reversed(modules.items()) if isinstance(m, nn.Linear)), None)
-            if self.layer is None:
-                kind = type(model).__name__
-                raise ValueError(f"model must have an nn.Linear, got a {kind}; name its classifier by layer=")
-        elif layer in modules:
-            self.layer = layer
-        else:
+            layer = _classifier(modules)
+            if layer is None:
+                raise ValueError(
+                    f"model must have an nn.Linear or a 1×1 convolution, got a {kind}; name its classifier by layer="
+                )
+            module = modules[layer]
+            linear = isinstance(module, nn.Linear)
+            self._kind = "nn.Linear" if linear else "1×1 convolution"
+            self._classes = module.out_features if linear else module.out_channels
+        elif layer not in modules:
             nearest = difflib.get_close_matches(str(layer), modules, n=1, cutoff=0)[0]
             raise ValueError(f"layer must be in the model, got {layer!r}; the nearest is {nearest!r}")
-        module = modules[self.layer]
-        weight = getattr(module, "weight", None)
-        if weight is None or weight.ndim < 2:
-            raise ValueError(f"layer must name a linear layer, got {self.layer!r}, a {type(module).__name__}")
-        self.dim = weight.shape[1]
-        self._classes = weight.shape[0] if layer is None else None  # a named layer need not be the classifier
-        self._tap = Tap()
-        module.register_forward_pre_hook(self._tap)
+        module = modules[layer]
+        self._dim = getattr(module, "in_features", getattr(module, "in_channels", None))
+        self._pixels = None if isinstance(module, nn.Linear) else 2 if isinstance(module, _CONVOLUTIONS) else 3
+        self.layer, self._tap = layer, Tap()
+        self._hook = module.register_forward_pre_hook(self._tap, with_kwargs=True)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.model(x)
-        logits, features, self._tap.input = getattr(output, "logits", output), self._tap.input, None
+    @property
+    def dim(self) -> int:
+        """The width of the features; RuntimeError where it is not known yet."""
+        if self._dim is None:
+            why = f"call this once, {self.layer!r} does not say it" if self.layer else "features=False asks for none"
+            raise RuntimeError(f"the width of the features is not known: {why}")
+        return self._dim
+
+    def __call__(self, *inputs, **named) -> tuple[Tensor, Tensor | None]:
+        if self.model is None:
+            raise RuntimeError("LastFeatures was removed from its model: make another one")
+        if not torch.compiler.is_compiling():
+            self._check_wrapper()
+        if self._tap is None:
+            return logits_of(self.model(*inputs, **named)), None
+        self._tap.clear()
+        logits = logits_of(self.model(*inputs, **named))
+        features, again = self._tap.input, self._tap.again
+        self._tap.clear()
         if features is None:
             raise RuntimeError(
                 f"the model's forward did not run {self.layer!r}; name another layer by layer=, or make "
                 "LastFeatures before a compiled model first runs"
             )
+        if again:
+            raise RuntimeError(f"the model's forward ran {self.layer!r} more than once; name another layer by layer=")
         if self._classes not in (None, logits.shape[-1]):
             raise ValueError(
-                f"the last nn.Linear, {self.layer!r}, gives {self._classes} values but the logits are "
+                f"the last {self._kind}, {self.layer!r}, gives {self._classes} values but the logits are "
                 f"{logits.shape[-1]}; name the classifier by layer="
             )
-        features = features.flatten(1)  # a 1×1 convolution takes (B, dim, 1, 1)
-        if features.shape[1] != self.dim:
-            raise ValueError(f"{self.layer!r} must have {self.dim} inputs a sample, got {features.shape[1]}")
-        return logits, features
+        return logits, self._rows(features)
+
+    def _rows(self, features: Tensor) -> Tensor:
+        """(B, dim) of the layer's input."""
+        if self._pixels and features.ndim > self._pixels:
+            features = features.flatten(2).mean(2)
+        features = features.flatten(1)
+        if self._dim is None:
+            self._dim = features.shape[1]
+        if features.shape[1] != self._dim:
+            raise ValueError(f"{self.layer!r} must have {self._dim} inputs a sample, got {features.shape[1]}")
+        return features
+
+    def remove(self) -> None:
+        """Takes the hook from the model, which is then as it was; a call of this raises RuntimeError from now on."""
+        if self._hook is not None:
+            self._hook.remove()
+        self.model = None
+
+    def __enter__(self) -> "LastFeatures":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.remove()
+
+    def _check_wrapper(self) -> None:
+        """RuntimeError where the model is trained past the DistributedDataParallel that someone put around it."""
+        model = self.model
+        if (
+            self._past_ddp is False
+            or not isinstance(model, nn.Module)
+            or not (model.training and torch.is_grad_enabled())
+            or parallel.world_size() == 1
+        ):
+            return
+        if self._past_ddp is None and DistributedDataParallel._active_ddp_module is None:
+            wrapped = isinstance(model, DistributedDataParallel) or isinstance(
+                getattr(model, "_orig_mod", None), DistributedDataParallel
+            )
+            self._past_ddp = not wrapped and any(
+                any(module is model for module in found.modules())
+                for found in gc.get_objects()
+                if issubclass(type(found), DistributedDataParallel)
+            )
+        if self._past_ddp and DistributedDataParallel._active_ddp_module is None:
+            raise RuntimeError(
+                "the model must run through its DistributedDataParallel, past which no gradient is averaged: give "
+                "LastFeatures the wrapped model"
+            )
 
 
 class Tap:
     """The hook: keeps a layer's input, and is copied and pickled empty when the model it sits in is."""
 
     input: Tensor | None = None
+    again: bool = False  # whether the layer ran once more
 
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.input = inputs[0]
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        if self.input is not None:
+            self.again = True
+        self.input = inputs[0] if inputs else next(iter(named.values()))
+
+    def clear(self) -> None:
+        """Forgets what was kept."""
+        self.input, self.again = None, False
 
     def __reduce__(self):
         return Tap, ()
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
-    return model
+def _classifier(modules: dict[str, nn.Module]) -> str | None:
+    """The last linear layer, or where there is none the last 1×1 convolution."""
+    backwards = list(reversed(modules.items()))
+    linear = next((name for name, module in backwards if isinstance(module, nn.Linear)), None)
+    if linear is not None:
+        return linear
+    return next((n for n, m in backwards if isinstance(m, _CONVOLUTIONS) and set(m.kernel_size) == {1}), None)

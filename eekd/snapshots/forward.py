@@ -35,7 +35,10 @@ class Folded:
         return Folded, ()  # copied and pickled empty
 
     @torch.no_grad()
-    def __call__(self, captures: Sequence[LastFeatures], x: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+    def __call__(self, captures: Sequence[LastFeatures], *inputs, **named) -> list[tuple[Tensor, Tensor | None]] | None:
+        if len(inputs) != 1 or named:
+            return None
+        [x] = inputs
         plain = type(x) is Tensor and x.device.type == "cpu" and x.is_floating_point() and x.ndim == 4 and len(x)
         if not plain or torch.compiler.is_compiling():
             return None
@@ -54,7 +57,7 @@ class Folded:
 
 
 class Swapped:
-    """M models in host memory run on a GPU one after another: `for call in swapped(device): call(x)`.
+    """M models in host memory run on a GPU one after another: `for outputs in swapped(device, images): ...`.
 
     The device holds the weights of two: while one runs, a stream of its own copies those of the next. On a CPU the
     same happens without streams.
@@ -70,25 +73,25 @@ class Swapped:
     def __reduce__(self):
         return Swapped, (self.captures,)  # copied and pickled without slots
 
-    def __call__(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def __call__(self, device: torch.device, *inputs, **named) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The snapshots' outputs, each in turn."""
-        cuda = x.device.type == "cuda"
-        if cuda and (self.stream is None or self.stream.device != x.device):
-            self.stream = torch.cuda.Stream(x.device)
-        self._fetch(0, x.device)
+        cuda = device.type == "cuda"
+        if cuda and (self.stream is None or self.stream.device != device):
+            self.stream = torch.cuda.Stream(device)
+        self._fetch(0, device)
         for m, capture in enumerate(self.captures):
             if m + 1 < len(self.captures):
-                self._fetch(m + 1, x.device)
+                self._fetch(m + 1, device)
             if cuda:
-                torch.cuda.current_stream(x.device).wait_event(self.ready[m % 2])
+                torch.cuda.current_stream(device).wait_event(self.ready[m % 2])
             model = capture.model
             capture.model = functools.partial(_call, model, self.slots[m % 2])
             try:
-                outputs = capture(x)
+                outputs = capture(*inputs, **named)
             finally:
                 capture.model = model
             if cuda:
-                self.free[m % 2] = torch.cuda.current_stream(x.device).record_event()
+                self.free[m % 2] = torch.cuda.current_stream(device).record_event()
             yield outputs
 
     def _fetch(self, m: int, device: torch.device) -> None:
@@ -143,8 +146,8 @@ class Spread:
         return came.transpose(0, 1).flatten(0, 1)[:count, : self.rows]  # model j of process r is snapshot j · size + r
 
 
-def _call(model: nn.Module, tensors: dict[str, Tensor], x: Tensor):
-    return functional_call(model, tensors, (x,))
+def _call(model: nn.Module, tensors: dict[str, Tensor], *inputs, **named):
+    return functional_call(model, tensors, inputs, named)
 
 
 def _like(a: Tensor, b: Tensor, device: torch.device) -> bool:
@@ -185,10 +188,13 @@ def _fold(capture: LastFeatures, x: Tensor) -> fx.GraphModule:
             raise ValueError("a graph would not see the module's hooks or training mode")
     graph = fx.symbolic_trace(copy.deepcopy(model))
     modules = dict(graph.named_modules())
-    [head] = [node for node in graph.graph.nodes if node.op == "call_module" and node.target == capture.layer]
     output = next(node for node in graph.graph.nodes if node.op == "output")
-    with graph.graph.inserting_before(output):
-        output.args = ((output.args[0], graph.graph.call_method("flatten", (head.args[0], 1))),)
+    if capture.layer is None:
+        output.args = ((output.args[0], None),)
+    else:
+        [head] = [node for node in graph.graph.nodes if node.op == "call_module" and node.target == capture.layer]
+        with graph.graph.inserting_before(output):
+            output.args = ((output.args[0], graph.graph.call_method("flatten", (head.args[0], 1))),)
     for norm in list(graph.graph.nodes):
         before = norm.args[0] if norm.args else None
         if not (_is(norm, nn.BatchNorm2d, modules) and _is(before, nn.Conv2d, modules) and len(before.users) == 1):
@@ -204,11 +210,14 @@ def _fold(capture: LastFeatures, x: Tensor) -> fx.GraphModule:
     graph.recompile()
     for module in graph.modules():
         module._forward_pre_hooks.clear()
+        module._forward_pre_hooks_with_kwargs.clear()
     graph.to(memory_format=torch.channels_last)
     noise = torch.randn(4, *x.shape[1:], generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         noise = noise.to(next(model.parameters()).dtype)
         for mine, own in zip(graph(_channels_last(noise)), capture(noise), strict=True):
+            if own is None:
+                continue
             scale = own.abs().max().item()
             torch.testing.assert_close(mine, own, rtol=0, atol=scale * torch.finfo(own.dtype).eps ** 0.5)
     return graph

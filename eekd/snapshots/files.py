@@ -1,0 +1,88 @@
+"""Which checkpoints a list of files and folders names, in the order of training."""
+
+import hashlib
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from eekd.io.files import sha256_of
+from eekd.io.state_dicts import some
+from eekd.io.tensors import weights_sha256
+
+# The weights in a folder that save_pretrained, Trainer or accelerate wrote.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".tar", ".index.json")
+BESIDE = re.compile(r"^(optimizer|scheduler|scaler|rng|random_states|training_args|trainer_state|\.)")  # no weights
+
+
+def checkpoint_files(paths: str | Path | Sequence[str | Path], folders: bool = False) -> list[Path]:
+    """The checkpoints that `paths` name: a file, a folder or a list of them.
+
+    A folder that holds `model.safetensors`, `pytorch_model.bin` or an index of several is one checkpoint. Another
+    stands for those in it, folders like `checkpoint-500` or files, in the order of the numbers in their names. With
+    `folders` a folder stays a folder where it is one checkpoint. A list keeps its order; a warning says where that
+    looks like the order of letters, in which 10 comes before 2.
+
+    Raises ValueError where there is none, FileNotFoundError for a path that does not exist.
+    """
+    given = [paths] if isinstance(paths, str | Path) else list(paths) if isinstance(paths, Sequence) else []
+    if not given or not all(isinstance(path, str | Path) and str(path) for path in given):
+        raise ValueError(f"paths must be a file, a folder or a list of at least one, got {paths!r}")
+    given = [Path(path) for path in given]
+    if given == sorted(given, key=str) != sorted(given, key=natural):
+        names = some(path.name for path in given)
+        warnings.warn(
+            f"checkpoints are in the order of letters, {names}: is the last the finished model?", stacklevel=3
+        )
+    return [file for path in given for file in (_in_folder(path, folders) if path.is_dir() else [_existing(path)])]
+
+
+def natural(path: Path) -> list:
+    """The key by which `checkpoint-2` comes before `checkpoint-10`."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path)) if part]
+
+
+def checkpoint_sha256(path: Path) -> str:
+    """SHA-256 of a checkpoint; of a folder, that of the lines "SHA-256 NAME" of the files in it."""
+    if not path.is_dir():
+        return weights_sha256(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    lines = (f"{sha256_of(file)} {file.relative_to(path).as_posix()}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing or not a file")
+    return path
+
+
+def _one(folder: Path, folders: bool) -> Path | None:
+    """The checkpoint that the folder is; None where it is none, or holds several."""
+    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if folders and (weights or (folder / "config.json").is_file()):
+        return folder
+    return weights
+
+
+def _in_folder(folder: Path, folders: bool) -> list[Path]:
+    inside = sorted(folder.iterdir(), key=natural)
+    steps = [path for path in inside if path.is_dir() and not BESIDE.match(path.name)]
+    steps = [one for one in (_one(path, folders) for path in steps) if one]
+    own = _one(folder, folders)
+    if steps and own:
+        beside = own.name if own != folder else "weights"
+        warnings.warn(f"{folder} is read as its {len(steps)} folders of checkpoints, without {beside}", stacklevel=4)
+    if steps or own:
+        return steps or [own]
+    files = [path for path in inside if path.name.endswith(ENDINGS) and path.is_file() and not BESIDE.match(path.name)]
+    if indices := [path for path in files if path.name.endswith(".index.json")]:
+        files = indices  # which name their shards
+    if not files:
+        hint = "; torch.distributed.checkpoint.format_utils.dcp_to_torch_save makes a file of it"
+        raise ValueError(
+            f"{folder} must hold checkpoints ({', '.join(ENDINGS)}), got {some(path.name for path in inside)}"
+            + hint * (folder / ".metadata").is_file()
+        )
+    return files
