@@ -13,7 +13,6 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -28,13 +27,13 @@ from eekd.io.files import read_json, sha256_of, write_json_atomic
 from eekd.io.lock import locked
 from eekd.train import __main__ as train_cli
 from eekd.train import prepare, student, train, train_student, write_bank
-from eekd.train.config import Config, Student, Teacher, Weighting
+from eekd.train.config import Config, Student, Teacher, student_names
 from eekd.train.estimate import plan
 from eekd.train.run import table
 from eekd.train.session import Session
 
 bad_input = pytest.mark.bad_input
-TAUGHT = [weighting for weighting in get_args(Weighting) if weighting != "ce"]
+TAUGHT = [weighting for weighting in student_names() if weighting != "ce"]
 COMMON = dict(model="resnet8_w4", batch_size=50, milestones=(), lr=0.02)
 CONFIG = Config(
     train_limit=150,

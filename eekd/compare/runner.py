@@ -170,7 +170,7 @@ class Seed:
         config = dataclasses.replace(config, students=(), bank=None)
         session = Session(config, self.data)
         write_settings(run, config, self.data, session.device)
-        ensemble = session.load_snapshots(run / "teacher", which)
+        ensemble = session.load_snapshots(run / "teacher", which, features=False)
         found = {}
         for split in ("val", "test"):
             known = diagnose(session, ensemble, session.loader(split, config.teacher))

@@ -14,6 +14,7 @@ from eekd.export.latency import latencies
 from eekd.export.student import Student
 from eekd.io.files import read_json
 from eekd.snapshots import SnapshotEnsemble
+from eekd.snapshots.wrappers import logits_of
 from eekd.train.run_folder import read_settings
 
 BINS = 15  # of the confidence
@@ -102,8 +103,7 @@ def evaluate(
         first = images[:1] if first is None else first
         labels.append(y)
         for name, network in networks.items():
-            output = network(images)
-            outputs[name].append(getattr(output, "logits", output).double().log_softmax(-1))
+            outputs[name].append(logits_of(network(images)).double().log_softmax(-1))
     if first is None:
         raise ValueError(f"the split {split} of {data.name} must hold images, and holds none")
     y = torch.cat(labels)

@@ -12,6 +12,7 @@ from eekd import models
 from eekd.data.encoded import Encoded
 from eekd.io.files import read_json, write_atomic, write_json_atomic
 from eekd.io.tensors import load_state, load_tensors, save_tensors
+from eekd.snapshots.wrappers import logits_of
 
 try:  # the extra "hub"
     from huggingface_hub import ModelHubMixin
@@ -72,8 +73,7 @@ class Student(nn.Module, ModelHubMixin):  # pyright: ignore[reportGeneralTypeIss
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, classes) of preprocessed images (B, C, S, S)."""
-        output = self.network(images)
-        return getattr(output, "logits", output)
+        return logits_of(self.network(images))
 
     def predict(self, images, top: int = 1) -> list:
         """The `top` likeliest classes of an image, [(name, probability), ...]; of a list of images, a list of those."""

@@ -99,6 +99,13 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str | Path
     """
     own, state = bare_names(model.state_dict()), bare_names(state)
     state = _with_twins(model, own, _of_old_weight_norm(_without_prefix(own, state, source), own), source)
+    if reasons := mismatch(own, state):
+        raise ValueError(f"{source} does not fit this {type(model).__name__}: {reasons}")
+    model.load_state_dict({name: state[bare] for name, bare in zip(model.state_dict(), own, strict=True)})
+
+
+def mismatch(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """Why `state` does not fit a model whose state_dict is `own`; "" where it does."""
     both = [(name, state[name], own[name]) for name in own if name in state]
     faults = {
         "missing": [name for name in own if name not in state],
@@ -112,10 +119,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str | Path
             if got.is_floating_point() != want.is_floating_point()
         ],
     }
-    if any(faults.values()):
-        reasons = "; ".join(f"{fault}: {some(names)}" for fault, names in faults.items() if names)
-        raise ValueError(f"{source} does not fit this {type(model).__name__}: {reasons}")
-    model.load_state_dict({name: state[bare] for name, bare in zip(model.state_dict(), own, strict=True)})
+    return "; ".join(f"{fault}: {some(names)}" for fault, names in faults.items() if names)
 
 
 def _without_prefix(own: dict[str, Tensor], state: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:

@@ -11,11 +11,20 @@ from reprlib import repr  # a damaged file must not become a page of error
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedTensorMixin
 
 from eekd.io.files import first_line, read_checked, read_json, sha256_of, write_atomic
 from eekd.io.state_dicts import bare_names, find_state, kind_of, load_state, some
 
-__all__ = ["bare_names", "load_state", "load_tensors", "load_weights", "save_tensors", "weights_sha256"]
+__all__ = [
+    "bare_names",
+    "check_tensors",
+    "load_state",
+    "load_tensors",
+    "load_weights",
+    "save_tensors",
+    "weights_sha256",
+]
 INDEX = ".index.json"
 
 
@@ -27,9 +36,7 @@ def save_tensors(
     Tensors of any dtype, device and strides; those that share memory are each written in full. Raises
     TypeError where an entry is not a dense tensor or a value of `metadata` not a string.
     """
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-            raise TypeError(f"{path}: {name!r} must be a dense tensor with data, got {kind_of(tensor)}")
+    check_tensors(tensors, path)
     metadata = dict(metadata or {})
     for name, value in metadata.items():
         if not isinstance(value, str):
@@ -39,6 +46,15 @@ def save_tensors(
         for name, tensor in tensors.items()
     }
     return write_atomic(path, safetensors.torch.save(copies, metadata), sync)
+
+
+def check_tensors(tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """TypeError where an entry is not what `save_tensors` can write: a dense tensor with data."""
+    for name, tensor in tensors.items():
+        lazy = isinstance(tensor, UninitializedTensorMixin)
+        if lazy or not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+            got = "one that has no shape before the first batch" if lazy else kind_of(tensor)
+            raise TypeError(f"{source}: {name!r} must be a dense tensor with data, got {got}")
 
 
 def load_tensors(path: str | Path, sha256: str | None = None) -> dict[str, Tensor]:
@@ -107,6 +123,10 @@ def _torch_file(path: Path, sha256: str | None):
     try:
         if data.startswith(b"PK"):
             with zipfile.ZipFile(io.BytesIO(data)) as archive:  # torch.save packs nothing
+                if any("/code/" in name for name in archive.namelist()):
+                    raise ValueError(
+                        "it is a TorchScript archive; give it as SnapshotEnsemble.from_files(..., load=torch.jit.load)"
+                    )
                 if (size := sum(member.file_size for member in archive.infolist())) > len(data):
                     raise ValueError(f"it unpacks {len(data)} bytes to {size}")
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -118,6 +138,4 @@ def _torch_file(path: Path, sha256: str | None):
             reason += "; where you trust the file, unpickle it yourself and save its state_dict alone"
             if not re.match("builtins|os|posix|nt|sys|subprocess|shutil|importlib", kind[1]):
                 reason += f", or allow {kind[1]} by torch.serialization.add_safe_globals"
-        elif "torch.jit.load" in str(error):
-            reason = "it is a TorchScript archive; give it as SnapshotEnsemble.from_files(..., load=torch.jit.load)"
         raise ValueError(f"{path} cannot be read as tensors without unpickling: {reason}") from error

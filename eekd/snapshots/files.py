@@ -33,7 +33,7 @@ def checkpoint_files(paths: str | Path | Sequence[str | Path], folders: bool = F
     if given == sorted(given, key=str) != sorted(given, key=natural):
         names = some(path.name for path in given)
         warnings.warn(
-            f"checkpoints are in the order of letters, {names}: is the last the finished model?", stacklevel=3
+            f"checkpoints are in the order of letters: {names}; is the last the finished model?", stacklevel=3
         )
     return [file for path in given for file in (_in_folder(path, folders) if path.is_dir() else [_existing(path)])]
 

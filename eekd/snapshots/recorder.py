@@ -2,16 +2,21 @@
 
 import json
 import math
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from reprlib import repr  # a damaged file must not become a page of error
 
+import numpy as np
+import torch
 from torch import nn
 
 from eekd import parallel
 from eekd.io import tensors as tensor_files
-from eekd.io.files import read_checked, write_json_atomic
+from eekd.io.files import first_line, read_checked, write_json_atomic
+from eekd.io.state_dicts import mismatch
 from eekd.snapshots.manifest import FORMAT, MANIFEST, read_manifest, rising
+from eekd.snapshots.wrappers import bare_model
 
 
 class SnapshotRecorder:
@@ -32,8 +37,10 @@ class SnapshotRecorder:
         done: steps taken before, when a run is continued. Its snapshots up to there must be whole and agree
             with schedule and spec (ValueError, FileNotFoundError); later ones are forgotten and made again.
 
-    DistributedDataParallel, fully_shard and torch.compile are seen through; of several processes, all of which must
-    call `step`, the first one writes.
+    DistributedDataParallel, DataParallel, fully_shard, AveragedModel and torch.compile are seen through; of several
+    processes, all of which must call `step`, the first one writes.
+    The first `step` says at once where what is recorded could not be loaded again: TypeError for an entry of the
+    state_dict that is no dense tensor, ValueError for a model that is not the one `spec` builds.
     Source: the teacher's "experience" of EEKD (arXiv 2202.12488).
     """
 
@@ -57,7 +64,7 @@ class SnapshotRecorder:
             raise TypeError(f"spec must be a dict that JSON can hold: {error}") from error
         if not isinstance(spec, dict | None):
             raise TypeError(f"spec must be a dict or None, got {type(spec).__name__}")
-        self.directory = Path(directory)
+        self.directory, self._checked = Path(directory), False
         self.schedule = _schedule(schedule, name, total, snapshots)
         self.done = _integer("done", done, 0, self.schedule[-1])
         self.manifest = {"format": FORMAT, "spec": spec, "schedule": self.schedule, "snapshots": []}
@@ -79,6 +86,10 @@ class SnapshotRecorder:
             raise RuntimeError(f"{self.directory}: step was called again after the last of {self.done} steps")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        model = bare_model(model)
+        if not self._checked:
+            self._check(model)
+            self._checked = True
         step, entry = self.done + 1, None
         if step in self.schedule:
             numbers = {name: _number(f"metrics[{name!r}]", value) for name, value in (metrics or {}).items()}
@@ -90,6 +101,16 @@ class SnapshotRecorder:
             self._write([*self.manifest["snapshots"], entry])
         self.done = step
         return entry
+
+    def _check(self, model: nn.Module) -> None:
+        """An error where a snapshot of this model could not be loaded again."""
+        state, spec = tensor_files.bare_names(model.state_dict()), self.manifest["spec"]
+        tensor_files.check_tensors(state, self.directory)
+        if spec is None:
+            return
+        built = tensor_files.bare_names(_built(spec).state_dict())
+        if reasons := mismatch(built, state):
+            raise ValueError(f"spec must be that of the recorded {type(model).__name__}, which does not fit: {reasons}")
 
     def _write(self, entries: list[dict]) -> None:
         manifest = {**self.manifest, "snapshots": entries}
@@ -137,6 +158,25 @@ def _schedule(schedule: str | Sequence[int], name: str, total: int | None, snaps
         last = "" if total is None else f" up to {name}={total}"
         raise ValueError(f'schedule must be "uniform" or a list of rising steps{last}, got {repr(schedule)}')
     return steps
+
+
+def _built(spec: dict) -> nn.Module:
+    """The model of a spec, without data where it can be built so; no generator of random numbers is moved."""
+    from eekd import models
+
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            try:
+                with torch.device("meta"):
+                    return models.build(**spec)
+            except RuntimeError:  # it computes with its weights
+                return models.build(**spec)
+    except (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"spec must be one that can be built, got {spec!r}: {first_line(error)}") from error
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def _integer(name: str, value: int, least: int, most: int | None = None) -> int:

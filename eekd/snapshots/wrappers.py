@@ -37,7 +37,9 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     finally:
         for attributes, name, value in computed:
             attributes[name] = value
-    return twin.eval().requires_grad_(False)
+    for parameter in twin.parameters():  # TorchScript has no requires_grad_ for a module
+        parameter.requires_grad_(False)
+    return twin.eval()
 
 
 def logits_of(output) -> Tensor:

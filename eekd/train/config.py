@@ -114,6 +114,7 @@ class Phase(_Checked):
     """How one network is trained."""
 
     model: str = "resnet8"  # a name of eekd.models, timm:NAME or path/to/file.py:factory
+    layer: str | None = None  # the layer whose input the attention compares; none: the last linear one
     epochs: int = 20
     batch_size: int = 64
     optimizer: Literal["sgd", "adamw"] = "sgd"  # sgd has momentum 0.9

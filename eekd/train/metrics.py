@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from eekd import parallel
 from eekd.data import Loader
 from eekd.io.files import write_atomic
+from eekd.snapshots.wrappers import logits_of
 from eekd.train.callbacks import Callback
 from eekd.train.run_folder import METRICS, finite
 from eekd.train.session import Session
@@ -31,7 +32,7 @@ def evaluate(session: Session, network: nn.Module, loader: Loader) -> dict[str, 
     network.eval()
     means = RunningMeans()
     for images, labels, _ in loader:
-        logits = session.run(network, images).float()
+        logits = logits_of(session.run(network, images)).float()
         means.add(len(labels), loss=F.cross_entropy(logits, labels), accuracy=accuracy(logits, labels))
     return means.all()
 

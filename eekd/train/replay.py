@@ -59,14 +59,13 @@ def _replay(path: Path, device: str) -> Found | str | None:
     network = runtime.build(known["spec"])
     trained = nn.ModuleList([network, loss]) if loss else network
     load_state(trained, weights, path)
-    capture = LastFeatures(network.train()) if loss else network
+    capture = LastFeatures(network.train(), features=bool(loss and loss.attention))
     set_random_state(generators, torch.device(device))
     with Watch(trained.train(), len(tensors["images"])) as watch:
         watch.look("the images", tensors["images"])
-        output = runtime.run(capture, tensors["images"])
+        logits, features = runtime.run(capture, tensors["images"])
         if loss:
-            logits, features = output
             watch.run(loss(logits, snapshot_logits, tensors["labels"], features, snapshot_features)[0])
         else:
-            watch.run(F.cross_entropy(output.float(), tensors["labels"]))
+            watch.run(F.cross_entropy(logits.float(), tensors["labels"]))
     return watch.found

@@ -142,7 +142,8 @@ def prepare(config: Config) -> Session:
     for phase in (config.teacher, config.student):
         session.micro_batch(phase)
         network = models.build(**session.spec(phase))
-        LastFeatures(network)
+        if any(method.needs_features for method in methods):
+            LastFeatures(network, phase.layer).remove()
         if config.sync_batchnorm:
             parallel.convert_sync_batchnorm(network)
     if earlier:
@@ -151,7 +152,7 @@ def prepare(config: Config) -> Session:
             needs_features = next((method.name for method in methods if method.needs_features), None)
             check_bank(session, loader, earlier / "teacher", needs_features)
         check_data(session, earlier)
-        SnapshotEnsemble.load(earlier / "teacher")
+        SnapshotEnsemble.load(earlier / "teacher", features=False)
     return session
 
 

@@ -124,10 +124,17 @@ class Session(Runtime):
             **views,
         )
 
-    def load_snapshots(self, folder: str | Path, which: Sequence[int] | None = None) -> SnapshotEnsemble:
-        """The snapshots in `folder`, or those of the indices `which`, where and as this run runs them."""
-        place = self.config.snapshots_on
-        ensemble = SnapshotEnsemble.load(folder, device=self.device, which=which, snapshots_on=place)
+    def load_snapshots(
+        self, folder: str | Path, which: Sequence[int] | None = None, features: bool = True
+    ) -> SnapshotEnsemble:
+        """The snapshots in `folder`, or those of the indices `which`, where and as this run runs them.
+
+        A call's outputs are overwritten by the next.
+        """
+        options = {"layer": self.config.teacher.layer, "snapshots_on": self.config.snapshots_on}
+        ensemble = SnapshotEnsemble.load(
+            folder, device=self.device, which=which, features=features, reuse=True, **options
+        )
         return ensemble.to(memory_format=self.layout)
 
     def compiled(self, network: nn.Module) -> nn.Module:

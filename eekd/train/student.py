@@ -83,10 +83,11 @@ class StudentTrainer(Trainer):
             loaders, features = (self.loader, self.val_loader), self.needs_features
             self.teacher = load_teacher(session, folder, self._which, *loaders, features=features)
         if self.teacher:
-            self._capture = LastFeatures(self.model)
-            self._capture_alone = copy.copy(self._capture)
+            self._capture = LastFeatures(self.model, self.phase.layer, features=self.needs_features)
+            self._capture_alone = copy.copy(self._capture)  # to validate by, neither parallel nor compiled
             self._capture_alone.model = self.network
-            self.student_dim, self.teacher_dim = self._capture.dim, self.teacher.feature_dim
+            if self.needs_features:
+                self.student_dim, self.teacher_dim = self._capture.dim, self.teacher.feature_dim
 
     def build_criterion(self) -> nn.Module | None:
         return EEKDLoss(self.weighting, **self.loss_options()) if self.teacher else None

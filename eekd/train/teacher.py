@@ -81,7 +81,7 @@ def train_teacher(
     callbacks = standard_callbacks(session, "teacher", folder, identity, resume, snapshots)
     TeacherTrainer(session, callbacks=callbacks, progress=progress).fit()
     parallel.barrier()  # until the last snapshot is written
-    ensemble = session.load_snapshots(folder)
+    ensemble = session.load_snapshots(folder, features=False)
     record = {split: diagnose(session, ensemble, session.loader(split, phase)) for split in ("val", "test")}
     if parallel.is_main_process():
         record = {"format": FORMAT, "setup": identity} | record | {"metrics": metrics_of(folder)}

@@ -65,8 +65,9 @@ class RunningTeacher(Teacher):
     """The snapshots of an ensemble, run on every batch."""
 
     def __init__(self, session: Session, ensemble: SnapshotEnsemble, val: Loader):
-        self.session, self.ensemble, self.feature_dim = session, ensemble, ensemble.feature_dim
+        self.session, self.ensemble = session, ensemble
         self.val = [_copied(self._run(batch)) for batch in val]
+        self.feature_dim = None if self.val[0].features is None else self.val[0].features.shape[-1]
 
     def __call__(self, batch):
         outputs = self._run(batch)
@@ -93,7 +94,7 @@ class BankTeacher(Teacher):
     def __init__(self, bank: LogitBank, which: Sequence[int] | None, features: bool, val: Sequence[TeacherOutputs]):
         self.bank, self.which, self.features = bank, which, features
         self.feature_dim = bank.feature_dim
-        self.val = [TeacherOutputs(outputs.logits, bank.project(outputs.features)) for outputs in val]
+        self.val = [TeacherOutputs(z, None if u is None else bank.project(u)) for z, u in val]
 
     def batches(self, loader, timer):
         rows = self.bank.prefetch(loader.view, loader.indices(), loader.device, self.features)
@@ -113,9 +114,9 @@ def load_teacher(
     """The snapshots in `folder`, or those of the indices `which`, as teachers of the images of `loader` and `val`.
 
     With a bank the session's bank speaks, and the snapshots run on validation images only. Where every epoch shows
-    the same images, in one process, they run once. `features` says whether a bank's features are read.
+    the same images, in one process, they run once. `features` says whether there are features.
     """
-    running = RunningTeacher(session, session.load_snapshots(folder, which), val)
+    running = RunningTeacher(session, session.load_snapshots(folder, which, features), val)
     if session.bank:
         return BankTeacher(session.bank, which, features, running.val)  # and frees the snapshots
     return _remembered(running, loader) or running
@@ -133,14 +134,15 @@ def _remembered(teacher: RunningTeacher, loader: Loader) -> RememberedTeacher | 
         (batch,) = loader.replay([(0, index)])
         outputs = teacher(batch)
         if kept is None:
-            row = sum(x[:, 0].numel() * x.element_size() for x in outputs)
+            row = sum(x[:, 0].numel() * x.element_size() for x in outputs if x is not None)
             if count * row > REMEMBERED:
                 return None
-            kept = [x.new_empty(len(x), count, *x.shape[2:]) for x in outputs]
+            kept = [None if x is None else x.new_empty(len(x), count, *x.shape[2:]) for x in outputs]
         for all_rows, rows in zip(kept, outputs, strict=True):
-            all_rows[:, index] = rows
+            if rows is not None:
+                all_rows[:, index] = rows
     return RememberedTeacher(TeacherOutputs(*kept), teacher.val)
 
 
 def _copied(outputs: TeacherOutputs) -> TeacherOutputs:
-    return TeacherOutputs(*(x.clone() for x in outputs))
+    return TeacherOutputs(*(None if x is None else x.clone() for x in outputs))

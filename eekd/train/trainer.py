@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from eekd import parallel
 from eekd.io.tensors import load_state
+from eekd.snapshots.wrappers import logits_of
 from eekd.train.callbacks import Callback
 from eekd.train.config import Phase
 from eekd.train.metrics import PhaseTimer, RunningMeans, accuracy, evaluate
@@ -176,7 +177,7 @@ class Trainer:
     def forward(self, images: Tensor) -> Tensor:
         """The network's logits (B, C) in training."""
         with self.timer("forward"):
-            return self.session.run(self.model, images)
+            return logits_of(self.session.run(self.model, images))
 
     def validate(self) -> dict[str, float]:
         """The val_ entries of an epoch's row."""

@@ -24,7 +24,7 @@ def write_bank(flags: Flags, console: Console, rank: int = 0, world: int = 1) ->
     session = Session(dataclasses.replace(read_settings(run), bank=None, deterministic=True))
     check_data(session, run)
     config = session.config
-    ensemble = session.load_snapshots(run / "teacher")
+    ensemble = session.load_snapshots(run / "teacher", features=flags.features != "none")
     loader = session.loader("train", config.teacher, train=True)
     settings = _settings(flags, session, ensemble, loader, read_manifest(run / "teacher")["spec"])
     writer.write(
@@ -44,8 +44,8 @@ def write_bank(flags: Flags, console: Console, rank: int = 0, world: int = 1) ->
 def _settings(flags: Flags, session: Session, ensemble: SnapshotEnsemble, loader, spec: dict) -> dict:
     """What decides a shard's bytes, and so must not change between a kill and going on."""
     samples, snapshots, classes = len(loader.split), len(ensemble), len(session.data.classes)
-    own = ensemble.feature_dim
-    width = 0 if flags.features == "none" else own if flags.features == "all" else min(int(flags.features), own)
+    own = 0 if flags.features == "none" else ensemble.feature_dim
+    width = own if flags.features in ("none", "all") else min(int(flags.features), own)
     split = {name: getattr(session.config, name) for name in SPLIT}
     if flags.top_k > classes:
         raise ValueError(f"top-k must be at most {classes}, the number of classes, got {flags.top_k}")
