@@ -37,8 +37,8 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     finally:
         for attributes, name, value in computed:
             attributes[name] = value
-    for parameter in twin.parameters():  # TorchScript has no requires_grad_ for a module
-        parameter.requires_grad_(False)
+    for parameter in twin.parameters():  # one by one: TorchScript has no requires_grad_, and copies are no leaves there
+        parameter.detach_().requires_grad_(False)
     return twin.eval()
 
 
