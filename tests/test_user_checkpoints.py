@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shutil
 from collections import OrderedDict
 
@@ -390,3 +391,99 @@ def test_looking_at_the_spec_moves_no_generator(tmp_path):
     before = torch.get_rng_state()
     recorder.step(model)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# the command line
+
+SPEC = {"name": "mlp64", "num_classes": 10, "in_channels": 1, "image_size": 8}
+
+
+@pytest.fixture
+def theirs(tmp_path, monkeypatch):
+    """Three checkpoints of a teacher that others trained, each of another form."""
+    from eekd.models import build
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    states = [build(**SPEC).state_dict() for _ in range(3)]
+    torch.save({f"model.{name}": x for name, x in states[0].items()}, "a.pt")
+    save_file(states[1], "b.safetensors")
+    torch.save({"state_dict": {f"module.{name}": x for name, x in states[2].items()}, "epoch": 3}, "c.ckpt")
+    return states
+
+
+SMALL = "--train-limit 100 --device cpu --student.epochs 1 --student.model mlp64 --teacher.model mlp64 --out run"
+STUDENT = ["student", "--checkpoints", "a.pt", "b.safetensors", "c.ckpt", *SMALL.split()]
+
+
+def test_a_student_learns_from_checkpoints_of_others(theirs, tmp_path, capsys):
+    from eekd.report import report
+    from eekd.snapshots import read_manifest
+    from eekd.train import __main__ as cli
+
+    assert cli.main([*STUDENT, "--students", "last", "attention"]) == 0
+    manifest = read_manifest("run/teacher")
+    assert (manifest["spec"], manifest["schedule"]) == (SPEC, [1, 2, 3])
+    ensemble = SnapshotEnsemble.load("run/teacher")
+    for model, state in zip(ensemble.models, theirs, strict=True):
+        assert all(torch.equal(model.state_dict()[name], x) for name, x in state.items())
+    sources = json.loads((tmp_path / "run/teacher/snapshots.json").read_text())["sources"]
+    assert [source["path"] for source in sources] == [str(tmp_path / n) for n in ("a.pt", "b.safetensors", "c.ckpt")]
+    rows = json.loads((tmp_path / "run/summary.json").read_text())["rows"]
+    names = ["teacher", "snapshot 1", "snapshot 2", "snapshot 3", "ensemble", "last", "attention"]
+    assert [row["name"] for row in rows] == names and rows[0]["seconds_per_epoch"] is None
+    assert "attention" in report("run").read_text()
+    # Everything after is as with a teacher that was trained here, and needs the sources no more.
+    for path in ("a.pt", "b.safetensors", "c.ckpt"):
+        (tmp_path / path).unlink()
+    shutil.rmtree("run/students/attention")
+    (tmp_path / "run/summary.json").unlink()
+    assert cli.main(["--resume", "run"]) == 0
+    assert cli.main(["student", "--teacher", "run", "--students", "uniform", "--out", "more"]) == 0
+    assert (tmp_path / "more/students/uniform/student.json").is_file()
+
+
+def test_a_folder_of_checkpoints_from_the_command_line(theirs, tmp_path, capsys):
+    from eekd.train import __main__ as cli
+
+    for step, state in zip((5, 10), theirs[:2], strict=True):
+        folder = tmp_path / "out" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        save_file(state, folder / "model.safetensors")
+    command = ["student", "--checkpoints", "out", *SMALL.split(), "--students", "uniform"]
+    assert cli.main([*command, "--dry-run"]) == 0 and not (tmp_path / "run").exists()
+    assert cli.main(command) == 0
+    settings = json.loads((tmp_path / "run/config.json").read_text())
+    assert [path.rsplit("/", 2)[1] for path in settings["checkpoints"]] == ["checkpoint-5", "checkpoint-10"]
+    assert (settings["teacher"]["snapshots"], settings["teacher"]["epochs"]) == (2, 2)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--teacher.model", "resnet8"], "a.pt does not fit this .*: missing: "),
+        (["--checkpoints", "a.pt", "nowhere.pt"], "nowhere.pt is missing or not a file"),
+        (["--checkpoint-entry", "ema"], "a.pt has no entry 'ema'"),
+        (["--bank", "somewhere"], "somewhere"),
+        (["--students"], "students must be at least one when checkpoints are given"),
+    ],
+)
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_checkpoints_are_checked_before_anything_is_trained(theirs, tmp_path, capsys, more, message, dry):
+    from eekd.train import __main__ as cli
+
+    assert cli.main([*STUDENT, *more, *dry]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.bad_input
+def test_a_copied_checkpoint_that_was_damaged_is_found(theirs, tmp_path, capsys):
+    from eekd.train import __main__ as cli
+
+    assert cli.main([*STUDENT, "--students", "uniform"]) == 0
+    path = tmp_path / "run/teacher/snapshot-2.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    assert cli.main(["--resume", "run"]) == 2
+    assert "snapshot-2.safetensors was changed or damaged" in capsys.readouterr().err

@@ -26,7 +26,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"python -m eekd.compare needs {error.name}: pip install 'eekd[train]'") from None
 
-DECIDED = ("seed", "students", "teacher_run", "bank")  # settings that a comparison decides by itself
+DECIDED = ("seed", "students", "teacher_run", "checkpoints", "bank")  # settings that a comparison decides by itself
 VARIED = ("fusion", "attention_objective")  # and those of the student
 
 

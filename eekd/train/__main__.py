@@ -38,7 +38,8 @@ class Flags:
     """Trains a teacher, keeps its snapshots and distils students.
 
     The first word "teacher" trains the teacher only; "student --teacher RUN" students only, from the teacher
-    of an earlier run; "student --bank PATH" the same without running it.
+    of an earlier run; "student --bank PATH" the same without running it; "student --checkpoints FILE ..." from a
+    teacher that others trained, a --teacher.model.
     """
 
     # start from these settings (None: glyphs, the demonstration, where no setting is given; else digits)
@@ -113,7 +114,7 @@ def _main(flags: Flags) -> int:
         if flags.check_data:
             return screen.check_data(console, flags.settings)
         flags = _again(flags)
-        session = prepare(flags.settings)
+        session = prepare(flags.settings, flags.resume)
     except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:  # a name, a file, a value
         return _error(error)
     if flags.dry_run:
@@ -173,7 +174,7 @@ def parse(argv: list[str]) -> Flags:
     given = {flag.partition("=")[0] for flag in flags if flag.startswith("--")}
     settings = _start(start, "glyphs" if not phase and given <= {"--out", "--dry-run"} else "digits")
     if phase == "teacher":
-        settings = replace(settings, students=(), teacher_run=None, bank=None)
+        settings = replace(settings, students=(), teacher_run=None, checkpoints=(), bank=None)
     with any_word():
         parsed = tyro.cli(Flags, prog="eekd train", args=flags, default=Flags(settings=settings))
     chosen = parsed.settings
@@ -186,8 +187,10 @@ def parse(argv: list[str]) -> Flags:
                 f"--resume {start.resume} goes on with the run as it was begun, and cannot be given with "
                 f"another {changed}"
             )
-    if phase == "student" and not chosen.teacher_run:
-        raise ValueError("student needs --teacher RUN, the run folder whose teacher to use, or --bank PATH")
+    if phase == "student" and not (chosen.teacher_run or chosen.checkpoints):
+        raise ValueError(
+            "student needs --teacher RUN, the run folder whose teacher to use, --bank PATH or --checkpoints FILE ..."
+        )
     if chosen.teacher_run and chosen.teacher != settings.teacher:
         raise ValueError(f"the teacher's settings are those of {chosen.teacher_run} and cannot be changed")
     return parsed
@@ -206,7 +209,12 @@ def _again(flags: Flags) -> Flags:
     if not parallel.broadcast(lambda: "begun" * Path(flags.out, "config.json").exists()):
         return flags
     begun = read_settings(flags.out)
-    changed = differences(asdict(located(begun)), asdict(settled(located(flags.settings), begun)))
+    settings = flags.settings
+    if settings.checkpoints:  # whose paths the run keeps
+        from eekd.train.import_checkpoints import with_checkpoints
+
+        settings = with_checkpoints(settings)
+    changed = differences(asdict(located(begun)), asdict(settled(located(settings), begun)))
     if flags.settings.bank and not flags.settings.teacher_run:  # which the run has from its bank
         changed.pop("teacher_run", None)
     if changed:
@@ -237,7 +245,7 @@ def _start(start: Start, default: str) -> Config:
     run = _settings_of(folder)
     if not start.preset and not start.config:
         settings = replace(run, students=run.students or settings.students, bank=None)
-    return replace(settings, teacher=run.teacher, teacher_run=folder)
+    return replace(settings, teacher=run.teacher, teacher_run=folder, checkpoints=(), checkpoint_entry=None)
 
 
 def _warn(message: Warning, category: type, filename: str, lineno: int, file=None, line=None) -> None:

@@ -55,6 +55,8 @@ _NO_BITS = {
     "bad_image_budget",
     "teacher",
     "teacher_run",
+    "checkpoints",
+    "checkpoint_entry",
     "bank",
     "student",
     "students",

@@ -215,6 +215,9 @@ class Config(_Checked):
     workers: int = 0  # processes that decode images; 0: none
     teacher: Teacher = Teacher()  # one ordinary training run, which keeps snapshots
     teacher_run: str | None = None  # an earlier run whose teacher to use (--teacher RUN)
+    # snapshots of a teacher that others trained, in order, or folders of them; teacher.model is what they are of
+    checkpoints: tuple[str, ...] = ()
+    checkpoint_entry: str | None = None  # what to take where a checkpoint holds several, such as ema
     bank: str | None = None  # a logit bank of that teacher to read instead of running it (--bank PATH)
     # Whose memory holds the snapshots. cpu: a GPU has two of them, not all M; ranks: a process runs its share for all
     snapshots_on: Literal["device", "cpu", "ranks"] = "device"
@@ -251,6 +254,12 @@ class Config(_Checked):
         names = [own_name(name) for name in self.students]  # which are those of their folders
         yield "students", len(set(names)) == len(names), "different from each other"
         yield "students", self.students or not self.teacher_run, "at least one when teacher_run is given"
+        yield (
+            "checkpoints",
+            not (self.checkpoints and (self.teacher_run or self.bank)),
+            "left out beside a teacher's run",
+        )
+        yield "students", self.students or not self.checkpoints, "at least one when checkpoints are given"
         yield "accumulate", self.accumulate >= 1, "at least 1"
         yield "check_replicas", self.check_replicas >= 0, "at least 0"
         yield "parallel", self.parallel == "ddp" or self.precision != "fp16", "ddp when precision is fp16"

@@ -22,7 +22,7 @@ def plan(session: Session) -> list[dict]:
     snapshot = _bytes(models.build(**session.spec(config.teacher)))
     taught = {"ce": 0, "last": 1}
     rows = []
-    for name in (() if config.teacher_run else ("teacher",)) + config.students:
+    for name in (() if config.teacher_run or config.checkpoints else ("teacher",)) + config.students:
         phase = config.teacher if name == "teacher" else config.student
         network = models.build(**session.spec(phase))
         weights, moments = _bytes(network), 2 if phase.optimizer == "adamw" else 1

@@ -13,11 +13,13 @@ from eekd.io.lock import locked
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.snapshots.features import LastFeatures
 from eekd.train.config import Config, differences, located
+from eekd.train.import_checkpoints import check_checkpoints, import_teacher, with_checkpoints
 from eekd.train.metrics import summary_writer
 from eekd.train.run_folder import FORMAT, changes, new_folder, read_metrics, read_record, read_settings, write_settings
 from eekd.train.seeds import seeds_of, summary_of
 from eekd.train.session import Progress, Session, quiet
 from eekd.train.student import check_bank, method_of, read_student, train_student
+from eekd.train.teacher import RECORD as TEACHER_RECORD
 from eekd.train.teacher import read_teacher, train_teacher
 from eekd.user_code import own_name
 
@@ -51,7 +53,7 @@ def resume(run: str | Path, *, session: Session | None = None, progress: Progres
     parallel.check_process_group()
     run, config = Path(run), read_settings(run)
     with _resumable(run), _alone(run):
-        session = session or prepare(config)
+        session = session or prepare(config, run)
         check_data(session, run)
         return _train(run, session, progress)
 
@@ -64,6 +66,8 @@ def _train(run: Path, session: Session, progress: Progress) -> Path:
         return _train_seeds(run, session, progress)
     if config.teacher_run:
         teacher = Path(config.teacher_run, "teacher")
+    elif config.checkpoints:
+        import_teacher(session, teacher)
     else:
         train_teacher(config, teacher, session=session, progress=progress, resume=True)
     students = {method: run / "students" / own_name(method) for method in config.students}
@@ -118,10 +122,11 @@ def _resumable(run: Path):
         raise
 
 
-def prepare(config: Config) -> Session:
+def prepare(config: Config, run: str | Path | None = None) -> Session:
     """Loads the data and finds what would stop the run later: an unknown name, a teacher that does not fit.
 
     The teacher's settings become those of config.teacher_run, where there is one; a bank knows its teacher_run.
+    `run` is the run folder that is gone on with, whose checkpoints of others may have been copied already.
     """
     config = located(config)
     if config.bank and not config.teacher_run:
@@ -146,6 +151,8 @@ def prepare(config: Config) -> Session:
             LastFeatures(network, phase.layer).remove()
         if config.sync_batchnorm:
             parallel.convert_sync_batchnorm(network)
+    if config.checkpoints and not imported:
+        check_checkpoints(session)
     if earlier:
         if session.bank:
             loader = session.loader("train", config.student, train=True)
@@ -176,7 +183,7 @@ def table(teacher: Path, students: list[Path]) -> list[dict]:
         {"val_accuracy": val["accuracy"], "test_accuracy": test["accuracy"]}
         for val, test in zip(known["val"]["members"], known["test"]["members"], strict=True)
     ]
-    seconds = [row["seconds"] for row in read_metrics(teacher, known)]
+    seconds = [row["seconds"] for row in read_metrics(teacher, known)]  # none of somebody else's teacher
     network = {"model": manifest["spec"]["name"], "parameters": parameters(manifest["spec"])}
     rows = [
         _row(
@@ -185,7 +192,7 @@ def table(teacher: Path, students: list[Path]) -> list[dict]:
             **network,
             epochs=epochs[-1],
             **snapshots[-1],
-            seconds_per_epoch=sum(seconds) / len(seconds),
+            seconds_per_epoch=sum(seconds) / len(seconds) if seconds else None,
         )
     ]
     for number, (epoch, scores) in enumerate(zip(epochs, snapshots, strict=True), 1):

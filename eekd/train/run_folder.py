@@ -50,7 +50,8 @@ snapshots.json: format, setup (see eekd.train.checkpoints), val and test, each w
 (the snapshots in order, then their ensemble: the uniform mean of probabilities) of `name`, `accuracy`, `nll`, `ece`
 and `reliability` (lists `confidence`, `accuracy` and `count` over 15 equal bins of the confidence, null where a bin
 is empty), all at temperature 1, and with `disagreement`, M x M: the fraction of images on which two snapshots
-predict different classes; metrics: SHA-256 of the metrics files.
+predict different classes; metrics: SHA-256 of the metrics files. Of a teacher that others trained (--checkpoints)
+also sources: path and sha256 of the checkpoint that each snapshot was copied from; its metrics have no line.
 
 student.json: format, setup, weighting, spec (of eekd.models.build), classes (their names), preprocessing (of
 eekd.data.ImageData: from an image to the network's input), sha256, attention_sha256 (or null), loss
