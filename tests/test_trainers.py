@@ -41,7 +41,7 @@ def tinier(num_classes, in_channels, image_size):
     return tiny(num_classes, in_channels, image_size, width=5)
 
 def headless(num_classes, in_channels, image_size):
-    return nn.Sequential(nn.Conv2d(in_channels, num_classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(nn.Conv2d(in_channels, num_classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 """
 WEIGHTINGS = student_names()
 
@@ -614,7 +614,7 @@ def test_a_folder_in_use_is_refused(config, run):
     (dict(teacher=dict(model="resnet21")), ValueError, "resnet2"),
     (dict(student=dict(model="resnet7")), ValueError, "resnet"),
     (dict(student=dict(model="TINY:gone")), AttributeError, "gone"),
-    (dict(student=dict(model="TINY:headless")), ValueError, "linear"),
+    (dict(student=dict(model="TINY:headless")), ValueError, "Linear"),
     (dict(student=dict(model="nowhere.py:net")), FileNotFoundError, "nowhere.py"),
     (dict(device="cuda:99"), ValueError, "cuda:99"),
     (dict(device="tpu"), ValueError, "tpu"),
