@@ -129,6 +129,9 @@ def prepare(config: Config, run: str | Path | None = None) -> Session:
     `run` is the run folder that is gone on with, whose checkpoints of others may have been copied already.
     """
     config = located(config)
+    imported = run and Path(run, "teacher", TEACHER_RECORD).exists()
+    if config.checkpoints and not imported:
+        config = with_checkpoints(config)
     if config.bank and not config.teacher_run:
         config = dataclasses.replace(config, teacher_run=str(LogitBank.open(config.bank).run))
     earlier = Path(config.teacher_run) if config.teacher_run else None
