@@ -614,7 +614,7 @@ def test_a_folder_in_use_is_refused(config, run):
     (dict(teacher=dict(model="resnet21")), ValueError, "resnet2"),
     (dict(student=dict(model="resnet7")), ValueError, "resnet"),
     (dict(student=dict(model="TINY:gone")), AttributeError, "gone"),
-    (dict(student=dict(model="TINY:headless")), ValueError, "Linear"),
+    (dict(student=dict(model="TINY:headless")), ValueError, "linear"),
     (dict(student=dict(model="nowhere.py:net")), FileNotFoundError, "nowhere.py"),
     (dict(device="cuda:99"), ValueError, "cuda:99"),
     (dict(device="tpu"), ValueError, "tpu"),
