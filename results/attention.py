@@ -257,7 +257,7 @@ def snapshots(known: dict) -> dict:
 class CellTrainer(Unvalidated, StudentTrainer):
     """A student of what the snapshots say of all training images."""
 
-    weighting = "uniform"
+    weighting, needs_features = "uniform", True
 
     def __init__(self, session: Session, cell: Cell, known: dict, **options):
         self.cell, self.known = cell, known

@@ -113,8 +113,11 @@ def peak(contender: str, shape: list[int], dtype: str) -> int:
 
 
 def peak_elsewhere(contender: str, shape, dtype: str) -> int:
-    command = [sys.executable, __file__, "--peak", contender, dtype, "--shape", *map(str, shape)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    done = subprocess.run(
+        [sys.executable, __file__, "--peak", contender, dtype, "--shape", *map(str, shape)],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return int(done.stdout)
 
 
 def main() -> None:

@@ -603,7 +603,11 @@ def test_the_command_line_from_end_to_end(copy, tmp_path, monkeypatch, capsys):
     assert train_cli.main([*command, "--dry-run"]) == 0
     assert train_cli.main([*command, "--student.epochs", "2"]) == 0
     config = Config.load("out/config.json")
-    assert (config.bank, config.teacher_run, config.teacher) == (str(tmp_path / "bank"), str(tmp_path / "copy"), CONFIG.teacher)
+    assert (config.bank, config.teacher_run, config.teacher) == (
+        str(tmp_path / "bank"),
+        str(tmp_path / "copy"),
+        CONFIG.teacher,
+    )
     summary = read_json("out/summary.json")["rows"]
     assert [row["name"] for row in summary][-3:] == ["ce", "attention", "confidence"]
     assert read_json("out/students/attention/student.json")["loss"]["snapshot_dim"] == 4

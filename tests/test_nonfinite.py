@@ -178,7 +178,9 @@ def by_hand(session, name="teacher", without=(), teacher=None, stop=None) -> tup
     if phase.optimizer == "sgd":
         optimizer = torch.optim.SGD(trained.parameters(), momentum=0.9, nesterov=True, **options)
     else:
-        optimizer = torch.optim.AdamW(trained.parameters(), **options)
+        matrices, others = ([p for p in trained.parameters() if (p.ndim > 1) == many] for many in (True, False))
+        groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, **options)
     scaler = torch.amp.GradScaler("cpu", enabled=config.precision == "fp16")
     loader, found = session.loader("train", phase, train=True), []
     trained.train()
@@ -189,7 +191,8 @@ def by_hand(session, name="teacher", without=(), teacher=None, stop=None) -> tup
                 continue
             if stop is not None and step > stop:
                 break
-            optimizer.param_groups[0]["lr"] = learning_rate(phase, step, EACH * phase.epochs)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(phase, step, EACH * phase.epochs)
             if name == "attention":
                 z, u = session.run(ensemble, batch.images)
                 logits, features = session.run(capture, batch.images)
