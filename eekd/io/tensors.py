@@ -11,7 +11,7 @@ from reprlib import repr  # a damaged file must not become a page of error
 import safetensors.torch
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from eekd.io.files import first_line, read_checked, read_json, sha256_of, write_atomic
 from eekd.io.state_dicts import bare_names, find_state, kind_of, load_state, some
@@ -51,7 +51,7 @@ def save_tensors(
 def check_tensors(tensors: Mapping[str, Tensor], source: str | Path) -> None:
     """TypeError where an entry is not what `save_tensors` can write: a dense tensor with data."""
     for name, tensor in tensors.items():
-        lazy = isinstance(tensor, UninitializedTensorMixin)
+        lazy = isinstance(tensor, UninitializedBuffer | UninitializedParameter)
         if lazy or not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
             got = "one that has no shape before the first batch" if lazy else kind_of(tensor)
             raise TypeError(f"{source}: {name!r} must be a dense tensor with data, got {got}")
