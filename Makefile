@@ -10,7 +10,7 @@ demo: install
 test: install  # one thread each: where there are more threads than cores, all wait for all
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-# What `make test` runs, and every test marked "full"; TESTS="-m full" for these alone.
+# What `make test` runs, and every test marked "full"; TESTS='-m "full and not slow"' for these alone.
 TESTS ?= -m "not slow"
 test-all:
 	$(MAKE) install EXTRAS=dev,timm,data,export
