@@ -563,7 +563,7 @@ def main(argv: list[str]) -> int:
             comparison.plots(record, picture.parent, path.stem)
         elif "runs" in record:
             plot(record, picture)
-        elif "memory_by_rows" in record:
+        elif record.get("memory_by_rows", {}).get("points"):
             memory_plot(record, picture)
         elif record.get("rows") and (why := bandwidth(record, picture)):
             print(f"{path.relative_to(HERE)} has no plot: {why}")
