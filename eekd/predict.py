@@ -15,7 +15,6 @@ if __name__ == "__main__":
 
 from eekd.io.files import in_words, printable
 
-IMAGES = ".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"
 BATCH = 32
 
 PARSER = argparse.ArgumentParser(prog="eekd predict", description="Names what is in images.")
@@ -76,15 +75,15 @@ def _predict(given: argparse.Namespace) -> int:
 
 def _files(words: list[str]) -> Iterator[Path]:
     """The images that were named, and those in folders that were, in the order of their names."""
-    for word in words:
-        path = Path(word)
+    from eekd.data.walk import entries, is_image
+
+    for path in map(Path, words):
         if not path.is_dir():
             yield path
             continue
-        for folder, folders, names in os.walk(path):
-            folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
-            yield from (Path(folder, name) for name in sorted(names)
-                        if name.lower().endswith(IMAGES) and not name.startswith("."))  # fmt: skip
+        folders, files = entries(path)
+        yield from (Path(file.path) for file in files if is_image(file.name))
+        yield from _files([folder.path for folder in folders])
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from eekd.data import load
 from eekd.export import Student, export, load_student
 from eekd.export import __main__ as export_command
 from eekd.export.card import card
-from eekd.export.evaluation import batches, evaluate, teacher_of
+from eekd.export.evaluation import batches, data_of, evaluate, teacher_of
 from eekd.export.gain import gain
 from eekd.export.latency import latencies
 from eekd.io.files import read_json, write_json_atomic
@@ -184,6 +184,14 @@ def test_evaluation_agrees_with_the_run(folder, digits):
     assert confusion.diagonal().sum().item() / found["images"] == pytest.approx(found["student"]["accuracy"])
     assert sum(row["images"] for row in found["per_class"].values()) == found["images"]
     assert 0 < found["student"]["latency"]["p50"] <= found["student"]["latency"]["p95"]
+
+
+def test_the_runs_own_data_are_read_by_all_of_its_settings(folder, monkeypatch):
+    """By fewer, evaluation would be of other images, without a word."""
+    asked = {}
+    monkeypatch.setattr("eekd.export.evaluation.load", lambda name, root, **options: asked.update(options))
+    data_of(load_student(folder), folder)
+    assert asked == CONFIG.reading() and {"channels", "classes", "split"} <= asked.keys()
 
 
 def test_other_data_are_matched_by_name_of_class(folder, digits, tmp_path):

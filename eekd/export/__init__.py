@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING
 
 from eekd.lazy import attach
 
-__all__ = ["Student", "export", "load_student"]
+__all__ = ["FORMATS", "Student", "export", "load_student"]
+
+FORMATS = "safetensors", "torch-export", "onnx", "hub-folder"
 
 if TYPE_CHECKING:
     from eekd.export.formats import export
     from eekd.export.student import Student, load_student
 else:
-    __getattr__, __dir__ = attach(
-        __name__, {"Student": "student", "export": "formats", "load_student": "student"},
-        modules=("card", "evaluation", "formats", "latency", "student"),
-    )  # fmt: skip
+    __getattr__, __dir__ = attach(__name__, {"Student": "student", "export": "formats", "load_student": "student"})

@@ -2,15 +2,15 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from eekd import command
 
 if __name__ == "__main__":
     command.start()
 
+from eekd.export import FORMATS
 from eekd.io.files import in_words, printable
-
-FORMATS = "safetensors", "torch-export", "onnx", "hub-folder"
 
 PARSER = argparse.ArgumentParser(prog="eekd export", description="Writes a student as files that others can use.")
 PARSER.add_argument("student", help="RUN/students/NAME, a RUN with one student, or an exported folder")
@@ -36,10 +36,11 @@ def _export(given: argparse.Namespace) -> int:
     from eekd.export.evaluation import batches, data_of, run_of
 
     student, images, labels, what = load_student(given.student), None, None, "noise"
-    if given.data or run_of(_path(given.student)):
+    if given.data or run_of(Path(given.student)):
         data = data_of(student, given.student, given.data, given.root)
-        images, labels = next(batches(student, data, "val" if len(data.val) > 1 else "test", 256))
-        what = f"validation images of {data.name}"
+        split, what = ("val", "validation") if len(data.val) > 1 else ("test", "test")
+        images, labels = next(batches(student, data, split, 256))
+        what = f"{what} images of {data.name}"
     found = export(student, given.out, given.to, images=images, labels=labels, int8=given.int8)
     for name, difference in found["difference"].items():
         print(f"{name}: logits within {difference:.2g} of the network's on {found['images']} {printable(what)}")
@@ -50,12 +51,6 @@ def _export(given: argparse.Namespace) -> int:
         )
     print(f"wrote {printable(given.out)}")
     return 0
-
-
-def _path(text: str):
-    from pathlib import Path
-
-    return Path(text)
 
 
 if __name__ == "__main__":

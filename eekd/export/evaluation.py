@@ -16,9 +16,7 @@ from eekd.io.files import read_json
 from eekd.snapshots import SnapshotEnsemble
 from eekd.snapshots.wrappers import logits_of
 from eekd.train.run_folder import read_settings
-
-BINS = 15  # of the confidence
-SPLITS = "train", "val", "test"
+from eekd.train.teacher import BINS
 
 
 def data_of(student: Student, folder: str | Path | None = None, data: str | None = None, root=None) -> ImageData:
@@ -30,10 +28,7 @@ def data_of(student: Student, folder: str | Path | None = None, data: str | None
     if run is None:
         raise ValueError(f"data must be given, for {folder} is not in the run that trained it")
     config = read_settings(run)
-    return load(
-        config.data, config.root, val_fraction=config.val_fraction, seed=config.split_seed,
-        train_limit=config.train_limit, image_size=config.image_size,
-    )  # fmt: skip
+    return load(config.data, config.root, **config.reading())
 
 
 def run_of(folder: Path) -> Path | None:

@@ -2,23 +2,22 @@
 
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from eekd.export import FORMATS
 from eekd.export.student import Student
 from eekd.io.files import write_atomic
 
-Format = Literal["safetensors", "torch-export", "onnx", "hub-folder"]
-FORMATS = get_args(Format)
 PROGRAM, ONNX, INT8 = "model.pt2", "model.onnx", "model.int8.onnx"
 TOLERANCE = 1e-3  # how far a logit of an exported program may be from the network's, of the largest logit
 
 
 def export(
-    student: Student, folder: str | Path, to: list[Format] | tuple[Format, ...] = ("safetensors",), *,
+    student: Student, folder: str | Path, to: Sequence[str] = ("safetensors",), *,
     images: Tensor | None = None, labels: Tensor | None = None, int8: bool = False,
 ) -> dict:  # fmt: skip
     """Writes a student to a new folder, as `eekd.export` describes it, and returns what was checked.
