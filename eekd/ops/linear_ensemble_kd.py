@@ -90,7 +90,7 @@ def linear_ensemble_kd(
     else:
         biases = [] if snapshot_biases is None else _listed("snapshot_biases", snapshot_biases, 2)
     checks.check_options(temperature, alpha, fusion, attention_objective, reduction, ignore_index)
-    classes = _check(student_hidden, student_weight, student_bias, hidden, heads, biases, scores, labels)
+    classes = _check(student_hidden, student_weight, student_bias, hidden, heads, biases, scores)
     _check_numbers(logit_scale, softcap, memory_budget)
     device, rows = student_hidden.device, len(student_hidden)
     if labels is not None:
@@ -110,7 +110,6 @@ def linear_ensemble_kd(
                 logit_scale=logit_scale, softcap=softcap, denominator=denominator,
             )
         )  # fmt: skip
-    namespace(device)  # raises where the backend is not available
     loss, weights, attention_loss, *_ = torch.ops.eekd.linear_ensemble_kd_fwd(
         student_hidden, student_weight, student_bias, scores, hidden, heads, biases, labels, denominator, None, None,
         classes, float(temperature), float(alpha), fusion == "logit", attention_objective == "kl", reduction,
@@ -151,7 +150,8 @@ def _forward(
     if kept is not None and len(kept) == rows:
         kept = None
     counted = rows if kept is None else len(kept)
-    fused = logit_fusion and softcap is None and len(snapshot_weights) == 1 and count > 1
+    one_head = len(snapshot_weights) == 1 and len(snapshot_biases) <= 1
+    fused = one_head and logit_fusion and softcap is None and count > 1
     # Probabilities can be mixed one snapshot after another, unless the attention needs all logits again.
     mixed = not fused and not logit_fusion and count > 1 and not (kl_objective and wants_scores)
     row_bytes = classes * dtype.itemsize
@@ -162,15 +162,9 @@ def _forward(
     chunks = [*range(0, counted, size)]
 
     student_head = Head(student_weight[:classes], student_bias, dtype, logit_scale)
-    heads = [
-        Head(weight[:classes], bias, dtype, logit_scale)
-        for weight, bias in zip(snapshot_weights, snapshot_biases or [None] * len(snapshot_weights), strict=False)
-    ]
-    if len(snapshot_biases) > len(heads):  # one weight, a bias for each
-        heads = [Head(snapshot_weights[0][:classes], bias, dtype, logit_scale) for bias in snapshot_biases]
-        fused = False
-    elif len(snapshot_biases) == 1 and len(heads) > 1:
-        heads = [Head(weight[:classes], snapshot_biases[0], dtype, logit_scale) for weight in snapshot_weights]
+    distinct = 1 if one_head else count
+    each = (_for_each(x, distinct) for x in (snapshot_weights, snapshot_biases or [None]))
+    heads = _for_each([Head(w[:classes], b, dtype, logit_scale) for w, b in zip(*each, strict=True)], count)
 
     loss, attention_loss = (torch.zeros(rows, dtype=dtype, device=device) for _ in range(2))
     weights = torch.zeros(rows, count, dtype=torch.float32, device=device)
@@ -204,7 +198,7 @@ def _forward(
             log_p_y = _mix(w, _read(w, hidden), heads, softcap, temperature, y, out=z[0])
         else:
             for m, x in enumerate(hidden):
-                heads[min(m, len(heads) - 1)](x, softcap, out=z[m])
+                heads[m](x, softcap, out=z[m])
         own, attends = (None, False) if fused or mixed else (e, wants_scores)
         part_loss, part_attention, part_weights, *gradients = op(
             s, (z,), y, own, None, None, temperature, alpha, logit_fusion, kl_objective, 0, ignore_index,
@@ -291,7 +285,7 @@ class WeightGradient:
     def __init__(self, weight: Tensor, classes: int, dtype: torch.dtype, once: bool):
         # A fp16 gradient stays as it was summed until upstream, a loss scale mostly, is known: it might underflow.
         kept = dtype if weight.dtype == torch.float16 else weight.dtype
-        self.once, self.classes, self.kept = once, classes, kept
+        self.classes, self.kept = classes, kept
         self.sum = torch.zeros(weight.shape, dtype=kept if once else dtype, device=weight.device)
         self.tile = classes if self.sum.dtype == dtype else TILE
 
@@ -393,6 +387,11 @@ def _chunk(rows: int, row_bytes: int, budget: int | None, device: str) -> int:
     return -(-rows // pieces) if pieces else 1  # equal chunks
 
 
+def _for_each(values: list, count: int) -> list:
+    """One value of a list stands for all."""
+    return values * count if len(values) == 1 else values
+
+
 def _weights(scores: Tensor | None, rows: int, count: int, dtype: torch.dtype, device) -> Tensor:
     if scores is None:
         return torch.full((rows, count), 1 / count, dtype=dtype, device=device)
@@ -408,7 +407,7 @@ def _mix(w: Tensor, hidden, heads, softcap, temperature: float, y: Tensor | None
     """Logits whose softmax at τ is p, in `out`: τ log Σ_m w_m softmax(z_m / τ). Returns log(w_m p_m(y)), (N, M)."""
     z, log_w, found = torch.empty_like(out), w.log(), []
     for m, x in enumerate(hidden):
-        heads[min(m, len(heads) - 1)](x, softcap, out=z)
+        heads[m](x, softcap, out=z)
         z.div_(temperature).sub_(z.logsumexp(1, keepdim=True) - log_w[:, m, None])
         if y is not None:
             found.append(z.gather(1, y[:, None])[:, 0])
@@ -443,7 +442,7 @@ def _listed(name: str, value, dims: int) -> list[Tensor]:
     return list(value)
 
 
-def _check(hidden, weight, bias, snapshots, heads, biases, scores, labels) -> int:
+def _check(hidden, weight, bias, snapshots, heads, biases, scores) -> int:
     """V, the number of classes that all heads have; one sentence for what does not fit."""
     for name, x in (("student_hidden", hidden), ("student_weight", weight)):
         if not isinstance(x, Tensor) or x.dim() != 2:
