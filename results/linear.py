@@ -1,7 +1,7 @@
 """linear_ensemble_kd beside eager, torch.compile and its own matrix products: results/linear-cpu.json.
 
-python results/linear.py                    # about 15 minutes on two quiet cores
-python results/linear.py --shape 64 32 32 500 2 --rounds 1 --json /tmp/linear.json
+python results/linear.py
+python results/linear.py --shape 1024 512 768 32000 4 --rounds 2    # one shape, without the plot
 
 Times are medians of a training step (loss and all gradients), contenders taking turns in one process. Memory is the
 peak of a step beyond its inputs and outputs, each contender in a process of its own.
@@ -148,16 +148,14 @@ def main() -> None:
             memory = {contender: peak_elsewhere(contender, shape, name) for contender in ("ours", "eager")}
             rows.append({"shape": list(shape), "dtype": name, "seconds": seconds, "memory": memory})
             print(rows[-1], flush=True)
-    shared = []
     n, h, h_m, v = SHARED if not args.shape else args.shape[:4]
-    for fusion in ("logit",):
-        one, five = inputs(n, h, h_m, v, 1, torch.float32), inputs(n, h, h_m, v, 5, torch.float32)
-        calls = {}
-        for m, x in ((1, one), (5, five)):
-            x["snapshot_weights"] = x["snapshot_weights"][0]
-            calls[str(m)] = lambda x=x: step(lambda y: ours(y, fusion="logit"), x)
-        shared.append({"fusion": fusion, "shape": [n, h, h_m, v], "seconds": measure(calls, args.rounds)})
-        print(shared[-1], flush=True)
+    calls = {}
+    for m in (1, 5):
+        x = inputs(n, h, h_m, v, m, torch.float32)
+        x["snapshot_weights"] = x["snapshot_weights"][0]
+        calls[str(m)] = lambda x=x: step(lambda y: ours(y, fusion="logit"), x)
+    shared = [{"fusion": "logit", "shape": [n, h, h_m, v], "seconds": measure(calls, args.rounds)}]
+    print(shared[0], flush=True)
     by_rows = []
     if not args.shape:
         h, h_m, v, m = WIDE
