@@ -91,9 +91,10 @@ def tensors(
     attention: str = "scores",
     width: int = 6,
     labels: bool = True,
+    soft: bool = False,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """The tensor arguments of an op, by name; the temperature is that of a tail."""
+    """The tensor arguments of an op, by name; the temperature is that of a tail. Soft labels are (B, C)."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size, scale=1.0):
@@ -102,12 +103,22 @@ def tensors(
     x = {"student_logits": normal(rows, classes, scale=2), "snapshot_logits": normal(snapshots, rows, classes, scale=3)}
     if labels:
         x["labels"] = torch.randint(classes, (rows,), generator=generator).to(device)
+    if soft:
+        x["labels"] = softened(x["labels"], classes).to(dtype)
     if attention == "scores":
         x["scores"] = normal(rows, snapshots)
     elif attention == "query":
         x["query"] = normal(rows, width)
         x["keys"] = normal(snapshots, rows, width)
     return sparse(x, k, temperature=temperature)
+
+
+def softened(labels: Tensor, classes: int) -> Tensor:
+    """Soft labels (B, C): by turns of mixup, of label smoothing, one-hot, of another sum than 1, and all 0."""
+    hot = torch.nn.functional.one_hot(labels, classes).float()
+    kinds = 0.7 * hot + 0.3 * hot.roll(1, 0), 0.9 * hot + 0.1 / classes, hot, 1.5 * hot.roll(1, 1) + 0.1, 0 * hot
+    turn = torch.arange(len(labels), device=labels.device) % len(kinds)
+    return sum(kind * (turn == number)[:, None] for number, kind in enumerate(kinds))
 
 
 def sparse(x: dict[str, Tensor], k: int | None = None, *, temperature: float = 5.0, seed: int = 0) -> dict[str, Tensor]:

@@ -64,7 +64,8 @@ def check(x: dict, **options) -> dict[str, Tensor]:
     squared = temperature**2
     probability = max([(row / temperature).softmax(0).nan_to_num(0).max().item() for row in student], default=0)
     labels, reduction = x.get("labels"), options.get("reduction", "mean")
-    counted = max(1, len(student) if labels is None else int((labels != options.get("ignore_index", -100)).sum()))
+    every = labels is None or labels.is_floating_point()
+    counted = max(1, len(student) if every else int((labels != options.get("ignore_index", -100)).sum()))
     rows = counted if reduction == "mean" else 1
     logits = max([z.nan_to_num(0, 0, 0).abs().max().item() for z in x["snapshot_logits"] if z.numel()], default=0)
     for name, value in got.items():

@@ -9,6 +9,7 @@ from eekd.method import weightings
 from eekd.method.attention import SnapshotAttention
 from eekd.method.topk import TopKLogits
 from eekd.ops import ensemble_kd, sparse_ensemble_kd
+from eekd.ops.checks import as_number, in_one_dimension, is_soft
 
 
 class EEKDLoss(nn.Module):
@@ -24,16 +25,18 @@ class EEKDLoss(nn.Module):
     `fusion` "logit" averages logits in place of probabilities.
 
     forward takes student_logits (B, C); snapshot_logits (M, B, C), a list of M (B, C), or TopKLogits, whose left
-    out classes then count as one (`sparse_ensemble_kd`); labels (B,), or None for pure distillation; and for
-    "attention" student_features (B, student_dim) and snapshot_features (M, B, snapshot_dim). It gives
-    `(loss, measurements)`. The loss, a mean over the rows whose label is not `ignore_index`, is all there is to
+    out classes then count as one (`sparse_ensemble_kd`); labels (B,), soft labels (B, C) such as mixup's, or None
+    for pure distillation; and for "attention" student_features (B, student_dim) and snapshot_features
+    (M, B, snapshot_dim). In place of B there may be several dimensions, (B, T), but for TopKLogits. It gives
+    `(loss, measurements)`. The loss, a mean over the rows whose label is not `ignore_index` (over all where labels
+    are soft), is all there is to
     backpropagate: L, and with objective "label" the attention's own loss.
     The measurements are detached and stay on the device: "loss" is L alone, to compare weightings by;
     "attention_loss" is -log p_y; "weights" (M,) is the mean weight of each snapshot; "weight_entropy" is the
     mean entropy of a row's weights, from 0 to log M. What is not read is not computed.
 
-    Raises ValueError for options out of range, for features that "attention" misses and labels that
-    "confidence" misses; else what `ensemble_kd` raises.
+    Raises ValueError for options out of range, for features that "attention" misses, labels that "confidence"
+    misses and a single class, which leaves nothing to learn; else what `ensemble_kd` raises.
     Source: Wang et al., arXiv 2202.12488; objective "label" is this project's.
     """
 
@@ -60,6 +63,7 @@ class EEKDLoss(nn.Module):
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        temperature, alpha = as_number(temperature), as_number(alpha)
         if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
             raise ValueError(f"temperature must be a number above 0, got {temperature!r}")
         if not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
@@ -76,7 +80,7 @@ class EEKDLoss(nn.Module):
             "alpha": alpha,
             "fusion": fusion,
             "attention_objective": attention_objective,
-            "ignore_index": ignore_index,
+            "ignore_index": as_number(ignore_index),
         }
 
     def forward(
@@ -87,6 +91,15 @@ class EEKDLoss(nn.Module):
         student_features: Tensor | None = None,
         snapshot_features: Tensor | None = None,
     ) -> tuple[Tensor, "Measurements"]:
+        if isinstance(student_logits, Tensor) and student_logits.ndim > 1:
+            if student_logits.shape[-1] == 1:
+                raise ValueError(
+                    "student_logits must have 2 classes or more, got 1, whose softmax is 1 whatever is learned; "
+                    "for a single logit z give the classes (0, z)"
+                )
+            if student_logits.ndim > 2:
+                batch = student_logits, snapshot_logits, labels, student_features, snapshot_features
+                student_logits, snapshot_logits, labels, student_features, snapshot_features = _as_rows(*batch)
         if self.attention is None:
             by = {"scores": weightings.log_weights(self.weighting, snapshot_logits, labels)}
         elif student_features is None or snapshot_features is None:
@@ -112,6 +125,24 @@ class EEKDLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in {"weighting": self.weighting, **self.options}.items())
+
+
+def _as_rows(student_logits, snapshot_logits, labels, student_features, snapshot_features):
+    """What EEKDLoss.forward takes, of rows in several dimensions, with all rows in one."""
+    rows = student_logits.shape[:-1]
+
+    def flat(name, x, before, after):
+        return in_one_dimension(name, x, before, rows, after)
+
+    if isinstance(snapshot_logits, (list, tuple)):
+        snapshot_logits = [flat("snapshot_logits", z, "", "C") for z in snapshot_logits]
+    return (
+        student_logits.flatten(0, -2),
+        flat("snapshot_logits", snapshot_logits, "M", "C"),
+        flat("labels", labels, "", "C" if is_soft(labels) else ""),
+        flat("student_features", student_features, "", "D"),
+        flat("snapshot_features", snapshot_features, "M", "D"),
+    )
 
 
 class Measurements(Mapping):

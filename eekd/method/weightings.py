@@ -79,14 +79,20 @@ def _entropy(snapshot_logits, labels):
 def _confidence(snapshot_logits, labels):
     import torch
 
+    from eekd.ops.checks import is_soft
+
     rows, classes = snapshot_logits[0].shape
-    if labels is None or labels.shape != (rows,):
+    soft = is_soft(labels)
+    shape = (rows, classes) if soft else (rows,)
+    if labels is None or labels.shape != shape:
         got = None if labels is None else tuple(labels.shape)
-        raise ValueError(f"labels must have shape ({rows},) for weighting 'confidence', got {got}")
-    # clamped: an ignored row is not used, and a label out of range is for ensemble_kd to refuse
-    y = labels.long().clamp(0, classes - 1)[:, None]
+        raise ValueError(f"labels must have shape {shape} for weighting 'confidence', got {got}")
     likelihoods = (z.log_softmax(1, dtype=torch.float32) for z in snapshot_logits)
-    ce = torch.cat([-log_p.gather(1, y) for log_p in likelihoods], 1)
+    if soft:
+        ce = torch.stack([-torch.where(labels == 0, 0, labels * log_p).sum(1) for log_p in likelihoods], 1)
+    else:  # clamped: an ignored row is not used, and a label out of range is for ensemble_kd to refuse
+        y = labels.long().clamp(0, classes - 1)[:, None]
+        ce = torch.cat([-log_p.gather(1, y) for log_p in likelihoods], 1)
     return (1 - ce.softmax(1)).log()
 
 
@@ -121,7 +127,8 @@ def register(
         register("sharp", "most confident", sharp)
 
     `log_weights(snapshot_logits, labels)` gives the logarithms of the weights, (B, M), up to a constant for each row,
-    or None where all are equal. It is given M tensors (B, C), one tensor (M, B, C) or a list, and labels (B,) or None.
+    or None where all are equal. It is given M tensors (B, C), one tensor (M, B, C) or a list, and labels (B,), soft
+    labels (B, C) or None.
     It runs without gradient. Where a bank keeps K classes only, the others come as one class more, the last.
     `Weighting` says what the other arguments are. The name of an own weighting can be registered again.
 
@@ -183,9 +190,9 @@ def log_weights(
 
     with p_m = softmax(z_m), at temperature 1. A single snapshot always has weight 1.
 
-    snapshot_logits (M, B, C), a list of M (B, C), or TopKLogits; labels (B,), which only "confidence" reads. In
-    H the classes that TopKLogits leave out count as one, which lowers it. Raises ValueError for other shapes or
-    weightings, and where a weighting of your own returns another shape.
+    snapshot_logits (M, B, C), a list of M (B, C), or TopKLogits; labels (B,) or soft ones (B, C), which only
+    "confidence" reads. In H the classes that TopKLogits leave out count as one, which lowers it. Raises ValueError for
+    other shapes or weightings, and where a weighting of your own returns another shape.
     """
     import torch
 
@@ -220,9 +227,14 @@ def _classes_kept(z: "TopKLogits", labels: "Tensor | None", per_sample: bool):
     import torch
     from torch.nn import functional as F
 
+    from eekd.ops.checks import is_soft
+
     if not per_sample:
         return z.logits, labels
-    if labels is not None and labels.shape == z.indices.shape[:1]:
+    if is_soft(labels) and labels.shape == (len(z.indices), z.classes):
+        rest = labels.scatter(1, z.indices, 0).sum(1, keepdim=True)
+        labels = torch.cat((labels.gather(1, z.indices), rest), 1)
+    elif labels is not None and labels.shape == z.indices.shape[:1]:
         kept = F.pad(z.indices == labels[:, None], (0, 1), value=True)
         labels = kept.to(torch.uint8).argmax(1)
     return torch.cat((z.logits, z.tail(1)[..., None]), 2), labels

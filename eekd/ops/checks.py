@@ -1,5 +1,8 @@
 """The checks of the ops' arguments: each mistake is one sentence that names the argument."""
 
+from collections.abc import Sequence
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor
 
@@ -8,7 +11,12 @@ FUSIONS, OBJECTIVES, REDUCTIONS = ("probability", "logit"), ("label", "kl"), ("n
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_options(temperature, alpha, fusion, attention_objective, reduction, ignore_index) -> None:
+def checked_options(temperature, alpha, fusion, attention_objective, reduction, ignore_index) -> tuple:
+    """The options; numbers of other kinds, NumPy's among them, as those of Python."""
+    if not (
+        isinstance(temperature, (float, int)) and isinstance(alpha, (float, int)) and isinstance(ignore_index, int)
+    ):
+        temperature, alpha, ignore_index = as_number(temperature), as_number(alpha), as_number(ignore_index)
     if not (
         isinstance(temperature, (float, int))
         and isinstance(alpha, (float, int))
@@ -20,6 +28,19 @@ def check_options(temperature, alpha, fusion, attention_objective, reduction, ig
         and reduction in REDUCTIONS
     ):
         _refuse_options(temperature, alpha, fusion, attention_objective, reduction, ignore_index)
+    return temperature, alpha, fusion, attention_objective, reduction, ignore_index
+
+
+def as_number(value):
+    """A number of any library, or an array of one without dimensions, as one of Python's; anything else as it is.
+
+    A tensor stays one: its value might be on another device, and its gradient would be lost.
+    """
+    if not isinstance(value, (Real, Tensor)) and getattr(value, "shape", None) == ():
+        value = value.item()
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 def _refuse_options(temperature, alpha, fusion, attention_objective, reduction, ignore_index) -> None:
@@ -59,7 +80,7 @@ def checked_student(student) -> Tensor:
     if not isinstance(student, Tensor):
         raise TypeError(f"student_logits must be a tensor, got {type(student).__name__}")
     if student.dim() != 2 or student.shape[1] == 0:
-        raise ValueError(f"student_logits must be (B, C) with C >= 1, got shape {tuple(student.shape)}")
+        raise ValueError(f"student_logits must be (B, C) or (B, T, C) with C >= 1, got shape {tuple(student.shape)}")
     check_floating("student_logits", student)
     return unit_stride(student)
 
@@ -113,12 +134,44 @@ def checked_tail(tail, student: Tensor, snapshot: Tensor, count: int) -> Tensor:
 
 
 def checked_labels(labels, rows: int, device: torch.device) -> Tensor:
+    if isinstance(labels, Tensor) and labels.is_floating_point():
+        raise TypeError(f"labels must be integer class indices, got {labels.dtype}")
     check_tensor("labels", labels, (rows,), device)
     if labels.dtype is torch.int64:
         return labels.contiguous()
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+    if labels.dtype.is_complex or labels.dtype == torch.bool:
         raise TypeError(f"labels must be integer class indices, got {labels.dtype}")
     return labels.long().contiguous()
+
+
+def is_soft(labels) -> bool:
+    """Whether labels are weights of all classes, and not the index of one."""
+    return isinstance(labels, Tensor) and labels.is_floating_point()
+
+
+def checked_hard_or_soft_labels(labels, rows: int, classes: int, device: torch.device) -> Tensor:
+    """Class indices (rows), or soft labels (rows, classes)."""
+    if isinstance(labels, Tensor) and (labels.dim() == 2) != labels.is_floating_point():
+        wanted = f"integer class indices ({rows},) or floating-point weights ({rows}, {classes})"
+        raise TypeError(f"labels must be {wanted}, got {labels.dtype} of shape {tuple(labels.shape)}")
+    if not is_soft(labels):
+        return checked_labels(labels, rows, device)
+    check_tensor("labels", labels, (rows, classes), device)
+    check_floating("labels", labels)
+    if labels.requires_grad and torch.is_grad_enabled():
+        raise ValueError("labels must not require gradients, for they are targets; detach them")
+    return unit_stride(labels)
+
+
+def in_one_dimension(name: str, x, before: Sequence[str], rows: Sequence[int], after: Sequence[str]):
+    """A tensor (*before, *rows, *after) as (*before, B, *after), a view where its strides allow one."""
+    if not isinstance(x, Tensor):
+        return x  # for others to refuse
+    first, last = len(before), len(before) + len(rows)
+    if x.dim() != last + len(after) or x.shape[first:last] != rows:
+        wanted = ", ".join((*before, *map(str, rows), *after))
+        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(x.shape)}")
+    return x.flatten(first, last - 1)
 
 
 def checked_attention(query, keys, rows: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:

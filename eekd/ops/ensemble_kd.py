@@ -33,25 +33,32 @@ def ensemble_kd(
         loss           = α CE(s, y) + (1 - α) τ² KL(p || q)      d/ds = α (softmax(s) - 1_y) + (1 - α) τ (q - p)
         attention_loss = -log p_y
 
+    With soft labels y (B, C), of mixup, CutMix or label smoothing, where a term of y_c = 0 is 0:
+
+        CE = -Σ_c y_c log softmax(s)_c       d CE/ds = Σ_c y_c · softmax(s) - y       attention_loss = -Σ_c y_c log p_c
+
     `attention_objective` says what trains the attention. "label": p is detached in `loss`, and `attention_loss`
     carries the gradient, so the weights follow the likelihood of the true label. "kl", the paper read literally:
     p is not detached in `loss`, and `attention_loss` carries no gradient. Backpropagate their sum either way.
 
     Args:
-        student_logits: (B, C), float64, float32, bfloat16 or float16.
+        student_logits: (B, C), float64, float32, bfloat16 or float16. In place of B there may be several dimensions
+            in every argument and result, as (B, T): they are flattened, without a copy where strides allow it.
         snapshot_logits: (M, B, C) of any strides with contiguous classes (a transposed (B, M, C) too), or M tensors
             (B, C), which are not stacked; 1 <= M <= 64. Their dtype may differ from the student's. No gradient.
-        labels: (B) integers, or None for pure distillation: the loss is τ² KL, whatever α.
+        labels: (B) integers; or (B, C) soft labels of any of these dtypes, y_c >= 0, which is not checked, of any sum;
+            or None for pure distillation: the loss is τ² KL, whatever α. No gradient.
         scores: (B, M) attention scores; log-weights, -inf among them, give any fixed weights. A snapshot of weight 0
             is not read.
         query: (B, D), with keys instead of scores; the dot products of the two are not scaled further.
         keys: (M, B, D), one for each snapshot and row.
-        temperature: τ > 0.
+        temperature: τ > 0, a number of Python or NumPy, as alpha is.
         alpha: α in [0, 1].
         fusion: "probability" or "logit".
         attention_objective: "label" or "kl".
         reduction: "mean" over the rows that are not ignored (0 where none is left), "sum", or "none" for (B).
-        ignore_index: the label of rows that count for nothing: loss, weights and gradients 0, logits not read.
+        ignore_index: the label of rows that count for nothing: loss, weights and gradients 0, logits not read. Of soft
+            labels every row counts, also one that is all 0, as in torch.
 
     Returns:
         `loss` and `attention_loss` (0 without labels), float32, or float64 where a logit is; `weights` (B, M) float32,
@@ -62,7 +69,8 @@ def ensemble_kd(
         RuntimeError: a label that is neither a class nor `ignore_index` (on a GPU, which cannot raise without waiting,
             the loss of its row is NaN), or a backend that is not available.
 
-    Columns that are -inf in all snapshots and the student (a padded vocabulary) add nothing. A row all of -inf has no
+    Columns that are -inf in all snapshots and the student (a padded vocabulary) add nothing, unless they are labels:
+    then a loss is inf, and the attention of the row gets no gradient from it. A row all of -inf has no
     softmax and gives NaN, as in torch. Second derivatives are refused.
 
     Source: arXiv 2202.12488, sections 3.2 and 3.3, where `attention_objective="kl"` is the reading of the paper.

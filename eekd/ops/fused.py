@@ -24,6 +24,8 @@ def distil(student_logits, snapshot_logits, tail, indices, labels, attention, op
     `attention` is scores, query and keys; `options` is temperature, alpha, fusion, attention_objective, reduction and
     ignore_index.
     """
+    if isinstance(student_logits, Tensor) and student_logits.dim() > 2:
+        return _distil_in_one_dimension(student_logits, snapshot_logits, tail, indices, labels, attention, options)
     student = checks.checked_student(student_logits)
     (rows, columns), device = student.shape, student.device
     if indices is not None:
@@ -33,7 +35,8 @@ def distil(student_logits, snapshot_logits, tail, indices, labels, attention, op
     if indices is not None:
         tail = checks.checked_tail(tail, student, snapshots[0], count)
     if labels is not None:
-        labels = checks.checked_labels(labels, rows, device)
+        labels = checks.checked_hard_or_soft_labels(labels, rows, student.shape[1], device)
+    soft = checks.is_soft(labels)
     scores, query, keys = attention
     if query is not None or keys is not None:
         if scores is not None:
@@ -41,7 +44,7 @@ def distil(student_logits, snapshot_logits, tail, indices, labels, attention, op
         query, keys = checks.checked_attention(query, keys, rows, count, device)
     elif scores is not None:
         scores = checks.checked_scores(scores, rows, count, device)
-    checks.check_options(*options)
+    options = checks.checked_options(*options)
 
     temperature, alpha, fusion, objective, reduction, ignore_index = options
     kl_objective = objective == "kl"
@@ -55,7 +58,7 @@ def distil(student_logits, snapshot_logits, tail, indices, labels, attention, op
     if wants_attention and labels is None and not kl_objective:
         raise ValueError('labels must be given for attention_objective="label", got None; give labels or use "kl"')
     backend = backend_for(device)
-    if backend == "reference":
+    if backend == "reference" or (soft and (indices is not None or (backend, device.type) not in _SOFT)):
         z = snapshots[0] if isinstance(snapshot_logits, Tensor) else snapshots
         formula = partial(reference.sparse_ensemble_kd, snapshot_tail=tail, indices=indices)
         return EnsembleKD(
@@ -91,6 +94,33 @@ def distil(student_logits, snapshot_logits, tail, indices, labels, attention, op
     return EnsembleKD(*_EnsembleKD.apply(student, scores, query, keys, call))
 
 
+def _distil_in_one_dimension(student, snapshots, tail, indices, labels, attention, options) -> EnsembleKD:
+    """`distil` of rows in any number of dimensions, student_logits (..., C): as (B, C), and back."""
+    rows, (scores, query, keys) = student.shape[:-1], attention
+
+    def flat(name, x, before="", after=""):
+        return checks.in_one_dimension(name, x, before, rows, after)
+
+    columns = "C" if indices is None else "K"
+    if isinstance(snapshots, (list, tuple)):
+        snapshots = [flat("snapshot_logits", z, "", columns) for z in snapshots]
+    else:
+        snapshots = flat("snapshot_logits", snapshots, "M", columns)
+    loss, weights, attention_loss = distil(
+        student.flatten(0, -2),
+        snapshots,
+        flat("snapshot_tail", tail, "M"),
+        flat("indices", indices, "", "K"),
+        flat("labels", labels, "", "C" if checks.is_soft(labels) else ""),
+        (flat("scores", scores, "", "M"), flat("query", query, "", "D"), flat("keys", keys, "M", "D")),
+        options,
+    )
+    if loss.dim():
+        loss, attention_loss = loss.unflatten(0, rows), attention_loss.unflatten(0, rows)
+    return EnsembleKD(loss, weights.unflatten(0, rows), attention_loss)
+
+
+_SOFT = set()  # where kernels know soft labels, by backend and type of device; elsewhere the reference computes them
 _CODES = {"none": 0, "mean": 1, "sum": 2}  # as in torch's own schemas
 
 
@@ -117,7 +147,8 @@ class _EnsembleKD(torch.autograd.Function):
         if reduction == "mean" and torch.float16 in [x.dtype for x in (student, scores, query, keys) if x is not None]:
             reduction, labels = "sum", inputs[-4]
             count = student.new_full((), student.shape[0], dtype=torch.long)
-            count = (count if labels is None else (labels != ignore_index).sum()).clamp(min=1)
+            every = labels is None or labels.is_floating_point()
+            count = (count if every else (labels != ignore_index).sum()).clamp(min=1)
         loss, attention_loss, weights, *gradients = forward(
             *inputs, *numbers, _CODES[reduction], ignore_index, wants_student, wants_attention
         )

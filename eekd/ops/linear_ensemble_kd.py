@@ -55,7 +55,8 @@ def linear_ensemble_kd(
         snapshot_hidden: (M, N, H_m), or M tensors (N, H_m) of any widths; 1 <= M <= 64. No gradient.
         snapshot_weights: M heads (V, H_m), or one (V, H_m) that all share. No gradient. Where heads have other numbers
             of classes, each is cut to its first V, the smallest number: padded vocabularies then agree.
-        labels: (N) integers below V, or None for pure distillation.
+        labels: (N) integers below V, or None for pure distillation. Soft labels (N, V) are refused: they are what this
+            op keeps out of memory.
         student_bias: (V).
         snapshot_biases: M tensors (V), or one (V) that all share. No gradient.
         scores: (N, M) attention scores, or log-weights; None weighs all snapshots alike.
@@ -89,12 +90,13 @@ def linear_ensemble_kd(
         biases = [snapshot_biases]
     else:
         biases = [] if snapshot_biases is None else _listed("snapshot_biases", snapshot_biases, 2)
-    checks.check_options(temperature, alpha, fusion, attention_objective, reduction, ignore_index)
+    options = checks.checked_options(temperature, alpha, fusion, attention_objective, reduction, ignore_index)
+    temperature, alpha, fusion, attention_objective, reduction, ignore_index = options
     classes = _check(student_hidden, student_weight, student_bias, hidden, heads, biases, scores)
     _check_numbers(logit_scale, softcap, memory_budget)
     device, rows = student_hidden.device, len(student_hidden)
     if labels is not None:
-        labels = checks.checked_labels(labels, rows, device)
+        labels = checks.checked_labels(labels, rows, device)  # no soft ones: (N, V) is what must not be in memory
     denominator = _checked_denominator(denominator, reduction, device)
 
     grad = torch.is_grad_enabled()

@@ -65,6 +65,8 @@ def sparse_ensemble_kd(
         rest = torch.where(empty, -torch.inf, torch.where(empty, 0, rest).logsumexp(1, keepdim=True))
         s = torch.cat((s.gather(1, chosen), temperature * rest), 1)
         z = torch.cat((z, temperature * tail), 2)
+        if y.dim() == 2:
+            return s, z, torch.cat((y.gather(1, chosen), y.scatter(1, chosen, 0).sum(1, keepdim=True)), 1)
         found = chosen == y[:, None]
         return s, z, torch.where(found.any(1), found.byte().argmax(1), chosen.shape[1])
 
@@ -154,13 +156,17 @@ def _ensemble_kd(
     reduction,
     ignore_index,
 ):
-    """Distils through columns(student, z, labels, counted) of the classes, their labels; CE is of the classes."""
+    """Distils through columns(student, z, labels, counted) of the classes, their labels; CE is of the classes.
+
+    Hard labels are (B), soft ones (B, C).
+    """
     if not isinstance(z, Tensor):
         z = torch.stack(tuple(z))
     dtype = torch.float64 if torch.float64 in (student.dtype, z.dtype) else torch.float32
     rows, snapshots, device = student.shape[0], z.shape[0], student.device
-    if labels is None:
-        y = torch.zeros(rows, dtype=torch.long, device=device)
+    soft = labels is not None and labels.is_floating_point()
+    if labels is None or soft:
+        y = labels.to(dtype) if soft else torch.zeros(rows, dtype=torch.long, device=device)
         keep = torch.ones(rows, dtype=torch.bool, device=device)
     else:
         keep = labels != ignore_index
@@ -170,7 +176,7 @@ def _ensemble_kd(
         return torch.where(keep[:, None], x, 0).to(dtype)
 
     student = counted(student)
-    s, z, column = columns(student, counted(z), y, counted)
+    s, z, target = columns(student, counted(z), y, counted)
     if query is not None:
         e = (counted(query) * counted(keys)).sum(2).t()  # not as a matrix product, which autocast would round
     else:
@@ -190,8 +196,12 @@ def _ensemble_kd(
         log_p = torch.where(used & (terms != -torch.inf), terms, floor).logsumexp(0)
     log_p = log_p.clamp(min=floor)  # (B, C)
 
-    log_p_y = log_p.gather(1, column[:, None]).squeeze(1)
-    attention_loss = torch.where(log_p_y <= floor, torch.inf, -log_p_y)
+    if soft:
+        impossible = ((target != 0) & (log_p <= floor)).any(1)
+        attention_loss = torch.where(impossible, torch.inf, _cross_entropy(log_p, target))
+    else:
+        log_p_y = log_p.gather(1, target[:, None]).squeeze(1)
+        attention_loss = torch.where(log_p_y <= floor, torch.inf, -log_p_y)
     if attention_objective == "label":
         log_p = log_p.detach()
     else:
@@ -202,7 +212,7 @@ def _ensemble_kd(
     if labels is None:
         attention_loss = torch.zeros_like(loss)
     else:
-        ce = F.cross_entropy(student, y, reduction="none")
+        ce = _cross_entropy(F.log_softmax(student, 1), y) if soft else F.cross_entropy(student, y, reduction="none")
         loss = ce if alpha == 1 else loss if alpha == 0 else alpha * ce + (1 - alpha) * loss
 
     def reduce(x):
@@ -211,3 +221,8 @@ def _ensemble_kd(
 
     weights = torch.where(keep, w, 0).t().detach().float()
     return reduce(loss), weights, reduce(attention_loss)
+
+
+def _cross_entropy(log_p: Tensor, y: Tensor) -> Tensor:
+    """-Σ_c y_c log p_c of soft labels, in which 0 times -inf is 0."""
+    return -torch.where(y == 0, 0, y * log_p).sum(1)

@@ -48,7 +48,8 @@ def sparse_ensemble_kd(
         snapshot_tail: (M, B) float32 or float64, the log-sum above at the same τ; -inf where nothing is left out. No
             gradient.
         indices: (B, K) int64 or int32, distinct classes within a row, which is not checked; shared by all snapshots.
-        labels: (B) integers, or None. A label outside the row's `indices` counts as the bucket in attention_loss.
+        labels: (B) integers, (B, C) soft labels, or None. What of a label is outside the row's `indices` counts as the
+            bucket's in attention_loss. Soft labels are computed by the formulas in plain torch, with autograd.
         scores: (B, M) attention scores.
         query: (B, D), with keys instead of scores.
         keys: (M, B, D).

@@ -1,0 +1,446 @@
+"""Soft labels (B, C), as of mixup, CutMix and label smoothing, on every backend; and rows in several dimensions."""
+
+import numpy
+import pytest
+import torch
+from cases import DTYPES, INF, NAN, READINGS, SIZES, Calls, fusions, kd, readings, sizes, softened, spread, tensors
+from numerics import assert_same_bits, check, evaluate, exact
+from test_ensemble_kd import assert_compiled_agrees, compiled
+from torch.nn import functional as F
+
+from eekd import EEKDLoss, ensemble_kd, linear_ensemble_kd
+
+DENSE = [size for size in SIZES if len(size) == 3]
+
+
+def formulas(x, temperature, alpha, fusion, objective):
+    """What soft labels y give in fp64: outputs and gradients of their sums, as written in `ensemble_kd`."""
+    s, z, y, tau = x["student_logits"], x["snapshot_logits"], x["labels"], temperature
+    w = x["scores"].softmax(1)
+    wm, total = w.t()[:, :, None], y.sum(1, keepdim=True)
+    p_m = (z / tau).softmax(2)
+    t = (wm * z).sum(0) / tau
+    p = (wm * p_m).sum(0) if fusion == "probability" else t.softmax(1)
+    q, r = (s / tau).softmax(1), p.log() - (s / tau).log_softmax(1)
+    kl = (p * r).sum(1)
+    out = {
+        "loss": (alpha * -(y * s.log_softmax(1)).sum(1) + (1 - alpha) * tau**2 * kl).sum(),
+        "attention_loss": -(y * p.log()).sum(),
+        "weights": w.float(),
+        "d_student_logits": alpha * (total * s.softmax(1) - y) + (1 - alpha) * tau * (q - p),
+    }
+    if objective == "label":
+        out["d_scores"] = (
+            w * total - w * (p_m * (y / p)).sum(2).t()
+            if fusion == "probability"
+            else centred(w, (total[:, 0] * (p * z).sum(2) - (y * z).sum(2)).t() / tau)
+        )
+    return out
+
+
+def centred(w, g):
+    return w * (g - (w * g).sum(1, keepdim=True))
+
+
+@readings
+def test_equals_the_formulas_of_soft_labels(backend, device, fusion, objective):
+    x = tensors(10, 4, 12, dtype=torch.float64, soft=True)
+    expected = formulas(x, 3.0, 0.3, fusion, objective)
+    x = {name: value.to(device) for name, value in x.items()}
+    options = {"temperature": 3.0, "alpha": 0.3, "fusion": fusion, "attention_objective": objective}
+    got = evaluate(ensemble_kd, x, reduction="sum", **options)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name].cpu(), value, rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@sizes((10, 3, 7), (10, 3, 1000), (5, 3, 2500))
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_alpha_of_one_is_the_cross_entropy_of_torch(backend, device, size, reduction):
+    x = tensors(*size, device=device, soft=True)
+    s = x["student_logits"].clone().requires_grad_()
+    expected = F.cross_entropy(s, x["labels"], reduction=reduction)
+    out = evaluate(ensemble_kd, x, alpha=1, reduction=reduction)
+    torch.testing.assert_close(out["loss"], expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out["d_student_logits"], torch.autograd.grad(expected.sum(), s)[0], rtol=1e-4, atol=1e-6)
+
+
+@sizes((65, 5, 10), (9, 17, 100), (9, 5, 129), (5, 3, 5000), (1, 2, 20000))
+@readings
+def test_a_one_hot_row_is_its_hard_label(backend, device, size, fusion, objective):
+    hard = tensors(*size, device=device)
+    soft = hard | {"labels": F.one_hot(hard["labels"], size[2]).float()}
+    options = {"fusion": fusion, "attention_objective": objective, "reduction": "none"}
+    a, b = evaluate(ensemble_kd, soft, **options), evaluate(ensemble_kd, hard, **options)
+    for name in a:
+        largest = b[name].abs().max().item()
+        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=2e-6 * max(1, largest))
+
+
+@sizes(*DENSE)
+@readings
+def test_soft_labels_of_every_shape(backend, device, size, fusion, objective):
+    check(tensors(*size, device=device, soft=True), fusion=fusion, attention_objective=objective)
+
+
+@sizes((10, 5, 100), (3, 3, 1500))
+@pytest.mark.parametrize("labels", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@readings
+def test_soft_labels_of_every_dtype(backend, device, size, labels, dtype, fusion, objective):
+    x = tensors(*size, device=device, dtype=dtype, attention="query", soft=True)
+    x["labels"] = x["labels"].to(labels)
+    check(x, fusion=fusion, attention_objective=objective)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@sizes(*(size for size in DENSE if size[0] and size[2] <= 2500))
+def test_soft_labels_on_every_instruction_set(isa, dtype, size):
+    x = tensors(*size, dtype=dtype, soft=True)
+    for fusion, objective in READINGS:
+        check(x, fusion=fusion, attention_objective=objective)
+
+
+@sizes((10, 4, 100), (4, 4, 1100))
+@pytest.mark.parametrize("temperature", [0.25, 1, 2.5, 20])
+@pytest.mark.parametrize("alpha", [0, 0.1, 1])
+@readings
+def test_temperature_and_alpha_of_soft_labels(backend, device, size, temperature, alpha, fusion, objective):
+    x = tensors(*size, device=device, soft=True)
+    check(x, temperature=temperature, alpha=alpha, fusion=fusion, attention_objective=objective)
+
+
+@pytest.mark.parametrize("rows", [2049, 20003])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_many_rows_of_soft_labels(backend, device, rows, reduction):
+    check(tensors(rows, 2, 3, device=device, soft=True), reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_row_of_no_label_is_a_row(backend, device, reduction):
+    x = tensors(4, 3, 10, device=device, soft=True)
+    x["labels"][1] = 0
+    x["labels"][2] = -100  # the ignored label is one of hard labels
+    got = check(x, reduction=reduction)
+    if reduction == "none":
+        assert got["attention_loss"][1] == 0 and (got["d_scores"][1] == 0).all() and got["loss"][1] > 0
+        assert got["loss"][2] != 0
+    torch.testing.assert_close(
+        evaluate(ensemble_kd, x)["loss"], evaluate(ensemble_kd, x, reduction="none")["loss"].mean()
+    )
+
+
+@sizes((10, 4, 100), (4, 4, 1100))
+@readings
+def test_padded_vocabulary_of_soft_labels(backend, device, size, fusion, objective):
+    x = tensors(*size, device=device, soft=True)
+    padding = torch.arange(size[2], device=device) % 7 == 3
+    padding[900:] = True
+    x["student_logits"][:, padding] = x["snapshot_logits"][:, :, padding] = -INF
+    x["labels"][:, padding] = 0
+    padded = check(x, fusion=fusion, attention_objective=objective)
+    assert padded["loss"].isfinite() and (padded["d_student_logits"][:, padding] == 0).all()
+
+
+@pytest.mark.parametrize("classes", [10, 1500])
+@readings
+def test_weight_on_a_masked_column(backend, device, classes, fusion, objective):
+    x = tensors(4, 3, classes, device=device, soft=True)
+    x["labels"][:] = softened(torch.tensor([0, 1]), classes)[1].to(device)  # weight on every class
+    x["student_logits"][0, 5] = x["snapshot_logits"][:, 1, 5] = -INF
+    x["snapshot_logits"][1, 2, 5] = -INF  # in one snapshot alone
+    got = check(x, fusion=fusion, attention_objective=objective, reduction="none")
+    masked = [False, True, fusion == "logit", False]
+    assert got["loss"][3].isfinite() and got["attention_loss"].isinf().tolist() == masked
+    if objective == "label":
+        assert (got["d_scores"][1] == 0).all() and got["d_scores"].isfinite().all()
+
+
+@pytest.mark.parametrize("classes", [10, 100, 1500])
+@readings
+def test_soft_labels_of_no_probability_in_fp32(backend, device, classes, fusion, objective):
+    x = tensors(9, 4, classes, device=device, soft=True)
+    at = torch.arange(9, device=device)
+    for m, depth in enumerate((1000, 1001, 900, 5000)):
+        x["snapshot_logits"][m, at, (7 * at + m // 2) % classes] -= depth
+        x["snapshot_logits"][m, at, 3 * at % classes] -= 800
+    x["labels"] = x["labels"] + 0.01
+    check(x, temperature=1.0, fusion=fusion, attention_objective=objective, reduction="none")
+
+
+@pytest.mark.parametrize("classes", [100, 1500])
+@readings
+def test_soft_labels_of_logits_of_ten_thousand(backend, device, classes, fusion, objective):
+    x = tensors(9, 4, classes, device=device, soft=True)
+    for name in ("student_logits", "snapshot_logits"):
+        x[name] = torch.where(x[name] > 0, 1e4, -1e4) + x[name]
+    options = {"fusion": fusion, "attention_objective": objective, "reduction": "none"}
+    got, truth = evaluate(kd, x, **options), exact(x, **options)
+    for name, value in got.items():
+        torch.testing.assert_close(value.double(), truth[name].double(), rtol=1e-3, atol=2e-3 * truth[name].abs().max())
+
+
+@pytest.mark.parametrize("classes", [13, 1030])
+@readings
+def test_any_layout_of_soft_labels(backend, device, classes, fusion, objective):
+    x = tensors(6, 3, classes, device=device, soft=True)
+    options = {"fusion": fusion, "attention_objective": objective}
+    expected, y = evaluate(kd, x, **options), x["labels"]
+    for labels in (spread(y), y.t().contiguous().t(), torch.stack((y, y), 1)[:, 0], y.repeat_interleave(2, 1)[:, ::2]):
+        got = evaluate(kd, x | {"labels": labels}, **options)
+        for name in expected:
+            torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-6)
+    one = x | {"labels": y[:1].expand(6, -1)}
+    got, expected = (evaluate(kd, one | {"labels": v}, **options) for v in (one["labels"], one["labels"].contiguous()))
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [10, 1000, 2500])
+@fusions
+def test_a_nan_among_soft_labels_is_never_a_finite_loss(backend, device, classes, fusion):
+    for column in (0, 3, -1):
+        x = tensors(3, 2, classes, device=device, soft=True)
+        x["labels"][1, column] = NAN
+        out = evaluate(ensemble_kd, x, fusion=fusion, reduction="none")
+        assert out["loss"].isnan().tolist() == [False, True, False]
+        assert out["attention_loss"].isnan().tolist() == [False, True, False]
+        x = tensors(3, 2, classes, device=device, soft=True)
+        x["snapshot_logits"][1, 1, column] = NAN
+        out = evaluate(ensemble_kd, x, fusion=fusion, reduction="none")
+        assert out["loss"].isnan().tolist() == out["attention_loss"].isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("classes", [10, 1500])
+@readings
+def test_soft_labels_do_not_read_snapshots_of_no_weight(backend, device, classes, fusion, objective):
+    x = tensors(5, 3, classes, device=device, soft=True)
+    x["scores"][:, 1] = x["scores"][2, 0] = -INF
+    without = evaluate(kd, x, fusion=fusion, attention_objective=objective)
+    x["snapshot_logits"][1] = x["snapshot_logits"][0, 2] = NAN
+    assert_same_bits(evaluate(kd, x, fusion=fusion, attention_objective=objective), without)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@readings
+def test_gradcheck_of_soft_labels(backend, device, reduction, fusion, objective):
+    x = tensors(5, 3, 6, device=device, dtype=torch.float64, attention="query", width=2, soft=True)
+    student, attention = ["student_logits"], ["query", "keys"]
+    options = {"fusion": fusion, "attention_objective": objective, "reduction": reduction, "alpha": 0.3}
+    checks = {"loss": student, "attention_loss": attention} if objective == "label" else {"loss": student + attention}
+    for output, names in checks.items():
+        leaves = [x[name].clone().requires_grad_() for name in names]
+
+        def f(*leaves, names=names, output=output):
+            return getattr(kd(**x | dict(zip(names, leaves, strict=True)), **options), output)
+
+        assert torch.autograd.gradcheck(f, leaves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@readings
+def test_upstream_gradients_of_soft_labels(backend, device, dtype, reduction, fusion, objective):
+    for attention in ("scores", "query"):
+        x = tensors(10, 3, 100, device=device, dtype=dtype, attention=attention, soft=True)
+        upstream = (0.37, -2.5)
+        if reduction == "none":
+            upstream = tuple(g * torch.arange(10.0, device=device) for g in upstream)
+        check(x, upstream=upstream, reduction=reduction, fusion=fusion, attention_objective=objective)
+
+
+@sizes((64, 3, 1000), (3, 3, 5000), (1, 2, 100000))
+@readings
+def test_threads_do_not_change_the_bits_of_soft_labels(kernels, threads, size, fusion, objective):
+    x = tensors(*size, soft=True)
+    outs = []
+    for count in (1, 2, 4):
+        threads(count)
+        outs.append(evaluate(kd, x, fusion=fusion, attention_objective=objective))
+    for out in outs[1:]:
+        assert_same_bits(out, outs[0])
+
+
+@readings
+def test_soft_labels_compile_whole(backend, device, fusion, objective):
+    step, fast, _ = compiled(dynamic=True)
+    for rows in (5, 9):
+        x = tensors(rows, 3, 20, device=device, soft=True)
+        assert_compiled_agrees(step, fast, x, fusion=fusion, attention_objective=objective)
+        assert_compiled_agrees(step, fast, x | {"student_logits": x["student_logits"].half()}, fusion=fusion)
+
+
+# Rows in several dimensions
+
+BY_ROW = {"snapshot_logits": 1, "keys": 1}  # the dimension of rows, where it is not the first
+
+
+def reshaped(x, shape):
+    return {name: value.unflatten(BY_ROW.get(name, 0), shape) for name, value in x.items()}
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 2), (12, 1)])
+@pytest.mark.parametrize("attention", ["uniform", "scores", "query"])
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_rows_in_several_dimensions(backend, device, shape, attention, soft, reduction):
+    x = tensors(12, 3, 10, device=device, attention=attention, soft=soft)
+    if not soft:
+        x["labels"][5] = -100
+    flat, got = evaluate(kd, x, reduction=reduction), evaluate(kd, reshaped(x, shape), reduction=reduction)
+    assert got["weights"].shape == (*shape, 3) and got["d_student_logits"].shape == (*shape, 10)
+    assert got["loss"].shape == (shape if reduction == "none" else ())
+    for name in flat:
+        torch.testing.assert_close(got[name].reshape(flat[name].shape), flat[name], rtol=1e-6, atol=1e-7)
+
+
+def test_rows_in_several_dimensions_are_not_copied(kernels, device):
+    x = reshaped(tensors(12, 3, 10, device=device, attention="query"), (3, 4))
+    x["snapshot_logits"] = list(x["snapshot_logits"])
+    with Calls() as calls:
+        kd(**x)
+    ((_, given),) = calls.own
+    assert not [name for name in calls.others if "view" not in name], calls.others
+    for name in ("student_logits", "labels", "query", "keys"):
+        assert given[name.removesuffix("_logits")].data_ptr() == x[name].data_ptr()
+
+
+def test_sparse_rows_in_several_dimensions(backend, device):
+    x = tensors(12, 3, 30, 8, device=device)
+    y = reshaped({name: value for name, value in x.items() if name != "snapshot_tail"}, (3, 4))
+    y["snapshot_tail"] = x["snapshot_tail"].unflatten(1, (3, 4))
+    for a, b in zip(kd(**y), kd(**x), strict=True):
+        torch.testing.assert_close(a.reshape(b.shape), b)
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("snapshot_logits", r"snapshot_logits must have shape \(M, 3, 4, C\), got \(3, 12, 10\)"),
+        ("labels", r"labels must have shape \(3, 4\), got \(12,\)"),
+        ("query", r"query must have shape \(3, 4, D\), got \(12, 6\)"),
+        ("keys", r"keys must have shape \(M, 3, 4, D\), got \(3, 12, 6\)"),
+    ],
+)
+def test_rows_that_are_not_those_of_the_student(name, says):
+    x = tensors(12, 3, 10, attention="query")
+    with pytest.raises(ValueError, match=says):
+        ensemble_kd(**reshaped(x, (3, 4)) | {name: x[name]})
+
+
+# The ops of few classes, and of heads
+
+
+@pytest.mark.parametrize("k", [5, 30])
+@readings
+def test_sparse_soft_labels(backend, device, k, fusion, objective):
+    x = tensors(10, 3, 30, k, device=device) | {"labels": tensors(10, 3, 30, device=device, soft=True)["labels"]}
+    got = check(x, fusion=fusion, attention_objective=objective, reduction="none")
+    if k == 30:
+        dense = tensors(10, 3, 30, device=device, soft=True)
+        expected = evaluate(kd, dense, fusion=fusion, attention_objective=objective, reduction="none")
+        for name in expected:
+            torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_heads_refuse_soft_labels():
+    with pytest.raises(TypeError, match="labels must be integer class indices, got torch.float32"):
+        linear_ensemble_kd(torch.randn(4, 3), torch.randn(9, 3), torch.randn(2, 4, 3), [torch.randn(9, 3)] * 2,
+                           torch.rand(4, 9))  # fmt: skip
+
+
+# What is refused, and numbers
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "labels, exception, says",
+    [
+        (lambda y: y[:3], ValueError, r"labels must have shape \(4, 5\), got \(3, 5\)"),
+        (lambda y: y[:, :4], ValueError, r"labels must have shape \(4, 5\), got \(4, 4\)"),
+        (lambda y: y.t(), ValueError, r"labels must have shape \(4, 5\), got \(5, 4\)"),
+        (lambda y: y[:, 0], TypeError, "integer class indices .* or floating-point weights .* torch.float32 of shape"),
+        (lambda y: y.long(), TypeError, "integer class indices .* or floating-point weights .* torch.int64 of shape"),
+        (lambda y: y > 0, TypeError, "integer class indices .* or floating-point weights .* torch.bool of shape"),
+        (lambda y: y.to(torch.float8_e4m3fn), TypeError, "labels must be float64, float32, bfloat16 or float16"),
+        (lambda y: y.clone().requires_grad_(), ValueError, "labels must not require gradients, .* detach"),
+        (lambda y: y.to("meta"), ValueError, "labels must be on cpu .* got meta"),
+        (lambda y: y[None], TypeError, "labels must be integer class indices"),
+    ],
+)
+def test_soft_labels_that_are_refused(labels, exception, says):
+    x = tensors(4, 3, 5, soft=True)
+    with pytest.raises(exception, match=says):
+        ensemble_kd(**x | {"labels": labels(x["labels"])})
+
+
+def test_soft_labels_may_require_gradients_where_none_are_computed():
+    x = tensors(4, 3, 5, soft=True)
+    with torch.no_grad():
+        ensemble_kd(**x | {"labels": x["labels"].clone().requires_grad_()})
+
+
+NUMBERS = [numpy.float64, numpy.float32, numpy.float16, numpy.array]
+
+
+@pytest.mark.parametrize("of", NUMBERS, ids=lambda of: of.__name__)
+def test_numbers_of_numpy(of):
+    x = tensors(4, 3, 5)
+    x["labels"][1] = 2
+    expected = ensemble_kd(**x, temperature=4.0, alpha=0.25, ignore_index=2)
+    got = ensemble_kd(**x, temperature=of(4.0), alpha=of(0.25), ignore_index=numpy.int32(2))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert torch.equal(ensemble_kd(**x, temperature=numpy.int64(4), alpha=0.25, ignore_index=2).loss, expected.loss)
+    loss = EEKDLoss("uniform", temperature=of(4.0), alpha=of(0.25), ignore_index=numpy.int64(2))
+    assert type(loss.options["temperature"]) is type(loss.options["alpha"]) is float
+    assert type(loss.options["ignore_index"]) is int
+    x.pop("scores")
+    assert torch.equal(loss(**x)[0], ensemble_kd(**x, temperature=4.0, alpha=0.25, ignore_index=2).loss)
+
+
+# EEKDLoss
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "entropy", "confidence", "attention"])
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_the_loss_of_rows_in_several_dimensions(weighting, soft):
+    x = {k: v for k, v in tensors(12, 3, 10, soft=soft).items() if k != "scores"}
+    loss = EEKDLoss(weighting, student_dim=5, snapshot_dim=6)
+    if weighting == "attention":
+        torch.nn.init.normal_(loss.attention.student.weight)
+        x |= {"student_features": torch.randn(12, 5), "snapshot_features": torch.randn(3, 12, 6)}
+    expected, of_rows = loss(**x)
+    shaped = {k: v.unflatten(1 if k.startswith("snapshot") else 0, (3, 4)) for k, v in x.items()}
+    for z in (shaped["snapshot_logits"], list(shaped["snapshot_logits"])):
+        got, measured = loss(**shaped | {"snapshot_logits": z})
+        torch.testing.assert_close(got, expected)
+        for name in measured:
+            torch.testing.assert_close(measured[name], of_rows[name])
+
+
+def test_confidence_of_one_hot_labels_is_that_of_hard_ones():
+    x = {k: v for k, v in tensors(12, 3, 10).items() if k != "scores"}
+    _, hard = EEKDLoss("confidence")(**x)
+    _, soft = EEKDLoss("confidence")(**x | {"labels": F.one_hot(x["labels"], 10).float()})
+    torch.testing.assert_close(soft["weights"], hard["weights"])
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "attention"])
+def test_the_loss_refuses_a_single_class(weighting):
+    loss = EEKDLoss(weighting, student_dim=2, snapshot_dim=2)
+    for shape in ((4, 1), (4, 3, 1)):
+        with pytest.raises(ValueError, match=r"student_logits must have 2 classes or more, got 1.*\(0, z\)"):
+            loss(torch.randn(shape), torch.randn(2, *shape), torch.zeros(shape[:-1], dtype=torch.long))
+    ensemble_kd(torch.randn(4, 1), torch.randn(2, 4, 1), torch.zeros(4, dtype=torch.long))
+
+
+def test_training_with_mixup_fits_its_labels():
+    """A student that sees mixed labels alone ends at their likelihood, of snapshots that know nothing."""
+    torch.manual_seed(0)
+    target = torch.rand(4, 6).softmax(1)
+    logits = torch.zeros(4, 6, requires_grad=True)
+    optimiser = torch.optim.Adam([logits], 0.1)
+    for _ in range(300):
+        optimiser.zero_grad()
+        EEKDLoss("uniform", alpha=1.0)(logits, torch.zeros(2, 4, 6), target)[0].backward()
+        optimiser.step()
+    torch.testing.assert_close(logits.softmax(1).detach(), target, rtol=1e-3, atol=1e-3)
