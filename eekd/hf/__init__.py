@@ -1,0 +1,34 @@
+"""Hugging Face: the checkpoint-* folders of a Trainer's run become the teachers of another model.
+
+    trainer = EEKDTrainer(
+        model=student, args=EEKDConfig("student-run", weighting="attention"), teacher_checkpoints="teacher-run",
+        train_dataset=tokens, data_collator=collator,
+    )
+    trainer.train()
+
+Needs the extra "hf": transformers and accelerate; peft where adapters are read.
+"""
+
+from typing import TYPE_CHECKING
+
+from eekd.lazy import attach
+
+__all__ = ["EEKDArguments", "EEKDConfig", "EEKDMixin", "EEKDTrainer", "SnapshotCallback", "Teachers"]
+
+if TYPE_CHECKING:
+    from eekd.hf.callback import SnapshotCallback
+    from eekd.hf.config import EEKDArguments, EEKDConfig
+    from eekd.hf.teachers import Teachers
+    from eekd.hf.trainer import EEKDMixin, EEKDTrainer
+else:  # transformers takes seconds to import
+    __getattr__, __dir__ = attach(
+        __name__,
+        {
+            "EEKDArguments": "config",
+            "EEKDConfig": "config",
+            "EEKDMixin": "trainer",
+            "EEKDTrainer": "trainer",
+            "SnapshotCallback": "callback",
+            "Teachers": "teachers",
+        },
+    )

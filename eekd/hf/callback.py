@@ -1,0 +1,48 @@
+"""M evenly spaced snapshots of a Trainer's run."""
+
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from eekd.io.files import write_json_atomic
+
+SCHEDULE = "eekd_snapshots.json"  # beside the checkpoint-* folders: which of them are the snapshots
+
+
+class SnapshotCallback(TrainerCallback):
+    """Lets a Trainer save M checkpoints, at the end of M stages of equal length.
+
+        Trainer(model, TrainingArguments("teacher-run", save_strategy="no"), callbacks=[SnapshotCallback(5)], ...)
+
+    Stage m of S steps ends with step S m // M, so the last snapshot is the finished model. Which checkpoints are
+    snapshots is written to `eekd_snapshots.json` in the run's folder, so that others may lie beside them.
+
+    Raises TypeError, ValueError for other numbers; before training ValueError where the run has fewer steps than M, and
+    where `save_total_limit` would delete snapshots.
+    """
+
+    def __init__(self, snapshots: int = 5):
+        if type(snapshots) is not int:
+            raise TypeError(f"snapshots must be an int, got {snapshots!r}")
+        if snapshots < 1:
+            raise ValueError(f"snapshots must be at least 1, got {snapshots}")
+        self.snapshots = snapshots
+        self.steps: list[int] = []
+
+    def on_init_end(self, args, state, control, **kwargs):
+        if args.save_total_limit is not None:
+            raise ValueError(
+                f"save_total_limit must be None, for it deletes early snapshots, got {args.save_total_limit}"
+            )
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.on_init_end(args, state, control)  # the callback may have been added later
+        if state.max_steps < self.snapshots:
+            raise ValueError(f"snapshots must be at most {state.max_steps}, the steps of the run, got {self.snapshots}")
+        self.steps = [state.max_steps * m // self.snapshots for m in range(1, self.snapshots + 1)]
+        if state.is_world_process_zero:
+            write_json_atomic(Path(args.output_dir) / SCHEDULE, {"steps": self.steps})
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in self.steps:
+            control.should_save = True

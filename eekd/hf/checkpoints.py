@@ -1,0 +1,80 @@
+"""Which folders are the checkpoints of a Trainer's run, and whether all that they name is there."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from eekd.hf.callback import SCHEDULE
+from eekd.io.files import read_json
+from eekd.io.state_dicts import some
+from eekd.ops.checks import MAX_SNAPSHOTS
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+ADAPTER = "adapter_config.json"
+
+
+def checkpoint_folders(paths: str | Path | Sequence[str | Path], snapshots: int | None = None) -> list[Path]:
+    """The checkpoints in the order of training: M evenly spaced of them, where `snapshots` is M.
+
+    A folder with checkpoint-NUMBER folders stands for these, by number; where a SnapshotCallback saved, for its
+    snapshots. Any other folder is a checkpoint itself. A list keeps its order. FileNotFoundError or ValueError, one
+    sentence, names what is missing.
+    """
+    given = [paths] if isinstance(paths, str | Path) else list(paths) if isinstance(paths, Sequence) else []
+    if not given or not all(isinstance(path, str | Path) and str(path) for path in given):
+        raise ValueError(f"teacher_checkpoints must be a folder or a list of at least one, got {paths!r}")
+    folders = [folder for path in given for folder in _in_run(Path(path))]
+    if snapshots is not None:
+        if not 1 <= snapshots <= len(folders):
+            raise ValueError(f"snapshots must be from 1 to {len(folders)}, the checkpoints there are, got {snapshots}")
+        folders = [folders[len(folders) * m // snapshots - 1] for m in range(1, snapshots + 1)]
+    if len(folders) > MAX_SNAPSHOTS:
+        raise ValueError(
+            f"teacher_checkpoints must be at most {MAX_SNAPSHOTS}, got {len(folders)}: choose some by snapshots="
+        )
+    for folder in folders:
+        check_weights(folder)
+    return folders
+
+
+def _in_run(path: Path) -> list[Path]:
+    if not path.is_dir():
+        raise FileNotFoundError(f"teacher_checkpoints must be folders, got {path}, which is missing or a file")
+    numbers = {int(match[1]): folder for folder in path.iterdir() if folder.is_dir()
+               and (match := re.fullmatch(r"checkpoint-(\d+)", folder.name))}  # fmt: skip
+    if not (path / SCHEDULE).is_file():
+        return [numbers[step] for step in sorted(numbers)] or [path]
+    steps = read_json(path / SCHEDULE).get("steps", [])
+    if lacking := [step for step in steps if step not in numbers]:
+        raise FileNotFoundError(
+            f"{path} must hold the snapshots of steps {some(steps)}, got none of {some(lacking)}: its run has not "
+            "ended, or they were deleted"
+        )
+    return [numbers[step] for step in steps]
+
+
+def check_weights(folder: Path) -> None:
+    """An error where the weights of a checkpoint, or some of its shards, are not there."""
+    if any((folder / name).is_file() for name in WEIGHTS):
+        return
+    for name in INDICES:
+        if (index := folder / name).is_file():
+            shards = set(read_json(index).get("weight_map", {}).values())
+            if lacking := sorted(shard for shard in shards if not (folder / shard).is_file()):
+                raise FileNotFoundError(f"{folder} must hold the shards that {name} names, got none of {some(lacking)}")
+            return
+    inside = [path.name for path in folder.iterdir()]
+    hint = ""
+    if any(name.startswith("pytorch_model_fsdp") for name in inside):
+        hint = f"; `accelerate merge-weights {folder}/pytorch_model_fsdp_0 {folder}` makes one of the shards of FSDP"
+    elif "zero_to_fp32.py" in inside:
+        hint = f"; `python {folder}/zero_to_fp32.py {folder} {folder}` makes them of the shards of ZeRO"
+    raise FileNotFoundError(f"{folder} must hold {WEIGHTS[0]}, its shards or an adapter, got {some(inside)}{hint}")
+
+
+def adapter_config(folder: Path) -> dict | None:
+    """What an adapter says of itself; None of a whole model."""
+    path = folder / ADAPTER
+    return json.loads(path.read_text()) if path.is_file() else None

@@ -1,0 +1,70 @@
+"""The settings of a distillation, beside those of a Trainer."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from eekd.method import weightings
+
+
+@dataclass
+class EEKDArguments:
+    """What `EEKDConfig` adds; with it any subclass of TrainingArguments becomes the settings of an `EEKDMixin`.
+
+        @dataclass
+        class SFT(EEKDArguments, SFTConfig): ...
+
+    ValueError for an unknown weighting and numbers out of range.
+    """
+
+    teacher_checkpoints: str | None = field(
+        default=None, metadata={"help": "Folder of a Trainer's run, whose checkpoint-* folders teach."}
+    )
+    snapshots: int | None = field(
+        default=None, metadata={"help": "How many of the checkpoints, evenly spaced, the last among them (None: all)."}
+    )
+    weighting: str = field(
+        default="attention", metadata={"help": f"How they are weighed: {', '.join(weightings.names())}."}
+    )
+    temperature: float | None = field(
+        default=None, metadata={"help": "Of both softmaxes; None: 1 for language models, 5 for classifiers."}
+    )
+    alpha: float = field(default=0.5, metadata={"help": "Weight of the cross-entropy, from 0 to 1."})
+    fusion: str = field(default="probability", metadata={"help": "What is averaged: probability or logit."})
+    attention_objective: str = field(default="label", metadata={"help": "What the attention learns by: label or kl."})
+    embed_dim: int = field(default=8, metadata={"help": "Width of the attention's queries and keys."})
+    feature_layer: str | None = field(
+        default=None, metadata={"help": "Layer of a classifier whose input the attention reads (None: the last head)."}
+    )
+
+    def __post_init__(self):
+        if (after := getattr(super(), "__post_init__", None)) is not None:
+            after()
+        weightings.get(self.weighting)
+        numbers = {
+            "temperature": (self.temperature is None or self.temperature > 0, "a number above 0 or None"),
+            "alpha": (0 <= self.alpha <= 1, "a number from 0 to 1"),
+            "snapshots": (self.snapshots is None or self.snapshots > 0, "a whole number above 0 or None"),
+            "fusion": (self.fusion in ("probability", "logit"), "probability or logit"),
+            "attention_objective": (self.attention_objective in ("label", "kl"), "label or kl"),
+            "label_smoothing_factor": (
+                not getattr(self, "label_smoothing_factor", 0),
+                "0, for the teachers' targets are smooth themselves",
+            ),
+        }
+        for name, (right, wanted) in numbers.items():
+            if not right:
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+
+
+@dataclass
+class EEKDConfig(EEKDArguments, TrainingArguments):
+    """TrainingArguments and how the checkpoints of a teacher's run teach.
+
+        EEKDConfig("student-run", weighting="uniform", temperature=2.0, alpha=0.3, per_device_train_batch_size=8)
+
+    `teacher_checkpoints`: a folder of checkpoint-* folders; `snapshots`: how many of them (None: all); `weighting`,
+    `temperature`, `alpha`, `fusion`, `attention_objective`, `embed_dim`: as of `eekd.EEKDLoss`, but the temperature is
+    1 for language models unless it is given; `feature_layer`: the layer of a classifier with several heads.
+    ValueError for an unknown weighting and numbers out of range.
+    """

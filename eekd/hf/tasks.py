@@ -1,0 +1,226 @@
+"""The two kinds of students: language models, whose logits are never all in memory, and classifiers."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from eekd.hf import checks
+from eekd.hf.heads import ClassifierHead, LanguageHead, only
+from eekd.hf.teachers import Teachers, hidden_states, logits_and_features
+from eekd.method import weightings
+from eekd.method.losses import EEKDLoss
+from eekd.ops import linear_ensemble_kd
+from eekd.snapshots.wrappers import logits_of
+
+IGNORED = -100
+LABELS = "labels", "shift_labels"  # of a batch, what models are not given
+WEIGHED = 64 << 20  # logits that a weighting by logits looks at at once, in all snapshots
+CHECKED = 64  # tokens whose logits are compared on the first batch
+
+
+class LanguageModelling:
+    """Every token whose label is not -100 is a row; with `shift` its label is the next token.
+
+    A batch's own `shift_labels` are taken as they are.
+    """
+
+    temperature = 1.0
+
+    def __init__(self, student: nn.Module, teachers: Teachers, args, tokenizer, *, shift: bool):
+        self.student, self.teachers, self.shift = student, teachers, shift
+        self.head = LanguageHead(student, "the student")
+        if teachers.adapters:
+            self.heads = [LanguageHead(teachers.models[0], teachers.names[0])] * len(teachers)
+        else:
+            self.heads = [LanguageHead(m, name) for m, name in zip(teachers.models, teachers.names, strict=True)]
+            teachers.share_equal_heads(self.heads)
+        named = dict(zip(teachers.names, self.heads, strict=True))
+        checks.check_tokenizers(teachers.names, tokenizer)
+        checks.check_vocabularies({"the student": self.head, **named}, tokenizer)
+        self.student_dim = self.head.weight.shape[1]
+        widths = {head.weight.shape[1] for head in self.heads}
+        if args.weighting == "attention" and len(widths) > 1:
+            raise ValueError(f"teachers must have one width for weighting 'attention', got {sorted(widths)}")
+        self.snapshot_dim = max(widths)
+
+    def targets(self, inputs: dict) -> Tensor:
+        """The labels of a batch, those that do not count being -100, in any shape."""
+        if "shift_labels" in inputs:
+            return inputs["shift_labels"]
+        return inputs["labels"][..., 1:] if self.shift else inputs["labels"]
+
+    def verify(self, inputs: dict, context, half: bool) -> None:
+        """Compares every head with its model's own logits; one soft-cap for all is wanted."""
+        labels = self._aligned(inputs)
+        rows = (labels != IGNORED).flatten().nonzero()[:CHECKED, 0]
+        rows = rows if len(rows) else torch.arange(min(CHECKED, labels.numel()), device=labels.device)
+        batch = model_inputs(inputs)
+        self.head.verify(self.student, batch, rows, half)
+        for head, model in zip(self.heads, self.teachers, strict=True):
+            with context():
+                head.verify(model, batch, rows, half)
+            if head.softcap != self.head.softcap:
+                raise ValueError(
+                    f"{head.name} must have the student's soft-cap {self.head.softcap}, got {head.softcap}"
+                )
+
+    def teach(self, inputs: dict, context) -> dict:
+        """What the teachers say of a batch: their hidden states (N, H_m) at the rows that count."""
+        labels = self._aligned(inputs)
+        rows = (labels != IGNORED).flatten().nonzero()[:, 0]
+
+        def select(hidden: Tensor) -> Tensor:
+            if hidden.shape[:-1] != labels.shape:
+                raise ValueError(
+                    f"hidden states must be one for each label {tuple(labels.shape)}, got {tuple(hidden.shape[:-1])}"
+                )
+            return hidden.flatten(0, -2).index_select(0, rows)
+
+        said = hidden_states(self.teachers, self.heads, model_inputs(inputs), select, context)
+        return {"labels": labels.flatten()[rows], "select": select, "hidden": said}
+
+    def tap(self):
+        """See `LanguageHead.tap`."""
+        return self.head.tap()
+
+    def loss(self, criterion: EEKDLoss, output, found: list[Tensor], said: dict, items: Tensor) -> tuple[Tensor, dict]:
+        """The sum over the rows that count, divided by `items`; and what was measured, without gradient."""
+        hidden, keys, labels = said["select"](only(found, "the student")), said["hidden"], said["labels"]
+        factors = [head.scale / self.head.scale for head in self.heads]
+        shared = all(head is self.heads[0] or head.weight is self.heads[0].weight for head in self.heads)
+        heads = self.heads[:1] if shared else self.heads
+        states = [u if f == 1 else u * f for u, f in zip(keys, factors, strict=True)]
+        biases = None
+        if any(head.bias is not None for head in heads):
+            zero = [head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias for head in heads]
+            biases = [b.detach() * f for b, f in zip(zero, factors, strict=not shared)]
+        weights = [head.weight.detach() for head in heads]
+        result = linear_ensemble_kd(
+            hidden,
+            self.head.weight,
+            states,
+            weights[0] if shared else weights,
+            labels,
+            student_bias=self.head.bias,
+            snapshot_biases=biases[0] if shared and biases else biases,
+            scores=self._scores(criterion, hidden, keys, states, heads, biases, labels),
+            logit_scale=self.head.scale,
+            softcap=self.head.softcap,
+            denominator=items,
+            **criterion.options,
+        )
+        loss = result.loss
+        if criterion.attention is not None and criterion.options["attention_objective"] == "label":
+            loss = loss + result.attention_loss
+        return loss, {
+            "distillation_loss": result.loss.detach(),
+            "attention_loss": result.attention_loss.detach(),
+            "weights": result.weights.sum(0) / items,
+        }
+
+    def _scores(self, criterion, hidden, keys, states, heads, biases, labels) -> Tensor | None:
+        """(N, M), by the attention or by what the weighting says of the logits, some rows at a time."""
+        if criterion.attention is not None:
+            query = hidden.detach() if criterion.detach_query else hidden
+            query, keys = criterion.attention(query, torch.stack(keys))
+            return torch.einsum("nd,mnd->nm", query, keys)
+        with torch.no_grad():
+            count, rows = len(states), len(hidden)
+            if not weightings.get(criterion.weighting).per_sample or count == 1 or not rows:
+                return weightings.log_weights(criterion.weighting, hidden.new_zeros(count, rows, 1), None)
+            classes = min(len(self.head.weight), *(len(head.weight) for head in heads))
+            size, scores = max(1, WEIGHED // (4 * classes * count)), []
+            for part in range(0, rows, size):
+                logits = []
+                for m, state in enumerate(states):
+                    k = m if len(heads) > 1 else 0
+                    z = state[part : part + size].float() @ heads[k].weight[:classes].float().t()
+                    z = (z if biases is None else z + biases[k][:classes].float()) * self.head.scale
+                    logits.append(
+                        z if self.head.softcap is None else self.head.softcap * (z / self.head.softcap).tanh()
+                    )
+                said = weightings.log_weights(criterion.weighting, logits, labels[part : part + size])
+                if said is None:
+                    return None
+                scores.append(said)
+            return torch.cat(scores)
+
+    def _aligned(self, inputs: dict) -> Tensor:
+        """Labels in the shape of the hidden states."""
+        if "shift_labels" in inputs or not self.shift:
+            return self.targets(inputs)
+        return nn.functional.pad(inputs["labels"][..., 1:], (0, 1), value=IGNORED)
+
+
+class Classification:
+    """Every sample, or every token of a token classifier, whose label is not -100 is a row."""
+
+    temperature = 5.0
+
+    def __init__(self, student: nn.Module, teachers: Teachers, args, tokenizer):
+        self.student, self.teachers = student, teachers
+        models = teachers.models * len(teachers) if teachers.adapters else teachers.models
+        checks.check_classes(student, list(zip(teachers.names, models, strict=True)))
+        if tokenizer is not None:
+            checks.check_tokenizers(teachers.names, tokenizer)
+        self.head = self.heads = None
+        self.student_dim = self.snapshot_dim = None
+        if weightings.get(args.weighting).needs_features:
+            layer, classes = args.feature_layer, student.config.num_labels
+            self.head = ClassifierHead(student, "the student", layer, classes)
+            heads = [ClassifierHead(m, name, layer, classes) for m, name in zip(models, teachers.names, strict=True)]
+            self.heads = heads
+            self.student_dim, self.snapshot_dim = self.head.dim, heads[0].dim
+            if len({head.dim for head in heads}) > 1:
+                raise ValueError(f"teachers must have one width, got {sorted({str(head.dim) for head in heads})}")
+
+    def targets(self, inputs: dict) -> Tensor:
+        """The labels of a batch, those that do not count being -100, in any shape."""
+        return inputs["labels"]
+
+    def verify(self, inputs: dict, context, half: bool) -> None:
+        """Compares logits that are taken with features to the models' own."""
+        if self.head is None:
+            return
+        batch = model_inputs(inputs)
+        self.head.verify(self.student, batch)
+        for head, model in zip(self.heads, self.teachers, strict=True):
+            with context():
+                head.verify(model, batch)
+
+    def teach(self, inputs: dict, context) -> dict:
+        """The teachers' logits and features of a batch, at the rows that count."""
+        rows = (inputs["labels"] != IGNORED).flatten().nonzero()[:, 0]
+        logits, features = logits_and_features(self.teachers, self.heads, model_inputs(inputs), context)
+        return {
+            "labels": inputs["labels"].flatten()[rows],
+            "rows": rows,
+            "logits": [z[rows] for z in logits],
+            "features": None if features is None else torch.stack([u[rows] for u in features]),
+        }
+
+    def tap(self):
+        """See `ClassifierHead.tap`."""
+        return self.head.tap() if self.head else nullcontext([])
+
+    def loss(self, criterion: EEKDLoss, output, found: list[Tensor], said: dict, items: Tensor) -> tuple[Tensor, dict]:
+        """The sum over the rows that count, divided by `items`; and what was measured, without gradient."""
+        logits, rows = logits_of(output), said["rows"]
+        logits, features = self.head.split(logits, found) if self.head else (logits.flatten(0, -2), None)
+        features = None if features is None else features[rows]
+        loss, measured = criterion(logits[rows], said["logits"], said["labels"], features, said["features"])
+        share = len(rows) / items  # the criterion's loss is a mean
+        names = {"distillation_loss": "loss", "attention_loss": "attention_loss", "weights": "weights"}
+        return loss * share, {name: measured[key] * share for name, key in names.items()}
+
+
+def model_inputs(inputs: dict) -> dict:
+    """A batch without its labels."""
+    return {name: value for name, value in inputs.items() if name not in LABELS}
+
+
+def first_samples(inputs: dict, count: int = 2) -> dict:
+    """The first samples of a batch."""
+    size = len(inputs["labels"])
+    return {k: v[:count] if isinstance(v, Tensor) and v.ndim and len(v) == size else v for k, v in inputs.items()}

@@ -1,0 +1,174 @@
+"""M frozen teachers of one run: whole checkpoints, or one base model with M adapters."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from eekd.hf.checkpoints import adapter_config, checkpoint_folders
+from eekd.hf.heads import ClassifierHead, LanguageHead, accepted, only
+from eekd.io.files import first_line
+from eekd.io.state_dicts import some
+from eekd.snapshots.wrappers import logits_of
+
+
+class Teachers:
+    """M frozen models that are asked one after another.
+
+        teachers = Teachers.load("teacher-run", snapshots=5)
+
+    Attributes: `names` of the M; `models`, M of them, or one base model that carries M adapters.
+
+    Raises ValueError, FileNotFoundError, one sentence each: missing files or weights, adapters of several bases, prompt
+    learning, models spread over several devices.
+    """
+
+    def __init__(self, models: Sequence[nn.Module], names: Sequence[str], adapters: Sequence[str] = ()):
+        self.models, self.names, self.adapters = list(models), list(names), list(adapters)
+        for model, name in zip(self.models, self.names, strict=bool(not adapters)):
+            devices = {str(d) for d in (getattr(model, "hf_device_map", None) or {}).values()}
+            if len(devices) > 1:
+                raise ValueError(f"{name} must be on one device, got its layers on {some(sorted(devices))}")
+            model.eval().requires_grad_(False)
+            if hasattr(model, "config"):
+                model.config.use_cache = False
+
+    @classmethod
+    def load(
+        cls,
+        paths: str | Path | Sequence[str | Path],
+        snapshots: int | None = None,
+        base: nn.Module | str | None = None,
+        last: bool = False,
+    ) -> "Teachers":
+        """The checkpoints of a run, by transformers' own functions, in the dtype that they were saved in.
+
+        `base` is the model that adapters belong to, or its name (None: the one that the adapters name); it is not
+        copied. With `last` only the finished model is read.
+        """
+        folders = checkpoint_folders(paths, snapshots)
+        folders = folders[-1:] if last else folders
+        kinds = {adapter_config(folder) is not None for folder in folders}
+        if kinds == {True}:
+            return _adapters(cls, folders, base)
+        if kinds != {False}:
+            raise ValueError("teacher_checkpoints must be whole models or adapters, got both")
+        return cls([_whole(folder) for folder in folders], [str(folder) for folder in folders])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def to(self, device) -> "Teachers":
+        """Moves all of them."""
+        for model in self.models:
+            model.to(device)
+        return self
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        """The teachers, each ready to be called until the next one is asked for."""
+        if not self.adapters:
+            yield from self.models
+        for adapter in self.adapters:
+            self.models[0].set_adapter(adapter, inference_mode=True)
+            yield self.models[0]
+
+    def share_equal_heads(self, heads: list[LanguageHead]) -> None:
+        """Lets all teachers use one head where theirs are equal: a head that was frozen is then kept once."""
+        first = heads[0]
+        for head in heads[1:]:
+            same = head.weight.shape == first.weight.shape and torch.equal(head.weight, first.weight)
+            if head.weight is first.weight or not same or (head.bias is None) != (first.bias is None):
+                continue
+            if first.bias is None or torch.equal(head.bias, first.bias):
+                head.module.weight = first.module.weight
+                if first.bias is not None:
+                    head.module.bias = first.module.bias
+
+
+def _whole(folder: Path) -> nn.Module:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    name = (config.architectures or [None])[0]
+    kind = getattr(transformers, name or "", None)
+    if kind is None:
+        raise ValueError(f"{folder} must be of a class of transformers, got {name}: load the models and give teachers=")
+    return read_model(kind, folder, config=config)
+
+
+def read_model(kind: type, folder: str | Path, **options) -> nn.Module:
+    """`kind.from_pretrained`, but weights that a checkpoint lacks are an error: they would be made at random."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, report = kind.from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} cannot be read as {kind.__name__}: {first_line(error)}") from error
+    for trouble in ("missing_keys", "mismatched_keys"):
+        if names := sorted(map(str, report.get(trouble, ()))):
+            raise ValueError(f"{folder} must hold all weights of {kind.__name__}, got none that fit for {some(names)}")
+    return model
+
+
+def _adapters(cls, folders: list[Path], base: nn.Module | str | None) -> "Teachers":
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ImportError(f"{folders[0]} holds an adapter, which needs peft: pip install peft") from error
+    configs = [adapter_config(folder) for folder in folders]
+    bases = {config.get("base_model_name_or_path") for config in configs}
+    if len(bases) > 1:
+        raise ValueError(f"adapters must be of one base model, got {some(map(str, sorted(bases, key=str)))}")
+    for folder, config in zip(folders, configs, strict=True):
+        if "num_virtual_tokens" in config or config.get("peft_type") in ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"):
+            raise ValueError(f"{folder} must not be of prompt learning, got {config.get('peft_type')}")
+    named = bases.pop()
+    if isinstance(base, nn.Module):
+        own = getattr(base, "name_or_path", "")
+        if named and own and Path(str(own)).name != Path(named).name:
+            raise ValueError(f"teacher_base must be {named}, which the adapters belong to, got {own}")
+    else:
+        base = base or named
+        if not base:
+            raise ValueError(f"teacher_base must be given, for {folders[0]} does not name its base model")
+        config = transformers.AutoConfig.from_pretrained(base)
+        base = read_model(getattr(transformers, config.architectures[0]), base, config=config)
+    adapters, model = [f"snapshot{m}" for m in range(len(folders))], None
+    for folder, adapter in zip(folders, adapters, strict=True):
+        try:
+            if model is None:
+                model = PeftModel.from_pretrained(base, folder, adapter_name=adapter)
+            else:
+                model.load_adapter(folder, adapter_name=adapter)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{folder} must be an adapter of {named}, which it does not fit: {first_line(error)}"
+            ) from error
+    return cls([model], [str(folder) for folder in folders], adapters)
+
+
+@torch.no_grad()
+def hidden_states(teachers: Teachers, heads: list[LanguageHead], inputs: dict, select, context) -> list[Tensor]:
+    """The last hidden states (N, H_m) of each teacher, at the rows that `select` takes of (B, T, H_m)."""
+    states = []
+    for m, model in enumerate(teachers):
+        with heads[m].tap() as found, context():
+            model(**accepted(model, inputs))
+        states.append(select(only(found, teachers.names[m])))
+    return states
+
+
+@torch.no_grad()
+def logits_and_features(
+    teachers: Teachers, heads: list[ClassifierHead] | None, inputs: dict, context
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Each teacher's logits (N, C) and, where there are heads, features (N, D)."""
+    said = []
+    for m, model in enumerate(teachers):
+        with heads[m].tap() if heads else contextlib.nullcontext([]) as found, context():
+            logits = logits_of(model(**accepted(model, inputs)))
+        said.append(heads[m].split(logits, found) if heads else (logits.flatten(0, -2), None))
+    logits, features = map(list, zip(*said, strict=True))
+    return logits, features if heads else None

@@ -1,0 +1,273 @@
+"""A Trainer whose student learns from the checkpoints of another run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+from transformers.models.auto import modeling_auto
+
+from eekd import parallel
+from eekd.hf import checks
+from eekd.hf.config import EEKDArguments
+from eekd.hf.heads import accepted, named_inputs, replaced
+from eekd.hf.tasks import IGNORED, Classification, LanguageModelling, first_samples, model_inputs
+from eekd.hf.teachers import Teachers, read_model
+from eekd.io.tensors import load_state, load_tensors, save_tensors
+from eekd.method.losses import EEKDLoss
+
+ATTENTION = "eekd_attention.safetensors"  # beside the model, in every checkpoint
+TASKS = [
+    ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", LanguageModelling, {"shift": True}),
+    ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", LanguageModelling, {"shift": False}),
+    ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", Classification, {}),
+    ("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", Classification, {}),
+    ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", Classification, {}),
+]
+
+
+class EEKDMixin:
+    """Makes a Trainer whose student learns from M checkpoints; it stands before the Trainer among the bases.
+
+        class EEKDTrainer(EEKDMixin, Trainer): ...
+        class EEKDSFTTrainer(EEKDMixin, SFTTrainer): ...  # whose args are of a class (EEKDArguments, SFTConfig)
+
+    In training the loss is that of `eekd.EEKDLoss`, of a language model by `eekd.linear_ensemble_kd`: summed over the
+    tokens or samples whose label is not -100, divided by their number in the whole update, whatever the accumulation
+    steps and, with `average_tokens_across_devices`, the processes. Evaluation is the Trainer's own: its loss is the
+    student's cross-entropy, and teachers do not run.
+
+    Args, beside the Trainer's:
+        teacher_checkpoints: a run's folder, a checkpoint, or a list of them; None: what the settings say.
+        teachers: models in memory, in their place.
+        teacher_base: the base model of adapters, or its name; None: the one that they name.
+
+    Attributes: `teachers`; `criterion`, an EEKDLoss. With weighting "attention" its parameters are trained with the
+    student's, without weight decay and not counted in `max_grad_norm`, and saved in every checkpoint.
+
+    Raises ValueError, FileNotFoundError, TypeError, one sentence each, for what does not fit. On the first batch every
+    head is compared with its model's own logits.
+    """
+
+    def __init__(
+        self,
+        *args,
+        teacher_checkpoints: str | Path | Sequence[str | Path] | None = None,
+        teachers: Sequence[nn.Module] | None = None,
+        teacher_base: nn.Module | str | None = None,
+        **named,
+    ):
+        super().__init__(*args, **named)
+        if not isinstance(self.args, EEKDArguments):
+            raise TypeError(f"args must be an EEKDConfig or have EEKDArguments, got {type(self.args).__name__}")
+        checks.check_trainer(self)
+        paths = self.args.teacher_checkpoints if teacher_checkpoints is None else teacher_checkpoints
+        if (paths is None) == (teachers is None):
+            got = "none" if teachers is None else "both"
+            raise ValueError(f"teacher_checkpoints or teachers must be given, got {got}")
+        last = self.args.weighting == "last"
+        if teachers is None:
+            self.teachers = Teachers.load(paths, self.args.snapshots, teacher_base, last)
+        else:
+            models = list(teachers)[-1:] if last else list(teachers)
+            self.teachers = Teachers(models, [f"teacher {m + 1}" for m in range(len(models))])
+        self.teachers.to(self.args.device)
+        self._join(self.model)
+
+    def _join(self, student: nn.Module) -> None:
+        """Sets up what depends on the student."""
+        args = self.args
+        kind = type(student.get_base_model() if hasattr(student, "get_base_model") else student).__name__
+        found = [(task, options) for names, task, options in TASKS if kind in _classes(getattr(modeling_auto, names))]
+        if not found:
+            raise ValueError(
+                "the student must be a causal or masked language model or a classifier of sequences, tokens or images, "
+                f"got a {kind}"
+            )
+        task, options = found[0]
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        self.task = task(student, self.teachers, args, tokenizer, **options)
+        temperature = self.task.temperature if args.temperature is None else args.temperature
+        with torch.random.fork_rng(devices=[]):  # a student's own randomness is that of a run without attention
+            torch.manual_seed(args.seed)
+            self.criterion = EEKDLoss(
+                args.weighting,
+                student_dim=self.task.student_dim,
+                snapshot_dim=self.task.snapshot_dim,
+                embed_dim=args.embed_dim,
+                temperature=temperature,
+                alpha=args.alpha,
+                fusion=args.fusion,
+                attention_objective=args.attention_objective,
+            ).to(args.device)
+        self._verified = False
+        self._updated = True  # whether the next batch begins an update
+        self._measured: dict[str, Tensor] = {}
+        self._updates = 0
+
+    def call_model_init(self, trial=None):
+        model = super().call_model_init(trial)
+        if hasattr(self, "teachers"):
+            self._join(model)
+        return model
+
+    # Loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, *args):
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, *args)
+        return batches, self._items(batches) if batches else None
+
+    def _items(self, batches: list[dict]) -> Tensor:
+        """How many labels count in one update: float32, at least 1."""
+        for batch in batches:
+            if not isinstance(batch.get("labels"), Tensor):
+                raise ValueError(f"a batch must have labels, got {', '.join(batch)}")
+        count = sum((self.task.targets(batch) != IGNORED).sum() for batch in batches).to(self.args.device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return count.clamp(min=1).float()
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self._updated:
+            self.criterion.zero_grad()  # the Trainer does the model's
+        before, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, True  # so it divides nothing again
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self.model_accepts_loss_kwargs = before
+        self._updated = self.accelerator.sync_gradients
+        if self._updated:
+            self._updates += 1
+            self._average_attention()
+        return loss
+
+    def _average_attention(self) -> None:
+        """The mean over processes of the attention's gradients, as DistributedDataParallel takes of the student's."""
+        for parameter in self.criterion.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        parallel.all_reduce_mean_(parameter.grad for parameter in self.criterion.parameters())
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **named):
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **named)
+        items = self._items([inputs]) if num_items_in_batch is None else num_items_in_batch
+        if not self._verified:
+            self._verify(inputs)
+        student = self.model
+        said, forward = self.task.teach(inputs, self.accelerator.autocast), student.forward
+
+        def joined(*args, **named):
+            # The loss is made inside the student's forward, where DistributedDataParallel sees that the head is used.
+            with self.task.tap() as found:
+                output = forward(*args, **named)
+            loss, measured = self.task.loss(self.criterion, output, found, said, items)
+            return {"loss": loss, **measured}
+
+        with replaced(student, joined):
+            outputs = model(**accepted(student, model_inputs(inputs)))
+        if self.args.average_tokens_across_devices:
+            outputs = {name: value * self.accelerator.num_processes for name, value in outputs.items()}
+        loss = outputs.pop("loss")
+        for name, value in outputs.items():
+            self._measured[name] = self._measured.get(name, 0) + value
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _verify(self, inputs: dict) -> None:
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        half = self.accelerator.mixed_precision != "no"
+        try:
+            self.task.verify(first_samples(inputs), self.accelerator.autocast, half)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        self._verified = True
+
+    def prediction_step(self, model, inputs, *args, **named):
+        return super().prediction_step(model, accepted(self.model, inputs), *args, **named)
+
+    def _set_signature_columns_if_needed(self):
+        new = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        if new and hasattr(self, "teachers"):  # what only the teachers take is kept for them
+            others = ["labels", "shift_labels", *named_inputs(self.teachers.models[0])]
+            self._signature_columns += [name for name in others if name not in self._signature_columns]
+
+    def log(self, logs, *args, **named):
+        if self._measured and "loss" in logs and "learning_rate" in logs:
+            values = torch.cat([value.float().reshape(-1) for value in self._measured.values()]) / max(1, self._updates)
+            loss, attention_loss, *weights = self.accelerator.reduce(values, "mean").tolist()
+            logs = {**logs, "distillation_loss": loss}
+            if self.criterion.attention is not None:
+                logs["attention_loss"] = attention_loss
+            logs |= {f"weight_{m}": weight for m, weight in enumerate(weights, 1) if len(weights) > 1}
+            self._measured, self._updates = {}, 0
+        return super().log(logs, *args, **named)
+
+    # The attention's parameters: optimised with the student's, kept beside them
+
+    def create_optimizer(self, *args, **named):
+        if self.optimizer is not None and self.lr_scheduler is not None and self._apart():
+            raise ValueError(
+                "optimizers must be (None, None) for weighting 'attention', whose parameters join them, got one of "
+                "your own: give optimizer_cls_and_kwargs"
+            )
+        super().create_optimizer(*args, **named)
+        if apart := self._apart():
+            self.optimizer.add_param_group({"params": apart, "weight_decay": 0.0})
+        return self.optimizer
+
+    def _apart(self) -> list[nn.Parameter]:
+        """The attention's parameters that the optimizer does not have."""
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        known = {id(parameter) for group in groups for parameter in group["params"]}
+        return [parameter for parameter in self.criterion.parameters() if id(parameter) not in known]
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save and self.criterion.attention is not None:
+            save_tensors(Path(output_dir or self.args.output_dir) / ATTENTION, self.criterion.state_dict())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        self._load(resume_from_checkpoint, lambda: super(EEKDMixin, self)._load_from_checkpoint(resume_from_checkpoint))
+
+    def _load_best_model(self):
+        self._load(self.state.best_model_checkpoint, super()._load_best_model)
+
+    def _load(self, checkpoint: str, by_trainer) -> None:
+        if isinstance(self.model, PreTrainedModel):
+            # Of weights that are saved under other names than the model has the Trainer only warns, and goes on with
+            # those that are there: transformers 5 does so with a ViT of its own.
+            state = read_model(type(self.model), Path(checkpoint)).state_dict()
+            self.model.load_state_dict(state)
+        else:
+            by_trainer()
+        self._load_attention(checkpoint)
+
+    def _load_attention(self, checkpoint: str) -> None:
+        path, attends = Path(checkpoint) / ATTENTION, self.criterion.attention is not None
+        if path.is_file() != attends:
+            got = "none" if attends else "one"
+            raise ValueError(
+                f"weighting must be that of {checkpoint}: {self.args.weighting!r} has {got} of {ATTENTION}"
+            )
+        if attends:
+            load_state(self.criterion, load_tensors(path), path)
+
+
+def _classes(mapping: dict) -> set[str]:
+    """The names of a mapping's classes: some models have more than one."""
+    return {name for value in mapping.values() for name in ((value,) if isinstance(value, str) else value)}
+
+
+class EEKDTrainer(EEKDMixin, Trainer):
+    """A Hugging Face Trainer whose student learns from the checkpoints of another run; arguments as of `EEKDMixin`.
+
+    trainer = EEKDTrainer(
+        model=student, args=EEKDConfig("student-run", weighting="attention"), teacher_checkpoints="teacher-run",
+        train_dataset=tokens, data_collator=collator, processing_class=tokenizer,
+    )
+    trainer.train()
+    """
