@@ -22,7 +22,8 @@ manifest.json:
     projection                       null, or of the features, which then are u R: width (their own), seed
     teacher                          spec (of eekd.models.build), sha256 of the M snapshot files
     images                           what the snapshots saw: data, image_size, train_limit, val_fraction,
-                                     split_seed, fingerprint; augment, seed; augmented_sha256 of 16 images of view 0
+                                     split_seed, fingerprint; augment and, where they are used, auto_augment,
+                                     erasing, mixup, cutmix; seed; augmented_sha256 of 16 images of view 0
     shards                           SHA-256 of every shard by the name of its file
 """
 
@@ -51,4 +52,9 @@ class Flags:
     out: str | None = None  # the bank's folder (None: RUN/bank)
     dtype: Literal["float16", "bfloat16"] = "float16"  # bfloat16: for logits beyond 65504
     top_k: int = 0  # of each image store the K likeliest classes and a summary of the others (0: all classes)
+    # What the views show beside --augment, as the run's students would see it, or else:
+    auto_augment: Literal["none", "trivial", "rand"] | None = None
+    erasing: float | None = None
+    mixup: float | None = None
+    cutmix: float | None = None
     features: str = "128"  # for weighting attention: none, all, or a width to project wider features to

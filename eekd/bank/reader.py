@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from eekd.data.loader import SHOWN
 from eekd.io.files import printable, read_checked, read_json, sha256_of
 from eekd.method.topk import TopKLogits
 
@@ -124,12 +125,13 @@ class LogitBank:
         name the one that differs.
         """
         made, now = self.manifest["images"], images_of(data, loader, **split)
-        names = ["augment", "seed", "augmented_sha256"]
+        names = ["augment", *SHOWN, "seed", "augmented_sha256"]
         if made["fingerprint"] != now["fingerprint"]:
             names = [name for name in now if name not in names]
         for name in names:
-            if made.get(name) != now[name]:
-                raise ValueError(f"{self.path} was made with {name} {made.get(name)!r}, got {now[name]!r}")
+            was, got = made.get(name), now.get(name)
+            if was != got:
+                raise ValueError(f"{self.path} was made with {name} {was!r}, got {got!r}")
         for m, (was, got) in enumerate(zip(self.manifest["teacher"]["sha256"], snapshots or (), strict=False), 1):
             if was != got:
                 raise ValueError(f"{self.path} was made with a snapshot {m} of SHA-256 {was}, got {got}")
@@ -222,7 +224,7 @@ def images_of(data, loader, **split) -> dict:
     augmented = next(loader.replay([(0, index)])).images.cpu().contiguous()
     return {
         "data": data.name, "image_size": data.image_size, **split, "fingerprint": data.fingerprint,
-        "augment": loader.augment, "seed": loader.view_seed,
+        "augment": loader.augment, **loader.shown, "seed": loader.view_seed,
         "augmented_sha256": hashlib.sha256(augmented.numpy()).hexdigest(),
     }  # fmt: skip
 

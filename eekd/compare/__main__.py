@@ -141,7 +141,7 @@ def run(flags: Flags, typed: list[str]) -> Path:
         method_of(method(name).weighting)  # which a mistake in a user's file ends here
     console, session = Console(quiet=rank > 0, markup=False), prepare(wanted)
     settings = session.config
-    augmented = session.loader("train", settings.student, train=True).augment != "none"
+    augmented = session.loader("train", settings.student, train=True).varies
     views = flags.views or (8 if augmented else 1)
     keep_settings(out, settings, views, session.data.fingerprint)
     with console.status("") as status:

@@ -12,10 +12,13 @@ AUGMENTATIONS = ("none", "crop", "crop-flip", "imagenet")
 
 # Streams: which of a sample's random numbers is meant.
 ORDER, SPLIT, TOP, LEFT, FLIP, AREA, RATIO = range(7)
+ERASE, ERASE_TOP, ERASE_LEFT, ERASE_AREA, ERASE_RATIO = range(7, 12)
+OPERATION, LEVEL, SIGN = range(12, 15)  # of eekd.data.policies
+PAIR, SHARE, CUT, CUT_TOP, CUT_LEFT = range(15, 20)  # of eekd.data.mixing
 
 _GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as int64
 _TRIES = 10
-_RATIOS = [(4 / 3) ** (k / 512 - 1) for k in range(1025)]  # 3/4 to 4/3, evenly in the logarithm
+_CROP_RATIOS, _ERASE_RATIOS = ([x ** (k / 512 - 1) for k in range(1025)] for x in (4 / 3, 10 / 3))  # 1/x to x
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -44,14 +47,25 @@ def augment(images: Tensor, index: Tensor, *, kind: str, seed: int, view: int) -
     crop: a random S × S window of the image in a black frame round(S / 8) wide. flip: mirrored left to right
     with probability 1/2. imagenet: a random resized crop, then flip. Shape, dtype and device stay.
     """
+    images = crop(images, index, kind=kind, seed=seed, view=view)
+    return random_flip(images, index, seed=seed, view=view) if flips(kind) else images
+
+
+def flips(kind: str) -> bool:
+    """Whether `augment` of this kind mirrors images."""
+    return kind in ("crop-flip", "imagenet")
+
+
+def crop(images: Tensor, index: Tensor, *, kind: str, seed: int, view: int) -> Tensor:
+    """What `augment` does before it mirrors."""
     size = images.shape[3]
     if kind in ("crop", "crop-flip"):
         pad = max(1, round(size / 8))
         top, left = (random_below(2 * pad + 1, seed, view, stream, index) for stream in (TOP, LEFT))
-        images = pad_crop(images, top, left, pad)
-    elif kind == "imagenet":
-        images = resized_crop(images, resized_crop_boxes(index, size, size, seed=seed, view=view))
-    return images if kind in ("none", "crop") else random_flip(images, index, seed=seed, view=view)
+        return pad_crop(images, top, left, pad)
+    if kind == "imagenet":
+        return resized_crop(images, resized_crop_boxes(index, size, size, seed=seed, view=view))
+    return images
 
 
 def random_flip(images: Tensor, index: Tensor, *, seed: int, view: int) -> Tensor:
@@ -73,18 +87,45 @@ def resized_crop_boxes(index: Tensor, height: int, width: int, *, seed: int, vie
     Area 8 to 100 % of the image, aspect ratio 3/4 to 4/3 evenly in the logarithm: the first of ten draws that
     fits, else the last one cut to the image. Source: Szegedy et al., "Going deeper with convolutions", 6.
     """
+    streams = AREA, RATIO, TOP, LEFT
+    return _boxes(index, height, width, (0.08, 1.0), _CROP_RATIOS, streams, seed=seed, view=view)
+
+
+def _boxes(index, height, width, shares, ratios, streams, *, seed, view) -> Tensor:
+    area, ratio, top, left = streams
     tries = index[:, None] * _TRIES + torch.arange(_TRIES, device=index.device)
-    share = 0.08 + 0.92 * random_below(1 << 24, seed, view, AREA, tries).double() / (1 << 24)
-    ratio = torch.tensor(_RATIOS, dtype=torch.float64, device=index.device)
-    ratio = ratio[random_below(len(_RATIOS), seed, view, RATIO, tries)]
+    least, most = shares
+    share = least + (most - least) * random_below(1 << 24, seed, view, area, tries).double() / (1 << 24)
+    ratios = torch.tensor(ratios, dtype=torch.float64, device=index.device)
+    ratio = ratios[random_below(len(ratios), seed, view, ratio, tries)]
     area = share * (height * width)
     h, w = (area / ratio).sqrt().round().long(), (area * ratio).sqrt().round().long()
     misfits = ((h > height) | (w > width)).long().cumprod(1).sum(1, keepdim=True)
     chosen = misfits.clamp(max=_TRIES - 1)
     h, w = h.gather(1, chosen)[:, 0].clamp(1, height), w.gather(1, chosen)[:, 0].clamp(1, width)
-    top = random_below(height - h + 1, seed, view, TOP, index)
-    left = random_below(width - w + 1, seed, view, LEFT, index)
+    top = random_below(height - h + 1, seed, view, top, index)
+    left = random_below(width - w + 1, seed, view, left, index)
     return torch.stack([top, left, h, w], 1)
+
+
+def random_erase(images: Tensor, index: Tensor, fill: Tensor, probability: float, *, seed: int, view: int) -> Tensor:
+    """Images (B, C, S, S) uint8, of each of which with that probability one rectangle has the colour `fill` (C,).
+
+    Area 2 to 33 % of the image, aspect ratio 3/10 to 10/3 evenly in the logarithm.
+    Source: Zhong et al., "Random Erasing Data Augmentation" (2020).
+    """
+    size, streams = images.shape[3], (ERASE_AREA, ERASE_RATIO, ERASE_TOP, ERASE_LEFT)
+    boxes = _boxes(index, size, size, (0.02, 0.33), _ERASE_RATIOS, streams, seed=seed, view=view)
+    erased = random_below(1 << 24, seed, view, ERASE, index) < round(probability * (1 << 24))
+    return torch.where(inside(boxes, size) & erased[:, None, None, None], fill[:, None, None], images)
+
+
+def inside(boxes: Tensor, size: int) -> Tensor:
+    """(B, 1, S, S) bool: which pixels of images of that size lie in boxes (B, 4) of (top, left, height, width)."""
+    place = torch.arange(size, device=boxes.device)
+    top, left, height, width = boxes[:, :, None].unbind(1)
+    rows, columns = ((place >= start) & (place < start + extent) for start, extent in ((top, height), (left, width)))
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
 def resized_crop(images: Tensor, boxes: Tensor) -> Tensor:

@@ -1,20 +1,39 @@
 """Batches of normalised images on the device; order and augmentation depend on (seed, epoch, sample) only."""
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .augment import AUGMENTATIONS, ORDER, augment, random_bits, random_flip, resized_crop_boxes
+from .augment import (
+    AUGMENTATIONS,
+    ORDER,
+    augment,
+    crop,
+    flips,
+    random_bits,
+    random_erase,
+    random_flip,
+    resized_crop_boxes,
+)
 from .dataset import Split
 from .encoded import Encoded
+from .mixing import mix, pairs, partners, shuffled, soft_labels
 from .opened import check_int
+from .policies import POLICIES, apply_policy, pillow
+
+
+SHOWN = ("auto_augment", "erasing", "mixup", "cutmix")  # arguments that decide what a view shows, beside augment
 
 
 class Batch(NamedTuple):
-    """Images (B, C, S, S) float32, normalised; labels (B,) int64; index (B,) int64, places in the split."""
+    """Images (B, C, S, S) float32, normalised; labels; index (B,) int64, places in the split.
+
+    Labels are (B,) int64, and (B, C) float32 where they are mixed or smoothed.
+    """
 
     images: Tensor
     labels: Tensor
@@ -29,12 +48,18 @@ class Loader:
     not given: a logit bank names both. A split in memory moves to the device whole; an encoded one is decoded
     by `workers` processes (0: by this one).
 
+    In training images are cropped (`augment`), changed by `auto_augment` ("trivial" or "rand", by the workers),
+    mirrored, erased in part with probability `erasing`, and mixed by `mixup` and `cutmix`, the parameters of their
+    Beta distributions: see eekd.data.policies and eekd.data.mixing. Mixed labels, and those smoothed by
+    `label_smoothing`, are (B, C) of `classes`.
+
     Rank r of `world_size` takes every world_size-th sample from the r-th on, so that the k-th batches of all
     ranks together are the k-th batch of one loader world_size times as large, `rows(k)` samples. Every rank has
     equally many batches: of a last one that is too small for all, training leaves the samples out, and else some
-    ranks get a batch of none.
+    ranks get a batch of none. Samples that are mixed stand together in a batch, and so are decoded once.
 
-    Raises TypeError or ValueError for impossible arguments, and for training without a single batch.
+    Raises TypeError or ValueError for impossible arguments, and for training without a single batch; ImportError for
+    auto_augment without Pillow.
     """
 
     def __init__(
@@ -52,13 +77,33 @@ class Loader:
         world_size: int = 1,
         views: int | None = None,
         view_seed: int | None = None,
+        auto_augment: str = "none",
+        erasing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        label_smoothing: float = 0.0,
+        classes: int | None = None,
     ):
         if not isinstance(split, Split):
             raise TypeError(f"split is a {type(split).__name__}, wanted a Split such as load(...).train")
-        if augment not in AUGMENTATIONS:
-            raise ValueError(f"augment is {augment!r}, wanted one of {', '.join(AUGMENTATIONS)}")
+        kinds = ("augment", augment, AUGMENTATIONS), ("auto_augment", auto_augment, POLICIES)
+        for name, value, known in kinds:
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}, wanted one of {', '.join(known)}")
+        if not 0 <= erasing <= 1 or not 0 <= label_smoothing < 1 or not min(mixup, cutmix) >= 0:
+            raise ValueError(
+                "erasing must be from 0 to 1, label_smoothing from 0 to below 1, mixup and cutmix at least 0, got "
+                f"{erasing}, {label_smoothing}, {mixup} and {cutmix}"
+            )
+        if (mixup or cutmix or label_smoothing) and classes is None:
+            raise ValueError("classes must be given, the number of them, to mix or smooth labels")
         self.split, self.train, self.drop_last = split, train, drop_last
         self.augment = augment if train else "none"
+        shown = zip(SHOWN, (auto_augment, erasing, mixup, cutmix), strict=True)
+        self.shown = {name: value for name, value in shown if train and value not in (0, "none")}
+        self.smoothing, self.classes = label_smoothing if train else 0.0, classes
+        self.mixes = not self.shown.keys().isdisjoint(("mixup", "cutmix"))
+        self.varies = self.augment != "none" or bool(self.shown)
         self.seed = check_int("seed", seed)
         self.views = None if views is None else check_int("views", views, 1)
         self.view_seed = seed if view_seed is None else check_int("view_seed", view_seed)
@@ -71,16 +116,22 @@ class Loader:
         if train and not len(self):
             raise ValueError(f"{len(split)} samples make no batch of {batch_size} on {world_size} ranks")
         self.device = torch.device(device)
+        self._pairs = lru_cache(2)(self._pairs_of)  # of a view: a permutation, and everyone's partner
         self.set_epoch(0)
 
         mean, std = 255 * torch.tensor([split.mean, split.std], dtype=torch.float64)[:, None, :, None, None]
         self._mean, self._scale = mean.float().to(self.device), (1 / std).float().to(self.device)
+        self._fill = mean.flatten().round().to(torch.uint8).to(self.device)
         self._labels = split.labels.to(self.device)
+        policy = self.shown.get("auto_augment", "none")
         self._encoded = split.images if isinstance(split.images, Encoded) else None
-        if isinstance(split.images, Encoded):
+        self._decoder = self._images = None
+        if self._encoded is not None or policy != "none":
+            if policy != "none":
+                pillow()
             self._work = []  # of the epoch: (view, samples of a batch), each batch for one process
             self._decoder = DataLoader(
-                _Decoder(split.images, split.labels, self.view_seed, crop=self.augment == "imagenet"),
+                _Decoder(split.images, split.labels, self.view_seed, self.augment, policy),
                 batch_size=None,
                 sampler=self._work,
                 num_workers=workers,
@@ -114,63 +165,107 @@ class Loader:
 
     def indices(self, device: str | torch.device = "cpu") -> tuple[Tensor, ...]:
         """The samples of each of the epoch's batches that are not skipped, as `Batch.index` will name them."""
-        order = torch.arange(len(self.split), device=device)
-        if self.train:
-            order = random_bits(self.seed, self.epoch, ORDER, order).argsort(stable=True)
+        if self.train and self.mixes:
+            order = self._together(shuffled(self._pairs(self.view)[0], self.seed, self.epoch, ORDER)).to(device)
+        else:
+            order = torch.arange(len(self.split), device=device)
+            if self.train:
+                order = random_bits(self.seed, self.epoch, ORDER, order).argsort(stable=True)
         parts = order[self.rank :: self.world_size].split(self.batch_size)
         return (*parts, order[:0])[self.first : len(self)]  # the last one of none is beyond the end, mostly
 
     def __iter__(self) -> Iterator[Batch]:
-        indices = self.indices("cpu" if self._encoded is not None else self.device)
+        indices = self.indices("cpu" if self._decoder is not None else self.device)
         return self.replay([(self.view, index) for index in indices])
 
     def replay(self, work: Sequence[tuple[int, Tensor]]) -> Iterator[Batch]:
         """A batch for each (view, index) of `work`: the samples `index` (B,) int64 augmented as that view."""
-        seed, work = self.view_seed, list(work)
-        if self._encoded is not None:
-            self._work[:] = work
-            for (view, _), (index, images, faults) in zip(work, self._decoder, strict=True):
-                if isinstance(images, Exception):
-                    raise images
-                self._encoded.bad.note(faults)
-                index, images = (x.to(self.device, non_blocking=True) for x in (index, images))
-                if self.augment == "imagenet":  # the crop was cut where the image was decoded
-                    yield self._batch(random_flip(images, index, seed=seed, view=view), index)
-                else:
-                    yield self._batch(augment(images, index, kind=self.augment, seed=seed, view=view), index)
-        else:
-            for view, index in work:
-                index = index.to(self.device)
-                images = augment(self._images[index], index, kind=self.augment, seed=seed, view=view)
-                yield self._batch(images, index)
+        work = list(work)
+        needed = [(view, self._needed(view, index)) for view, index in work]
+        shown = self._decoded(needed) if self._decoder is not None else map(self._gathered, needed)
+        for (view, index), (images, present) in zip(work, shown, strict=True):
+            yield self._batch(images, present, index.to(self.device), view)
 
-    def _batch(self, images: Tensor, index: Tensor) -> Batch:
+    def _pairs_of(self, view: int) -> tuple[Tensor, Tensor]:
+        paired = pairs(len(self.split), seed=self.view_seed, view=view)
+        return paired, partners(paired)
+
+    def _together(self, order: Tensor) -> Tensor:
+        """An order in which neighbours come to one rank, where each takes every world_size-th; each batch is the same."""
+        whole = self.world_size * self.batch_size
+        full = len(order) // whole * whole
+        parts = order[:full].view(-1, self.world_size, self.batch_size).transpose(1, 2)
+        return torch.cat([parts.reshape(-1), order[full:]])
+
+    def _needed(self, view: int, index: Tensor) -> Tensor:
+        """The samples whose images make those of `index`: themselves and, where they are mixed, their partners."""
+        if not self.mixes:
+            return index
+        return torch.cat([index, self._pairs(view)[1].to(index.device)[index]]).unique()
+
+    def _gathered(self, work: tuple[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """Images in memory, cropped and mirrored."""
+        view, index = work
+        index = index.to(self.device)
+        return augment(self._images[index], index, kind=self.augment, seed=self.view_seed, view=view), index
+
+    def _decoded(self, work: list[tuple[int, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images that the workers made, mirrored."""
+        self._work[:] = [(view, index.cpu()) for view, index in work]
+        for (view, _), (index, images, faults) in zip(work, self._decoder, strict=True):
+            if isinstance(images, Exception):
+                raise images
+            if self._encoded is not None:
+                self._encoded.bad.note(faults)
+            index, images = (x.to(self.device, non_blocking=True) for x in (index, images))
+            yield random_flip(images, index, seed=self.view_seed, view=view) if flips(self.augment) else images, index
+
+    def _batch(self, images: Tensor, present: Tensor, index: Tensor, view: int) -> Batch:
+        """The samples `index` in view `view`, of the images of the samples `present`, which are the same or more."""
+        known, labels, others, share = dict(seed=self.view_seed, view=view), self._labels[index], None, None
+        if probability := self.shown.get("erasing"):
+            images = random_erase(images, present, self._fill, probability, **known)
+        if self.mixes:
+            partner = self._pairs(view)[1].to(index.device)[index]
+            own, other = (images[torch.searchsorted(present, x)] for x in (index, partner))
+            by = {name: self.shown.get(name, 0.0) for name in ("mixup", "cutmix")}
+            images, share = mix(own, other, index, **by, **known)
+            others = self._labels[partner]
+        if self.mixes or self.smoothing:
+            labels = soft_labels(labels, self.classes, self.smoothing, others, share)
         # Two kernels, since a fused multiply-add would round differently from one device to another.
-        return Batch(images.float().sub_(self._mean).mul_(self._scale), self._labels[index], index)
+        return Batch(images.float().sub_(self._mean).mul_(self._scale), labels, index)
 
 
 class _Decoder(Dataset):
-    """Decodes a batch of images, cut by a random resized crop if asked; an error is returned in their place.
+    """Makes a batch of images, cropped and changed by a policy; an error is returned in their place.
 
     Raised in a worker, it would come with the worker's traceback in its text.
     """
 
-    def __init__(self, images: Encoded, labels: Tensor, seed: int, crop: bool):
-        self.images, self.labels, self.seed, self.crop = images, labels, seed, crop
+    def __init__(self, images: Encoded | Tensor, labels: Tensor, seed: int, kind: str, policy: str):
+        self.images, self.labels, self.seed, self.kind, self.policy = images, labels, seed, kind, policy
 
     def __getitem__(self, work: tuple[int, Tensor]) -> tuple[Tensor, Tensor | Exception, list[str]]:
         view, index = work
-        images, faults = [], []
         try:
-            for i in index:
-
-                def choose(height, width, i=i):
-                    return resized_crop_boxes(i[None], height, width, seed=self.seed, view=view)[0].tolist()
-
-                image, said = self.images.decode_or_stand_in(int(i), self.labels, choose if self.crop else None)
-                images.append(image)
-                faults += said
-            empty = torch.empty(0, *self.images.shape[1:], dtype=torch.uint8)
-            return index, torch.stack(images) if images else empty, faults
+            images, faults = self._cropped(view, index)
+            return index, apply_policy(images, index, self.policy, seed=self.seed, view=view), faults
         except (ImportError, OSError, ValueError) as error:
-            return index, error, faults
+            return index, error, []
+
+    def _cropped(self, view: int, index: Tensor) -> tuple[Tensor, list[str]]:
+        images, faults, known = [], [], dict(seed=self.seed, view=view)
+        if isinstance(self.images, Tensor):
+            return crop(self.images[index], index, kind=self.kind, **known), faults
+        for i in index:
+
+            def choose(height, width, i=i):
+                return resized_crop_boxes(i[None], height, width, **known)[0].tolist()
+
+            box = choose if self.kind == "imagenet" else None  # which is cut where the image is decoded
+            image, said = self.images.decode_or_stand_in(int(i), self.labels, box)
+            images.append(image)
+            faults += said
+        images = torch.stack(images) if images else torch.empty(0, *self.images.shape[1:], dtype=torch.uint8)
+        return (images if self.kind == "imagenet" else crop(images, index, kind=self.kind, **known)), faults

@@ -109,6 +109,9 @@ def choices(kind: Any) -> tuple:
     return args if get_origin(kind) is Literal else tuple(c for a in args for c in choices(a))
 
 
+MOST_BETA = 100  # of mixup and cutmix, beyond which a share is one half
+
+
 @dataclass(frozen=True)
 class Phase(_Checked):
     """How one network is trained."""
@@ -126,6 +129,11 @@ class Phase(_Checked):
     warmup_epochs: float = 0.0  # step and cosine: lr rises linearly for so long
     min_lr: float = 0.0  # where cosine ends
     clip_grad: float | None = None  # largest norm of all gradients together; none: any
+    auto_augment: Literal["none", "trivial", "rand"] = "none"  # after --augment; by the workers, needs Pillow
+    erasing: float = 0.0  # probability that a rectangle of an image takes the mean colour
+    mixup: float = 0.0  # a of Beta(a, a), the share of an image in its mixture with another; 0: none
+    cutmix: float = 0.0  # the same for a box of another image; with mixup each image takes either
+    label_smoothing: float = 0.0  # probability spread over all classes
 
     def _rules(self):
         marks = self.milestones
@@ -139,6 +147,10 @@ class Phase(_Checked):
         yield "min_lr", 0 <= self.min_lr <= self.lr, f"from 0 to lr ({self.lr})"
         yield "min_lr", not self.min_lr or self.schedule == "cosine", f"0 with schedule {self.schedule}"
         yield "clip_grad", self.clip_grad is None or self.clip_grad > 0, "above 0"
+        yield "erasing", 0 <= self.erasing <= 1, "from 0 to 1"
+        yield "mixup", 0 <= self.mixup <= MOST_BETA, f"from 0 to {MOST_BETA}"
+        yield "cutmix", 0 <= self.cutmix <= MOST_BETA, f"from 0 to {MOST_BETA}"
+        yield "label_smoothing", 0 <= self.label_smoothing < 1, "from 0 to below 1"
         yield (
             "milestones",
             all(0 < m < 1 for m in marks) and list(marks) == sorted(set(marks)),

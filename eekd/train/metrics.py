@@ -22,7 +22,8 @@ from eekd.train.session import Session
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Fraction of (B, C) logits that are highest at the label."""
+    """Fraction of (B, C) logits that are highest at the label, of mixed labels (B, C) at that of the larger share."""
+    labels = labels if labels.ndim == 1 else labels.argmax(1)
     return (logits.argmax(1) == labels).double().mean()
 
 

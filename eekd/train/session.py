@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from eekd import parallel
 from eekd.bank import LogitBank
 from eekd.data import ImageData, Loader, load
+from eekd.data.loader import SHOWN
 from eekd.snapshots import SnapshotEnsemble
 from eekd.train.config import Config, Phase
 from eekd.train.random_state import seed_generators
@@ -121,6 +122,8 @@ class Session(Runtime):
             drop_last=train and 0 < rest < 2 * processes,
             rank=parallel.rank(),
             world_size=processes,
+            classes=len(self.data.classes),
+            **{name: getattr(phase, name) for name in (*SHOWN, "label_smoothing")},
             **views,
         )
 

@@ -317,6 +317,11 @@ def check_bank(session: Session, loader: Loader, teacher: str | Path | None, nee
     split = {name: getattr(config, name) for name in SPLIT}
     hashes = [entry["sha256"] for entry in read_manifest(teacher)["snapshots"]] if teacher else None
     bank.check(session.data, loader, hashes, **split)
+    if bank.top_k and loader.smoothing:
+        raise ValueError(
+            f"student.label_smoothing must be 0 with {bank.path}, which keeps {bank.top_k} classes of each image, got "
+            f"{loader.smoothing}"
+        )
     if needs_features and not bank.feature_dim:
         raise ValueError(f"student {needs_features} needs features, and {bank.path} was written with --features none")
 

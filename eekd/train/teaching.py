@@ -127,7 +127,7 @@ def _remembered(teacher: RunningTeacher, loader: Loader) -> RememberedTeacher | 
 
     Each output is computed in one fixed order before training, so that a resumed run has the same bits.
     """
-    if loader.augment != "none" or loader.world_size > 1:
+    if loader.varies or loader.world_size > 1:
         return None
     count, kept = len(loader.split), None
     for index in torch.arange(count, device=loader.device).split(loader.batch_size):

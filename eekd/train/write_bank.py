@@ -8,6 +8,7 @@ from rich.console import Console
 import eekd
 from eekd.bank import Flags, writer
 from eekd.bank.reader import DENSE, TOP_K, images_of, row_bytes
+from eekd.data.loader import SHOWN
 from eekd.method.topk import ATOMS
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.train.run import check_data
@@ -24,8 +25,15 @@ def write_bank(flags: Flags, console: Console, rank: int = 0, world: int = 1) ->
     session = Session(dataclasses.replace(read_settings(run), bank=None, deterministic=True))
     check_data(session, run)
     config = session.config
+    given = {name: getattr(flags, name) for name in SHOWN}
+    phase = dataclasses.replace(config.student, **{name: x for name, x in given.items() if x is not None})
+    loader = session.loader("train", phase, train=True)
+    if flags.top_k and loader.mixes:
+        raise ValueError(
+            f"top-k must be 0 where images are mixed, whose labels are two classes, got {flags.top_k} with mixup "
+            f"{phase.mixup} and cutmix {phase.cutmix}"
+        )
     ensemble = session.load_snapshots(run / "teacher", features=flags.features != "none")
-    loader = session.loader("train", config.teacher, train=True)
     settings = _settings(flags, session, ensemble, loader, read_manifest(run / "teacher")["spec"])
     writer.write(
         out,
