@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eekd.data import AUGMENTATIONS
+from eekd.data.policies import POLICIES
 from eekd.method import weightings
 from eekd.models import names
-from eekd.train.config import Config, Student, Teacher, nearest, student_names
+from eekd.train.config import Config, Phase, Student, Teacher, nearest, student_names
 from eekd.train.presets import PRESETS, preset
 
 FINITE = st.floats(1e-6, 1e6)
@@ -113,11 +114,18 @@ def test_recipes_are_those_of_the_papers():
     assert [m * crd.teacher.epochs for m in crd.teacher.milestones] == [150, 180, 210]
     assert [m * eekd.student.epochs for m in eekd.student.milestones] == pytest.approx([60, 120, 180])
     assert (eekd.student.temperature, eekd.student.alpha, eekd.student.nesterov) == (5, 0.5, True)
+    resnets, deit = preset("imagenet-r34-r18"), preset("imagenet-deit-s").student
+    for phase in (resnets.teacher, resnets.student):
+        assert (phase.epochs, phase.batch_size, phase.lr, phase.weight_decay) == (100, 256, 0.1, 1e-4)
+        assert [m * phase.epochs for m in phase.milestones] == [30, 60, 90] and not phase.nesterov
+    assert (deit.mixup, deit.cutmix, deit.label_smoothing, deit.erasing, deit.ema) == (0.8, 1.0, 0.1, 0.25, 0.99996)
+    assert (deit.lr, deit.batch_size, deit.epochs, deit.arguments()) == (1e-3, 1024, 300, {"drop_path_rate": 0.1})
 
 
 def test_choices_agree_with_the_modules_that_take_them():
     assert student_names() == ("ce", *weightings.names())
     assert get_args(get_type_hints(Config)["augment"]) == ("auto", *AUGMENTATIONS)
+    assert get_args(get_type_hints(Phase)["auto_augment"]) == POLICIES
 
 
 def test_configs_are_frozen_and_hashable():

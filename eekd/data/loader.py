@@ -25,7 +25,6 @@ from .mixing import mix, pairs, partners, shuffled, soft_labels
 from .opened import check_int
 from .policies import POLICIES, apply_policy, pillow
 
-
 SHOWN = ("auto_augment", "erasing", "mixup", "cutmix")  # arguments that decide what a view shows, beside augment
 
 
@@ -191,7 +190,7 @@ class Loader:
         return paired, partners(paired)
 
     def _together(self, order: Tensor) -> Tensor:
-        """An order in which neighbours come to one rank, where each takes every world_size-th; each batch is the same."""
+        """The order with neighbours on one rank, each taking every world_size-th sample, and the same batches."""
         whole = self.world_size * self.batch_size
         full = len(order) // whole * whole
         parts = order[:full].view(-1, self.world_size, self.batch_size).transpose(1, 2)
@@ -227,7 +226,7 @@ class Loader:
             images = random_erase(images, present, self._fill, probability, **known)
         if self.mixes:
             partner = self._pairs(view)[1].to(index.device)[index]
-            own, other = (images[torch.searchsorted(present, x)] for x in (index, partner))
+            own, other = (images[torch.searchsorted(present, x.contiguous())] for x in (index, partner))
             by = {name: self.shown.get(name, 0.0) for name in ("mixup", "cutmix")}
             images, share = mix(own, other, index, **by, **known)
             others = self._labels[partner]

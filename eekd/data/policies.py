@@ -1,8 +1,8 @@
 """TrivialAugment and RandAugment that can be replayed: what is done to an image is a function of (seed, view, sample).
 
 torchvision.transforms.v2 draws from torch's global generator, in the order in which it sees images. Here operation,
-level and sign are hashes, as in augment.py, and Pillow changes the image, as it does for torchvision: torchvision itself
-is not needed.
+level and sign are hashes, as in augment.py, and Pillow changes the image, as it does for torchvision, which is not
+needed.
 """
 
 from collections.abc import Callable

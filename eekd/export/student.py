@@ -221,6 +221,7 @@ def facts_of(folder: Path) -> dict:
             "method": record["weighting"],
             "loss": record.get("loss"),
             "snapshot_weights": record.get("weights"),
+            "ema": record.get("ema"),
             "teacher": teacher and {"model": teacher["spec"], "snapshots": teacher["snapshots"]},
             "data": begun.get("data", {}).get("name"),
             "images_sha256": record["setup"]["images"],

@@ -6,6 +6,7 @@ The named ones have the definitions, parameter counts and feature widths of the 
 
 import difflib
 import inspect
+from collections.abc import Mapping
 from functools import partial
 
 from torch import nn
@@ -40,15 +41,19 @@ def names() -> tuple[str, ...]:
     return tuple(MODELS)
 
 
-def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int = 32) -> nn.Module:
+def build(
+    name: str, *, num_classes: int, in_channels: int = 3, image_size: int = 32, args: Mapping | None = None
+) -> nn.Module:
     """A fresh classifier: images (B, in_channels, image_size, image_size) to logits (B, num_classes).
 
     `name` is one of `names()`, `timm:NAME`, or `path/to/file.py:factory`, where the factory takes the other
-    three arguments by keyword and returns an nn.Module. The four as a dict are the architecture a manifest
-    stores: `build(**spec)` makes it again. Its convolutions are guarded, see `eekd.models.convolutions.guard`.
+    three arguments by keyword and returns an nn.Module. `args` are the model's own, by name, such as timm's
+    drop_path_rate. All as a dict are the architecture a manifest stores: `build(**spec)` makes it again. Its
+    convolutions are guarded, see `eekd.models.convolutions.guard`.
 
-    Raises ValueError for an unknown name, naming the nearest, and for sizes below 1; FileNotFoundError
-    and AttributeError for a missing file or factory; TypeError for a factory of another kind.
+    Raises ValueError for an unknown name, naming the nearest, for sizes below 1, and for args that the model does not
+    take or that would load something; FileNotFoundError and AttributeError for a missing file or factory; TypeError
+    for a factory of another kind.
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a string such as 'resnet20', got {type(name).__name__}")
@@ -56,13 +61,30 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
     for key, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{key} must be a whole number of at least 1, got {value!r}")
+    args = _own_arguments(args, sizes)
     if name.startswith("timm:"):
-        return guard(_from_timm(name.removeprefix("timm:"), **sizes))
+        return guard(_from_timm(name.removeprefix("timm:"), args, **sizes))
     if is_file_name(name):
-        return guard(_from_file(name, **sizes))
+        return guard(_from_file(name, args, **sizes))
     if name not in MODELS:
         raise ValueError(f"name must be a model of eekd, got {name!r}; did you mean {_nearest(name, MODELS)!r}?")
-    return guard(MODELS[name](**sizes))
+    if unknown := sorted(args.keys() - inspect.signature(MODELS[name]).parameters.keys()):
+        raise ValueError(f"args must be arguments of {name!r}, got {', '.join(unknown)}")
+    return guard(MODELS[name](**sizes, **args))
+
+
+def _own_arguments(args, sizes: Mapping) -> dict:
+    """The args of a model, where they are numbers, truths and texts by name, and lists of them."""
+    plain = bool | int | float | str
+    known = dict(args) if isinstance(args, Mapping) else {} if args is None else None
+    if known is None or not all(
+        isinstance(name, str) and (isinstance(x, plain) or isinstance(x, list) and all(isinstance(y, plain) for y in x))
+        for name, x in known.items()
+    ):
+        raise ValueError(f"args must be numbers, truths, texts or lists of them by name, got {args!r:.200}")
+    if taken := sorted(known.keys() & sizes.keys()):
+        raise ValueError(f"args must leave {', '.join(taken)} to the data, got {args!r:.200}")
+    return known
 
 
 def _nearest(name: str, known) -> str:
@@ -70,7 +92,7 @@ def _nearest(name: str, known) -> str:
     return lowered[difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0)[0]]
 
 
-def _from_timm(name: str, *, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
+def _from_timm(name: str, args: dict, *, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
     try:
         import timm
     except ImportError as error:
@@ -81,17 +103,26 @@ def _from_timm(name: str, *, num_classes: int, in_channels: int, image_size: int
     # Only models whose weights depend on the image size, such as vision transformers, take it as an argument.
     cfg = timm.get_pretrained_cfg(name)
     size: dict = {"img_size": image_size} if cfg is not None and cfg.fixed_input_size else {}
-    return timm.create_model(name, num_classes=num_classes, in_chans=in_channels, **size)
+    # A spec comes from a file, which may not make timm read another one or fetch something.
+    loading = inspect.signature(timm.create_model).parameters.keys() | {"in_chans", "img_size"}
+    if refused := sorted(key for key in args if key in loading or key.startswith("pretrained")):
+        raise ValueError(f"args must be those of the model {name!r} itself, got {', '.join(refused)}")
+    try:
+        return timm.create_model(name, num_classes=num_classes, in_chans=in_channels, **size, **args)
+    except (AssertionError, AttributeError, KeyError, TypeError) as error:
+        if not args:
+            raise
+        raise ValueError(f"args must be arguments of timm's {name!r}, got {args!r:.200}: {error}") from error
 
 
-def _from_file(name: str, **sizes: int) -> nn.Module:
+def _from_file(name: str, args: dict, **sizes: int) -> nn.Module:
     factory = load(name, "a function that returns an nn.Module")
     try:
-        inspect.signature(factory).bind(**sizes)
+        inspect.signature(factory).bind(**sizes, **args)
     except (TypeError, ValueError) as error:
-        wanted = ", ".join(sizes)
+        wanted = ", ".join([*sizes, *args])
         raise TypeError(f"{name!r} must be callable with the keywords {wanted}: {error}") from error
-    model = factory(**sizes)
+    model = factory(**sizes, **args)
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name!r} must return an nn.Module, got {type(model).__name__}")
     return model

@@ -119,7 +119,7 @@ def _main(flags: Flags) -> int:
         return _error(error)
     if flags.dry_run:
         screen.show(console, screen.plan(session))
-        for said in session.data.decisions:
+        for said in (*session.data.decisions, *screen.kept(session.config)):
             console.print(f"- {printable(said)}", highlight=False)
         return 0
     try:
@@ -143,6 +143,8 @@ def _main(flags: Flags) -> int:
         return 0
     if "seeds" not in summary:
         screen.show(console, screen.results(summary["rows"]))
+        for said in screen.kept(session.config):
+            console.print(said, highlight=False, soft_wrap=True)
         _print_gain(run)
         console.print(f"{summary['seconds']:.0f} s in all; everything is in {printable(run)}", highlight=False)
     else:

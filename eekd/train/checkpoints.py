@@ -1,8 +1,8 @@
 """A phase in progress, kept so that it continues bit for bit, and the signals at which it is put down.
 
     PHASE/checkpoints/
-      N.safetensors    tensors: the network's and the optimiser's; of each process the states of its random generators
-                     and the sums of the epoch's means
+      N.safetensors    tensors: the network's, its average's and the optimiser's; of each process the states of its
+                     random generators and the sums of the epoch's means
       N.json           the rest (below), and the SHA-256 of N.safetensors; written last, so it marks a whole checkpoint
 
 The newest two are kept, and the newest that was waited for until it lay on the disk; when the phase has ended, none.
@@ -63,6 +63,8 @@ _NO_BITS = {
     "workers",
     "device",
     "tensorboard",
+    "wandb",
+    "mlflow",
     "save_every",
     "seeds",
     "check_replicas",

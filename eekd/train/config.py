@@ -134,6 +134,10 @@ class Phase(_Checked):
     mixup: float = 0.0  # a of Beta(a, a), the share of an image in its mixture with another; 0: none
     cutmix: float = 0.0  # the same for a box of another image; with mixup each image takes either
     label_smoothing: float = 0.0  # probability spread over all classes
+    ema: float = 0.0  # decay of an average of the weights, which then is validated and kept; 0: none
+    layer_decay: float = 1.0  # lr of each of the model's layers over that of the one behind it; of timm's models
+    grad_checkpointing: bool = False  # compute activations again in the backward, where the model can
+    model_args: tuple[str, ...] = ()  # the model's own arguments, such as drop_path_rate=0.1
 
     def _rules(self):
         marks = self.milestones
@@ -151,11 +155,28 @@ class Phase(_Checked):
         yield "mixup", 0 <= self.mixup <= MOST_BETA, f"from 0 to {MOST_BETA}"
         yield "cutmix", 0 <= self.cutmix <= MOST_BETA, f"from 0 to {MOST_BETA}"
         yield "label_smoothing", 0 <= self.label_smoothing < 1, "from 0 to below 1"
+        yield "ema", 0 <= self.ema < 1, "from 0 to below 1"
+        yield "layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1"
+        named = [word.partition("=") for word in self.model_args]
+        names = [name for name, *_ in named]
+        good = all(name.isidentifier() and equals for name, equals, _ in named) and len({*names}) == len(names)
+        yield "model_args", good, "words of the form name=value with different names"
         yield (
             "milestones",
             all(0 < m < 1 for m in marks) and list(marks) == sorted(set(marks)),
             "rising fractions of training between 0 and 1",
         )
+
+    def arguments(self) -> dict[str, Any]:
+        """`model_args` by name: a value that is JSON is what it says, true and 0.1, and any other is text."""
+
+        def read(text: str) -> Any:
+            try:
+                return json.loads(text)
+            except json.JSONDecodeError:
+                return text
+
+        return {name: read(value) for name, _, value in (word.partition("=") for word in self.model_args)}
 
 
 @dataclass(frozen=True)
@@ -249,6 +270,8 @@ class Config(_Checked):
     channels_last: Literal["auto", True, False] = "auto"  # auto: on a CPU, but with fsdp
     deterministic: bool = False  # same bits on every run of the same machine; slower on a GPU
     tensorboard: bool = False  # write events for TensorBoard too
+    wandb: bool = False  # log to Weights & Biases too
+    mlflow: bool = False  # log to MLflow too
     save_every: float = 300.0  # seconds between checkpoints within an epoch; each epoch ends with one
     non_finite: Literal["stop", "skip"] = "stop"  # what to do at a step whose loss or gradients are NaN or infinite
     skip_budget: int = 10  # steps of a phase that may be skipped

@@ -28,7 +28,7 @@ def plan(session: Session) -> list[dict]:
         weights, moments = _bytes(network), 2 if phase.optimizer == "adamw" else 1
         two = torch.zeros(2, data.channels, data.image_size, data.image_size)
         activations = _kept(network, two) * session.micro_batch(phase) // 2 * session.dtype.itemsize // 4
-        training = weights * (2 + moments)
+        training = weights * (2 + moments + bool(phase.ema))
         if config.parallel == "fsdp" and processes > 1:  # a step gathers weights and gradients
             training = training // processes + 2 * weights
         weighting = "ce" if name == "teacher" else method_of(name).weighting

@@ -1,10 +1,12 @@
 """What is measured while a network trains: means, seconds, accuracy, and the files that hold them."""
 
 import csv
+import dataclasses
 import io
 import json
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from eekd.data import Loader
 from eekd.io.files import write_atomic
 from eekd.snapshots.wrappers import logits_of
 from eekd.train.callbacks import Callback
+from eekd.train.logs import Log, Safely
 from eekd.train.run_folder import METRICS, finite
 from eekd.train.session import Session
 
@@ -121,20 +124,29 @@ class PhaseTimer:
 
 
 class MetricsLogger(Callback):
-    """Writes a row per epoch to metrics.jsonl, metrics.csv and, when asked, TensorBoard events; the first process does.
+    """Writes a row per epoch to metrics.jsonl, metrics.csv and `logs` (eekd.train.logs); the first process does.
 
     With `resume` it goes on after the trainer's rows, whatever the files hold. FileExistsError without, where there
     are files.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool = False, resume: bool = False):
-        self.folder, self.tensorboard, self.resume = folder, tensorboard, resume
-        self.rows, self.events = [], None
+    def __init__(self, folder: Path, logs: Sequence[type[Log]] = (), resume: bool = False):
+        self.folder, self.kinds, self.resume = folder, logs, resume
+        self.rows, self.logs = [], []
 
     @contextmanager
     def running(self, trainer):
         self.open(trainer.rows)
-        yield
+        failed = True
+        try:
+            if parallel.is_main_process():
+                known = dataclasses.asdict(trainer.config), len(self.rows)
+                self.logs = [Safely(kind, self.folder, *known) for kind in self.kinds]
+            yield
+            failed = False
+        finally:
+            for log in self.logs:
+                log.close(failed)
 
     def on_epoch_end(self, trainer, row):
         self.write(row)
@@ -148,8 +160,6 @@ class MetricsLogger(Callback):
         if not parallel.is_main_process():
             return
         self._write_anew()
-        if self.tensorboard:
-            self.events = summary_writer()(self.folder, purge_step=len(self.rows) + 1)
 
     def write(self, row: dict) -> None:
         """Appends a row."""
@@ -167,11 +177,8 @@ class MetricsLogger(Callback):
                 except OSError as error:
                     error.filename = str(self.folder / name)  # a full disk does not say where
                     raise
-        if self.events:
-            for name, value in _flat(row).items():
-                if value is not None:
-                    self.events.add_scalar(name, value, row["epoch"])
-            self.events.flush()
+        for log in self.logs:
+            log.write({name: value for name, value in _flat(row).items() if value is not None})
 
     def _write_anew(self) -> None:
         for name, text in zip(METRICS, _text(self.rows, _columns(self.rows)), strict=True):
@@ -204,11 +211,3 @@ def _flat(row: dict) -> dict:
         several = value if isinstance(value, list) else None
         flat |= {f"{name}_{i}": v for i, v in enumerate(several, 1)} if several else {name: value}
     return flat
-
-
-def summary_writer() -> type:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ImportError("tensorboard is not installed; pip install 'eekd[tensorboard]'") from None
-    return SummaryWriter

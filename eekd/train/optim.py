@@ -40,18 +40,26 @@ def _half_cosine(start: float, end: float, part: float) -> float:
     return end + (start - end) / 2 * (math.cos(math.pi * part) + 1)
 
 
-def build_optimizer(phase: Phase, trained: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a phase for all parameters of `trained`; AdamW's does not decay biases and norms."""
+def build_optimizer(phase: Phase, trained: nn.Module, network: nn.Module | None = None) -> torch.optim.Optimizer:
+    """The optimizer of a phase for all parameters of `trained`, among them those of `network` (None: all are).
+
+    AdamW does not decay biases and norms, and what the network names in `no_weight_decay()`, as timm's do. With
+    phase.layer_decay d, layer l of L of the network has the rate lr d^(L - l), by the groups that timm makes.
+    """
+    network = trained if network is None else network
+    scales, named = layer_scales(phase, network), getattr(network, "no_weight_decay", set)()
+    exempt = {id(parameter) for name, parameter in network.named_parameters() if name in named}
     # fused: the one that GradScaler steps without asking the GPU for the gradients' state
     options = dict(lr=phase.lr, weight_decay=phase.weight_decay, fused=True)
     kinds = defaultdict(list)
     for parameter in trained.parameters():
-        decays = phase.optimizer != "adamw" or parameter.ndim > 1
-        kinds[parallel.is_sharded(parameter), decays].append(parameter)
+        decays = phase.optimizer != "adamw" or parameter.ndim > 1 and id(parameter) not in exempt
+        kinds[parallel.is_sharded(parameter), not decays, -scales.get(id(parameter), 1.0)].append(parameter)
     groups = [
         {"params": kind, "fused": not sharded, "foreach": sharded}  # no fused optimizer takes sharded parameters
-        | ({} if decays else {"weight_decay": 0.0})
-        for (sharded, decays), kind in sorted(kinds.items(), key=lambda entry: (entry[0][0], not entry[0][1]))
+        | ({"weight_decay": 0.0} if exempted else {})
+        | ({"lr_scale": -scale} if scale > -1 else {})
+        for (sharded, exempted, scale), kind in sorted(kinds.items(), key=lambda entry: entry[0])
     ]
     if phase.optimizer == "adamw":
         return torch.optim.AdamW(groups, **options)
@@ -59,6 +67,25 @@ def build_optimizer(phase: Phase, trained: nn.Module) -> torch.optim.Optimizer:
     for parameter in trained.parameters():  # else, where the first step is skipped, torch takes what lies in memory
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def layer_scales(phase: Phase, network: nn.Module) -> dict[int, float]:
+    """What multiplies the learning rate of each parameter of the network, by its id; ValueError where it has no layers.
+
+    Source: Bao et al., "BEiT" (2022), by timm's groups.
+    """
+    if phase.layer_decay == 1:
+        return {}
+    if not hasattr(network, "group_matcher"):
+        raise ValueError(
+            f"{phase._prefix}layer_decay must be 1 for {phase.model}, which names no layers as timm's models do, got "
+            f"{phase.layer_decay}"
+        )
+    from timm.models import group_parameters
+
+    layers = group_parameters(network, network.group_matcher(coarse=False), reverse=True)
+    last = max(layers.values())
+    return {id(x): phase.layer_decay ** (last - layers.get(name, last)) for name, x in network.named_parameters()}
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> None:

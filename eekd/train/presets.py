@@ -91,6 +91,9 @@ def cifar100_eekd(pair: str) -> Config:
 def imagenet_r34_r18() -> Config:
     """ImageNet, ResNet-34 to ResNet-18, from a folder with train/CLASS/*.JPEG and val/CLASS/*.JPEG.
 
+    The recipe of the published figures (torchvision's, which CRD, DKD and DIST took over): 73.31 % of a teacher and
+    69.75 % of a student alone. Temperature and alpha are those of the method's authors.
+
     python -m eekd.train --preset imagenet-r34-r18 --data path/to/imagenet
     """
     recipe = dict(epochs=100, batch_size=256, nesterov=False, weight_decay=1e-4)
@@ -106,6 +109,56 @@ def imagenet_r34_r18() -> Config:
     )
 
 
+def imagenet_deit_s() -> Config:
+    """ImageNet, DeiT-S by DeiT's recipe, taught by a convolutional network, as DeiT is.
+
+    Temperature and alpha are those of its soft distillation (Touvron et al., "Training data-efficient image
+    transformers & distillation through attention", 2021); without its repeated augmentation. The teacher, their
+    RegNetY-16GF, has a recipe in the manner of its authors (Radosavovic et al., "Designing Network Design Spaces",
+    2020).
+
+    torchrun --nproc-per-node 8 -m eekd.train --preset imagenet-deit-s --data path/to/imagenet
+    """
+    return Config(
+        data="imagenet",
+        image_size=224,
+        augment="imagenet",
+        val_fraction=0.01,
+        workers=8,
+        precision="bf16",
+        teacher=Teacher(
+            model="timm:regnety_160",
+            epochs=100,
+            batch_size=512,
+            lr=0.4,
+            weight_decay=5e-5,
+            schedule="cosine",
+            warmup_epochs=5,
+        ),
+        student=Student(
+            model="timm:deit_small_patch16_224",
+            model_args=("drop_path_rate=0.1",),
+            epochs=300,
+            batch_size=1024,
+            optimizer="adamw",
+            lr=1e-3,
+            weight_decay=0.05,
+            schedule="cosine",
+            warmup_epochs=5,
+            min_lr=1e-5,
+            auto_augment="rand",
+            erasing=0.25,
+            mixup=0.8,
+            cutmix=1.0,
+            label_smoothing=0.1,
+            ema=0.99996,
+            temperature=3.0,
+            alpha=0.9,
+        ),
+        students=("ce", "last", "attention"),
+    )
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     "glyphs": glyphs,
     "digits": digits,
@@ -113,6 +166,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     **{f"cifar100-crd:{pair}": partial(cifar100_crd, pair) for pair in CIFAR100_PAIRS},
     **{f"cifar100-eekd:{pair}": partial(cifar100_eekd, pair) for pair in CIFAR100_PAIRS},
     "imagenet-r34-r18": imagenet_r34_r18,
+    "imagenet-deit-s": imagenet_deit_s,
 }
 
 

@@ -14,10 +14,11 @@ from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.snapshots.features import LastFeatures
 from eekd.train.config import Config, differences, located
 from eekd.train.import_checkpoints import check_checkpoints, import_teacher, with_checkpoints
-from eekd.train.metrics import summary_writer
+from eekd.train.logs import asked_for
+from eekd.train.optim import layer_scales
 from eekd.train.run_folder import FORMAT, changes, new_folder, read_metrics, read_record, read_settings, write_settings
 from eekd.train.seeds import seeds_of, summary_of
-from eekd.train.session import Progress, Session, quiet
+from eekd.train.session import Progress, Session, checkpoint_gradients, quiet
 from eekd.train.student import check_bank, method_of, read_student, train_student
 from eekd.train.teacher import RECORD as TEACHER_RECORD
 from eekd.train.teacher import read_teacher, train_teacher
@@ -143,13 +144,15 @@ def prepare(config: Config, run: str | Path | None = None) -> Session:
                 f"got {earlier}, which holds {settings.seeds}"
             )
         config = dataclasses.replace(config, teacher=settings.teacher)
-    if config.tensorboard:
-        summary_writer()
+    asked_for(config)
     session = Session(config)
     methods = [method_of(name) for name in config.students]
     for phase in (config.teacher, config.student):
         session.micro_batch(phase)
         network = models.build(**session.spec(phase))
+        layer_scales(phase, network)
+        if phase.grad_checkpointing:
+            checkpoint_gradients(network, phase)
         if any(method.needs_features for method in methods):
             LastFeatures(network, phase.layer).remove()
         if config.sync_batchnorm:

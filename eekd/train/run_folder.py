@@ -24,6 +24,7 @@
       **/non-finite-STEP.*, loss-differs.*   what was wrong with a step or a loss (eekd.train.evidence)
       .lock                   held by the process that trains
       **/events.out.tfevents.*           TensorBoard events, only when asked for
+      **/trackers.json                   names of a phase at Weights & Biases and MLflow, only when asked for
 
 metrics.jsonl has one object per epoch; metrics.csv the same, a list spread over columns (weights_1, ...):
 
@@ -55,10 +56,10 @@ also sources: path and sha256 of the checkpoint that each snapshot was copied fr
 
 student.json: format, setup, weighting, spec (of eekd.models.build), classes (their names), preprocessing (of
 eekd.data.ImageData: from an image to the network's input), sha256, attention_sha256 (or null), loss
-(its settings), weights (at the end, or null), seed, commit, metrics (SHA-256 of its files), val and test (loss,
-accuracy), seconds_per_epoch, and teacher: null for ce, else run (relative to this folder), spec, snapshots: file,
-sha256 and step of each that taught, and bank: null, or path (relative to this folder) and sha256 of the manifest
-of the bank it was taught from.
+(its settings), weights (at the end, or null), ema (decay of the average of its weights that was kept, or null), seed,
+commit, metrics (SHA-256 of its files), val and test (loss, accuracy), seconds_per_epoch, and teacher: null for ce,
+else run (relative to this folder), spec, snapshots: file, sha256 and step of each that taught, and bank: null, or path
+(relative to this folder) and sha256 of the manifest of the bank it was taught from.
 
 A row of summary.json: kind (teacher | snapshot | ensemble | student), name (a student's is its weighting),
 model, parameters, epochs, val_accuracy, test_accuracy, gain (of a student over the ce student in test

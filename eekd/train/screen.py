@@ -94,6 +94,13 @@ def plan(session: "Session") -> Table:
     return table
 
 
+def kept(config: Config) -> list[str]:
+    """A sentence for each of teacher and students of which an average of the weights is kept."""
+    said = "What is validated, kept and exported of {} is the average of their weights (ema {:g})."
+    phases = (("snapshots", config.teacher), ("students", config.student))
+    return [said.format(who, phase.ema) for who, phase in phases if phase.ema]
+
+
 def _chosen(session: "Session") -> str:
     """Precision and memory format, "(auto)" behind what the device decided."""
     asked, config = session.asked, session.config

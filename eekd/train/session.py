@@ -57,10 +57,10 @@ class Session(Runtime):
 
     def spec(self, phase: Phase) -> dict:
         """The arguments of eekd.models.build for this data."""
-        data = self.data
+        data, args = self.data, phase.arguments()
         return dict(
             name=phase.model, num_classes=len(data.classes), in_channels=data.channels, image_size=data.image_size
-        )
+        ) | ({"args": args} if args else {})
 
     def network(self, phase: Phase, seed: int) -> nn.Module:
         """A new network on the device; its weights, and all random numbers drawn after, are a function of the seed.
@@ -69,6 +69,8 @@ class Session(Runtime):
         """
         seed_generators(seed)
         network = self.build(self.spec(phase))
+        if phase.grad_checkpointing:
+            checkpoint_gradients(network, phase)
         if not parallel.is_main_process():
             seed_generators(int(np.random.SeedSequence((seed, parallel.rank())).generate_state(1)[0]))
         return parallel.convert_sync_batchnorm(network) if self.config.sync_batchnorm else network
@@ -142,6 +144,19 @@ class Session(Runtime):
 
     def compiled(self, network: nn.Module) -> nn.Module:
         return torch.compile(network) if self.config.compile else network
+
+
+def checkpoint_gradients(network: nn.Module, phase: Phase) -> None:
+    """Lets the network compute activations again in its backward; ValueError where it cannot."""
+    setting = f"{phase._prefix}grad_checkpointing"
+    try:
+        network.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError):
+        raise ValueError(f"{setting} must be false for {phase.model}, which cannot do it, got true") from None
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+        raise ValueError(
+            f"{setting} must be false for {phase.model}, whose batch norms would count each batch twice, got true"
+        )
 
 
 def _device(name: str) -> torch.device:

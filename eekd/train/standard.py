@@ -4,6 +4,7 @@ from pathlib import Path
 
 from eekd.train.callbacks import Callback, ReplicaCheck
 from eekd.train.checkpoints import Checkpointing
+from eekd.train.logs import asked_for
 from eekd.train.loss_check import LossCheck
 from eekd.train.metrics import MetricsLogger
 from eekd.train.nonfinite import NonFiniteGuard
@@ -21,5 +22,5 @@ def standard_callbacks(
         NonFiniteGuard(folder),
         LossCheck(session, name, folder, config.verify_loss),
         *more,
-        MetricsLogger(folder, config.tensorboard, resume),
+        MetricsLogger(folder, asked_for(config), resume),
     ]

@@ -84,8 +84,11 @@ class StudentTrainer(Trainer):
             self.teacher = load_teacher(session, folder, self._which, *loaders, features=features)
         if self.teacher:
             self._capture = LastFeatures(self.model, self.phase.layer, features=self.needs_features)
-            self._capture_alone = copy.copy(self._capture)  # to validate by, neither parallel nor compiled
-            self._capture_alone.model = self.network
+            if self.average:
+                self._capture_alone = LastFeatures(self.kept, self.phase.layer, features=self.needs_features)
+            else:
+                self._capture_alone = copy.copy(self._capture)  # to validate by, neither parallel nor compiled
+                self._capture_alone.model = self.network
             if self.needs_features:
                 self.student_dim, self.teacher_dim = self._capture.dim, self.teacher.feature_dim
 
@@ -111,7 +114,7 @@ class StudentTrainer(Trainer):
             return self.session.run(self._capture, images)
 
     def infer(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits and last features of the network itself, neither parallel nor compiled."""
+        """The logits and last features of the network that is kept, neither parallel nor compiled."""
         return self.session.run(self._capture_alone, images)
 
     def compute_loss(self, batch: TaughtBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -128,7 +131,7 @@ class StudentTrainer(Trainer):
         loss = self.own_criterion
         if not isinstance(loss, EEKDLoss):
             return super().validate()
-        self.network.eval()
+        self.kept.eval()
         uniform = EEKDLoss("uniform", **{name: loss.options[name] for name in ("temperature", "alpha", "fusion")})
         means = RunningMeans()
         for (images, labels, _), taught in zip(self.val_loader, self.teacher.val, strict=True):
@@ -254,8 +257,8 @@ def train_student(
     options = dict(which=which, name=name, callbacks=callbacks, progress=progress)
     trainer = method.trainer(session, teacher, method.weighting, **options)
     rows = trainer.fit()
-    test = evaluate(session, trainer.network, session.loader("test", phase))
-    weights = parallel.gather_to_main_process(trainer.network.state_dict().items())
+    test = evaluate(session, trainer.kept, session.loader("test", phase))
+    weights = parallel.gather_to_main_process(trainer.kept.state_dict().items())
     if parallel.is_main_process():
         bank, criterion = session.bank, trainer.own_criterion
         learned, eekd = criterion.state_dict() if criterion else {}, isinstance(criterion, EEKDLoss)
@@ -270,6 +273,7 @@ def train_student(
             "attention_sha256": save_tensors(folder / ATTENTION, learned) if learned and eekd else None,
             "loss": trainer.loss_options() if eekd else None,
             "weights": rows[-1].get("weights"),
+            "ema": phase.ema or None,
             "seed": config.seed,
             "commit": commit(),
             "metrics": metrics_of(folder),

@@ -50,7 +50,7 @@ class Snapshots(Callback):
 
     def on_epoch_end(self, trainer, row):
         kept = "train_loss", "val_loss", "val_accuracy"
-        self.recorder.step(trainer.network, {name: row[name] for name in kept if name in row})
+        self.recorder.step(trainer.kept, {name: row[name] for name in kept if name in row})
 
 
 def train_teacher(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from eekd import parallel
 from eekd.io.tensors import load_state
 from eekd.snapshots.wrappers import logits_of
+from eekd.train.average import WeightAverage
 from eekd.train.callbacks import Callback
 from eekd.train.config import Phase
 from eekd.train.metrics import PhaseTimer, RunningMeans, accuracy, evaluate
@@ -46,7 +47,8 @@ class Trainer:
     A subclass overrides `compute_loss`, and `build_criterion` where the loss has parameters of its own.
 
     What a subclass and a callback may read: `session`, `config`, `phase`, `device`; `network`, and `model`, which is
-    the network as it trains (parallel, compiled); `criterion`; `optimizer`; `loader` and `val_loader`; `epoch` and
+    the network as it trains (parallel, compiled); `kept`, the network that is validated and kept, which is `network`
+    or, with phase.ema, the average of its weights; `criterion`; `optimizer`; `loader` and `val_loader`; `epoch` and
     `step`, the epochs and steps that are complete; `steps_per_epoch`, `total_steps`, `lr`; `rows`, one for every
     complete epoch; `means` of the epoch in progress.
     """
@@ -68,6 +70,12 @@ class Trainer:
         self.steps_per_epoch = math.ceil(len(self.loader) / self.config.accumulate)
         self.total_steps = phase.epochs * self.steps_per_epoch
 
+        self.average = WeightAverage(network, phase.ema) if phase.ema else None
+        if self.average:
+            self.callbacks.append(self.average)
+            if self.config.parallel == "fsdp":
+                session.parallelize(self.average.network.requires_grad_(True)).requires_grad_(False)
+        self.kept = self.average.network if self.average else network
         self.replica = session.parallelize(network)
         self.model = session.compiled(self.replica)
         self.setup()
@@ -91,7 +99,7 @@ class Trainer:
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer of `trained`, the network and the criterion. A group's "lr_scale" multiplies its rate."""
-        return build_optimizer(self.phase, self.trained)
+        return build_optimizer(self.phase, self.trained, self.network)
 
     def fit(self) -> list[dict]:
         """Trains from `epoch` and `step` to the end of the last epoch and returns the rows of metrics.jsonl."""
@@ -181,7 +189,7 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """The val_ entries of an epoch's row."""
-        return {f"val_{name}": mean for name, mean in evaluate(self.session, self.network, self.val_loader).items()}
+        return {f"val_{name}": mean for name, mean in evaluate(self.session, self.kept, self.val_loader).items()}
 
     def batches_from(self, step: int) -> Iterator[TaughtBatch]:
         """The batches of an epoch, part by part, from those of `step` on; as often as asked."""
@@ -196,6 +204,8 @@ class Trainer:
         the order of their ranks.
         """
         states = [(f"network.{name}", x) for name, x in self.trained.state_dict().items()]
+        if self.average:
+            states += [(f"average.{name}", x) for name, x in self.kept.state_dict().items()]
         for i, parameter in enumerate(self._parameters()):
             states += [(f"optimizer.{i}.{name}", x) for name, x in self.optimizer.state.get(parameter, {}).items()]
         tensors = parallel.gather_to_main_process((name, x) for name, x in states if isinstance(x, Tensor))
@@ -216,11 +226,13 @@ class Trainer:
         """Becomes what `state_dict` returned; ValueError, `source` in it, where it does not fit."""
         parts = {
             part: {name.removeprefix(part): x for name, x in state["tensors"].items() if name.startswith(part)}
-            for part in ("network.", "means.", "optimizer.")
+            for part in ("network.", "average.", "means.", "optimizer.")
         }
-        own, place = self.trained.state_dict(), parallel.distribute_like
-        network = {name: place(x, own[name]) if name in own else x for name, x in parts["network."].items()}
-        load_state(self.trained, network, source)
+        place = parallel.distribute_like
+        for module, part in ((self.trained, "network."), *([(self.kept, "average.")] if self.average else [])):
+            own = module.state_dict()
+            weights = {name: place(x, own[name]) if name in own else x for name, x in parts[part].items()}
+            load_state(module, weights, source)
         self.epoch, self.rows, self.skipped, self._seconds = (
             state[name] for name in ("epoch", "rows", "skips", "seconds")
         )

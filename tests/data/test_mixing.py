@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from samples import images, png
 
-from eekd.data import Encoded, Loader, Split
-from eekd.data import mixing, policies
+from eekd.data import Encoded, Loader, Split, mixing, policies
 from eekd.data.augment import random_erase
 from eekd.data.dataset import statistics
 
@@ -41,7 +40,9 @@ def test_samples_go_in_pairs_that_change_with_the_view(samples):
 def test_shares_are_those_of_the_beta_distribution(alpha):
     special = pytest.importorskip("scipy.special")
     edges = (np.arange(256) + 0.5) / 256
-    np.testing.assert_allclose(mixing._thresholds(alpha).numpy() / 2**24, special.betainc(alpha, alpha, edges), atol=2e-5)
+    np.testing.assert_allclose(
+        mixing._thresholds(alpha).numpy() / 2**24, special.betainc(alpha, alpha, edges), atol=2e-5
+    )
 
 
 def test_mixup_is_the_weighted_mean_of_image_and_labels(device):
@@ -102,7 +103,14 @@ def test_operations_are_those_of_torchvision(policy, channels):
     most = policies.strengths(policy, 48)
 
     def shear(image, x, y):
-        return v2.affine(image, angle=0, translate=[0, 0], scale=1, shear=[np.degrees(np.arctan(x)), np.degrees(np.arctan(y))], center=[0, 0])
+        return v2.affine(
+            image,
+            angle=0,
+            translate=[0, 0],
+            scale=1,
+            shear=[np.degrees(np.arctan(x)), np.degrees(np.arctan(y))],
+            center=[0, 0],
+        )
 
     theirs = [
         lambda image, by: image,
