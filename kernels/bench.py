@@ -402,18 +402,19 @@ def line_of(row: dict) -> str:
 
 def cases(args, cuda: bool) -> list[Case]:
     """What the arguments ask for."""
-    dtype = args.dtype or ("bfloat16" if cuda else "float32")
+    dtypes = args.dtype or ["bfloat16" if cuda else "float32"]
     if args.op == "sparse_ensemble_kd":
         shapes = args.shape or ([(16, 3, 1000, 20)] if args.quick else SPARSE_SHAPES)
         if shapes is SPARSE_SHAPES and cuda:
             shapes = [(32 * rows, *rest) for rows, *rest in shapes]
-        return [Case(s, dtype, fusion) for s in shapes for fusion in ("probability", "logit")]
+        return [Case(s, dtype, fusion) for s in shapes for fusion in ("probability", "logit") for dtype in dtypes]
     if args.full:
         return list(protocol())
     shapes = args.shape or ([(32, 5, 10), (16, 3, 1000)] if args.quick else GPU_SHAPES if cuda else CPU_SHAPES)
     if shapes is GPU_SHAPES:  # two minutes of them, most of it torch.compile's
-        return [*(Case(s, dtype, "probability") for s in shapes), *(Case(s, dtype, "logit") for s in shapes[1::3])]
-    return [Case(s, dtype, fusion) for s in shapes for fusion in ("probability", "logit")]
+        few = [*((s, "probability") for s in shapes), *((s, "logit") for s in shapes[1::3])]
+        return [Case(s, dtype, fusion) for s, fusion in few for dtype in dtypes]
+    return [Case(s, dtype, fusion) for s in shapes for fusion in ("probability", "logit") for dtype in dtypes]
 
 
 def limit_to_avx2(argv: list[str]) -> None:

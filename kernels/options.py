@@ -18,7 +18,9 @@ def shape(text: str) -> tuple[int, ...]:
 PARSER = argparse.ArgumentParser(prog="eekd bench", description="Checks, then times an op against what else there is.")
 PARSER.add_argument("--op", default="ensemble_kd", choices=list(LETTERS))
 PARSER.add_argument("--shape", type=shape, action="append", metavar="B,M,C[,K]", help="repeatable; default: a few")
-PARSER.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
+PARSER.add_argument(
+    "--dtype", action="append", choices=DTYPES, help="repeatable; default: float32 on a CPU, bfloat16 on a GPU"
+)
 PARSER.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one, else cpu")
 PARSER.add_argument("--seconds", type=float, help="per contender and shape; default: 1 on a CPU, 0.5 on a GPU")
 PARSER.add_argument("--threads", type=int, help="default: as many as torch takes")

@@ -291,7 +291,7 @@ def test_the_cases_of_a_device():
 
     assert [c[:2] for c in cases()[::2]] == [(shape, "float32") for shape in bench.CPU_SHAPES]
     assert {c.dtype for c in cases(cuda=True)} == {"bfloat16"} and len(cases(cuda=True)) == 8
-    assert cases(cuda=True, shape=[(1, 2, 3)], dtype="float16") == [
+    assert cases(cuda=True, shape=[(1, 2, 3)], dtype=["float16"]) == [
         ((1, 2, 3), "float16", fusion, "MBC") for fusion in ("probability", "logit")
     ]
     sparse, on_gpu = cases(op="sparse_ensemble_kd"), cases(op="sparse_ensemble_kd", cuda=True)
