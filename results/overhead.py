@@ -1,11 +1,14 @@
 """The way to the kernel, step by step, at shapes where it takes longer than the kernel: results/overhead-cpu.json.
 
-python results/overhead.py
+python results/overhead.py [--before FOLDER]    # a built checkout of an older commit, whose steps take turns with ours
 
 Each row holds the step before it. What autograd itself takes is that of a function that computes nothing.
 """
 
+import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -13,6 +16,7 @@ import torch
 import eekd
 from eekd.info import environment
 from eekd.kernels.timing import microseconds, wall
+from eekd.ops.backend import namespace
 
 SHAPES = [(1, 1, 2), (128, 5, 10)]
 STEPS = {
@@ -46,7 +50,7 @@ def calls(rows: int, snapshots: int, classes: int) -> dict:
     z, y = torch.randn(snapshots, rows, classes), torch.randint(classes, (rows,))
     scores = torch.randn(rows, snapshots, requires_grad=True)
     fixed = student.detach(), scores.detach()
-    raw = torch.ops.eekd.ensemble_kd_fwd
+    raw = namespace(student.device).ensemble_kd_fwd
     loss, attention_loss, weights, d_student, d_scores = raw(
         fixed[0], [z], y, fixed[1], None, None, 5.0, 0.5, False, False, 1, -100, True, True
     )
@@ -72,7 +76,36 @@ def calls(rows: int, snapshots: int, classes: int) -> dict:
     }  # fmt: skip
 
 
+def commit_of(folder: Path) -> str:
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def step_of(folder: Path, shape: tuple[int, ...]) -> float:
+    """Microseconds of a training step of the eekd in a folder, in a process of its own."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(folder)!r})
+import torch, eekd, time
+assert eekd.__file__.startswith({str(folder)!r})
+rows, snapshots, classes = {shape}
+torch.manual_seed(0)
+student, scores = torch.randn(rows, classes, requires_grad=True), torch.randn(rows, snapshots, requires_grad=True)
+z, y, times = torch.randn(snapshots, rows, classes), torch.randint(classes, (rows,)), []
+for _ in range({ROUNDS * CALLS}):
+    start = time.perf_counter()
+    out = eekd.ensemble_kd(student, z, y, scores=scores)
+    torch.autograd.grad((out[0], out[2]), (student, scores))
+    times.append(time.perf_counter() - start)
+print(sorted(times[len(times) // 5 :])[len(times) * 2 // 5] * 1e6)
+"""
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--before", type=Path, help="a built checkout of an older commit")
+    before = parser.parse_args().before
     steps = []
     for shape in SHAPES:
         each, times = calls(*shape), {name: [] for name in STEPS}
@@ -80,8 +113,14 @@ def main() -> None:
             for name, call in each.items():
                 times[name] += wall([call] * CALLS)[CALLS // 5 :]
         steps.append({"shape": shape, **{name: microseconds(found) for name, found in times.items()}})
+        if before:
+            ours = Path(__file__).resolve().parent.parent
+            turns = [(step_of(before.resolve(), shape), step_of(ours, shape)) for _ in range(5)]
+            old, new = (sorted(times)[2] for times in zip(*turns, strict=True))
+            steps[-1]["processes"] = {"before": old, "now": new, "commit": commit_of(before)}
         print({name: round(steps[-1][name]["us"], 1) for name in STEPS}, shape)
-    record = {"command": ["python", "results/overhead.py"], "environment": environment(), "titles": STEPS, "way": steps}
+    command = ["python", "results/overhead.py", *(["--before", commit_of(before)[:9]] if before else [])]
+    record = {"command": command, "environment": environment(), "titles": STEPS, "way": steps}
     Path(__file__).with_name("overhead-cpu.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

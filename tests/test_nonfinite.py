@@ -13,7 +13,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from test_resume import EVERY_STEP, Killed, check_same, killer, untimed
+from killed import EVERY_STEP, Killed, check_same, killer, untimed
 
 from eekd.bank import __main__ as bank
 from eekd.data import Loader, load
