@@ -7,16 +7,17 @@ Each row holds the step before it. What autograd itself takes is that of a funct
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import torch
 
 import eekd
-from eekd.info import environment
-from eekd.kernels.timing import microseconds, wall
-from eekd.ops.backend import namespace
 
 SHAPES = [(1, 1, 2), (128, 5, 10)]
 STEPS = {
@@ -43,84 +44,94 @@ class _Nothing(torch.autograd.Function):
         return *ctx.saved_tensors, None, None, None, None, None
 
 
-def calls(rows: int, snapshots: int, classes: int) -> dict:
-    """Each step as a function without arguments."""
+def inputs(rows: int, snapshots: int, classes: int) -> tuple[torch.Tensor, ...]:
+    """Student logits, snapshot logits, labels and scores."""
     torch.manual_seed(0)
-    student = torch.randn(rows, classes, requires_grad=True)
-    z, y = torch.randn(snapshots, rows, classes), torch.randint(classes, (rows,))
-    scores = torch.randn(rows, snapshots, requires_grad=True)
-    fixed = student.detach(), scores.detach()
-    raw = namespace(student.device).ensemble_kd_fwd
-    loss, attention_loss, weights, d_student, d_scores = raw(
-        fixed[0], [z], y, fixed[1], None, None, 5.0, 0.5, False, False, 1, -100, True, True
-    )
-    ready = loss, weights, attention_loss, d_student, d_scores
+    student, scores = torch.randn(rows, classes, requires_grad=True), torch.randn(rows, snapshots, requires_grad=True)
+    return student, torch.randn(snapshots, rows, classes), torch.randint(classes, (rows,)), scores
+
+
+def backward(out, *leaves) -> None:
+    torch.autograd.grad((out[0], out[2]), leaves)
+
+
+def calls(shape: tuple[int, ...]) -> dict[str, Callable]:
+    """Each step as a function without arguments."""
+    from eekd.ops.backend import namespace
+
+    student, z, y, scores = inputs(*shape)
+    s, e = student.detach(), scores.detach()
 
     def kernel():
-        with torch.no_grad():
-            raw(fixed[0], [z], y, fixed[1], None, None, 5.0, 0.5, False, False, 1, -100, True, True)
+        options = 5.0, 0.5, False, False, 1, -100, True, True
+        return namespace(s.device).ensemble_kd_fwd(s, [z], y, e, None, None, *options)
 
-    def checked():
-        with torch.no_grad():
-            eekd.ensemble_kd(fixed[0], z, y, scores=fixed[1])
-
-    def forward():
-        return eekd.ensemble_kd(student, z, y, scores=scores)
-
-    def backward(out):
-        torch.autograd.grad((out[0], out[2]), (student, scores))
-
+    loss, attention_loss, weights, d_student, d_scores = kernel()
+    ready = loss, weights, attention_loss, d_student, d_scores
     return {
-        "kernel": kernel, "checked": checked, "forward": forward, "step": lambda: backward(forward()),
-        "nothing": lambda: backward(_Nothing.apply(student, scores, *ready)),
-    }  # fmt: skip
+        "kernel": kernel,
+        "checked": lambda: eekd.ensemble_kd(s, z, y, scores=e),
+        "forward": lambda: eekd.ensemble_kd(student, z, y, scores=scores),
+        "step": lambda: backward(eekd.ensemble_kd(student, z, y, scores=scores), student, scores),
+        "nothing": lambda: backward(_Nothing.apply(student, scores, *ready), student, scores),
+    }
 
 
-def commit_of(folder: Path) -> str:
-    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+def microseconds(call: Callable, count: int) -> float:
+    """Median of a call, those that warm up left out."""
+    times = []
+    for _ in range(count):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return median(times[count // 5 :]) * 1e6
 
 
 def step_of(folder: Path, shape: tuple[int, ...]) -> float:
     """Microseconds of a training step of the eekd in a folder, in a process of its own."""
-    code = f"""
-import sys
-sys.path.insert(0, {str(folder)!r})
-import torch, eekd, time
-assert eekd.__file__.startswith({str(folder)!r})
-rows, snapshots, classes = {shape}
-torch.manual_seed(0)
-student, scores = torch.randn(rows, classes, requires_grad=True), torch.randn(rows, snapshots, requires_grad=True)
-z, y, times = torch.randn(snapshots, rows, classes), torch.randint(classes, (rows,)), []
-for _ in range({ROUNDS * CALLS}):
-    start = time.perf_counter()
-    out = eekd.ensemble_kd(student, z, y, scores=scores)
-    torch.autograd.grad((out[0], out[2]), (student, scores))
-    times.append(time.perf_counter() - start)
-print(sorted(times[len(times) // 5 :])[len(times) * 2 // 5] * 1e6)
-"""
-    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    found = subprocess.run(
+        [sys.executable, __file__, "--step", *map(str, shape)],
+        check=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(folder)},
+    )  # fmt: skip
+    return float(found.stdout)
+
+
+def commit_of(folder: Path) -> str:
+    found = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    return found.stdout.strip()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--before", type=Path, help="a built checkout of an older commit")
-    before = parser.parse_args().before
-    steps = []
+    parser.add_argument("--step", type=int, nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.step:
+        student, z, y, scores = inputs(*args.step)
+        print(
+            microseconds(
+                lambda: backward(eekd.ensemble_kd(student, z, y, scores=scores), student, scores), ROUNDS * CALLS
+            )
+        )
+        return
+    from eekd.info import environment
+
+    way, command = [], ["python", "results/overhead.py"]
     for shape in SHAPES:
-        each, times = calls(*shape), {name: [] for name in STEPS}
+        each, times = calls(shape), {name: [] for name in STEPS}
         for _ in range(ROUNDS):
             for name, call in each.items():
-                times[name] += wall([call] * CALLS)[CALLS // 5 :]
-        steps.append({"shape": shape, **{name: microseconds(found) for name, found in times.items()}})
-        if before:
-            ours = Path(__file__).resolve().parent.parent
-            turns = [(step_of(before.resolve(), shape), step_of(ours, shape)) for _ in range(5)]
-            old, new = (sorted(times)[2] for times in zip(*turns, strict=True))
-            steps[-1]["processes"] = {"before": old, "now": new, "commit": commit_of(before)}
-        print({name: round(steps[-1][name]["us"], 1) for name in STEPS}, shape)
-    command = ["python", "results/overhead.py", *(["--before", commit_of(before)[:9]] if before else [])]
-    record = {"command": command, "environment": environment(), "titles": STEPS, "way": steps}
+                times[name].append(microseconds(call, CALLS))
+        way.append({"shape": shape, "us": {name: median(found) for name, found in times.items()}})
+        if args.before:
+            folders = args.before.resolve(), Path(__file__).resolve().parent.parent
+            turns = [[step_of(folder, shape) for folder in folders] for _ in range(5)]
+            before, now = (median(times) for times in zip(*turns, strict=True))
+            way[-1]["processes"] = {"before": before, "now": now, "commit": commit_of(args.before)}
+        print(way[-1])
+    if args.before:
+        command += ["--before", commit_of(args.before)[:9]]
+    record = {"command": command, "environment": environment(), "titles": STEPS, "way": way}
     Path(__file__).with_name("overhead-cpu.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

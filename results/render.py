@@ -18,6 +18,8 @@ from eekd.train import seeds as over_seeds
 from eekd.train.config import title_of
 
 HERE = Path(__file__).parent
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+ISAS = {"avx2": "AVX2", "avx512": "AVX-512"}
 
 
 def spread(values: list[float], scale: float = 1.0, sign: str = "") -> str:
@@ -114,15 +116,46 @@ def bench(record: dict) -> str:
         faster = [f"{summary[name]['fastest']} of {len(rows)}"] * (len(backends) > 1)
         blank = [""] * (len(head) - 1 + len(columns))
         line(f"geometric mean{of}", *blank, *(f"**{x}**" for x in means), *[""] * copied, *faster)
-    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-    dtypes = ", ".join(dict.fromkeys(short[row["dtype"]] for row in rows))
+    dtypes = ", ".join(dict.fromkeys(SHORT[row["dtype"]] for row in rows))
     return "\n".join(lines) + f"\n\nForward + backward, {dtypes}, median: {provenance(record)}"
+
+
+def by_dtype(records: list[dict]) -> str:
+    """Runs of the kernel bench of several dtypes, by instruction set: microseconds."""
+    names = [ISAS[record["environment"]["cpu_capability"]] for record in records]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in records[0]["rows"]))
+    lines = _head("(B, M, C)", "fusion", *(f"{name}: {SHORT[dtype]}, µs" for name in names for dtype in dtypes))
+    for i in range(0, len(records[0]["rows"]), len(dtypes)):
+        row = records[0]["rows"][i]
+        us = [r["contenders"]["native"]["us"] for record in records for r in record["rows"][i : i + len(dtypes)]]
+        lines.append(_row(f"({', '.join(map(str, row['shape']))})", row["fusion"], *(f"{x:,.0f}" for x in us)))
+    sources = "\n".join(f"{name}: {provenance(r)}" for name, r in zip(names, records, strict=True))
+    return "\n".join(lines) + f"\n\nForward + backward, median. {sources}"
+
+
+def overhead(record: dict) -> str:
+    """The way to the kernel, and the same training step before and now."""
+    shapes = [f"({', '.join(map(str, step['shape']))})" for step in record["way"]]
+    lines = _head("µs", *shapes)
+    for name, title in record["titles"].items():
+        lines.append(_row(title, *(f"{step['us'][name]:.1f}" for step in record["way"])))
+    if all("processes" in step for step in record["way"]):
+        turns = [step["processes"] for step in record["way"]]
+        rest = [step["us"]["nothing"] for step in record["way"]]
+        words = ", ".join(
+            f"{x['before']:.1f} and {x['now']:.1f} µs at {shape}, without autograd's own {x['before'] - own:.1f} and "
+            f"{x['now'] - own:.1f}"
+            for x, own, shape in zip(turns, rest, shapes, strict=True)
+        )
+        lines += ["", f"A step at commit {turns[0]['commit'][:9]} and now, taking turns: {words}."]
+    return "\n".join([*lines, "", f"Forward + backward, fp32, median: {provenance(record)}"])
 
 
 def side_by_side(records: list[dict]) -> str:
     """Two runs of the kernel bench at the same shapes, by instruction set."""
-    names = {"avx2": "AVX2", "avx512": "AVX-512"}
-    names = [names[record["environment"]["cpu_capability"]] for record in records]
+    if len({row["dtype"] for row in records[0]["rows"]}) > 1:
+        return by_dtype(records)
+    names = [ISAS[record["environment"]["cpu_capability"]] for record in records]
     columns = [f"{name}: {what}" for name in names for what in ("µs", "× eager", "× compile")]
     lines = _head("(B, M, C)", "fusion", *columns)
     for rows in zip(*(record["rows"] for record in records), strict=True):
@@ -545,7 +578,7 @@ def main(argv: list[str]) -> int:
             else:
                 kinds = {"rows": bench, "forwards": forwards, "pairs": cost, "ways": scaling, "claims": online,
                          "runs": seeds, "summary": demo, "shapes": gpu, "launches": launches, "settings": precisions,
-                         "spins": waiting, "shared_head": linear}  # fmt: skip
+                         "spins": waiting, "shared_head": linear, "way": overhead}  # fmt: skip
                 table = next(table for key, table in kinds.items() if key in record)(record)
             return f"<!-- table:{match[1]} -->\n{table}\n<!-- end -->"
 
@@ -557,8 +590,11 @@ def main(argv: list[str]) -> int:
     if "--check" in argv:
         print("\n".join(f"{page} is not what results/ says" for page in stale))
         return bool(stale)
+    shown = "".join(page.read_text() for page in pages)
     for path in HERE.rglob("*.json"):
         record, picture = json.loads(path.read_text()), docs / "results" / f"{path.stem}.svg"
+        if picture.name not in shown and path.stem != "study":
+            continue
         if path.stem == "study":
             comparison.plots(record, picture.parent, path.stem)
         elif "runs" in record:

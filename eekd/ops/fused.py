@@ -146,9 +146,12 @@ class _EnsembleKD(torch.autograd.Function):
         count = None
         if reduction == "mean" and torch.float16 in [x.dtype for x in (student, scores, query, keys) if x is not None]:
             reduction, labels = "sum", inputs[-4]
-            count = student.new_full((), student.shape[0], dtype=torch.long)
             every = labels is None or labels.is_floating_point()
-            count = (count if every else (labels != ignore_index).sum()).clamp(min=1)
+            if scale is None and not torch.compiler.is_compiling():  # on a CPU a number costs least
+                count = max(1, len(student) if every else int((labels != ignore_index).sum()))
+            else:
+                count = student.new_full((), student.shape[0], dtype=torch.long)
+                count = (count if every else (labels != ignore_index).sum()).clamp(min=1)
         loss, attention_loss, weights, *gradients = forward(
             *inputs, *numbers, _CODES[reduction], ignore_index, wants_student, wants_attention
         )
@@ -161,7 +164,8 @@ class _EnsembleKD(torch.autograd.Function):
             gradients = *gradients, None, None
         else:
             gradients = None, *gradients
-        ctx.save_for_backward(count, d_student, *gradients)
+        ctx.number = count if isinstance(count, int) else None
+        ctx.save_for_backward(None if isinstance(count, int) else count, d_student, *gradients)
         kl_objective = numbers[-1]
         ctx.scale, ctx.kl_objective = scale, kl_objective
         constant = [weights]
@@ -179,6 +183,7 @@ class _EnsembleKD(torch.autograd.Function):
         if not compiling and torch.is_grad_enabled():
             raise RuntimeError("ensemble_kd has no second derivative; backpropagate without create_graph=True")
         count, d_student, d_scores, d_query, d_keys = ctx.saved_tensors
+        count = ctx.number if count is None else count
         if ctx.kl_objective:
             d_attention_loss = d_loss
         if d_loss is None:
@@ -203,16 +208,15 @@ class _EnsembleKD(torch.autograd.Function):
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
-def _scaled(unit: Tensor | None, grad: Tensor, count: Tensor | None) -> Tensor | None:
+def _scaled(unit: Tensor | None, grad: Tensor, count: Tensor | int | None) -> Tensor | None:
     if unit is None:
         return None
-    if count is not None:
-        grad = grad / count
-    if grad.is_cpu and not grad.dim():
+    if isinstance(count, Tensor):
+        grad, count = grad / count, None
+    if grad.is_cpu and not grad.dim() and not torch.compiler.is_compiling():
         # Reading a CPU scalar costs less than a pass over the gradient; elsewhere it would stall the device.
-        if not torch.compiler.is_compiling() and grad.item() == 1:
-            return unit
-        return unit * grad
+        factor = grad.item() / (count or 1)
+        return unit if factor == 1 else unit * factor
     # One factor per row of (…, B, n), or one for all, which a GPU would round to 16 bits if it had no dimension.
     factor = grad[:, None] if grad.dim() else grad[None, None]
     return torch.mul(unit, factor, out=torch.empty_like(unit))

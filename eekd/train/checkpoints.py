@@ -133,8 +133,7 @@ class Checkpoints:
             self._synced, self._sync_time = number, time.monotonic()
         self._newest = [*self._newest, number][-KEEP:]
         kept = {str(number) for number in (*self._newest, self._synced)}
-        # The JSON goes first, so that what a kill leaves is not taken for a damaged checkpoint.
-        for old in sorted(_own(self.folder), key=lambda old: old.suffix != ".json"):
+        for old in _own(self.folder):
             if old.stem not in kept:
                 old.unlink()
 
@@ -258,6 +257,10 @@ def delete_checkpoints(folder: Path) -> None:
 
 
 def _own(folder: Path) -> list[Path]:
-    """The files of checkpoints, whole or not, in their folder, and nothing that somebody put there."""
+    """The files of checkpoints, whole or not, in their folder, and nothing that somebody put there.
+
+    The JSON come first. Removed in this order, they leave nothing that is taken for a damaged checkpoint after a kill.
+    """
     name = re.compile(r"\d+\.(json|safetensors)|\.\d+\.(json|safetensors)\.tmp")
-    return [path for path in folder.iterdir() if name.fullmatch(path.name)]
+    found = [path for path in folder.iterdir() if name.fullmatch(path.name)]
+    return sorted(found, key=lambda path: path.suffix != ".json")

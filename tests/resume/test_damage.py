@@ -109,3 +109,14 @@ def test_a_thousand_damages(run, tmp_path):
     for _ in range(200):
         chosen = draw.choice(broken)
         check_damage_to_an_unfinished_run(run, chosen, tmp_path / "copy", draw.choice(files_of(chosen)), draw)
+
+
+def test_the_json_of_checkpoints_goes_first(tmp_path, monkeypatch):
+    """A kill on the way leaves nothing that is taken for a damaged checkpoint."""
+    for name in ("1.safetensors", "1.json", "2.safetensors", "2.json"):
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        (tmp_path / "checkpoints" / name).touch()
+    order = []
+    monkeypatch.setattr(Path, "unlink", lambda path: order.append(path.suffix))
+    checkpoints.delete_checkpoints(tmp_path)
+    assert order == [".json", ".json", ".safetensors", ".safetensors"]

@@ -65,7 +65,7 @@ def killed_at_random(nets, tmp_path, kills):
     (tmp_path / "config.json").write_text(config.to_json())
     arguments = str(tmp_path / "config.json"), str(tmp_path), kills
     code = f"import test_kill_9; test_kill_9.kill_at_random{arguments}"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(
         [sys.executable, "-W", "error::RuntimeWarning", "-c", code],
         cwd=Path(__file__).parent,
