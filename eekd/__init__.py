@@ -18,6 +18,7 @@ from eekd.lazy import attach
 __version__ = "0.1.0"
 
 __all__ = [
+    "Distilled",
     "EEKDLoss",
     "EnsembleKD",
     "LastFeatures",
@@ -36,6 +37,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from eekd.bank import LogitBank
+    from eekd.distilled import Distilled
     from eekd.export.student import load_student
     from eekd.method.attention import SnapshotAttention
     from eekd.method.losses import EEKDLoss
@@ -47,6 +49,7 @@ else:  # torch takes seconds to import: it comes with the first name that needs 
     __getattr__, __dir__ = attach(
         __name__,
         {
+            "Distilled": "distilled",
             "EEKDLoss": "method.losses",
             "EnsembleKD": "ops",
             "LastFeatures": "snapshots.features",

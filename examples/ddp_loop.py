@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/ddp_loop.py
 
-Rank r of R sees every R-th sample. What learns is wrapped and called through its wrapper: the student, and the loss,
-whose attention learns too.
+Rank r of R sees every R-th sample. What learns is wrapped and called through its wrapper: the teacher, and then the
+student together with its loss, whose attention learns too.
 """
 
 import sys
@@ -43,25 +43,19 @@ def main(epochs: int = 4, snapshots: int = 2) -> float:
     dist.barrier()  # until the last snapshot is written
 
     ensemble = eekd.SnapshotEnsemble.load(folder, lambda: network("resnet8"))
-    student = DistributedDataParallel(network("resnet8_w4"))
-    capture = eekd.LastFeatures(student)
-    criterion = eekd.EEKDLoss(student_dim=capture.dim, snapshot_dim=ensemble.feature_dim)
-    criterion = DistributedDataParallel(criterion)
-    optimizer = torch.optim.SGD([*student.parameters(), *criterion.parameters()], lr=0.05, momentum=0.9)
+    distilled = DistributedDataParallel(eekd.Distilled(network("resnet8_w4"), ensemble))
+    optimizer = torch.optim.SGD(distilled.parameters(), lr=0.05, momentum=0.9)
     for epoch in range(epochs):
         loader.set_epoch(epoch)
         for images, labels, _ in loader:
-            snapshot_logits, snapshot_features = ensemble(images)
-            logits, features = capture(images)
-            loss, _ = criterion(logits, snapshot_logits, labels, features, snapshot_features)
             optimizer.zero_grad()
-            loss.backward()
+            distilled(images, labels=labels).loss.backward()
             optimizer.step()
 
-    student.eval()
+    student = distilled.module.student.eval()
     with torch.no_grad():
         val = Loader(data.val, batch_size=len(data.val), train=False)
-        return next((student.module(images).argmax(1) == labels).float().mean().item() for images, labels, _ in val)
+        return next((student(images).argmax(1) == labels).float().mean().item() for images, labels, _ in val)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ LAYERS = [
     {"_C", "command", "io", "kernels", "lazy", "statistics", "user_code"},
     {"info", "models", "ops", "parallel"},
     {"data", "method", "snapshots"},
-    {"bank", "hf"},
+    {"bank", "distilled", "hf"},
     {"train"},
     {"compare", "export", "report"},
     {"evaluate", "predict"},

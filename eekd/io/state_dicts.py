@@ -98,7 +98,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str | Path
     where it came from, for the error.
     """
     own, state = bare_names(model.state_dict()), bare_names(state)
-    state = _with_twins(model, own, _of_old_weight_norm(_without_prefix(own, state, source), own), source)
+    state = _with_twins(model, own, _of_old_weight_norm(without_prefix(own, state, source), own), source)
     if reasons := mismatch(own, state):
         raise ValueError(f"{source} does not fit this {type(model).__name__}: {reasons}")
     model.load_state_dict({name: state[bare] for name, bare in zip(model.state_dict(), own, strict=True)})
@@ -122,7 +122,7 @@ def mismatch(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
     return "; ".join(f"{fault}: {some(names)}" for fault, names in faults.items() if names)
 
 
-def _without_prefix(own: dict[str, Tensor], state: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+def without_prefix(own: dict[str, Tensor], state: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
     """`state` without the one prefix under which it has all the names of `own`; as it is where there is none."""
     needed = {name for name in own if not name.endswith("num_batches_tracked")}
     if needed <= state.keys():

@@ -2,10 +2,12 @@
 
 import difflib
 import gc
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from eekd import parallel
 from eekd.models.convolutions import guard
@@ -25,7 +27,8 @@ class LastFeatures:
     DistributedDataParallel or torch.compile, but a compiled one must not have run before. The model's convolutions are
     guarded, see `eekd.models.convolutions.guard`.
 
-    `remove()`, or leaving a `with` block, takes the hook from the model, which can then be exported and scripted.
+    `remove()`, or leaving a `with` block, takes the hook from the model, which can then be exported and scripted. With
+    `leave_hook=False` the model has a hook while it runs only. `run` gives the model's own output too.
 
     Attributes:
         dim: the width of the features. Of a layer that is neither linear nor a convolution it is known after a call.
@@ -36,21 +39,26 @@ class LastFeatures:
     where the model is trained past the DistributedDataParallel around it, which would average no gradients.
     """
 
-    def __init__(self, model: nn.Module, layer: str | None = None, *, features: bool = True):
+    def __init__(self, model: nn.Module, layer: str | None = None, *, features: bool = True, leave_hook: bool = True):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         self.model = guard(model)
-        self.layer = self._dim = self._classes = self._tap = self._hook = None
-        self._past_ddp: bool | None = None
+        self.layer = self._dim = self._classes = self._tap = self._module = self._hook = None
+        self._past_ddp, self._looks = False, 0
+        self._hooks_each_call = not leave_hook
         if features:
-            self._attach(bare_model(model), layer)
+            self._find(bare_model(model), layer)
+            self._hook = self._attach() if leave_hook else None
 
-    def _attach(self, model: nn.Module, layer: str | None) -> None:
+    def _attach(self) -> RemovableHandle:
+        return self._module.register_forward_pre_hook(self._tap, with_kwargs=True)
+
+    def _find(self, model: nn.Module, layer: str | None) -> None:
         modules, kind = dict(model.named_modules()), type(model).__name__
         if isinstance(model, torch.jit.ScriptModule):
             raise ValueError(f"model must be written in Python for its features, got a {kind}; or give features=False")
         if layer is None:
-            layer = _classifier(modules)
+            layer = classifier_of(modules)
             if layer is None:
                 raise ValueError(
                     f"model must have an nn.Linear or a 1×1 convolution, got a {kind}; name its classifier by layer="
@@ -65,8 +73,7 @@ class LastFeatures:
         module = modules[layer]
         self._dim = getattr(module, "in_features", getattr(module, "in_channels", None))
         self._pixels = None if isinstance(module, nn.Linear) else 2 if isinstance(module, _CONVOLUTIONS) else 3
-        self.layer, self._tap = layer, Tap()
-        self._hook = module.register_forward_pre_hook(self._tap, with_kwargs=True)
+        self.layer, self._module, self._tap = layer, module, Tap()
 
     @property
     def dim(self) -> int:
@@ -77,15 +84,25 @@ class LastFeatures:
         return self._dim
 
     def __call__(self, *inputs, **named) -> tuple[Tensor, Tensor | None]:
+        return self.run(*inputs, **named)[1:]
+
+    def run(self, *inputs, **named) -> tuple[Any, Tensor, Tensor | None]:
+        """What the model returns, and in it the logits; and the last features."""
         if self.model is None:
             raise RuntimeError("LastFeatures was removed from its model: make another one")
         if not torch.compiler.is_compiling():
             self._check_wrapper()
         if self._tap is None:
-            return logits_of(self.model(*inputs, **named)), None
+            output = self.model(*inputs, **named)
+            return output, logits_of(output), None
         self._tap.clear()
-        logits = logits_of(self.model(*inputs, **named))
-        features, again = self._tap.input, self._tap.again
+        hook = self._attach() if self._hooks_each_call else None
+        try:
+            output = self.model(*inputs, **named)
+        finally:
+            if hook is not None:
+                hook.remove()
+        logits, features, again = logits_of(output), self._tap.input, self._tap.again
         self._tap.clear()
         if features is None:
             raise RuntimeError(
@@ -99,7 +116,7 @@ class LastFeatures:
                 f"the last {self._kind}, {self.layer!r}, gives {self._classes} values but the logits are "
                 f"{logits.shape[-1]}; name the classifier by layer="
             )
-        return logits, self._rows(features)
+        return output, logits, self._rows(features)
 
     def _rows(self, features: Tensor) -> Tensor:
         """(B, dim) of the layer's input."""
@@ -128,13 +145,14 @@ class LastFeatures:
         """RuntimeError where the model is trained past the DistributedDataParallel that someone put around it."""
         model = self.model
         if (
-            self._past_ddp is False
-            or not isinstance(model, nn.Module)
+            not isinstance(model, nn.Module)
             or not (model.training and torch.is_grad_enabled())
             or parallel.world_size() == 1
+            or DistributedDataParallel._active_ddp_module is not None
         ):
             return
-        if self._past_ddp is None and DistributedDataParallel._active_ddp_module is None:
+        self._looks += 1
+        if not self._past_ddp and self._looks & (self._looks - 1) == 0:  # it may be wrapped later, and to look is slow
             wrapped = isinstance(model, DistributedDataParallel) or isinstance(
                 getattr(model, "_orig_mod", None), DistributedDataParallel
             )
@@ -143,7 +161,7 @@ class LastFeatures:
                 for found in gc.get_objects()
                 if issubclass(type(found), DistributedDataParallel)
             )
-        if self._past_ddp and DistributedDataParallel._active_ddp_module is None:
+        if self._past_ddp:
             raise RuntimeError(
                 "the model must run through its DistributedDataParallel, past which no gradient is averaged: give "
                 "LastFeatures the wrapped model"
@@ -169,7 +187,7 @@ class Tap:
         return Tap, ()
 
 
-def _classifier(modules: dict[str, nn.Module]) -> str | None:
+def classifier_of(modules: dict[str, nn.Module]) -> str | None:
     """The last linear layer, or where there is none the last 1×1 convolution."""
     backwards = list(reversed(modules.items()))
     linear = next((name for name, module in backwards if isinstance(module, nn.Linear)), None)
