@@ -19,7 +19,7 @@ from statistics import median
 
 import torch
 
-from eekd.data import Loader, load
+from eekd.data import Encoded, Loader, Split
 from eekd.info import environment
 
 SIZE, MEAN, STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -45,8 +45,11 @@ def photographs(folder: Path, count: int) -> None:
 
 
 def ours(folder: Path, batch: int, workers: int, more: dict) -> Loader:
-    data = load(str(folder), image_size=SIZE)
-    return Loader(data.train, batch_size=batch, augment="imagenet", workers=workers, drop_last=True, **more)
+    files = sorted((folder / "train").glob("*/*.jpg"))
+    labels = torch.tensor([int(path.parent.name) for path in files])
+    # As `load` leaves images that do not fit into memory.
+    split = Split(Encoded([str(path) for path in files], channels=3, image_size=SIZE), labels, MEAN, STD)
+    return Loader(split, batch_size=batch, augment="imagenet", workers=workers, drop_last=True, **more)
 
 
 def torchvisions(folder: Path, batch: int, workers: int, more: dict):

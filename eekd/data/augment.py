@@ -4,6 +4,10 @@ All is integer arithmetic, and square roots that IEEE 754 rounds: the same bits 
 in any order. `view` is the epoch, unless a bank of stored views says otherwise.
 """
 
+import functools
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +22,10 @@ PAIR, SHARE, CUT, CUT_TOP, CUT_LEFT = range(15, 20)  # of eekd.data.mixing
 
 _GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as int64
 _TRIES = 10
-_CROP_RATIOS, _ERASE_RATIOS = ([x ** (k / 512 - 1) for k in range(1025)] for x in (4 / 3, 10 / 3))  # 1/x to x
+# Of a random box: least and most area, aspect ratios from 1/x to x, and streams.
+_CROP_RATIOS, _ERASED_RATIOS = ([x ** (k / 512 - 1) for k in range(1025)] for x in (4 / 3, 10 / 3))
+_CROP = (0.08, 1.0), _CROP_RATIOS, (AREA, RATIO, TOP, LEFT)
+_ERASED = (0.02, 0.33), _ERASED_RATIOS, (ERASE_AREA, ERASE_RATIO, ERASE_TOP, ERASE_LEFT)
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -87,24 +94,46 @@ def resized_crop_boxes(index: Tensor, height: int, width: int, *, seed: int, vie
     Area 8 to 100 % of the image, aspect ratio 3/4 to 4/3 evenly in the logarithm: the first of ten draws that
     fits, else the last one cut to the image. Source: Szegedy et al., "Going deeper with convolutions", 6.
     """
-    streams = AREA, RATIO, TOP, LEFT
-    return _boxes(index, height, width, (0.08, 1.0), _CROP_RATIOS, streams, seed=seed, view=view)
+    return _boxes(index, height, width, *_CROP, seed=seed, view=view)
 
 
-def _boxes(index, height, width, shares, ratios, streams, *, seed, view) -> Tensor:
-    area, ratio, top, left = streams
+def resized_crop_choosers(index: Tensor, *, seed: int, view: int) -> list[Callable[[int, int], tuple[int, ...]]]:
+    """For each sample a function of an image's height and width that gives its box of `resized_crop_boxes`."""
+    (shares, ratios), streams = _draws(index, *_CROP, seed=seed, view=view), _CROP[2][2:]
+    places = (((random_bits(seed, view, stream, index) >> 32) & 0xFFFFFFFF).tolist() for stream in streams)
+    return [functools.partial(_box, *draws) for draws in zip(shares.tolist(), ratios.tolist(), *places, strict=True)]
+
+
+def _box(shares: list[float], ratios: list[float], top: int, left: int, height: int, width: int) -> tuple[int, ...]:
+    """One of `_boxes`, by the same arithmetic: for one image it is a hundred times as fast."""
+    h = w = 0
+    for share, ratio in zip(shares, ratios, strict=True):
+        area = share * (height * width)
+        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if h <= height and w <= width:
+            break
+    h, w = min(max(h, 1), height), min(max(w, 1), width)
+    return (top * (height - h + 1)) >> 32, (left * (width - w + 1)) >> 32, h, w
+
+
+def _draws(index, shares, ratios, streams, *, seed: int, view: int) -> tuple[Tensor, Tensor]:
+    """Ten areas, as shares of an image's, and ten aspect ratios for each sample, (B, 10) float64."""
     tries = index[:, None] * _TRIES + torch.arange(_TRIES, device=index.device)
-    least, most = shares
+    (least, most), (area, ratio, *_) = shares, streams
     share = least + (most - least) * random_below(1 << 24, seed, view, area, tries).double() / (1 << 24)
-    ratios = torch.tensor(ratios, dtype=torch.float64, device=index.device)
-    ratio = ratios[random_below(len(ratios), seed, view, ratio, tries)]
+    table = torch.tensor(ratios, dtype=torch.float64, device=index.device)
+    return share, table[random_below(len(ratios), seed, view, ratio, tries)]
+
+
+def _boxes(index, height, width, shares, ratios, streams, *, seed: int, view: int) -> Tensor:
+    share, ratio = _draws(index, shares, ratios, streams, seed=seed, view=view)
     area = share * (height * width)
     h, w = (area / ratio).sqrt().round().long(), (area * ratio).sqrt().round().long()
     misfits = ((h > height) | (w > width)).long().cumprod(1).sum(1, keepdim=True)
     chosen = misfits.clamp(max=_TRIES - 1)
     h, w = h.gather(1, chosen)[:, 0].clamp(1, height), w.gather(1, chosen)[:, 0].clamp(1, width)
-    top = random_below(height - h + 1, seed, view, top, index)
-    left = random_below(width - w + 1, seed, view, left, index)
+    top = random_below(height - h + 1, seed, view, streams[2], index)
+    left = random_below(width - w + 1, seed, view, streams[3], index)
     return torch.stack([top, left, h, w], 1)
 
 
@@ -114,8 +143,8 @@ def random_erase(images: Tensor, index: Tensor, fill: Tensor, probability: float
     Area 2 to 33 % of the image, aspect ratio 3/10 to 10/3 evenly in the logarithm.
     Source: Zhong et al., "Random Erasing Data Augmentation" (2020).
     """
-    size, streams = images.shape[3], (ERASE_AREA, ERASE_RATIO, ERASE_TOP, ERASE_LEFT)
-    boxes = _boxes(index, size, size, (0.02, 0.33), _ERASE_RATIOS, streams, seed=seed, view=view)
+    size = images.shape[3]
+    boxes = _boxes(index, size, size, *_ERASED, seed=seed, view=view)
     erased = random_below(1 << 24, seed, view, ERASE, index) < round(probability * (1 << 24))
     return torch.where(inside(boxes, size) & erased[:, None, None, None], fill[:, None, None], images)
 

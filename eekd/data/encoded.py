@@ -100,10 +100,11 @@ class Encoded:
             item = str(places[0])
         return read_bytes(item), item
 
-    def decode(self, i: int, choose: Box | None = None) -> Tensor:
+    def decode(self, i: int, choose: Box | None = None, change: Callable | None = None) -> Tensor:
         """Image i, or its box (top, left, height, width) = choose(height, width), as (C, S, S) uint8.
 
-        Antialiased bilinear. Raises ValueError naming the file or row that holds no readable image.
+        Antialiased bilinear; `change` is then done to the Pillow image. Raises ValueError naming the file or row that
+        holds no readable image.
         """
         image = decode_image(*self.read(i), mode="L" if self.channels == 1 else "RGB")
         if choose is None:
@@ -113,14 +114,17 @@ class Encoded:
             top, left, height, width = choose(image.height, image.width)
         size = (self.image_size, self.image_size)
         image = image.resize(size, resample=2, box=(left, top, left + width, top + height))  # 2: bilinear
+        image = image if change is None else change(image)
         return torch.from_numpy(np.array(image)).view(*size, self.channels).permute(2, 0, 1)
 
-    def decode_or_stand_in(self, i: int, labels: Tensor, choose: Box | None = None) -> tuple[Tensor, list[str]]:
+    def decode_or_stand_in(
+        self, i: int, labels: Tensor, choose: Box | None = None, change: Callable | None = None
+    ) -> tuple[Tensor, list[str]]:
         """Image i, and what was wrong with it: where bad images are skipped, the next of its label stands in for it."""
         same, faults = None, []
         while True:
             try:
-                return self.decode(i, choose), faults
+                return self.decode(i, choose, change), faults
             except (OSError, ValueError) as error:
                 if not self.bad.skip:
                     raise

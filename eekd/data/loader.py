@@ -17,13 +17,13 @@ from .augment import (
     random_bits,
     random_erase,
     random_flip,
-    resized_crop_boxes,
+    resized_crop_choosers,
 )
 from .dataset import Split
 from .encoded import Encoded
 from .mixing import mix, pairs, partners, shuffled, soft_labels
 from .opened import check_int
-from .policies import POLICIES, apply_policy, pillow
+from .policies import POLICIES, apply_policy, changes, pillow
 
 SHOWN = ("auto_augment", "erasing", "mixup", "cutmix")  # arguments that decide what a view shows, beside augment
 
@@ -248,23 +248,28 @@ class _Decoder(Dataset):
     def __getitem__(self, work: tuple[int, Tensor]) -> tuple[Tensor, Tensor | Exception, list[str]]:
         view, index = work
         try:
-            images, faults = self._cropped(view, index)
-            return index, apply_policy(images, index, self.policy, seed=self.seed, view=view), faults
+            return index, *self._shown(index, dict(seed=self.seed, view=view))
         except (ImportError, OSError, ValueError) as error:
             return index, error, []
 
-    def _cropped(self, view: int, index: Tensor) -> tuple[Tensor, list[str]]:
-        images, faults, known = [], [], dict(seed=self.seed, view=view)
+    def _shown(self, index: Tensor, known: dict) -> tuple[Tensor, list[str]]:
+        """The images (B, C, S, S) uint8 as the view shows them, and what was wrong with some."""
         if isinstance(self.images, Tensor):
-            return crop(self.images[index], index, kind=self.kind, **known), faults
-        for i in index:
+            images, faults, decoded = self.images[index], [], False
+        else:
+            decoded = self.kind in ("none", "imagenet")  # then all is done to an image while it is Pillow's
+            images, faults = self._decoded(index, decoded, known)
+        if not decoded:
+            images = apply_policy(crop(images, index, kind=self.kind, **known), index, self.policy, **known)
+        return images, faults
 
-            def choose(height, width, i=i):
-                return resized_crop_boxes(i[None], height, width, **known)[0].tolist()
-
-            box = choose if self.kind == "imagenet" else None  # which is cut where the image is decoded
-            image, said = self.images.decode_or_stand_in(int(i), self.labels, box)
-            images.append(image)
+    def _decoded(self, index: Tensor, whole: bool, known: dict) -> tuple[Tensor, list[str]]:
+        """Images decoded and, where this is the `whole` of it, cropped and changed."""
+        chooses = resized_crop_choosers(index, **known) if self.kind == "imagenet" else [None] * len(index)
+        size, policy = self.images.image_size, self.policy if whole else "none"
+        by_policy = changes(index, policy, size, **known) if policy != "none" else [None] * len(index)
+        images, faults = torch.empty(len(index), *self.images.shape[1:], dtype=torch.uint8), []
+        for row, (i, choose, change) in enumerate(zip(index.tolist(), chooses, by_policy, strict=True)):
+            images[row], said = self.images.decode_or_stand_in(i, self.labels, choose, change)
             faults += said
-        images = torch.stack(images) if images else torch.empty(0, *self.images.shape[1:], dtype=torch.uint8)
-        return (images if self.kind == "imagenet" else crop(images, index, kind=self.kind, **known)), faults
+        return images, faults

@@ -5,6 +5,7 @@ level and sign are hashes, as in augment.py, and Pillow changes the image, as it
 needed.
 """
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -27,27 +28,39 @@ def strengths(policy: str, side: int) -> dict[str, float]:
     return dict(shear=0.3, translate=150 / 331 * side, rotate=30, enhance=0.9, posterize=4, solarize=255)
 
 
-def apply_policy(images: Tensor, index: Tensor, policy: str, *, seed: int, view: int) -> Tensor:
-    """Images (B, C, S, S) uint8 on the CPU of the samples `index` (B,), changed as the policy says.
+def changes(index: Tensor, policy: str, side: int, *, seed: int, view: int) -> list[Callable]:
+    """For each of the samples `index` (B,) a function from its Pillow image to that image changed by the policy.
 
     trivial: one operation of 14 at one of 31 levels. rand: two operations at level 9. Half of those with a sign take
-    the other one. What an operation moves into the image is black. Raises ImportError where Pillow is missing.
+    the other one. What an operation moves into the image is black. ImportError where Pillow is missing.
     """
+    pillow()
+    count = 1 if policy == "trivial" else RAND_OPERATIONS
+    draws, known = index[:, None] * count + torch.arange(count), dict(seed=seed, view=view)
+    chosen, levels, signs = (
+        random_below(n, stream=stream, index=draws, **known).tolist()
+        for n, stream in ((len(OPERATIONS), OPERATION), (LEVELS, LEVEL), (2, SIGN))
+    )
+    most = strengths(policy, side)
+
+    def change(row: int, image):
+        for operation, level, sign in zip(chosen[row], levels[row], signs[row], strict=True):
+            kind, signed, apply = OPERATIONS[operation]
+            by = most.get(kind, 0) * (level if policy == "trivial" else RAND_LEVEL) / (LEVELS - 1)
+            image = apply(image, -by if signed and sign else by)
+        return image
+
+    return [functools.partial(change, row) for row in range(len(index))]
+
+
+def apply_policy(images: Tensor, index: Tensor, policy: str, *, seed: int, view: int) -> Tensor:
+    """Images (B, C, S, S) uint8 on the CPU, of the samples `index` (B,), by `changes`."""
     if policy == "none" or not len(index):
         return images
-    Image = pillow().Image
-    count = 1 if policy == "trivial" else RAND_OPERATIONS
-    draws = index[:, None] * count + torch.arange(count)
-    chosen = random_below(len(OPERATIONS), seed, view, OPERATION, draws).tolist()
-    levels = random_below(LEVELS, seed, view, LEVEL, draws).tolist()
-    signs = random_below(2, seed, view, SIGN, draws).tolist()
-    most, changed = strengths(policy, images.shape[3]), []
-    for row, pixels in enumerate(images.permute(0, 2, 3, 1).contiguous().numpy()):
-        image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
-        for operation, level, sign in zip(chosen[row], levels[row], signs[row], strict=True):
-            kind, signed, change = OPERATIONS[operation]
-            by = most.get(kind, 0) * (level if policy == "trivial" else RAND_LEVEL) / (LEVELS - 1)
-            image = change(image, -by if signed and sign else by)
+    image_of, changed = pillow().Image.fromarray, []
+    by_sample = changes(index, policy, images.shape[3], seed=seed, view=view)
+    for change, pixels in zip(by_sample, images.permute(0, 2, 3, 1).contiguous().numpy(), strict=True):
+        image = change(image_of(pixels if pixels.shape[2] == 3 else pixels[:, :, 0]))
         changed.append(np.array(image).reshape(pixels.shape))
     return torch.from_numpy(np.stack(changed)).permute(0, 3, 1, 2).contiguous()
 

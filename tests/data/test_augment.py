@@ -81,6 +81,9 @@ def test_resized_crop_boxes_fit(height, width):
     top, left, h, w = aug.resized_crop_boxes(torch.arange(5000), height, width, seed=0, view=0).unbind(1)
     assert top.min() >= 0 and left.min() >= 0 and h.min() >= 1 and w.min() >= 1
     assert (top + h).max() <= height and (left + w).max() <= width
+    choosers = aug.resized_crop_choosers(torch.arange(5000), seed=0, view=0)
+    boxes = zip(*(x.tolist() for x in (top, left, h, w)), strict=True)
+    assert [choose(height, width) for choose in choosers] == list(boxes)
     if height == width == 224:
         area, ratio = (h * w).double() / 224**2, w.double() / h
         assert 0.07 < area.min() < 0.09 and area.max() > 0.95 and area.mean() == pytest.approx(0.48, abs=0.01)
