@@ -286,7 +286,7 @@ BAD = [
     ("indices", "another row", VALUE, "indices", lambda i: i[:3]),
     ("indices", "on meta alone", VALUE, "indices.* meta", lambda i: i.to("meta")),
     ("labels", "float", TYPE, "labels.* integer", lambda y: y.float()),
-    ("labels", "one hot", VALUE, "labels", lambda y: F.one_hot(y, C)),
+    ("labels", "one hot", TYPE, "labels.* floating", lambda y: F.one_hot(y, C)),
     ("scores", "(M, B)", VALUE, "scores", lambda e: e.t()),
 ]
 
