@@ -110,10 +110,12 @@ struct Call {
       a.snapshot[m] = matrix(snapshots[stacked ? 0 : m], rows, columns, "snapshots", stacked ? m : -1);
       wide |= a.snapshot[m].dtype == eekd::DType::f64;
     }
-    if (labels) {
+    if (labels && labels->dim() == 2) {
+      a.label_weights = matrix(*labels, rows, classes, "labels");
+    } else if (labels) {
       STD_TORCH_CHECK(labels->dim() == 1 && labels->size(0) == rows && labels->is_contiguous() &&
                           labels->scalar_type() == ScalarType::Long,
-                      "labels must be contiguous int64 (B)");
+                      "labels must be contiguous int64 (B), or (B, C) of unit stride in its last dimension");
       a.labels = static_cast<const int64_t*>(labels->const_data_ptr());
     }
     STD_TORCH_CHECK(labels || kl_objective || !wants_attention, "the gradient of the label objective needs labels");
@@ -154,6 +156,7 @@ struct Call {
 
 eekd::SparseEnsembleKD sparse_ensemble_kd_args(const eekd::EnsembleKD& kd, const Tensor& tail, const Tensor& indices,
                                                bool wide) {
+  STD_TORCH_CHECK(!kd.label_weights.data, "labels must be (B)");
   eekd::SparseEnsembleKD a;
   a.kd = kd;
   a.k = indices.size(1);
@@ -307,6 +310,7 @@ std::vector<Tensor> ensemble_kd_fwd_cuda(Tensor student, std::vector<Tensor> sna
             alpha,   logit_fusion, kl_objective, reduction, ignore_index, wants_student, wants_attention};
   bool wide;
   eekd::EnsembleKD a = call.args(student.size(1), wide);
+  STD_TORCH_CHECK(!a.label_weights.data, "labels must be (B)");
   const auto launcher = wide ? eekd::ensemble_kd_fwd_cuda<double> : eekd::ensemble_kd_fwd_cuda<float>;
   launch_rows(a, call, [&](auto... rest) { return launcher(a, rest...); });
   return std::move(call.outputs);
@@ -380,7 +384,7 @@ STABLE_TORCH_LIBRARY_IMPL(eekd, CUDA, m) {
 PYBIND11_MODULE(_C, m) {
   static constexpr const char* kIsas[] = {"baseline", "avx2", "avx512"};
   m.doc() = "Build facts; the ops themselves are torch.ops.eekd.";
-  m.attr("ops_version") = 2;  // of the ops' signatures, which eekd/ops/backend.py compares with its own
+  m.attr("ops_version") = 3;  // of the ops' signatures (from 3 on labels may be soft), which eekd/ops/backend.py compares with its own
   m.attr("torch_version") = EEKD_TORCH_VERSION;  // of the headers; any torch from 2.10 loads the library
   m.attr("cuda_version") = EEKD_CUDA_VERSION;    // empty where no CUDA kernels were built
   m.attr("cuda_architectures") = EEKD_CUDA_ARCHITECTURES;

@@ -28,7 +28,8 @@ struct EnsembleKD {
   int64_t rows, snapshots, classes, width;
   Matrix student;                   // (B, C)
   Matrix snapshot[kMaxSnapshots];   // M of (B, C)
-  const int64_t* labels = nullptr;  // (B), or null: pure distillation
+  const int64_t* labels = nullptr;  // (B), or null
+  Matrix label_weights;             // (B, C), soft labels, or null; neither: pure distillation
   Matrix scores;                    // (B, M), or null
   Matrix query;                     // (B, D), or null; then
   Matrix keys[kMaxSnapshots];       // M of (B, D)

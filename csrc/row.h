@@ -17,6 +17,8 @@ namespace eekd {
 constexpr double kLog2e = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
+static EEKD_HD inline bool has_labels(const EnsembleKD& a) { return a.labels || a.label_weights.data; }
+
 // Softmax statistics of a stretch of columns: sum = Σ_c 2^(k (x_c - max)), with k = log2(e) / temperature.
 template <class T>
 struct SoftmaxSum {

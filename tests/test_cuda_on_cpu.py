@@ -87,6 +87,7 @@ class Arguments(ctypes.Structure):
         ("student", Matrix),
         ("snapshot", Matrix * MAX_SNAPSHOTS),
         ("labels", ctypes.c_void_p),
+        ("label_weights", Matrix),
         ("scores", Matrix),
         ("query", Matrix),
         ("keys", Matrix * MAX_SNAPSHOTS),

@@ -33,12 +33,16 @@ struct Stats {
   SoftmaxSum<T> target[kMaxSnapshots];  // probability: one per used snapshot; logit: [0] is the mixture's
   T mean[kMaxSnapshots];                // logit: Σ_c 2^(k (mixture - its max)) z_m
   SoftmaxSum<T> soft, hard;             // the student at τ and at 1
+  T label_sum;                          // Σ_c y of soft labels
 };
 
 template <class T>
 struct Sums {
   T kl;                    // Σ_c p r,  r = log2 p - log2 q
   T moved[kMaxSnapshots];  // probability: Σ_c p_m r;  logit: Σ_c p r z_m
+  // Of soft labels: Σ_c y log2 of the student at 1 and of p, less the logarithms of their sums (p: of a mixture's).
+  T log_q, log_p;
+  T by_labels[kMaxSnapshots];  // what they move the attention by: Σ_c y w_m (1 - p_m / p);  logit: Σ_c y (E z_m - z_m)
 };
 
 // What turns a tile's lines into probabilities and gradients, known once the row's statistics are.
@@ -95,8 +99,9 @@ class Kernel {
   Kernel(const EnsembleKD& args, bool ce)
       : a(args),
         snapshots(static_cast<int>(a.snapshots)),
-        has_ce(ce && a.labels && a.alpha > 0),
-        beta(static_cast<T>(a.labels ? 1 - a.alpha : 1)),
+        soft_labels(a.label_weights.data),
+        has_ce(ce && has_labels(a) && a.alpha > 0),
+        beta(static_cast<T>(has_labels(a) ? 1 - a.alpha : 1)),
         tau(static_cast<T>(a.temperature)),
         k(static_cast<T>(kLog2e / a.temperature)),
         row_scale(static_cast<T>(a.row_scale)),
@@ -109,12 +114,13 @@ class Kernel {
     static thread_local std::vector<Block> scratch;  // a few tiles per thread, kept between calls
     const bool parks = a.fusion == Fusion::logit && a.classes > kTile;
     const size_t targets = std::max(snapshots, 2), row = parks ? (a.classes + kTile - 1) / kTile * kTile : 0;
-    scratch.resize(std::max(scratch.size(), ((targets + 3) * kTile + row) * sizeof(T) / sizeof(Block)));
+    scratch.resize(std::max(scratch.size(), ((targets + 4) * kTile + row) * sizeof(T) / sizeof(Block)));
     target = scratch.data()->x;
     student = target + targets * kTile;
     soft = student + kTile;
     hard = soft + kTile;
-    mixed = parks ? hard + kTile : target;
+    labels = hard + kTile;
+    mixed = parks ? labels + kTile : target;
   }
 
   bool ignored(int64_t b) const { return a.labels && a.labels[b] == a.ignore_index; }
@@ -162,6 +168,10 @@ class Kernel {
   // the targets (logit: of the mixture, in the second line), the student's logits, its exponentials.
   void fill(int64_t b, int64_t tile, const Weights<T>& w, Find find, Stats<T>& stats) {
     const int n = size(tile);
+    if (soft_labels && find != Find::lines) {
+      read_labels(b, tile);
+      stats.label_sum = total<T>(n, [&](int i, int) { return load(labels + i); });
+    }
     if (a.fusion == Fusion::probability) {
       for (int j = 0; j < w.used; ++j)
         with_elements_of(a.snapshot[w.id[j]], b, tile, [&](auto z) {
@@ -202,6 +212,7 @@ class Kernel {
     std::fill_n(stats.target, snapshots, SoftmaxSum<T>::none());
     std::fill_n(stats.mean, snapshots, T(0));
     stats.soft = stats.hard = SoftmaxSum<T>::none();
+    stats.label_sum = 0;
   }
   void add(Stats<T>& row, const Stats<T>& tile, const Weights<T>& w) const {
     if (a.fusion == Fusion::probability) {
@@ -216,12 +227,14 @@ class Kernel {
     }
     merge(row.soft, tile.soft, T(1));
     if (has_ce) merge(row.hard, tile.hard, T(1));
+    if (soft_labels) row.label_sum += tile.label_sum;
   }
 
   Scales<T> scales(const Weights<T>& w, const Stats<T>& stats) const {
     Scales<T> s;
     s.soft = 1 / stats.soft.sum;
     s.hard = has_ce ? row_scale * static_cast<T>(a.alpha) / stats.hard.sum : T(0);
+    if (soft_labels) s.hard *= stats.label_sum;
     s.log_ratio = std::log2(stats.soft.sum);
     if (a.fusion == Fusion::probability) {
       for (int j = 0; j < w.used; ++j) s.target[j] = w.w[j] / stats.target[j].sum;
@@ -245,9 +258,10 @@ class Kernel {
     else
       out.kl = has_ce ? combine<Fusion::logit, true>(n, whole, w.used, stats, s, mixture, d)
                       : combine<Fusion::logit, false>(n, whole, w.used, stats, s, mixture, d);
+    if (soft_labels) follow_labels(b, tile, whole, w, stats, s, d, out);
     if (a.d_student) {
       if (direct) std::memcpy(d + whole, hard + whole, (n - whole) * sizeof(T));
-      if (has_ce && a.labels[b] >= first && a.labels[b] < first + n)
+      if (has_ce && a.labels && a.labels[b] >= first && a.labels[b] < first + n)
         d[a.labels[b] - first] -= row_scale * static_cast<T>(a.alpha);
       if (!direct) write_line(a.d_student, b * a.classes + first, a.student.dtype, n, hard);
       if (ahead(a.student)) prefetch_to_write(a.d_student, b * a.classes + first + n, a.student.dtype, n);
@@ -262,11 +276,16 @@ class Kernel {
 
   void clear(Sums<T>& sums) const {
     sums.kl = 0;
+    sums.log_q = sums.log_p = 0;
     std::fill_n(sums.moved, snapshots, T(0));
+    std::fill_n(sums.by_labels, snapshots, T(0));
   }
   void add(Sums<T>& row, const Sums<T>& tile, const Weights<T>& w) const {
     row.kl += tile.kl;
     for (int j = 0; by_kl && j < w.used; ++j) row.moved[j] += tile.moved[j];
+    if (!soft_labels) return;
+    row.log_q += tile.log_q, row.log_p += tile.log_p;
+    for (int j = 0; by_label && j < w.used; ++j) row.by_labels[j] += tile.by_labels[j];
   }
 
   // Everything that is O(M) or O(D) per row.
@@ -293,6 +312,18 @@ class Kernel {
         if (mixed == -std::numeric_limits<T>::infinity()) std::fill_n(g, w.used, T(0));  // p_y = 0 for any weights
         softmax_grad(w.w, g, row_scale, de, w.used);
       }
+    } else if (soft_labels) {
+      const T label_sum = stats.label_sum;
+      const bool probability = a.fusion == Fusion::probability;
+      if (has_ce) loss -= static_cast<T>(a.alpha * kLn2) * (sums.log_q - label_sum * std::log2(stats.hard.sum));
+      const T log_p = sums.log_p - (probability ? T(0) : label_sum * std::log2(stats.target[0].sum));
+      attention_loss = T(-kLn2) * log_p;
+      const bool possible = log_p != -std::numeric_limits<T>::infinity();  // else weights get no gradient
+      for (int j = 0; by_label && j < w.used; ++j) {
+        g[j] = possible ? sums.by_labels[j] / tau : T(0);
+        de[j] = possible ? row_scale * sums.by_labels[j] : T(0);
+      }
+      if (by_label && !probability) softmax_grad(w.w, g, row_scale, de, w.used);
     }
     if (by_kl) {
       for (int j = 0; j < w.used; ++j)
@@ -344,6 +375,85 @@ class Kernel {
         for (int i = 0; i < n; ++i) e[m] += soft[i] * hard[i];
       }
     }
+  }
+
+  // The soft labels of a tile, 0 beyond its end.
+  [[gnu::noinline]] void read_labels(int64_t b, int64_t tile) {
+    const int n = size(tile);
+    read_line(a.label_weights, b, tile * kTile, n, labels, ahead(a.label_weights));
+    for (int i = n; i % Simd<T>::width; ++i) labels[i] = 0;
+  }
+
+  // A tile's share of what soft labels y add up, and of d_student, where combine() has left the rest. Not inline, for
+  // the code of hard labels is to stay as it was.
+  [[gnu::noinline]] void follow_labels(int64_t b, int64_t tile, int whole, const Weights<T>& w, const Stats<T>& stats,
+                     const Scales<T>& s, T* d, Sums<T>& out) {
+    constexpr int v = Simd<T>::width;
+    const int n = size(tile);
+    read_labels(b, tile);
+    out.log_q = !has_ce ? T(0) : total<T>(n, [&](int i, int) {
+      const Vec<T> y = load(labels + i), product = y * scaled(load(student + i), T(kLog2e), stats.hard.max);
+      return y != 0 ? product : Vec<T>{};
+    });
+    const T ce = row_scale * static_cast<T>(a.alpha);
+    for (int i = 0; has_ce && i < n; i += v)
+      if (i < whole)
+        store_to(d + i, load_from<T>(d + i) - load(labels + i) * ce);
+      else
+        store(hard + i, load(hard + i) - load(labels + i) * ce);
+    if (a.fusion == Fusion::probability)
+      follow_probabilities(b, tile, w, stats, s, out);
+    else
+      follow_logits(b, tile, w, stats, out);
+  }
+  // The line of the student becomes y / p.
+  void follow_probabilities(int64_t b, int64_t tile, const Weights<T>& w, const Stats<T>& stats, const Scales<T>& s,
+                            Sums<T>& out) {
+    constexpr int v = Simd<T>::width;
+    constexpr T least = std::numeric_limits<T>::min();
+    const int n = size(tile);
+    T rare_log_p = 0, rare[kMaxSnapshots] = {};  // of columns whose p is too small for a number
+    out.log_p = total<T>(n, [&](int i, int) {
+      Vec<T> y = load(labels + i), p = {};
+      for (int j = 0; j < w.used; ++j) p += load(target + j * kTile + i) * s.target[j];
+      const auto tiny = (y != 0) & (p < least);
+      if (any(tiny)) {
+        for (int u = 0; u < v; ++u)
+          if (tiny[u]) {
+            T l[kMaxSnapshots];
+            for (int j = 0; j < w.used; ++j) {
+              const T z = read<T>(a.snapshot[w.id[j]], b, tile * kTile + i + u);
+              l[j] = std::fma(z, k, -stats.target[j].max);
+            }
+            rare_log_p -= y[u] * T(kLog2e) * mixture_nll(w.w, stats.target, l, w.used);
+            for (int j = 0; j < w.used; ++j) rare[j] += y[u] * (w.w[j] - l[j]);
+          }
+        y = tiny ? Vec<T>{} : y;
+        store(labels + i, y);
+      }
+      store(student + i, y != 0 ? y / p : Vec<T>{});
+      return y != 0 ? y * (log2(p) + (p - p)) : Vec<T>{};  // NaN stays NaN
+    });
+    out.log_p += rare_log_p;
+    for (int j = 0; by_label && j < w.used; ++j)
+      out.by_labels[j] = rare[j] + total<T>(n, [&](int i, int) {
+        return load(labels + i) * w.w[j] - load(student + i) * (load(target + j * kTile + i) * s.target[j]);
+      });
+  }
+  void follow_logits(int64_t b, int64_t tile, const Weights<T>& w, const Stats<T>& stats, Sums<T>& out) {
+    const int n = size(tile);
+    const auto weighted = [&](int i, Vec<T> x) {
+      const Vec<T> y = load(labels + i), product = y * x;
+      return y != 0 ? product : Vec<T>{};
+    };
+    const T* mixture = mixed + tile * kTile;
+    out.log_p =
+        total<T>(n, [&](int i, int) { return weighted(i, scaled(load(mixture + i), k, stats.target[0].max)); });
+    for (int j = 0; by_label && j < w.used; ++j)
+      with_elements_of(a.snapshot[w.id[j]], b, tile, [&](auto z) {
+        const T mean = stats.mean[j] / stats.target[0].sum;
+        out.by_labels[j] = total<T>(n, [&](int i, int left) { return weighted(i, mean - load_from<T>(z + i, left)); });
+      });
   }
 
   // The mixture Σ_m w_m z_m of a tile.
@@ -445,11 +555,12 @@ class Kernel {
  protected:
   const EnsembleKD& a;
   const int snapshots;
-  const bool has_ce;
+  const bool soft_labels, has_ce;
   const T beta, tau, k, row_scale;
   const int power;                    // τ, where exponentials at 1 are small powers of those at τ; else 0
   const bool by_kl, by_label;         // what, if anything, moves the attention
-  T *target, *student, *soft, *hard;  // lines; target has one per snapshot, two at least
+  // Lines; target has one per snapshot, two at least, and labels are soft ones.
+  T *target, *student, *soft, *hard, *labels;
 
  public:
   T* mixed;  // logit: the mixture of the whole row; threads that share a row share it

@@ -61,7 +61,7 @@ class NarrowKernel : Kernel<T> {
   using V = Vec<T>;
   using Mask = typename Simd<T>::IntVec;
   using Base::a, Base::snapshots, Base::has_ce, Base::beta, Base::tau, Base::k, Base::row_scale, Base::power;
-  using Base::by_kl, Base::by_label;
+  using Base::by_kl, Base::by_label, Base::soft_labels;
 
  public:
   static constexpr int lanes = Simd<T>::width;
@@ -72,13 +72,14 @@ class NarrowKernel : Kernel<T> {
     };
     static thread_local std::vector<Block> scratch;  // kept between calls
     length = (std::max(classes, snapshots) + lanes - 1) / lanes * lanes * lanes;
-    scratch.resize(std::max(scratch.size(), (snapshots + 5) * length * sizeof(T) / sizeof(Block) + 1));
+    scratch.resize(std::max(scratch.size(), (snapshots + 6) * length * sizeof(T) / sizeof(Block) + 1));
     target = scratch.data()->x;
     student = target + snapshots * length;
     soft = student + length;
     hard = soft + length;
     mixed = hard + length;
     mixed_exp = mixed + length;
+    labels = mixed_exp + length;
   }
 
   // Rows [b, b + count), at most one per lane. A line holds C vectors; lanes without a row hold zeros.
@@ -122,7 +123,14 @@ class NarrowKernel : Kernel<T> {
 
     // The columns: KL, what moves the attention, and d_student in the line `hard`. Logarithms to base 2.
     const V kd = splat(row_scale * beta * tau), soft_scale = kd / soft_sum;
-    const V hard_scale = splat(row_scale * T(a.alpha)) / hard_sum;
+    V hard_scale = splat(row_scale * T(a.alpha)) / hard_sum;
+    if (soft_labels) {
+      read(a.label_weights, b, classes, alive, labels);
+      V sum[4] = {};  // each of few numbers, for exactness
+      for (int c = 0; c < classes; ++c) sum[c % 4] += load(labels + c * lanes);
+      label_sum = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      hard_scale *= label_sum;
+    }
     V kl = {}, mean[kMaxSnapshots], moved[kMaxSnapshots];
     for (int j = 0; j < used; ++j) mean[j] = moved[j] = V{};
     const auto column = [&](int i, V p) __attribute__((always_inline)) {
@@ -162,6 +170,7 @@ class NarrowKernel : Kernel<T> {
     } else {
       for (; i < size(); i += lanes) column(i, load(mixed_exp + i) * scale[0]);
     }
+    if (soft_labels) follow_labels(b, hard_top, scale, top, total, mean);
     finish(b, kl * T(kLn2), hard_top, hard_sum, top, total, mean, moved);
   }
 
@@ -198,6 +207,15 @@ class NarrowKernel : Kernel<T> {
         for (int j = 0; j < used; ++j) g[j] = mixed_label == -kInfinity ? V{} : g[j];  // p_y = 0 for any weights
         softmax_grad(g, row_scale, de);
       }
+    } else if (soft_labels) {
+      if (has_ce) loss -= T(a.alpha * kLn2) * (label_log_q - label_sum * log2_of(hard_sum));
+      const V log_p = probability ? label_log_p : label_log_p - label_sum * log2_of(total[0]);
+      attention_loss = T(-kLn2) * log_p;
+      for (int j = 0; by_label && j < used; ++j) {  // where p is 0 at a label, the weights get no gradient
+        const V d = probability ? row_scale * by_labels[j] : by_labels[j] / tau;
+        g[j] = de[j] = log_p == -kInfinity ? V{} : d;
+      }
+      if (by_label && !probability) softmax_grad(g, row_scale, de);
     }
     if (by_kl) {
       for (int j = 0; j < used; ++j) {
@@ -211,7 +229,7 @@ class NarrowKernel : Kernel<T> {
     write(a.attention_loss, b, attention_loss * row_scale);
     write_rows(a.weights, DType::f32, b, snapshots, reinterpret_cast<const T*>(w));
     if (a.d_student) {
-      if (has_ce)
+      if (has_ce && a.labels)
         for (int r = 0; r < lanes; ++r) hard[label[r] * lanes + r] -= row_scale * T(a.alpha);
       write_rows(a.d_student, a.student.dtype, b, classes, hard);
     }
@@ -233,17 +251,65 @@ class NarrowKernel : Kernel<T> {
       if (!alive[r]) Base::write_zeros(b + r);
   }
 
+  // What soft labels y add up: label_log_q and label_log_p, Σ_c y log2 of the student at 1 and of p, less the
+  // logarithms of their sums (p: of a mixture's), and what they move the attention by. `hard` gets their part of
+  // d_student.
+  [[gnu::noinline]] void follow_labels(int64_t b, V hard_top, const V* scale, const V* top, const V* total, const V* mean) {
+    const bool probability = a.fusion == Fusion::probability;
+    const V ce = splat(row_scale * T(a.alpha));
+    label_log_q = label_log_p = V{};
+    std::fill_n(by_labels, used, V{});
+    for (int i = 0; i < size(); i += lanes) {
+      V y = load(labels + i);
+      if (has_ce) {
+        const V product = y * scaled_by<T>(load(student + i), T(kLog2e), hard_top);
+        label_log_q += y != 0 ? product : V{};
+        store(hard + i, load(hard + i) - y * ce);
+      }
+      if (probability) {
+        V p = {};
+        for (int j = 0; j < used; ++j) p += load(target + j * length + i) * scale[j];
+        const Mask tiny = (y != 0) & (p < std::numeric_limits<T>::min());
+        if (any(tiny)) {
+          follow_tiny(b, i / lanes, tiny, y, top, total);
+          y = tiny ? V{} : y;
+        }
+        label_log_p += y != 0 ? y * log2_of(p) : V{};
+        const V ratio = y != 0 ? y / p : V{};
+        for (int j = 0; by_label && j < used; ++j)
+          by_labels[j] += y * w[id[j]] - ratio * (load(target + j * length + i) * scale[j]);
+      } else {
+        const V product = y * scaled_by<T>(load(mixed + i), k, top[0]);
+        label_log_p += y != 0 ? product : V{};
+        for (int j = 0; by_label && j < used; ++j) {
+          const V weighted = y * (mean[j] - load(target + j * length + i));
+          by_labels[j] += y != 0 ? weighted : V{};
+        }
+      }
+    }
+  }
+  // Of the column c in the lanes where p is too small for a number.
+  void follow_tiny(int64_t b, int64_t c, Mask tiny, V y, const V* top, const V* total) {
+    for (int r = 0; r < rows; ++r) {
+      if (!tiny[r]) continue;
+      T weight[kMaxSnapshots], l[kMaxSnapshots];
+      SoftmaxSum<T> sums[kMaxSnapshots];
+      int of[kMaxSnapshots], n = 0;
+      for (int j = 0; j < used; ++j)
+        if (weighed[j][r]) {
+          weight[n] = w[id[j]][r], sums[n] = {top[j][r], total[j][r]};
+          l[n] = std::fma(eekd::EEKD_ISA::read<T>(a.snapshot[id[j]], b + r, c), k, -sums[n].max);
+          of[n++] = j;
+        }
+      label_log_p[r] -= y[r] * T(kLog2e) * mixture_nll(weight, sums, l, n);
+      for (int i = 0; i < n; ++i) by_labels[of[i]][r] += y[r] * (weight[i] - l[i]);
+    }
+  }
+
   int size() const { return classes * lanes; }
 
   // Of sums, which are at least 1, or NaN or infinite.
   static V log2_of(V x) { return log2(x) + (x - x); }
-
-  static bool every(Mask mask) {
-    return fold(mask, [](auto x, auto y) { return x & y; }) != 0;
-  }
-  static bool any(Mask mask) {
-    return fold(mask, [](auto x, auto y) { return x | y; }) != 0;
-  }
 
   // w = softmax of the scores over the snapshots, and its log2; which snapshots have weight, and in which lanes.
   void weigh(int64_t b) {
@@ -388,13 +454,14 @@ class NarrowKernel : Kernel<T> {
 
   const int classes;
   int length;                                             // of a line
-  T *target, *student, *soft, *hard, *mixed, *mixed_exp;  // lines; target has one per snapshot of weight
+  T *target, *student, *soft, *hard, *mixed, *mixed_exp, *labels;  // lines; target has one per snapshot of weight
   int rows, used;
   int id[kMaxSnapshots];  // of the snapshots that have weight in any lane
   int label[lanes];
   Mask alive;                   // the lanes with a row that is not ignored
   Mask weighed[kMaxSnapshots];  // of id[0, used): those in which it has weight
   V w[kMaxSnapshots], log2_w[kMaxSnapshots];
+  V label_sum, label_log_q, label_log_p, by_labels[kMaxSnapshots];  // of soft labels
 };
 
 }  // namespace

@@ -105,6 +105,15 @@ inline T largest(Vec<T> v) {
   return fold(v, [](auto a, auto b) { return b > a ? b : a; });
 }
 
+template <class Mask>
+inline bool every(Mask mask) {
+  return fold(mask, [](auto x, auto y) { return x & y; }) != 0;
+}
+template <class Mask>
+inline bool any(Mask mask) {
+  return fold(mask, [](auto x, auto y) { return x | y; }) != 0;
+}
+
 // 2^x to 1e-7: 0 far below the smallest normal number, NaN for NaN, and beyond 2^127 that or more. The polynomials
 // are minimax fits of (2^r - 1) / r, weighted for the relative error of 2^r.
 #if defined(__AVX512F__)

@@ -15,11 +15,13 @@ except ImportError as error:
         "non-editable install from the source folder, where the uncompiled sources shadow it"
     ) from None
 
-if getattr(_C, "ops_version", 1) != 2:  # of the ops' signatures, counted in csrc/bindings.cpp
+if getattr(_C, "ops_version", 1) not in (2, 3):  # of the ops' signatures, counted in csrc/bindings.cpp
     raise ImportError(
         "eekd's compiled kernels are of another version than its Python code; build them again with `pip install -e .`"
     )
 
+# Where kernels take soft labels, by backend and type of device; elsewhere the reference computes them.
+SOFT_LABELS = {("native", "cpu"), ("native", "meta")} if _C.ops_version >= 3 else set()
 BACKENDS = ("native", "triton", "reference")
 _forced: str | None = None
 

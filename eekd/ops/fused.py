@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from eekd.ops import checks, reference
-from eekd.ops.backend import backend_for, namespace
+from eekd.ops.backend import SOFT_LABELS, backend_for, namespace
 
 
 class EnsembleKD(NamedTuple):
@@ -58,7 +58,7 @@ def distil(student_logits, snapshot_logits, tail, indices, labels, attention, op
     if wants_attention and labels is None and not kl_objective:
         raise ValueError('labels must be given for attention_objective="label", got None; give labels or use "kl"')
     backend = backend_for(device)
-    if backend == "reference" or (soft and (indices is not None or (backend, device.type) not in _SOFT)):
+    if backend == "reference" or (soft and (indices is not None or (backend, device.type) not in SOFT_LABELS)):
         z = snapshots[0] if isinstance(snapshot_logits, Tensor) else snapshots
         formula = partial(reference.sparse_ensemble_kd, snapshot_tail=tail, indices=indices)
         return EnsembleKD(
@@ -120,7 +120,6 @@ def _distil_in_one_dimension(student, snapshots, tail, indices, labels, attentio
     return EnsembleKD(loss, weights.unflatten(0, rows), attention_loss)
 
 
-_SOFT = set()  # where kernels know soft labels, by backend and type of device; elsewhere the reference computes them
 _CODES = {"none": 0, "mean": 1, "sum": 2}  # as in torch's own schemas
 
 
