@@ -17,7 +17,7 @@ import torch
 
 import eekd
 from eekd import _C, info
-from eekd.kernels import bench, timing
+from eekd.kernels import bench, contenders, timing
 
 CPU = torch.device("cpu")
 RENDER = runpy.run_path(str(Path(__file__).parent.parent / "results" / "render.py"))
@@ -83,7 +83,7 @@ def test_each_row_is_printed(quick):
 
 
 def measure(functions, case=((16, 3, 100), "float32", "probability"), clock=timing.wall):
-    return bench.measure(bench.Case(*case), CPU, functions, clock, 0.001, 0)
+    return bench.measure(contenders.Case(*case), CPU, functions, clock, 0.001, 0)
 
 
 @pytest.mark.parametrize("what", ["loss", "student", "scores", "a hundredth of a row", "upstream", "nan"])
@@ -105,12 +105,12 @@ def test_a_wrong_kernel_is_not_timed(what, dtype):
             scores = scores.detach() + 0 * scores
         elif what == "a hundredth of a row":
             student = torch.cat([student[:, :1].detach() + 0 * student[:, :1], student[:, 1:]], 1)
-        loss = bench.fused(student, snapshots, labels, scores, fusion)
+        loss = contenders.fused(student, snapshots, labels, scores, fusion)
         if what == "upstream":
             return Unscaled.apply(loss)
         return loss * {"loss": 1.02, "nan": math.nan}.get(what, 1.0)
 
-    row = measure({"native": wrong, "eager:einsum": bench.plain}, ((16, 3, 100), dtype, "probability"))
+    row = measure({"native": wrong, "eager:einsum": contenders.plain}, ((16, 3, 100), dtype, "probability"))
     assert row["contenders"]["native"].keys() == {"error", "failed"} and row["fastest"] is None
     assert row["contenders"]["eager:einsum"]["us"] > 0
     line = bench.line_of(row).splitlines()
@@ -119,12 +119,12 @@ def test_a_wrong_kernel_is_not_timed(what, dtype):
 
 
 def test_gradients_that_underflow_in_fp16_do_not_make_a_kernel_wrong():
-    row = measure({"native": bench.fused}, ((100000, 1, 10), "float16", "probability"))
+    row = measure({"native": contenders.fused}, ((100000, 1, 10), "float16", "probability"))
     assert row["contenders"]["native"]["us"] > 0
 
 
 def test_a_wrong_kernel_fails_the_run(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "fused", lambda *args: 1.01 * bench.plain(*args))
+    monkeypatch.setattr(contenders, "fused", lambda *args: 1.01 * contenders.plain(*args))
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     with pytest.raises(SystemExit, match="eekd failed 2 times"):
         bench.main(["--quick", "--shape", "8,2,10", "--threads", "1"])
@@ -135,7 +135,9 @@ def test_a_contender_that_raises_leaves_the_others_to_be_timed():
     def greedy(*_):
         raise torch.OutOfMemoryError("CUDA out of memory\nmuch more")
 
-    row = measure({"native": bench.fused, "eager:einsum": greedy, "eager:sum": bench.plain, "compile:default": greedy})
+    row = measure(
+        {"native": contenders.fused, "eager:einsum": greedy, "eager:sum": contenders.plain, "compile:default": greedy}
+    )
     r = row["contenders"]
     assert r["eager:einsum"] == {"failed": "raises OutOfMemoryError: CUDA out of memory much more"}
     assert row["best_us"] == {"eager": r["eager:sum"]["us"], "compile": None, "liger": None}
@@ -148,7 +150,7 @@ def test_a_case_that_does_not_fit_is_told_and_the_next_is_timed(monkeypatch, cap
             raise torch.OutOfMemoryError("CUDA out of memory")
         return made(case, *rest)
 
-    made = bench.inputs
+    made = contenders.inputs
     monkeypatch.setattr(bench, "inputs", inputs)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     bench.main(["--quick", "--shape", "9,2,10", "--shape", "8,2,10", "--json", str(tmp_path / "b.json")])
@@ -162,8 +164,8 @@ def test_a_case_that_does_not_fit_is_told_and_the_next_is_timed(monkeypatch, cap
 @pytest.mark.parametrize("layout", ["MBC", "BMC"])
 @pytest.mark.parametrize("shape", [(9, 5, 10), (4, 1, 1001), (300, 2, 70), (9, 5, 100, 20), (4, 1, 30, 29)])
 def test_all_contenders_compute_the_same(shape, layout, fusion, dtype):
-    case = bench.Case(shape, dtype, fusion, layout)
-    (tensors,) = bench.inputs(case, CPU, 1)
+    case = contenders.Case(shape, dtype, fusion, layout)
+    (tensors,) = contenders.inputs(case, CPU, 1)
     snapshots = tensors[1]
     if len(shape) == 4:
         assert snapshots.logits.shape == (shape[1], shape[0], shape[3]) and snapshots.indices.max() < shape[2]
@@ -171,10 +173,10 @@ def test_all_contenders_compute_the_same(shape, layout, fusion, dtype):
         assert snapshots.shape == (shape[1], shape[0], shape[2])
     if len(shape) == 3 and shape[1] > 1:
         assert tensors[1].is_contiguous() == (layout == "MBC")
-    truth, upstream = bench.exact(tensors, fusion), torch.tensor(0.7 * shape[0])
-    for run in (bench.fused, bench.plain, lambda *x: bench.plain(*x, mix=bench.broadcast)):
-        got = bench.gradients(run, tensors, fusion, upstream)
-        assert bench.error(got, truth, upstream) < bench.ERROR_LIMIT[dtype]
+    truth, upstream = contenders.exact(tensors, fusion), torch.tensor(0.7 * shape[0])
+    for run in (contenders.fused, contenders.plain, lambda *x: contenders.plain(*x, mix=contenders.broadcast)):
+        got = contenders.gradients(run, tensors, fusion, upstream)
+        assert contenders.error(got, truth, upstream) < contenders.ERROR_LIMIT[dtype]
         assert [x.dtype for x in got] == [torch.float32, getattr(torch, dtype), torch.float32]
 
 
@@ -194,15 +196,18 @@ def test_the_other_op_is_timed_too(monkeypatch, capsys, tmp_path):
 
 
 def test_the_reference_in_parts_is_the_reference():
-    (tensors,) = bench.inputs(bench.Case((40, 2, 2**20 // 4), "float32", "logit"), CPU, 0)  # a part is 32 rows
-    truth = bench.exact([x[..., :32, :] if x.dim() == 3 else x[:32] for x in tensors], "logit")
-    for a, b in zip(bench.exact(tensors, "logit")[1:], truth[1:], strict=True):
+    (tensors,) = contenders.inputs(
+        contenders.Case((40, 2, 2**20 // 4), "float32", "logit"), CPU, 0
+    )  # a part is 32 rows
+    truth = contenders.exact([x[..., :32, :] if x.dim() == 3 else x[:32] for x in tensors], "logit")
+    for a, b in zip(contenders.exact(tensors, "logit")[1:], truth[1:], strict=True):
         assert len(a) == 40 and torch.equal(a[:32], b)
 
 
 def test_inputs_rotate_and_contenders_take_turns(monkeypatch):
     """What a GPU gets: every set in turn, warm-up, both upstream gradients, and below 50 µs a graph and the host."""
-    monkeypatch.setattr(bench, "rotation", lambda size, device: 3)
+    for module in (bench, contenders):
+        monkeypatch.setattr(module, "rotation", lambda size, device: 3)
     seen, captured = [], []
 
     def spied(name, function):
@@ -223,7 +228,7 @@ def test_inputs_rotate_and_contenders_take_turns(monkeypatch):
 
     monkeypatch.setattr(bench, "events", events)
     monkeypatch.setattr(bench, "in_graph", in_graph)
-    functions = {"native": bench.fused, "eager:sum": bench.plain, "liger": bench.plain}
+    functions = {"native": contenders.fused, "eager:sum": contenders.plain, "liger": contenders.plain}
     r = measure({name: spied(name, function) for name, function in functions.items()}, clock=events)["contenders"]
     assert {round(figures["us"], 3) for figures in r.values()} == {5} and r["native"]["p80"] == pytest.approx(8)
     assert r["native"]["graph_us"] == pytest.approx(7) and r["native"]["host_us"] > 0
@@ -271,7 +276,9 @@ def test_own_traffic(monkeypatch):
     cuda = torch.device("cuda")
 
     def counts(backend, device, m, dtype="bfloat16"):
-        return [bench.accesses(backend, bench.Case((1, m, c), dtype, "logit"), device) for c in (10, 32000, 262144)]
+        return [
+            bench.accesses(backend, contenders.Case((1, m, c), dtype, "logit"), device) for c in (10, 32000, 262144)
+        ]
 
     assert counts("native", CPU, 5) == counts("copy", cuda, 5) == [7, 7, 7]
     assert counts("native", cuda, 5) == [7, 7, 13]
@@ -307,9 +314,9 @@ def test_what_is_missing_is_told(monkeypatch):
     def namespace(device):
         raise RuntimeError("no such backend")
 
-    monkeypatch.setattr(bench, "namespace", namespace)
+    monkeypatch.setattr(contenders, "namespace", namespace)
     monkeypatch.setitem(__import__("sys").modules, "liger_kernel", None)
-    found, missing = bench.contenders(True, ["default"])
+    found, missing = contenders.contenders(True, ["default"])
     assert found.keys() == {"eager:einsum", "eager:sum", "compile:default"}
     assert missing["native"] == missing["triton"] == "no such backend"
     assert "pip install liger-kernel" in missing["liger"]
@@ -324,7 +331,7 @@ def synthetic(backends=("native", "triton"), measured=True):
                 result = {name: {"us": 10.0 + i + m - c / 1e4, "error": 1e-3} for i, name in enumerate(backends)}
                 result |= {"eager:sum": {"us": 90.0}, "compile:default": {"us": 30.0}, "liger": {"failed": "raises"}}
                 result |= {"copy": {"us": 9.0}}
-                rows.append(bench.row_of(bench.Case((64, m, c), "bfloat16", fusion), CPU, result))
+                rows.append(bench.row_of(contenders.Case((64, m, c), "bfloat16", fusion), CPU, result))
     if not measured:
         for row in rows:
             row["contenders"] = {
