@@ -39,7 +39,7 @@ LAYERS = [
     {"evaluate", "predict"},
 ]
 COMMANDS = {"__main__", "completion"}  # of eekd itself
-LEAVES = ("eekd.kernels.bench", "eekd.kernels.tune")  # of the kernels, what knows eekd
+LEAVES = ("eekd.kernels.bench", "eekd.kernels.contenders", "eekd.kernels.tune")  # of the kernels, what knows eekd
 
 
 def imports(module: str) -> set[str]:
@@ -85,7 +85,10 @@ def test_one_op_is_one_row(op, capsys):
     [
         ("csrc/cpu", {"dispatch"}),
         ("csrc/cuda", {"scale"}),
-        ("kernels", {"__init__", "bench", "columns", "launch", "options", "outputs", "rows", "timing", "tune"}),
+        (
+            "kernels",
+            {"__init__", "bench", "columns", "contenders", "launch", "options", "outputs", "rows", "timing", "tune"},
+        ),
     ],
 )
 def test_every_kernel_belongs_to_an_op(folder, beside):
