@@ -1,7 +1,11 @@
 """eekd.hf: checkpoints of Hugging Face's Trainer teach. Tiny models with random weights; nothing is downloaded."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +18,10 @@ pytest.importorskip("accelerate", reason="needs accelerate, of the extra hf")
 
 from eekd.hf import EEKDConfig, EEKDTrainer, SnapshotCallback, Teachers  # noqa: E402
 from eekd.hf.checkpoints import checkpoint_folders  # noqa: E402
+from eekd.io.tensors import load_tensors, save_tensors  # noqa: E402
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 VOCAB, LENGTH, CLASSES = 37, 10, 3
 SMALL = {
     "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel,
@@ -328,26 +335,50 @@ def trained(folder, student, run, **options):
     return trainer
 
 
+def after_updates(folder, kind, weighting, size, steps, **options):
+    """Weights and what was logged after two updates of 8 samples, in `steps` parts of each process."""
+    data, collator = data_for(kind)
+    trainer = trained(
+        folder, language_model() if kind == "gpt2" else classifier(kind), folder / "run", data=data, collator=collator,
+        weighting=weighting, max_steps=2, logging_steps=1, per_device_train_batch_size=size,
+        gradient_accumulation_steps=steps, **options,
+    )  # fmt: skip
+    names = ["loss", "distillation_loss", "weight_1", "weight_2"]
+    logged = {f"{name} {i}": torch.tensor(trainer.state.log_history[i][name]) for name in names for i in range(2)}
+    return {**trainer.model.state_dict(), **trainer.criterion.state_dict(), **logged}
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "vit"])
 @pytest.mark.parametrize("weighting", ["uniform", "attention"])
 def test_an_update_is_the_same_however_it_is_accumulated(kind, weighting, tmp_path):
-    run, data, collator = run_of(kind, tmp_path), *data_for(kind)
-    states = []
-    for size, steps in ((8, 1), (2, 4), (1, 8)):
-        student = language_model() if kind == "gpt2" else classifier(kind)
-        trainer = trained(
-            tmp_path, student, run, data=data, collator=collator, weighting=weighting, max_steps=2, logging_steps=1,
-            per_device_train_batch_size=size, gradient_accumulation_steps=steps,
-        )  # fmt: skip
-        losses = {f"loss {i}": torch.tensor(entry["loss"]) for i, entry in enumerate(trainer.state.log_history[:2])}
-        measured = {
-            f"weights {i}": torch.tensor(entry["weight_1"]) for i, entry in enumerate(trainer.state.log_history[:2])
-        }
-        states.append({**trainer.model.state_dict(), **trainer.criterion.state_dict(), **losses, **measured})
+    run_of(kind, tmp_path)
+    states = [after_updates(tmp_path, kind, weighting, *parts) for parts in ((8, 1), (2, 4), (1, 8))]
     for state in states[1:]:
         compare(state, states[0], rtol=1e-4, atol=1e-5)
     before = (language_model() if kind == "gpt2" else classifier(kind)).state_dict()
     assert any(not torch.equal(before[name], states[0][name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "kind, weighting", [("gpt2", "attention"), pytest.param("vit", "attention", marks=pytest.mark.full)]
+)
+def test_two_processes_make_the_update_of_one(kind, weighting, tmp_path):
+    run_of(kind, tmp_path)
+    want = after_updates(tmp_path, kind, weighting, 8, 1)
+    command = [*TORCHRUN, "--nproc-per-node", "2", __file__, tmp_path, kind, weighting]
+    done = subprocess.run([*map(str, command)], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    states = [load_tensors(tmp_path / f"process-{rank}.safetensors") for rank in range(2)]
+    weights = {name for name in want if "." in name}
+    compare(*({name: state[name] for name in weights} for state in states), rtol=0, atol=0)
+    compare(states[0], want, rtol=1e-4, atol=1e-5)
+
+
+def process():
+    """One of two processes of the test above."""
+    folder, (kind, weighting) = Path(sys.argv[1]), sys.argv[2:]
+    state = after_updates(folder, kind, weighting, 2, 2, ddp_backend="gloo")
+    save_tensors(folder / f"process-{torch.distributed.get_rank()}.safetensors", state)
 
 
 def run_of(kind, folder):
@@ -522,6 +553,115 @@ def test_training_args_are_never_unpickled(tmp_path, monkeypatch):
     assert len(Teachers.load(run)) == 2
 
 
+# Adapters
+
+
+def lora_run(folder, base, count=2, **options):
+    """The folders of a run that trained an adapter; the models with each merged, for comparison."""
+    peft = pytest.importorskip("peft", reason="needs peft, of the extra hf")
+    base.save_pretrained(folder / "base")
+    merged = []
+    for m in range(1, count + 1):
+        model = peft.get_peft_model(
+            type(base).from_pretrained(folder / "base"), peft.LoraConfig(r=2, lora_alpha=4, **options)
+        )
+        torch.manual_seed(m)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(torch.randn_like(parameter) / 2)
+        model.save_pretrained(folder / "run" / f"checkpoint-{m}")
+        merged.append(model.merge_and_unload().eval())
+    return folder / "run", merged
+
+
+@pytest.mark.parametrize("fusion", ["probability", "logit"])
+def test_adapters_of_one_base_teach_as_merged_models_do(fusion, tmp_path):
+    run, merged = lora_run(tmp_path, language_model("llama", 24, 1), target_modules=["q_proj", "v_proj", "up_proj"])
+    student, options = language_model("llama"), dict(weighting="linear_increase", fusion=fusion)
+    batch = collate([Texts()[i] for i in range(6)])
+    got = loss_of(adapters := trainer_of(student, run, tmp_path, **options), batch)
+    assert len(adapters.teachers) == 2 and len(adapters.teachers.models) == 1
+    assert not any(p.requires_grad for p in adapters.teachers.models[0].parameters())
+    assert all(head is adapters.task.heads[0] for head in adapters.task.heads)  # one projection for all
+    whole = EEKDTrainer(student, settings(tmp_path, **options), teachers=merged, data_collator=collate)
+    want = loss_of(whole, batch)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
+    compare(got[1], want[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*(t.task.teach(batch, t.accelerator.autocast)["hidden"] for t in (adapters, whole)),
+                               rtol=1e-4, atol=1e-5)  # fmt: skip
+
+
+def test_adapters_of_a_classifier_bring_heads_of_their_own(tmp_path):
+    run, merged = lora_run(tmp_path, classifier("bert", 24, 1), target_modules=["query"], task_type="SEQ_CLS")
+    student, batch = classifier("bert"), batch_for("bert")
+    trainer = trainer_of(student, run, tmp_path, weighting="attention")
+    loss_of(trainer, batch)
+    said = trainer.task.teach(batch, trainer.accelerator.autocast)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    with torch.no_grad():
+        want = [model(**inputs).logits for model in merged]
+        features = [model.bert(**inputs).pooler_output for model in merged]
+    torch.testing.assert_close(said["logits"], want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(said["features"], torch.stack(features), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(want[0], want[1], atol=1e-2)
+
+
+def test_adapters_need_the_memory_of_one_model(tmp_path):
+    run, _ = lora_run(tmp_path, language_model("llama", 64, 1), 4, target_modules=["q_proj", "v_proj"])
+    teachers = Teachers.load(run)
+    base = sum(p.numel() for p in language_model("llama", 64, 1).parameters())
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for model in teachers.models
+                for p in model.parameters()}  # fmt: skip
+    assert 4 * base < sum(storages.values()) < 4 * base * 1.3  # float32
+
+
+def test_a_student_with_an_adapter_trains_it_alone(tmp_path):
+    peft = pytest.importorskip("peft", reason="needs peft, of the extra hf")
+    student = peft.get_peft_model(
+        language_model("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    options = dict(max_steps=4, save_strategy="steps", save_steps=2)
+    trainer = trained(tmp_path, student, save([language_model("llama", 24, 1)], tmp_path / "run"), **options)
+    moved = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and all("lora_" in name for name in moved)
+    state = {k: v.clone() for k, v in student.state_dict().items()}
+    with torch.no_grad():
+        for p in student.parameters():
+            if p.requires_grad:
+                p.zero_()
+    again = trainer_of(student, tmp_path / "run", tmp_path, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "student-run" / "checkpoint-2"))
+    compare(student.state_dict(), state, rtol=0, atol=0)
+    compare(again.criterion.state_dict(), trainer.criterion.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.bad_input
+def test_adapters_that_cannot_teach_are_refused(tmp_path):
+    peft = pytest.importorskip("peft", reason="needs peft, of the extra hf")
+    base = language_model("llama", 24, 1)
+    run, _ = lora_run(tmp_path, base, target_modules=["q_proj"])
+    for other in (language_model("llama", 32), language_model("llama", 24, num_hidden_layers=2)):
+        refused("must fit its base model", language_model("llama"), run, tmp_path, teacher_base=other)
+    path = run / "checkpoint-2" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"base_model_name_or_path": "somewhere/else"}))
+    refused("adapters must be of one base model", language_model("llama"), run, tmp_path)
+    path.write_text(json.dumps(config | {"peft_type": "PROMPT_TUNING"}))
+    refused("must not be of prompt learning", language_model("llama"), run, tmp_path)
+
+    run, _ = lora_run(tmp_path / "head", base, target_modules=["lm_head"])
+    refused("got also base_model.model.lm_head", language_model("llama"), run, tmp_path)
+    run, _ = lora_run(tmp_path / "saved", base, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    refused("must have no adapter on its head", language_model("llama"), run, tmp_path)
+    run = save([base], tmp_path / "whole")
+    student = peft.get_peft_model(language_model("llama"), peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    refused("the student must have no adapter on its head", student, run, tmp_path)
+    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    refused("prompt learning", peft.get_peft_model(language_model("llama"), prompts), run, tmp_path)
+
+
 # Bad input
 
 
@@ -628,3 +768,7 @@ def test_batches_without_labels(tmp_path):
     )  # fmt: skip
     with pytest.raises(ValueError, match="a batch must have labels"):
         trainer.train()
+
+
+if __name__ == "__main__":
+    process()

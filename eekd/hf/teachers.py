@@ -9,10 +9,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from eekd.hf.checkpoints import adapter_config, checkpoint_folders
+from eekd.hf.checkpoints import WEIGHTS, adapter_config, checkpoint_folders
 from eekd.hf.heads import ClassifierHead, LanguageHead, accepted, only
 from eekd.io.files import first_line
 from eekd.io.state_dicts import some
+from eekd.io.tensors import load_weights
 from eekd.snapshots.wrappers import logits_of
 
 
@@ -73,7 +74,8 @@ class Teachers:
         if not self.adapters:
             yield from self.models
         for adapter in self.adapters:
-            self.models[0].set_adapter(adapter, inference_mode=True)
+            self.models[0].set_adapter(adapter)
+            self.models[0].requires_grad_(False)  # which makes an adapter trainable
             yield self.models[0]
 
     def share_equal_heads(self, heads: list[LanguageHead]) -> None:
@@ -114,7 +116,7 @@ def read_model(kind: type, folder: str | Path, **options) -> nn.Module:
 
 def _adapters(cls, folders: list[Path], base: nn.Module | str | None) -> "Teachers":
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise ImportError(f"{folders[0]} holds an adapter, which needs peft: pip install peft") from error
     configs = [adapter_config(folder) for folder in folders]
@@ -138,14 +140,21 @@ def _adapters(cls, folders: list[Path], base: nn.Module | str | None) -> "Teache
     adapters, model = [f"snapshot{m}" for m in range(len(folders))], None
     for folder, adapter in zip(folders, adapters, strict=True):
         try:
-            if model is None:
-                model = PeftModel.from_pretrained(base, folder, adapter_name=adapter)
-            else:
-                model.load_adapter(folder, adapter_name=adapter)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                if model is None:
+                    model = PeftModel.from_pretrained(base, folder, adapter_name=adapter)
+                else:
+                    model.load_adapter(folder, adapter_name=adapter)
         except (RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"{folder} must be an adapter of {named}, which it does not fit: {first_line(error)}"
-            ) from error
+            raise ValueError(f"{folder} must fit its base model as an adapter, got {first_line(error)}") from error
+        # peft only warns of what it could not place
+        held = set(get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False))
+        file = next(folder / name for name in WEIGHTS if name.startswith("adapter") and (folder / name).is_file())
+        state = set(load_weights(file))
+        if state != held:
+            got = f"also {some(sorted(state - held))}" if state - held else f"none of {some(sorted(held - state))}"
+            raise ValueError(f"{folder} must fit its base model as an adapter, got {got}")
     return cls([model], [str(folder) for folder in folders], adapters)
 
 
