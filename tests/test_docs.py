@@ -42,6 +42,22 @@ def a_users_names() -> dict:
     }  # fmt: skip
 
 
+def a_language_models_names() -> dict:
+    transformers = pytest.importorskip("transformers", reason="needs transformers, of the extra hf")
+    pytest.importorskip("accelerate", reason="needs accelerate, of the extra hf")
+
+    def gpt2(width: int):
+        return transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=width, n_layer=1, n_head=2)
+        )
+
+    tokens = [{"input_ids": row, "labels": row} for row in torch.randint(50, (16, 12))]
+    return {
+        "teacher": gpt2(16), "student": gpt2(8), "collator": transformers.default_data_collator,
+        "train_dataset": tokens, "eval_dataset": tokens,
+    }  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A folder runs/teacher with a small bank in it."""
@@ -63,6 +79,8 @@ def test_the_examples_of_a_page_run(page, request, tmp_path, monkeypatch):
         Path("runs").symlink_to(request.getfixturevalue("runs"))
     Image.new("L", (8, 8)).save("image.png")
     names = a_users_names()
+    if "eekd.hf" in page.read_text():
+        names |= a_language_models_names()
     if "DistributedDataParallel" in "".join(blocks(page, "python")):
         with socket.socket() as free:
             free.bind(("localhost", 0))

@@ -1,7 +1,9 @@
 """eekd.hf: checkpoints of Hugging Face's Trainer teach. Tiny models with random weights; nothing is downloaded."""
 
+import dataclasses
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,10 +18,11 @@ transformers = pytest.importorskip("transformers", reason="needs transformers, o
 transformers.utils.logging.disable_progress_bar()
 pytest.importorskip("accelerate", reason="needs accelerate, of the extra hf")
 
-from eekd.hf import EEKDConfig, EEKDTrainer, SnapshotCallback, Teachers  # noqa: E402
+from eekd.hf import EEKDArguments, EEKDConfig, EEKDMixin, EEKDTrainer, SnapshotCallback, Teachers  # noqa: E402
 from eekd.hf.checkpoints import checkpoint_folders  # noqa: E402
 from eekd.io.tensors import load_tensors, save_tensors  # noqa: E402
 
+ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 VOCAB, LENGTH, CLASSES = 37, 10, 3
@@ -551,6 +554,122 @@ def test_training_args_are_never_unpickled(tmp_path, monkeypatch):
         (folder / "training_args.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'false'\ntR.")
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("torch.load was called"))
     assert len(Teachers.load(run)) == 2
+
+
+def tokenizer_of(vocab=VOCAB, swapped=False):
+    """A tokenizer of words t0, t1, ...; `swapped` gives the last two each other's id."""
+    tokenizers = pytest.importorskip("tokenizers")
+    ids = {f"t{i}": i for i in range(vocab)}
+    if swapped:
+        ids |= {f"t{vocab - 1}": vocab - 2, f"t{vocab - 2}": vocab - 1}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="t0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", pad_token="t0", eos_token="t0")
+
+
+def test_padded_vocabularies_are_cut_to_the_smaller(tmp_path):
+    teachers = [language_model("llama", 24, 1, VOCAB + 3)]
+    student = language_model("llama", vocab=VOCAB + 8)
+    trainer = EEKDTrainer(
+        student, settings(tmp_path, weighting="uniform"), teachers=teachers, data_collator=collate,
+        processing_class=tokenizer_of(),
+    )  # fmt: skip
+    batch = collate([Texts()[i] for i in range(6)])
+    loss, got = loss_of(trainer, batch)
+    student.zero_grad()
+    s, y = rows_of(student, batch)
+    with torch.no_grad():
+        z, _ = rows_of(teachers[0], batch)
+    want = formula(s[:, : VOCAB + 3], [z], y, torch.ones(len(y), 1)) / len(y)
+    want.backward()
+    torch.testing.assert_close(loss, want.detach(), rtol=1e-4, atol=1e-5)
+    compare(got, gradients(student))
+
+
+@pytest.mark.bad_input
+def test_other_tokenizers_are_refused(tmp_path):
+    run = run_of("gpt2", tmp_path)
+    options = dict(args=settings(tmp_path), teacher_checkpoints=run, data_collator=collate)
+    for folder in run.glob("checkpoint-*"):
+        tokenizer_of().save_pretrained(folder)
+    EEKDTrainer(language_model(), processing_class=tokenizer_of(), **options)
+    with pytest.raises(ValueError, match="must be the student's, got 't36' for id 35, where the student has 't35'"):
+        tokenizer_of(swapped=True).save_pretrained(run / "checkpoint-10")
+        EEKDTrainer(language_model(), processing_class=tokenizer_of(), **options)
+    with pytest.raises(ValueError, match="must be the student's"):
+        EEKDTrainer(language_model(vocab=40), processing_class=tokenizer_of(40), **options)
+    with pytest.raises(ValueError, match="must have a row for each of 40 tokens in its head, got 37"):
+        shutil.rmtree(run)
+        run_of("gpt2", tmp_path)
+        EEKDTrainer(language_model(vocab=40), processing_class=tokenizer_of(40), **options)
+
+
+def test_the_mixin_makes_an_sft_trainer_one_too(tmp_path):
+    trl = pytest.importorskip("trl", reason="needs trl, which CI has not")
+    datasets = pytest.importorskip("datasets", reason="needs datasets, of the extra data")
+
+    @dataclasses.dataclass
+    class Config(EEKDArguments, trl.SFTConfig):
+        pass
+
+    class SFT(EEKDMixin, trl.SFTTrainer):
+        pass
+
+    texts = [" ".join(f"t{i}" for i in Texts()[n]["input_ids"]) for n in range(16)]
+    states, losses = [], []
+    for size, steps in ((8, 1), (2, 4)):
+        args = Config(
+            str(tmp_path / "sft"), max_steps=2, per_device_train_batch_size=size, gradient_accumulation_steps=steps,
+            use_cpu=True, report_to="none", save_strategy="no", max_length=32, learning_rate=0.1, optim="sgd",
+            max_grad_norm=0.0, bf16=False, lr_scheduler_type="constant", weighting="uniform", logging_steps=1,
+            eos_token="t0",
+        )  # fmt: skip
+        student = language_model("llama")
+        trainer = SFT(
+            student, args, train_dataset=datasets.Dataset.from_dict({"text": texts}), processing_class=tokenizer_of(),
+            eval_dataset=datasets.Dataset.from_dict({"text": texts}), teachers=[language_model("llama", 24, 1)],
+        )  # fmt: skip
+        trainer.train()
+        assert "eval_loss" in trainer.evaluate()
+        states.append(student.state_dict())
+        losses.append(trainer.state.log_history[0]["distillation_loss"])
+    compare(*states, rtol=1e-4, atol=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+# Examples
+
+
+@pytest.fixture
+def example():
+    """Runs an example of examples/ in a folder of its own."""
+
+    def run(name, *args, **options):
+        return runpy.run_path(str(ROOT / "examples" / name))["main"](*args, **options)
+
+    return run
+
+
+def test_the_example_of_a_language_model(example, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(path.read_text() for path in sorted((ROOT / "docs" / "how-to").glob("*.md"))))
+    found = example("hf_causal_lm.py", text, steps=4)
+    assert len(found) == 3 and all(1 < perplexity < 512 for perplexity in found.values())
+
+
+def test_the_example_of_a_classifier(example):
+    found = example("hf_classification.py", sorted((ROOT / "docs" / "how-to").glob("*.md"))[:3], steps=4)
+    assert len(found) == 3 and all(0 <= accuracy <= 1 for accuracy in found.values())
+
+
+@pytest.mark.full
+def test_a_student_of_a_real_text_gains_by_the_snapshots(example, tmp_path):
+    if not shutil.which("bible"):
+        pytest.skip("needs the text of Debian's bible-kjv")
+    text = tmp_path / "text.txt"
+    text.write_bytes(subprocess.run(["bible", "-f", "gen1:1-rev22:21"], capture_output=True, check=True).stdout)
+    found = example("hf_causal_lm.py", text)
+    assert found["student by EEKD"] < found["student by cross-entropy"] < 100
 
 
 # Adapters
