@@ -8,7 +8,7 @@ import pytest
 
 from eekd.io.files import read_checked, read_json, sha256_of
 from eekd.snapshots import read_manifest
-from eekd.train import train
+from eekd.train import resume, train
 from eekd.train.config import Config, Student, Teacher
 
 NETS = """
@@ -61,6 +61,16 @@ def killer(*steps):
 
     killed = set()
     return progress
+
+
+def go_on(run, session, progress) -> int:
+    """Resumes until the run has ended; returns how often it was killed."""
+    for kills in range(1000):
+        try:
+            resume(run, session=session, progress=progress)
+            return kills
+        except Killed:
+            check_files(run)
 
 
 def untimed(folder):

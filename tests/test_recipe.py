@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from killed import EVERY_STEP, NETS, Killed, check_same, go_on, killer
 from test_distributed import SMALL, assert_close, launch
-from test_resume import EVERY_STEP, NETS, Killed, check_same, go_on, killer
 
 import eekd
 from eekd import models

@@ -149,6 +149,23 @@ def test_a_policy_changes_images_by_their_own_numbers_alone(policy):
     assert not torch.equal(policies.apply_policy(x, index, policy, seed=1, view=3), changed)
 
 
+@pytest.mark.parametrize("policy", ["trivial", "rand"])
+def test_half_the_signs_are_the_other_one(policy, monkeypatch):
+    pytest.importorskip("PIL")
+    seen = []
+    monkeypatch.setattr(policies, "OPERATIONS", (("rotate", True, lambda image, by: seen.append(by) or image),))
+    policies.apply_policy(split_of(60).images, torch.arange(60), policy, seed=0, view=0)
+    assert 0.35 < np.mean(np.array(seen)[np.nonzero(seen)] < 0) < 0.65
+    levels = len({abs(by) for by in seen})
+    assert (len(seen), levels) == (120, 1) if policy == "rand" else len(seen) == 60 and 20 < levels <= 31
+
+
+def test_every_image_of_a_batch_is_erased_somewhere_else():
+    split = Split(torch.zeros(20, 3, 16, 16, dtype=torch.uint8), torch.arange(20) % 10, (0.5,) * 3, (0.25,) * 3)
+    (batch,) = Loader(split, batch_size=20, erasing=1.0)
+    assert len((batch.images != batch.images.min()).flatten(1).unique(dim=0)) > 15
+
+
 def views(loader, view):
     """What every sample shows, by its number."""
     loader.set_epoch(view)

@@ -5,21 +5,11 @@ import shutil
 
 import pytest
 import torch
-from killed import EVERY_STEP, Killed, check_files, check_same, killer, untimed
+from killed import EVERY_STEP, Killed, check_same, go_on, killer, untimed
 
 from eekd.bank import __main__ as bank
 from eekd.io.files import sha256_of
-from eekd.train import prepare, resume, train, train_student, train_teacher
-
-
-def go_on(run, session, progress) -> int:
-    """Resumes until the run has ended; returns how often it was killed."""
-    for kills in range(1000):
-        try:
-            resume(run, session=session, progress=progress)
-            return kills
-        except Killed:
-            check_files(run)
+from eekd.train import prepare, train, train_student, train_teacher
 
 
 def test_killed_after_every_step(whole, tmp_path):
