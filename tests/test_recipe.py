@@ -81,8 +81,10 @@ def test_teacher_and_students_learn_from_soft_labels(run):
         assert all(row["train_loss"] > smallest for row in rows(out / name))
 
 
-def test_the_student_is_taught_what_the_teacher_says_of_the_mixed_image(run):
+@pytest.mark.parametrize("augment", ["auto", "none"])
+def test_the_student_is_taught_what_the_teacher_says_of_the_mixed_image(run, augment):
     session, out = run
+    session = Session(dataclasses.replace(session.config, augment=augment))
     trainer = StudentTrainer(session, out / "teacher", "last")
     batch = next(trainer.batches_from(0))
     ensemble = SnapshotEnsemble.load(out / "teacher", which=[-1], features=False)
