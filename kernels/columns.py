@@ -2,6 +2,8 @@
 
 Unlike a tile of all snapshots it pads nothing, keeps one line of targets in 32 bits, and needs the snapshots one after
 the other. A long row's sums are of groups of columns that one thread holds, and are added up once.
+
+Over 350 lines, for they are the parts of one computation, which Triton compiles into each kernel.
 """
 
 import triton

@@ -3,6 +3,8 @@
 Traffic in accesses of B·C elements: reads M + 1 and writes 1 where a row's tile stays on chip, reads 2 (M + 1) and
 writes 1 where it is streamed twice; kernels.launch.launch_for decides by M and C. The op
 eekd_triton::ensemble_kd_fwd has the signature of eekd::ensemble_kd_fwd.
+
+Over 350 lines, for a kernel and its launch are read together.
 """
 
 import functools

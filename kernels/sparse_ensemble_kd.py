@@ -3,6 +3,8 @@
 Traffic of a row in elements: reads C of the student and K of each snapshot, and writes C, where the student's row stays
 on chip; reads the student twice where it is streamed. The K columns are gathered from cache, and read twice where they
 do not fit a tile. The op eekd_triton::sparse_ensemble_kd_fwd has the signature of eekd::sparse_ensemble_kd_fwd.
+
+Over 350 lines, for a kernel and its launch are read together.
 """
 
 import torch

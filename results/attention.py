@@ -5,6 +5,8 @@ python results/attention.py  # writes attention.json beside it, and goes on from
 A student for every cell and seed, on Fashion-MNIST reduced to 10,000 training images of half the side. Of the images
 held out of them 10,000 are there to learn weights from where a cell says so, and 20,000 to validate on. Test images are
 not read.
+
+Over 350 lines, for one study is one file.
 """
 
 import dataclasses

@@ -10,6 +10,8 @@ access spoils all that its process does later. As each part ends DIR gets parts.
 seconds and last lines of output of every part), output.txt with all lines, the records of bench, forward and tune, and
 all of it in check-gpu.tar.gz. A part that fails or takes too long does not stop the others, but for the build; the exit
 status is 1 if any did.
+
+Over 350 lines, for it runs where nothing of this project may be installed yet.
 """
 
 import argparse
