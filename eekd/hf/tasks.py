@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from eekd.hf import checks
 from eekd.hf.heads import ClassifierHead, LanguageHead, only
-from eekd.hf.teachers import Teachers, hidden_states, logits_and_features
+from eekd.hf.teachers import Teachers
 from eekd.method import weightings
 from eekd.method.losses import EEKDLoss
 from eekd.ops import linear_ensemble_kd
@@ -30,11 +30,7 @@ class LanguageModelling:
     def __init__(self, student: nn.Module, teachers: Teachers, args, tokenizer, *, shift: bool):
         self.student, self.teachers, self.shift = student, teachers, shift
         self.head = LanguageHead(student, "the student")
-        if teachers.adapters:
-            self.heads = [LanguageHead(teachers.models[0], teachers.names[0])] * len(teachers)
-        else:
-            self.heads = [LanguageHead(m, name) for m, name in zip(teachers.models, teachers.names, strict=True)]
-            teachers.share_equal_heads(self.heads)
+        self.heads = teachers.language_heads()
         named = dict(zip(teachers.names, self.heads, strict=True))
         checks.check_tokenizers(teachers.names, tokenizer)
         checks.check_vocabularies({"the student": self.head, **named}, tokenizer)
@@ -57,9 +53,8 @@ class LanguageModelling:
         rows = rows if len(rows) else torch.arange(min(CHECKED, labels.numel()), device=labels.device)
         batch = model_inputs(inputs)
         self.head.verify(self.student, batch, rows, half)
-        for head, model in zip(self.heads, self.teachers, strict=True):
-            with context():
-                head.verify(model, batch, rows, half)
+        self.teachers.verify(self.heads, batch, rows, half, context)
+        for head in self.heads:
             if head.softcap != self.head.softcap:
                 raise ValueError(
                     f"{head.name} must have the student's soft-cap {self.head.softcap}, got {head.softcap}"
@@ -77,7 +72,7 @@ class LanguageModelling:
                 )
             return hidden.flatten(0, -2).index_select(0, rows)
 
-        said = hidden_states(self.teachers, self.heads, model_inputs(inputs), select, context)
+        said = self.teachers.hidden_states(self.heads, model_inputs(inputs), select, context)
         return {"labels": labels.flatten()[rows], "select": select, "hidden": said}
 
     def tap(self):
@@ -88,7 +83,7 @@ class LanguageModelling:
         """The sum over the rows that count, divided by `items`; and what was measured, without gradient."""
         hidden, keys, labels = said["select"](only(found, "the student")), said["hidden"], said["labels"]
         factors = [head.scale / self.head.scale for head in self.heads]
-        shared = all(head is self.heads[0] or head.weight is self.heads[0].weight for head in self.heads)
+        shared = all(head.weight is self.heads[0].weight for head in self.heads) and len(set(factors)) == 1
         heads = self.heads[:1] if shared else self.heads
         states = [u if f == 1 else u * f for u, f in zip(keys, factors, strict=True)]
         biases = None
@@ -192,7 +187,7 @@ class Classification:
     def teach(self, inputs: dict, context) -> dict:
         """The teachers' logits and features of a batch, at the rows that count."""
         rows = (inputs["labels"] != IGNORED).flatten().nonzero()[:, 0]
-        logits, features = logits_and_features(self.teachers, self.heads, model_inputs(inputs), context)
+        logits, features = self.teachers.logits_and_features(self.heads, model_inputs(inputs), context)
         return {
             "labels": inputs["labels"].flatten()[rows],
             "rows": rows,

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from eekd.hf.checkpoints import WEIGHTS, adapter_config, checkpoint_folders
-from eekd.hf.heads import ClassifierHead, LanguageHead, accepted, only
+from eekd.hf.heads import ClassifierHead, LanguageHead, accepted, named_inputs, only
 from eekd.io.files import first_line
 from eekd.io.state_dicts import some
 from eekd.io.tensors import load_weights
@@ -78,17 +78,54 @@ class Teachers:
             self.models[0].requires_grad_(False)  # which makes an adapter trainable
             yield self.models[0]
 
-    def share_equal_heads(self, heads: list[LanguageHead]) -> None:
-        """Lets all teachers use one head where theirs are equal: a head that was frozen is then kept once."""
-        first = heads[0]
+    def language_heads(self) -> list[LanguageHead]:
+        """The head of each; one object for all where they share it, or where theirs are equal, as frozen ones are."""
+        if self.adapters:
+            return [LanguageHead(self.models[0], self.names[0])] * len(self)
+        heads = [LanguageHead(model, name) for model, name in zip(self.models, self.names, strict=True)]
         for head in heads[1:]:
-            same = head.weight.shape == first.weight.shape and torch.equal(head.weight, first.weight)
-            if head.weight is first.weight or not same or (head.bias is None) != (first.bias is None):
-                continue
-            if first.bias is None or torch.equal(head.bias, first.bias):
-                head.module.weight = first.module.weight
-                if first.bias is not None:
-                    head.module.bias = first.module.bias
+            if _equal(head.weight, heads[0].weight) and _equal(head.bias, heads[0].bias):
+                head.module.weight, head.module.bias = heads[0].module.weight, heads[0].module.bias
+        return heads
+
+    def verify(self, heads: list[LanguageHead], inputs: dict, rows: Tensor, half: bool, context) -> None:
+        """Compares every head with its model's own logits, see `LanguageHead.verify`."""
+        for head, model in zip(heads, self, strict=True):
+            with context():
+                head.verify(model, inputs, rows, half)
+
+    @torch.no_grad()
+    def hidden_states(self, heads: list[LanguageHead], inputs: dict, select, context) -> list[Tensor]:
+        """The last hidden states (N, H_m) of each, at the rows that `select` takes of (B, T, H_m)."""
+        states = []
+        for name, head, model in zip(self.names, heads, self, strict=True):
+            with head.tap() as found, context():
+                model(**accepted(model, inputs))
+            states.append(select(only(found, name)))
+        return states
+
+    @torch.no_grad()
+    def logits_and_features(
+        self, heads: list[ClassifierHead] | None, inputs: dict, context
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Each one's logits (N, C) and, where there are heads, features (N, D)."""
+        said = []
+        for m, model in enumerate(self):
+            with heads[m].tap() if heads else contextlib.nullcontext([]) as found, context():
+                logits = logits_of(model(**accepted(model, inputs)))
+            said.append(heads[m].split(logits, found) if heads else (logits.flatten(0, -2), None))
+        logits, features = map(list, zip(*said, strict=True))
+        return logits, features if heads else None
+
+    def named_inputs(self) -> list[str]:
+        """What their forward takes by name."""
+        return named_inputs(self.models[0])
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a is b or (a.shape == b.shape and torch.equal(a, b))
 
 
 def _whole(folder: Path) -> nn.Module:
@@ -156,28 +193,3 @@ def _adapters(cls, folders: list[Path], base: nn.Module | str | None) -> "Teache
             got = f"also {some(sorted(state - held))}" if state - held else f"none of {some(sorted(held - state))}"
             raise ValueError(f"{folder} must fit its base model as an adapter, got {got}")
     return cls([model], [str(folder) for folder in folders], adapters)
-
-
-@torch.no_grad()
-def hidden_states(teachers: Teachers, heads: list[LanguageHead], inputs: dict, select, context) -> list[Tensor]:
-    """The last hidden states (N, H_m) of each teacher, at the rows that `select` takes of (B, T, H_m)."""
-    states = []
-    for m, model in enumerate(teachers):
-        with heads[m].tap() as found, context():
-            model(**accepted(model, inputs))
-        states.append(select(only(found, teachers.names[m])))
-    return states
-
-
-@torch.no_grad()
-def logits_and_features(
-    teachers: Teachers, heads: list[ClassifierHead] | None, inputs: dict, context
-) -> tuple[list[Tensor], list[Tensor] | None]:
-    """Each teacher's logits (N, C) and, where there are heads, features (N, D)."""
-    said = []
-    for m, model in enumerate(teachers):
-        with heads[m].tap() if heads else contextlib.nullcontext([]) as found, context():
-            logits = logits_of(model(**accepted(model, inputs)))
-        said.append(heads[m].split(logits, found) if heads else (logits.flatten(0, -2), None))
-    logits, features = map(list, zip(*said, strict=True))
-    return logits, features if heads else None

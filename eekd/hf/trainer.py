@@ -11,7 +11,7 @@ from transformers.models.auto import modeling_auto
 from eekd import parallel
 from eekd.hf import checks
 from eekd.hf.config import EEKDArguments
-from eekd.hf.heads import accepted, named_inputs, replaced
+from eekd.hf.heads import accepted, replaced
 from eekd.hf.tasks import IGNORED, Classification, LanguageModelling, first_samples, model_inputs
 from eekd.hf.teachers import Teachers, read_model
 from eekd.io.tensors import load_state, load_tensors, save_tensors
@@ -192,7 +192,7 @@ class EEKDMixin:
         new = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if new and hasattr(self, "teachers"):  # what only the teachers take is kept for them
-            others = ["labels", "shift_labels", *named_inputs(self.teachers.models[0])]
+            others = ["labels", "shift_labels", *self.teachers.named_inputs()]
             self._signature_columns += [name for name in others if name not in self._signature_columns]
 
     def log(self, logs, *args, **named):
