@@ -13,12 +13,22 @@ from typing import TYPE_CHECKING
 
 from eekd.lazy import attach
 
-__all__ = ["EEKDArguments", "EEKDConfig", "EEKDMixin", "EEKDTrainer", "SnapshotCallback", "Teachers"]
+__all__ = [
+    "EEKDArguments",
+    "EEKDConfig",
+    "EEKDMixin",
+    "EEKDTrainer",
+    "SnapshotCallback",
+    "Teachers",
+    "TokenBank",
+    "write_token_bank",
+]
 
 if TYPE_CHECKING:
     from eekd.hf.callback import SnapshotCallback
     from eekd.hf.config import EEKDArguments, EEKDConfig
     from eekd.hf.teachers import Teachers
+    from eekd.hf.token_bank import TokenBank, write_token_bank
     from eekd.hf.trainer import EEKDMixin, EEKDTrainer
 else:  # transformers takes seconds to import
     __getattr__, __dir__ = attach(
@@ -30,5 +40,7 @@ else:  # transformers takes seconds to import
             "EEKDTrainer": "trainer",
             "SnapshotCallback": "callback",
             "Teachers": "teachers",
+            "TokenBank": "token_bank",
+            "write_token_bank": "token_bank",
         },
     )

@@ -74,6 +74,12 @@ def check_weights(folder: Path) -> None:
     raise FileNotFoundError(f"{folder} must hold {WEIGHTS[0]}, its shards or an adapter, got {some(inside)}{hint}")
 
 
+def weights_file(folder: Path) -> Path:
+    """The file, or the index of several, that holds a checkpoint's weights; of an adapter its own."""
+    names = sorted((*WEIGHTS, *INDICES), key=lambda name: not name.startswith("adapter"))
+    return next(folder / name for name in names if (folder / name).is_file())
+
+
 def adapter_config(folder: Path) -> dict | None:
     """What an adapter says of itself; None of a whole model."""
     path = folder / ADAPTER

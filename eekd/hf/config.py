@@ -20,6 +20,9 @@ class EEKDArguments:
     teacher_checkpoints: str | None = field(
         default=None, metadata={"help": "Folder of a Trainer's run, whose checkpoint-* folders teach."}
     )
+    token_bank: str | None = field(
+        default=None, metadata={"help": "Folder of a token bank, in place of running the teachers."}
+    )
     snapshots: int | None = field(
         default=None, metadata={"help": "How many of the checkpoints, evenly spaced, the last among them (None: all)."}
     )

@@ -52,6 +52,12 @@ class LanguageHead:
         """(V), or None."""
         return getattr(self.module, "bias", None)
 
+    def project(self, hidden: Tensor, classes: int) -> Tensor:
+        """Logits (N, classes) of hidden states (N, H), float32, with gradients."""
+        bias = None if self.bias is None else self.bias[:classes].float()
+        z = nn.functional.linear(hidden.float(), self.weight[:classes].float(), bias) * self.scale
+        return z if self.softcap is None else self.softcap * (z / self.softcap).tanh()
+
     @contextmanager
     def tap(self) -> Iterator[list[Tensor]]:
         """While it lasts, forwards put the last hidden states into the list and make no logits."""

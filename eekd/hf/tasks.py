@@ -4,13 +4,16 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from eekd.hf import checks
 from eekd.hf.heads import ClassifierHead, LanguageHead, only
 from eekd.hf.teachers import Teachers
+from eekd.hf.token_bank import TokenBank
 from eekd.method import weightings
 from eekd.method.losses import EEKDLoss
-from eekd.ops import linear_ensemble_kd
+from eekd.method.topk import TopKLogits
+from eekd.ops import linear_ensemble_kd, sparse_ensemble_kd
 from eekd.snapshots.wrappers import logits_of
 
 IGNORED = -100
@@ -27,11 +30,17 @@ class LanguageModelling:
 
     temperature = 1.0
 
-    def __init__(self, student: nn.Module, teachers: Teachers, args, tokenizer, *, shift: bool):
+    def __init__(self, student: nn.Module, teachers: Teachers | TokenBank, args, tokenizer, *, shift: bool):
         self.student, self.teachers, self.shift = student, teachers, shift
         self.head = LanguageHead(student, "the student")
         self.heads = teachers.language_heads()
         named = dict(zip(teachers.names, self.heads, strict=True))
+        self.top_k = isinstance(teachers, TokenBank) and teachers.keeps_top_k
+        if self.top_k and args.weighting == "attention":
+            raise ValueError("weighting must be one without features for a top-k bank, got 'attention'")
+        if self.top_k and len(self.head.weight) < teachers.manifest.classes:
+            got = len(self.head.weight)
+            raise ValueError(f"the student must have the bank's {teachers.manifest.classes} tokens, got {got}")
         checks.check_tokenizers(teachers.names, tokenizer)
         checks.check_vocabularies({"the student": self.head, **named}, tokenizer)
         self.student_dim = self.head.weight.shape[1]
@@ -53,6 +62,8 @@ class LanguageModelling:
         rows = rows if len(rows) else torch.arange(min(CHECKED, labels.numel()), device=labels.device)
         batch = model_inputs(inputs)
         self.head.verify(self.student, batch, rows, half)
+        if self.top_k:
+            return
         self.teachers.verify(self.heads, batch, rows, half, context)
         for head in self.heads:
             if head.softcap != self.head.softcap:
@@ -72,8 +83,10 @@ class LanguageModelling:
                 )
             return hidden.flatten(0, -2).index_select(0, rows)
 
-        said = self.teachers.hidden_states(self.heads, model_inputs(inputs), select, context)
-        return {"labels": labels.flatten()[rows], "select": select, "hidden": said}
+        said = {"labels": labels.flatten()[rows], "select": select}
+        if self.top_k:
+            return said | {"top_k": self.teachers.top_k(model_inputs(inputs), select)}
+        return said | {"hidden": self.teachers.hidden_states(self.heads, model_inputs(inputs), select, context)}
 
     def tap(self):
         """See `LanguageHead.tap`."""
@@ -81,7 +94,10 @@ class LanguageModelling:
 
     def loss(self, criterion: EEKDLoss, output, found: list[Tensor], said: dict, items: Tensor) -> tuple[Tensor, dict]:
         """The sum over the rows that count, divided by `items`; and what was measured, without gradient."""
-        hidden, keys, labels = said["select"](only(found, "the student")), said["hidden"], said["labels"]
+        hidden, labels = said["select"](only(found, "the student")), said["labels"]
+        if "top_k" in said:
+            return self._sparse_loss(criterion, hidden, said["top_k"], labels, items)
+        keys = said["hidden"]
         factors = [head.scale / self.head.scale for head in self.heads]
         shared = all(head.weight is self.heads[0].weight for head in self.heads) and len(set(factors)) == 1
         heads = self.heads[:1] if shared else self.heads
@@ -112,6 +128,30 @@ class LanguageModelling:
             "distillation_loss": result.loss.detach(),
             "attention_loss": result.attention_loss.detach(),
             "weights": result.weights.sum(0) / items,
+        }
+
+    def _sparse_loss(self, criterion, hidden, kept: TopKLogits, labels, items) -> tuple[Tensor, dict]:
+        """The same of logits kept at K tokens; the student's are made some rows at a time, in the backward again."""
+
+        def part(hidden, logits, indices, atoms, labels):
+            z = TopKLogits(logits, indices, atoms, kept.classes)
+            scores = weightings.log_weights(criterion.weighting, z, labels)
+            tail, options = z.tail(criterion.options["temperature"]), criterion.options | {"reduction": "sum"}
+            return sparse_ensemble_kd(
+                self.head.project(hidden, kept.classes), logits, tail, indices, labels, scores=scores, **options
+            )
+
+        size = max(1, WEIGHED // (4 * kept.classes))
+        loss, weights = hidden.sum() * 0, torch.zeros(len(kept), device=hidden.device)
+        for start in range(0, len(hidden), size):
+            rows = slice(start, start + size)
+            said = kept.logits[:, rows], kept.indices[rows], kept.atoms[:, rows]
+            result = checkpoint(part, hidden[rows], *said, labels[rows], use_reentrant=False)
+            loss, weights = loss + result.loss, weights + result.weights.sum(0)
+        return loss / items, {
+            "distillation_loss": (loss / items).detach(),
+            "attention_loss": torch.zeros_like(loss).detach(),
+            "weights": weights / items,
         }
 
     def _scores(self, criterion, hidden, keys, states, heads, biases, labels) -> Tensor | None:

@@ -9,11 +9,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from eekd.hf.checkpoints import WEIGHTS, adapter_config, checkpoint_folders
+from eekd.hf.checkpoints import adapter_config, checkpoint_folders, weights_file
 from eekd.hf.heads import ClassifierHead, LanguageHead, accepted, named_inputs, only
 from eekd.io.files import first_line
 from eekd.io.state_dicts import some
-from eekd.io.tensors import load_weights
+from eekd.io.tensors import load_weights, weights_sha256
 from eekd.snapshots.wrappers import logits_of
 
 
@@ -117,6 +117,14 @@ class Teachers:
         logits, features = map(list, zip(*said, strict=True))
         return logits, features if heads else None
 
+    @property
+    def hashes(self) -> list[str]:
+        """SHA-256 of each one's weights; [] of models in memory."""
+        if not all(Path(name).is_dir() for name in self.names):
+            return []
+        files = [weights_file(Path(name)) for name in self.names]
+        return [weights_sha256(file) for file in files]
+
     def named_inputs(self) -> list[str]:
         """What their forward takes by name."""
         return named_inputs(self.models[0])
@@ -187,8 +195,7 @@ def _adapters(cls, folders: list[Path], base: nn.Module | str | None) -> "Teache
             raise ValueError(f"{folder} must fit its base model as an adapter, got {first_line(error)}") from error
         # peft only warns of what it could not place
         held = set(get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False))
-        file = next(folder / name for name in WEIGHTS if name.startswith("adapter") and (folder / name).is_file())
-        state = set(load_weights(file))
+        state = set(load_weights(weights_file(folder)))
         if state != held:
             got = f"also {some(sorted(state - held))}" if state - held else f"none of {some(sorted(held - state))}"
             raise ValueError(f"{folder} must fit its base model as an adapter, got {got}")

@@ -22,10 +22,11 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from eekd.hf.checkpoints import weights_file
 from eekd.hf.heads import LanguageHead
 from eekd.hf.teachers import Teachers
 from eekd.io.files import read_json, sha256_of, write_json_atomic
-from eekd.io.tensors import load_tensors, save_tensors
+from eekd.io.tensors import load_tensors, save_tensors, weights_sha256
 from eekd.method.topk import TopKLogits, top_k_logits
 
 MANIFEST, HEADS, FORMAT = "manifest.json", "heads.safetensors", 1
@@ -79,14 +80,15 @@ def write_token_bank(
 ) -> "TokenBank":
     """Runs the teachers over the sequences of a data set and stores what they say of each token.
 
-        bank = write_token_bank("bank", Teachers.load("teacher-run"), train_dataset, collator, processing_class=tokenizer)
+        bank = write_token_bank("bank", Teachers.load("teacher-run"), train_dataset, collator)
 
-    With `top_k` K the logits of the K likeliest tokens are kept and a summary of the others (`eekd.top_k_logits`): about
-    (2 K + 48) M + 4 K bytes a token. Without it the last hidden states, 2 H M bytes a token (4 in float32), and the
-    heads: exact, up to `dtype`, at any temperature. The label that is always among the K is the next token.
+    Without `top_k` the last hidden states, 2 H M bytes a token (4 in float32), and the heads: exact, up to `dtype`, at
+    any temperature. With `top_k` K the logits of the K likeliest tokens, the next token always among them, and a
+    summary of the others (`eekd.top_k_logits`): (2 K + 48) M + 4 K bytes a token. `processing_class` is the tokenizer,
+    which a trainer's must then equal.
 
-    Raises ValueError for other dtypes, a K that is not from 0 to V, batches without `input_ids`, values beyond the range
-    of `dtype`, and what `LanguageHead.verify` raises; FileExistsError where the folder holds a bank.
+    Raises ValueError for other dtypes, a K that is not from 0 to V, batches without `input_ids`, values out of the
+    range of `dtype`, and what `LanguageHead.verify` raises; FileExistsError where the folder holds a bank.
     """
     folder = Path(folder)
     if (folder / MANIFEST).exists():
@@ -183,6 +185,11 @@ class TokenBank:
     def __len__(self) -> int:
         return len(self.snapshots)
 
+    @property
+    def keeps_top_k(self) -> bool:
+        """Whether logits at K tokens are stored, and no hidden states."""
+        return self.manifest.top_k > 0
+
     def to(self, device) -> "TokenBank":
         """Where rows are put."""
         self.device = torch.device(device)
@@ -192,13 +199,13 @@ class TokenBank:
         """None: no model runs."""
         return []
 
-    def check(self, tokenizer=None, teachers: list[str] | None = None, dataset: Iterable | None = None) -> None:
+    def check(self, tokenizer=None, teachers: list[Path] | None = None, dataset: Iterable | None = None) -> None:
         """ValueError, one sentence, where the bank is of another tokenizer, other teachers or other data."""
         own = tokenizer_sha256(tokenizer)
         if None not in (own, self.manifest.tokenizer) and own != self.manifest.tokenizer:
             raise ValueError(f"{self.folder} must be of the trainer's tokenizer, got one of another")
-        if teachers is not None and teachers != self.manifest.teachers:
-            raise ValueError(f"{self.folder} must be of these {len(teachers)} teachers, got one of others")
+        if teachers is not None and [*map(weights_sha256, map(weights_file, teachers))] != self.manifest.teachers:
+            raise ValueError(f"{self.folder} must be of these {len(teachers)} checkpoints, got one of others")
         if dataset is None or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             return
         for row in range(len(dataset)):
@@ -211,7 +218,7 @@ class TokenBank:
     def language_heads(self) -> list[StoredHead]:
         """The teachers' heads; of a top-k bank one without weights for each."""
         said = self.manifest
-        if said.top_k:
+        if self.keeps_top_k:
             empty = torch.empty(said.classes, 0, device=self.device)
             return [StoredHead(name, empty, None, said.scale, said.softcap) for name in self.names]
         stored = load_tensors(self.folder / HEADS, said.files[HEADS])
@@ -321,5 +328,6 @@ def _said(
             raise ValueError(f"logits must be in the range of {dtype}, got larger ones: choose bfloat16")
         parts.append((logits, kept.indices.int(), kept.atoms.transpose(0, 1)))
     return {
-        name: torch.cat(x).cpu() for name, x in zip(("logits", "indices", "atoms"), zip(*parts, strict=True), strict=True)
+        name: torch.cat(x).cpu()
+        for name, x in zip(("logits", "indices", "atoms"), zip(*parts, strict=True), strict=True)
     }

@@ -10,10 +10,12 @@ from transformers.models.auto import modeling_auto
 
 from eekd import parallel
 from eekd.hf import checks
+from eekd.hf.checkpoints import checkpoint_folders
 from eekd.hf.config import EEKDArguments
 from eekd.hf.heads import accepted, replaced
 from eekd.hf.tasks import IGNORED, Classification, LanguageModelling, first_samples, model_inputs
 from eekd.hf.teachers import Teachers, read_model
+from eekd.hf.token_bank import TokenBank
 from eekd.io.tensors import load_state, load_tensors, save_tensors
 from eekd.method.losses import EEKDLoss
 
@@ -42,6 +44,7 @@ class EEKDMixin:
         teacher_checkpoints: a run's folder, a checkpoint, or a list of them; None: what the settings say.
         teachers: models in memory, in their place.
         teacher_base: the base model of adapters, or its name; None: the one that they name.
+        token_bank: what teachers said of the data, see `write_token_bank`; with teacher_checkpoints it must be theirs.
 
     Attributes: `teachers`; `criterion`, an EEKDLoss. With weighting "attention" its parameters are trained with the
     student's, without weight decay and not counted in `max_grad_norm`, and saved in every checkpoint.
@@ -56,6 +59,7 @@ class EEKDMixin:
         teacher_checkpoints: str | Path | Sequence[str | Path] | None = None,
         teachers: Sequence[nn.Module] | None = None,
         teacher_base: nn.Module | str | None = None,
+        token_bank: str | Path | None = None,
         **named,
     ):
         super().__init__(*args, **named)
@@ -63,11 +67,18 @@ class EEKDMixin:
             raise TypeError(f"args must be an EEKDConfig or have EEKDArguments, got {type(self.args).__name__}")
         checks.check_trainer(self)
         paths = self.args.teacher_checkpoints if teacher_checkpoints is None else teacher_checkpoints
-        if (paths is None) == (teachers is None):
-            got = "none" if teachers is None else "both"
-            raise ValueError(f"teacher_checkpoints or teachers must be given, got {got}")
+        bank = self.args.token_bank if token_bank is None else token_bank
+        sources = {"teacher_checkpoints": paths, "teachers": teachers, "token_bank": bank}
+        given = [name for name, source in sources.items() if source is not None]
+        if len(given) != 1 and given != ["teacher_checkpoints", "token_bank"]:
+            got = " and ".join(given) or "none"
+            raise ValueError(f"teacher_checkpoints, teachers or token_bank must be given, got {got}")
         last = self.args.weighting == "last"
-        if teachers is None:
+        if bank is not None:
+            folders = None if paths is None else checkpoint_folders(paths, self.args.snapshots)
+            self.teachers = TokenBank(bank, last)
+            self.teachers.check(self._tokenizer(), folders, self.train_dataset)
+        elif teachers is None:
             self.teachers = Teachers.load(paths, self.args.snapshots, teacher_base, last)
         else:
             models = list(teachers)[-1:] if last else list(teachers)
@@ -86,8 +97,9 @@ class EEKDMixin:
                 f"got a {kind}"
             )
         task, options = found[0]
-        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        self.task = task(student, self.teachers, args, tokenizer, **options)
+        if task is not LanguageModelling and isinstance(self.teachers, TokenBank):
+            raise ValueError(f"the student must be a language model for a token bank, got a {kind}")
+        self.task = task(student, self.teachers, args, self._tokenizer(), **options)
         temperature = self.task.temperature if args.temperature is None else args.temperature
         with torch.random.fork_rng(devices=[]):  # a student's own randomness is that of a run without attention
             torch.manual_seed(args.seed)
@@ -105,6 +117,9 @@ class EEKDMixin:
         self._updated = True  # whether the next batch begins an update
         self._measured: dict[str, Tensor] = {}
         self._updates = 0
+
+    def _tokenizer(self):
+        return self.processing_class or getattr(self.data_collator, "tokenizer", None)
 
     def call_model_init(self, trial=None):
         model = super().call_model_init(trial)

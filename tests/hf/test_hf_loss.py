@@ -1,0 +1,201 @@
+"""The loss of eekd.hf is the plain formula."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import (
+    SMALL,
+    VOCAB,
+    Texts,
+    batch_for,
+    classifier,
+    collate,
+    compare,
+    formula,
+    gradients,
+    language_model,
+    loss_of,
+    rows_of,
+    save,
+    settings,
+    tokenizer_of,
+    trainer_of,
+)
+
+from eekd.hf import EEKDTrainer
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_the_loss_of_a_language_model_is_the_plain_formula(kind, tmp_path):
+    teachers = [language_model(kind, 24, seed) for seed in (1, 2, 3)]
+    student, shift = language_model(kind), kind != "bert"
+    trainer = trainer_of(student, save(teachers, tmp_path / "run"), tmp_path, weighting="uniform", temperature=2.0)
+    batch = collate([Texts()[i] for i in range(6)])
+    loss, got = loss_of(trainer, batch)
+
+    student.zero_grad()
+    s, y = rows_of(student, batch, shift)
+    with torch.no_grad():
+        z = [rows_of(teacher.eval(), batch, shift)[0] for teacher in teachers]
+    want = formula(s, z, y, torch.full((len(y), 3), 1 / 3), 2.0) / len(y)
+    want.backward()
+    torch.testing.assert_close(loss, want.detach(), rtol=1e-4, atol=1e-5)
+    compare(got, gradients(student))
+
+
+@pytest.mark.parametrize("fusion", ["probability", "logit"])
+@pytest.mark.parametrize("weighting", ["last", "linear_increase", "entropy", "confidence", "attention"])
+def test_each_weighting_is_its_formula(weighting, fusion, tmp_path, monkeypatch):
+    monkeypatch.setattr("eekd.hf.tasks.WEIGHED", 5 * 3 * 4 * VOCAB)  # five rows at a time
+    teachers = [language_model("llama", 24, seed) for seed in (1, 2, 3)]
+    student = language_model("llama")
+    options = dict(weighting=weighting, fusion=fusion, alpha=0.3)
+    trainer = trainer_of(student, save(teachers, tmp_path / "run"), tmp_path, **options)
+    batch = collate([Texts()[i] for i in range(6)])
+    found = []
+    attention = trainer.criterion.attention
+    if attention is not None:
+        torch.nn.init.normal_(attention.student.weight)
+        torch.nn.init.normal_(attention.snapshots.weight)
+        attention.register_forward_pre_hook(lambda module, inputs: found.append(inputs))
+    loss, got = loss_of(trainer, batch)
+
+    student.zero_grad()
+    s, y = rows_of(student, batch)
+    with torch.no_grad():
+        z = [rows_of(teacher.eval(), batch)[0] for teacher in teachers]
+        p = [x.softmax(1) for x in z]
+    n = len(y)
+    if weighting == "last":
+        weights = torch.tensor([0.0, 0.0, 1.0]).expand(n, 3)
+    elif weighting == "linear_increase":
+        weights = torch.tensor([1 / 6, 2 / 6, 3 / 6]).expand(n, 3)
+    elif weighting == "entropy":
+        entropies = torch.stack([torch.special.entr(x).sum(1) for x in p], 1)
+        weights = (1 - entropies / entropies.sum(1, keepdim=True)) / 2
+    elif weighting == "confidence":
+        losses = torch.stack([-x.log().gather(1, y[:, None])[:, 0] for x in p], 1)
+        weights = (1 - losses.softmax(1)) / 2
+    else:
+        query, keys = attention(*(x.detach() for x in found[0]))
+        weights = torch.einsum("nd,mnd->nm", query, keys).softmax(1).detach()
+        assert weights.std(1).mean() > 0.05
+    want = formula(s, z, y, weights, 1.0, 0.3, fusion) / n
+    want.backward()
+    compare(got, gradients(student))
+    if weighting != "attention":
+        torch.testing.assert_close(loss, want.detach(), rtol=1e-4, atol=1e-5)
+    else:
+        scores = torch.einsum("nd,mnd->nm", query, keys)
+        if fusion == "probability":
+            mixed = sum(w[:, None] * x for w, x in zip(scores.softmax(1).T, p, strict=True)).log()
+        else:
+            mixed = sum(w[:, None] * x for w, x in zip(scores.softmax(1).T, z, strict=True)).log_softmax(1)
+        extra = F.nll_loss(mixed, y)
+        torch.testing.assert_close(loss, (want + extra).detach(), rtol=1e-4, atol=1e-5)
+        wanted = torch.autograd.grad(extra, list(attention.parameters()))
+        for parameter, gradient in zip(attention.parameters(), wanted, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_padded_vocabularies_are_cut_to_the_smaller(tmp_path):
+    teachers = [language_model("llama", 24, 1, VOCAB + 3)]
+    student = language_model("llama", vocab=VOCAB + 8)
+    trainer = EEKDTrainer(
+        student, settings(tmp_path, weighting="uniform"), teachers=teachers, data_collator=collate,
+        processing_class=tokenizer_of(),
+    )  # fmt: skip
+    batch = collate([Texts()[i] for i in range(6)])
+    loss, got = loss_of(trainer, batch)
+    student.zero_grad()
+    s, y = rows_of(student, batch)
+    with torch.no_grad():
+        z, _ = rows_of(teachers[0], batch)
+    want = formula(s[:, : VOCAB + 3], [z], y, torch.ones(len(y), 1)) / len(y)
+    want.backward()
+    torch.testing.assert_close(loss, want.detach(), rtol=1e-4, atol=1e-5)
+    compare(got, gradients(student))
+
+
+def test_logits_of_all_tokens_are_never_in_memory(tmp_path):
+    vocab, student = 5000, language_model("llama", vocab=5000)
+    teachers = [language_model("llama", 24, s, vocab) for s in (1, 2)]
+    trainer = EEKDTrainer(
+        model=student, args=settings(tmp_path, weighting="uniform"), teachers=teachers, data_collator=collate
+    )
+    batch = {"input_ids": torch.randint(1, vocab, (64, 30))}
+    batch |= {"attention_mask": torch.ones(64, 30, dtype=torch.long), "labels": batch["input_ids"]}
+    loss_of(trainer, batch)  # the heads are compared on the first batch
+    sizes = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in (result if isinstance(result, tuple | list) else [result])
+                         if isinstance(x, torch.Tensor))  # fmt: skip
+            return result
+
+    with Sizes():
+        loss_of(trainer, batch)
+    assert max(sizes) < 64 * 29 * vocab / 4
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "attention"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2", "llama", "tokens", "vit"])
+def test_the_loss_of_a_classifier_is_the_plain_formula(kind, weighting, tmp_path):
+    teachers = [classifier(kind, 24, seed) for seed in (1, 2, 3)]
+    student = classifier(kind)
+    run = save(teachers, tmp_path / "run")
+    trainer = trainer_of(student, run, tmp_path, weighting=weighting, temperature=None)
+    batch = batch_for(kind)
+    loss, got = loss_of(trainer, batch)
+
+    student.zero_grad()
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    kept = batch["labels"] != -100
+    s, y = student(**inputs).logits[kept], batch["labels"][kept]
+    with torch.no_grad():
+        z = [teacher.eval()(**inputs).logits[kept] for teacher in teachers]
+    want = formula(s, z, y, torch.full((len(y), 3), 1 / 3), 5.0) / len(y)
+    want.backward()
+    # an attention that has not learnt yet weighs nearly alike
+    compare(got, gradients(student), **(dict(rtol=2e-2, atol=2e-4) if weighting == "attention" else {}))
+    if weighting == "uniform":
+        torch.testing.assert_close(loss, want.detach(), rtol=1e-4, atol=1e-5)
+    else:
+        assert all(p.grad.abs().sum() > 0 for p in trainer.criterion.parameters())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_features_are_pooled_as_the_head_pools(kind, tmp_path):
+    teacher, student = classifier(kind, 24, 1), classifier(kind)
+    trainer = trainer_of(student, save([teacher], tmp_path / "run"), tmp_path, weighting="attention")
+    batch = batch_for(kind)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    said = trainer.task.teach(batch, trainer.accelerator.autocast)
+    base = teacher.eval().base_model(**inputs).last_hidden_state
+    last = batch["attention_mask"].sum(1) - 1
+    torch.testing.assert_close(said["features"][0], base[torch.arange(len(last)), last], rtol=1e-4, atol=1e-5)
+
+
+def test_a_classifier_with_two_heads_is_taken_with_both(tmp_path):
+    teachers, student = [classifier("deit", 24, seed) for seed in (1, 2)], classifier("deit")
+    run, batch = save(teachers, tmp_path / "run"), batch_for("deit")
+    trainer = trainer_of(student, run, tmp_path, weighting="uniform")
+    said = trainer.task.teach(batch, trainer.accelerator.autocast)
+    want = [teacher.eval()(batch["pixel_values"]).logits for teacher in teachers]  # the mean of both heads
+    torch.testing.assert_close(said["logits"], want)
+    trainer = trainer_of(student, run, tmp_path, weighting="attention")
+    with pytest.raises(ValueError, match="feature_layer"):
+        loss_of(trainer, batch)
+    trainer = trainer_of(student, run, tmp_path, weighting="attention", feature_layer="cls_classifier")
+    loss, _ = loss_of(trainer, batch)
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("kind", ["bert", "tokens"])
+def test_models_that_return_tuples(kind, tmp_path):
+    teachers, student = [classifier(kind, 24, seed) for seed in (1, 2)], classifier(kind, return_dict=False)
+    trainer = trainer_of(student, save(teachers, tmp_path / "run"), tmp_path, weighting="attention")
+    loss, _ = loss_of(trainer, batch_for(kind))
+    assert torch.isfinite(loss)

@@ -1,0 +1,164 @@
+"""What cannot be distilled is refused in one sentence, before training."""
+
+import json
+import shutil
+
+import pytest
+from tiny import (
+    VOCAB,
+    classifier,
+    collate,
+    language_model,
+    lora_run,
+    refused,
+    run_of,
+    save,
+    settings,
+    tokenizer_of,
+    trainer_of,
+    transformers,
+)
+
+from eekd.hf import EEKDTrainer, SnapshotCallback
+
+
+@pytest.mark.bad_input
+def test_settings_out_of_range_are_refused(tmp_path):
+    for options, match in (
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0"),
+        ({"weighting": "atention"}, "did you mean 'attention'"),
+        ({"temperature": 0.0}, "temperature must be"),
+        ({"alpha": 1.5}, "alpha must be"),
+        ({"fusion": "mean"}, "fusion must be"),
+        ({"snapshots": 0}, "snapshots must be"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            settings(tmp_path, **options)
+    run = run_of("gpt2", tmp_path)
+    refused("snapshots must be from 1 to 2", None, run, tmp_path, snapshots=3)
+    refused("torch_compile must be False", None, run, tmp_path, torch_compile=True)
+    refused("teacher_checkpoints, teachers or token_bank must be given, got none", None, None, tmp_path)
+    refused("must be folders", None, tmp_path / "nowhere", tmp_path, error=FileNotFoundError)
+    with pytest.raises(TypeError, match="args must be an EEKDConfig"):
+        EEKDTrainer(language_model(), transformers.TrainingArguments(str(tmp_path), use_cpu=True), teachers=[])
+    with pytest.raises(ValueError, match="save_total_limit must be None"):
+        trainer_of(language_model(), run, tmp_path, callbacks=[SnapshotCallback(2)], save_total_limit=1)
+
+
+@pytest.mark.bad_input
+def test_students_that_are_none_of_the_tasks(tmp_path):
+    config = transformers.T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    refused(
+        "the student must be a causal",
+        transformers.T5ForConditionalGeneration(config),
+        run_of("gpt2", tmp_path),
+        tmp_path,
+    )
+
+
+@pytest.mark.bad_input
+def test_other_tokenizers_are_refused(tmp_path):
+    run = run_of("gpt2", tmp_path)
+    options = dict(args=settings(tmp_path), teacher_checkpoints=run, data_collator=collate)
+    for folder in run.glob("checkpoint-*"):
+        tokenizer_of().save_pretrained(folder)
+    EEKDTrainer(language_model(), processing_class=tokenizer_of(), **options)
+    with pytest.raises(ValueError, match="must be the student's, got 't36' for id 35, where the student has 't35'"):
+        tokenizer_of(swapped=True).save_pretrained(run / "checkpoint-10")
+        EEKDTrainer(language_model(), processing_class=tokenizer_of(), **options)
+    with pytest.raises(ValueError, match="must be the student's"):
+        EEKDTrainer(language_model(vocab=40), processing_class=tokenizer_of(40), **options)
+    with pytest.raises(ValueError, match="must have a row for each of 40 tokens in its head, got 37"):
+        shutil.rmtree(run)
+        run_of("gpt2", tmp_path)
+        EEKDTrainer(language_model(vocab=40), processing_class=tokenizer_of(40), **options)
+
+
+@pytest.mark.bad_input
+def test_vocabularies_that_do_not_fit(tmp_path):
+    run = save([language_model("gpt2", 24, 1, VOCAB + 3)], tmp_path / "run")
+    refused("heads must have one number of tokens, or processing_class", None, run, tmp_path)
+
+
+@pytest.mark.bad_input
+def test_checkpoints_without_all_weights(tmp_path):
+    run = run_of("gpt2", tmp_path)
+    model = classifier("bert", 24, 1)
+    model.bert.save_pretrained(tmp_path / "bare" / "checkpoint-1")
+    config = json.loads((tmp_path / "bare" / "checkpoint-1" / "config.json").read_text())
+    config["architectures"] = ["BertForSequenceClassification"]
+    (tmp_path / "bare" / "checkpoint-1" / "config.json").write_text(json.dumps(config))
+    refused("must hold all weights of BertForSequence", classifier("bert"), tmp_path / "bare", tmp_path)
+    for path in run.glob("*/model.safetensors"):
+        path.unlink()
+    refused("must hold model.safetensors", None, run, tmp_path, error=FileNotFoundError)
+    (run / "checkpoint-5" / "pytorch_model_fsdp_0").mkdir()
+    refused("accelerate merge-weights", None, run, tmp_path, error=FileNotFoundError)
+
+
+@pytest.mark.bad_input
+def test_classes_that_are_others(tmp_path):
+    student = classifier("bert", id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2})
+    names = dict(id2label={0: "b", 1: "a", 2: "c"}, label2id={"b": 0, "a": 1, "c": 2})
+    run = save([classifier("bert", 24, 1, **names)], tmp_path / "run")
+    refused("must have the student's classes, got 'b' for class 0", student, run, tmp_path)
+    run = save([classifier("bert", 24, 1)], tmp_path / "other")
+    refused("classify into one of several", classifier("bert", problem_type="regression"), run, tmp_path)
+
+
+@pytest.mark.bad_input
+def test_adapters_that_cannot_teach_are_refused(tmp_path):
+    peft = pytest.importorskip("peft", reason="needs peft, of the extra hf")
+    base = language_model("llama", 24, 1)
+    run, _ = lora_run(tmp_path, base, target_modules=["q_proj"])
+    for other in (language_model("llama", 32), language_model("llama", 24, num_hidden_layers=2)):
+        refused("must fit its base model", language_model("llama"), run, tmp_path, teacher_base=other)
+    path = run / "checkpoint-2" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"base_model_name_or_path": "somewhere/else"}))
+    refused("adapters must be of one base model", language_model("llama"), run, tmp_path)
+    path.write_text(json.dumps(config | {"peft_type": "PROMPT_TUNING"}))
+    refused("must not be of prompt learning", language_model("llama"), run, tmp_path)
+
+    run, _ = lora_run(tmp_path / "head", base, target_modules=["lm_head"])
+    refused("got also base_model.model.lm_head", language_model("llama"), run, tmp_path)
+    run, _ = lora_run(tmp_path / "saved", base, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    refused("must have no adapter on its head", language_model("llama"), run, tmp_path)
+    run = save([base], tmp_path / "whole")
+    student = peft.get_peft_model(language_model("llama"), peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    refused("the student must have no adapter on its head", student, run, tmp_path)
+    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    refused("prompt learning", peft.get_peft_model(language_model("llama"), prompts), run, tmp_path)
+
+
+@pytest.mark.bad_input
+def test_a_head_that_the_model_does_not_use_is_refused_on_the_first_batch(tmp_path):
+    class Odd(transformers.GPT2LMHeadModel):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits + output.logits.roll(1, -1)
+            return output
+
+    Odd.__name__ = "GPT2LMHeadModel"
+    student = Odd(language_model().config)
+    trainer = trainer_of(student, run_of("gpt2", tmp_path), tmp_path)
+    with pytest.raises(ValueError, match="the student must give the logits of its head"):
+        trainer.train()
+
+
+@pytest.mark.bad_input
+def test_a_soft_cap_that_only_one_has_is_refused(tmp_path):
+    student = language_model("gemma2", final_logit_softcapping=None)
+    trainer = trainer_of(student, save([language_model("gemma2", 24, 1)], tmp_path / "run"), tmp_path)
+    with pytest.raises(ValueError, match="soft-cap"):
+        trainer.train()
+
+
+@pytest.mark.bad_input
+def test_batches_without_labels(tmp_path):
+    trainer = trainer_of(
+        language_model(), run_of("gpt2", tmp_path), tmp_path,
+        collator=lambda samples: {k: v for k, v in collate(samples).items() if k != "labels"},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="a batch must have labels"):
+        trainer.train()

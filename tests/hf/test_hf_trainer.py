@@ -1,0 +1,179 @@
+"""EEKDTrainer accumulates, logs, saves, resumes and evaluates as its base does."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import (
+    ENVIRONMENT,
+    TORCHRUN,
+    Texts,
+    classifier,
+    compare,
+    data_for,
+    language_model,
+    run_of,
+    tokenizer_of,
+    trained,
+    trainer_of,
+    transformers,
+)
+
+from eekd.hf import EEKDArguments, EEKDMixin
+from eekd.io.tensors import load_tensors, save_tensors
+
+
+def after_updates(folder, kind, weighting, size, steps, **options):
+    """Weights and what was logged after two updates of 8 samples, in `steps` parts of each process."""
+    data, collator = data_for(kind)
+    trainer = trained(
+        folder, language_model() if kind == "gpt2" else classifier(kind), folder / "run", data=data, collator=collator,
+        weighting=weighting, max_steps=2, logging_steps=1, per_device_train_batch_size=size,
+        gradient_accumulation_steps=steps, **options,
+    )  # fmt: skip
+    names = ["loss", "distillation_loss", "weight_1", "weight_2"]
+    logged = {f"{name} {i}": torch.tensor(trainer.state.log_history[i][name]) for name in names for i in range(2)}
+    return {**trainer.model.state_dict(), **trainer.criterion.state_dict(), **logged}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "vit"])
+@pytest.mark.parametrize("weighting", ["uniform", "attention"])
+def test_an_update_is_the_same_however_it_is_accumulated(kind, weighting, tmp_path):
+    run_of(kind, tmp_path)
+    states = [after_updates(tmp_path, kind, weighting, *parts) for parts in ((8, 1), (2, 4), (1, 8))]
+    for state in states[1:]:
+        compare(state, states[0], rtol=1e-4, atol=1e-5)
+    before = (language_model() if kind == "gpt2" else classifier(kind)).state_dict()
+    assert any(not torch.equal(before[name], states[0][name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "kind, weighting", [("gpt2", "attention"), pytest.param("vit", "attention", marks=pytest.mark.full)]
+)
+def test_two_processes_make_the_update_of_one(kind, weighting, tmp_path):
+    run_of(kind, tmp_path)
+    want = after_updates(tmp_path, kind, weighting, 8, 1)
+    command = [*TORCHRUN, "--nproc-per-node", "2", __file__, tmp_path, kind, weighting]
+    done = subprocess.run([*map(str, command)], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    states = [load_tensors(tmp_path / f"process-{rank}.safetensors") for rank in range(2)]
+    weights = {name for name in want if "." in name}
+    compare(*({name: state[name] for name in weights} for state in states), rtol=0, atol=0)
+    compare(states[0], want, rtol=1e-4, atol=1e-5)
+
+
+def process():
+    """One of two processes of the test above."""
+    folder, (kind, weighting) = Path(sys.argv[1]), sys.argv[2:]
+    state = after_updates(folder, kind, weighting, 2, 2, ddp_backend="gloo")
+    save_tensors(folder / f"process-{torch.distributed.get_rank()}.safetensors", state)
+
+
+def test_the_log_says_what_the_teachers_did(tmp_path):
+    trainer = trained(tmp_path, language_model(), run_of("gpt2", tmp_path), max_steps=3, logging_steps=1)
+    entry = trainer.state.log_history[0]
+    assert entry["loss"] == pytest.approx(entry["distillation_loss"] + entry["attention_loss"], rel=1e-5)
+    assert entry["weight_1"] + entry["weight_2"] == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "vit"])
+def test_a_resumed_run_goes_on_to_the_same_bits(kind, tmp_path):
+    run, data, collator = run_of(kind, tmp_path), *data_for(kind)
+    dropout = dict(resid_pdrop=0.2) if kind == "gpt2" else dict(hidden_dropout_prob=0.2)
+
+    def student():
+        return language_model(**dropout) if kind == "gpt2" else classifier(kind, **dropout)
+
+    options = dict(
+        data=data, collator=collator, max_steps=6, save_strategy="steps", save_steps=2, optim="adamw_torch",
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=0.01,
+    )  # fmt: skip
+    whole = trained(tmp_path, student(), run, **options)
+    middle = tmp_path / "student-run" / "checkpoint-4"
+    assert (middle / "eekd_attention.safetensors").is_file()
+    trainer = trainer_of(student(), run, tmp_path, **options)
+    trainer.train(resume_from_checkpoint=str(middle))
+    for module in ("model", "criterion"):
+        states = [getattr(t, module).state_dict() for t in (whole, trainer)]
+        compare(*states, rtol=0, atol=0)
+    assert trainer.state.global_step == 6
+
+    (middle / "eekd_attention.safetensors").rename(middle / "gone")
+    trainer = trainer_of(student(), run, tmp_path, **options)
+    with pytest.raises(ValueError, match="weighting must be that of .*checkpoint-4"):
+        trainer.train(resume_from_checkpoint=str(middle))
+
+
+def test_the_attention_learns_without_weight_decay(tmp_path):
+    trainer = trained(tmp_path, language_model(), run_of("gpt2", tmp_path), max_steps=2, optim="adamw_torch")
+    fresh = trainer_of(language_model(), tmp_path / "run", tmp_path).criterion
+    for parameter, before in zip(trainer.criterion.parameters(), fresh.parameters(), strict=True):
+        assert not torch.equal(parameter, before)
+    groups = [g for g in trainer.optimizer.param_groups if any(p is trainer.criterion.attention.student.weight
+                                                               for p in g["params"])]  # fmt: skip
+    assert len(groups) == 1 and groups[0]["weight_decay"] == 0
+
+
+def test_saved_students_load_as_any_model(tmp_path):
+    trainer = trained(tmp_path, language_model(), run_of("gpt2", tmp_path), max_steps=1)
+    trainer.save_model(str(tmp_path / "out"))
+    model, report = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    compare(model.state_dict(), trainer.model.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "vit"])
+def test_evaluation_is_that_of_a_plain_trainer(kind, tmp_path):
+    data, collator = data_for(kind)
+    student = language_model() if kind == "gpt2" else classifier(kind)
+    trainer = trainer_of(student, run_of(kind, tmp_path), tmp_path, data=data, collator=collator)
+    plain = transformers.Trainer(
+        student,
+        transformers.TrainingArguments(str(tmp_path / "plain"), use_cpu=True, report_to="none"),
+        data_collator=collator,
+    )
+    got, want = (t.predict(data) for t in (trainer, plain))
+    assert got.metrics["test_loss"] == pytest.approx(want.metrics["test_loss"], rel=1e-6)
+    torch.testing.assert_close(torch.tensor(got.predictions), torch.tensor(want.predictions))
+    trainer.args.prediction_loss_only = True
+    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(want.metrics["test_loss"], rel=1e-6)
+
+
+def test_the_mixin_makes_an_sft_trainer_one_too(tmp_path):
+    trl = pytest.importorskip("trl", reason="needs trl, which CI has not")
+    datasets = pytest.importorskip("datasets", reason="needs datasets, of the extra data")
+
+    @dataclasses.dataclass
+    class Config(EEKDArguments, trl.SFTConfig):
+        pass
+
+    class SFT(EEKDMixin, trl.SFTTrainer):
+        pass
+
+    texts = [" ".join(f"t{i}" for i in Texts()[n]["input_ids"]) for n in range(16)]
+    states, losses = [], []
+    for size, steps in ((8, 1), (2, 4)):
+        args = Config(
+            str(tmp_path / "sft"), max_steps=2, per_device_train_batch_size=size, gradient_accumulation_steps=steps,
+            use_cpu=True, report_to="none", save_strategy="no", max_length=32, learning_rate=0.1, optim="sgd",
+            max_grad_norm=0.0, bf16=False, lr_scheduler_type="constant", weighting="uniform", logging_steps=1,
+            eos_token="t0",
+        )  # fmt: skip
+        student = language_model("llama")
+        trainer = SFT(
+            student, args, train_dataset=datasets.Dataset.from_dict({"text": texts}), processing_class=tokenizer_of(),
+            eval_dataset=datasets.Dataset.from_dict({"text": texts}), teachers=[language_model("llama", 24, 1)],
+        )  # fmt: skip
+        trainer.train()
+        assert "eval_loss" in trainer.evaluate()
+        states.append(student.state_dict())
+        losses.append(trainer.state.log_history[0]["distillation_loss"])
+    compare(*states, rtol=1e-4, atol=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+if __name__ == "__main__":
+    process()
