@@ -107,6 +107,11 @@ def scripted(num_classes, in_channels, image_size):
     made.body[0] = torch.jit.script(made.body[0])
     return made
 
+def spare(num_classes, in_channels, image_size):
+    made = bursting(num_classes, in_channels, image_size)
+    made.spare = nn.Linear(2, 2)  # the last linear layer, which nobody runs
+    return made
+
 def blowing(num_classes, in_channels, image_size):
     return net(num_classes, in_channels, image_size, fault="logits")
 """
@@ -512,6 +517,16 @@ def test_what_was_kept_shows_the_bad_tensor(run, tmp_path, mark, fault):
     path.with_suffix(".safetensors").write_bytes(data)
     with pytest.raises(ValueError, match="non-finite-2.safetensors was changed or damaged"):
         replay(path)
+
+
+def test_a_replay_reads_the_features_of_the_layer_that_was_named(run, tmp_path, mark):
+    session = taught(run, "spare")
+    student = dataclasses.replace(session.config.student, layer="head")
+    session = Session(dataclasses.replace(session.config, student=student), run[0].data)
+    mark(session, 200.0, 1)
+    with pytest.raises(FloatingPointError):
+        start(session, "attention", tmp_path / "phase", run[1] / "teacher")
+    assert replay(tmp_path / "phase/non-finite-2.json").name == "the gradient of the output of 0.body.6 (Flatten)"
 
 
 @pytest.mark.bad_input

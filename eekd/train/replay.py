@@ -59,7 +59,7 @@ def _replay(path: Path, device: str) -> Found | str | None:
     network = runtime.build(known["spec"])
     trained = nn.ModuleList([network, loss]) if loss else network
     load_state(trained, weights, path)
-    capture = LastFeatures(network.train(), features=bool(loss and loss.attention))
+    capture = LastFeatures(network.train(), settings["student"]["layer"], features=bool(loss and loss.attention))
     set_random_state(generators, torch.device(device))
     with Watch(trained.train(), len(tensors["images"])) as watch:
         watch.look("the images", tensors["images"])
