@@ -13,6 +13,7 @@ from eekd.data.encoded import Encoded
 from eekd.export.latency import latencies
 from eekd.export.student import Student
 from eekd.io.files import read_json
+from eekd.models.normalization import Renormalize
 from eekd.snapshots import SnapshotEnsemble
 from eekd.snapshots.wrappers import logits_of
 from eekd.train.run_folder import read_settings
@@ -42,10 +43,14 @@ def run_of(folder: Path) -> Path | None:
 def teacher_of(folder: Path) -> nn.Module | None:
     """The last snapshot that taught the student in RUN/students/NAME; None where it is not there, or nobody taught."""
     record = folder / "student.json"
-    noted = read_json(record).get("teacher") if record.exists() else None
+    known = read_json(record) if record.exists() else {}
+    noted = known.get("teacher")
     if not noted or not (folder / noted["run"] / "manifest.json").exists():
         return None
-    return SnapshotEnsemble.load(folder / noted["run"], which=[-1]).models[0]
+    teacher = SnapshotEnsemble.load(folder / noted["run"], which=[-1]).models[0]
+    if student := known["spec"].get("normalization"):  # in which images come here, where a run's come as the data's
+        teacher.register_forward_pre_hook(Renormalize(student["own"], student["given"]), prepend=True)
+    return teacher
 
 
 def batches(student: Student, data: ImageData, split: str, size: int = 128) -> Iterator[tuple[Tensor, Tensor]]:

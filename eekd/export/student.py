@@ -68,7 +68,8 @@ class Student(nn.Module, ModelHubMixin):  # pyright: ignore[reportGeneralTypeIss
         return self.normalize(x.to(self.device))
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, C, S, S) uint8 as the network's input, to the bit as in training."""
+        """Pixels (B, C, S, S) uint8 as the network's input: in training to the bit, or up to rounding where that had a
+        normalisation of its own."""
         return pixels.float().sub_(self._mean).mul_(self._scale)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -213,9 +214,9 @@ def facts_of(folder: Path) -> dict:
         "format": FORMAT,
         "library_name": "eekd",
         "eekd": eekd.__version__,
-        "model": record["spec"],
+        "model": {key: value for key, value in record["spec"].items() if key != "normalization"},
         "classes": record["classes"],
-        "preprocessing": record["preprocessing"],
+        "preprocessing": record["preprocessing"] | record["spec"].get("normalization", {}).get("own", {}),
         "sha256": record["sha256"],
         "provenance": {
             "method": record["weighting"],

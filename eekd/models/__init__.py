@@ -14,6 +14,7 @@ from torch import nn
 from eekd.models.convolutions import guard
 from eekd.models.mlp import mlp
 from eekd.models.mobilenetv2 import mobilenetv2
+from eekd.models.normalization import renormalize
 from eekd.models.resnet import resnet, resnet50
 from eekd.models.shufflenet import shufflenetv1, shufflenetv2
 from eekd.models.vgg import DEPTHS, vgg
@@ -42,14 +43,22 @@ def names() -> tuple[str, ...]:
 
 
 def build(
-    name: str, *, num_classes: int, in_channels: int = 3, image_size: int = 32, args: Mapping | None = None
+    name: str,
+    *,
+    num_classes: int,
+    in_channels: int = 3,
+    image_size: int = 32,
+    args: Mapping | None = None,
+    normalization: dict | None = None,
 ) -> nn.Module:
     """A fresh classifier: images (B, in_channels, image_size, image_size) to logits (B, num_classes).
 
     `name` is one of `names()`, `timm:NAME`, or `path/to/file.py:factory`, where the factory takes the other
     three arguments by keyword and returns an nn.Module. `args` are the model's own, by name, such as timm's
-    drop_path_rate. All as a dict are the architecture a manifest stores: `build(**spec)` makes it again. Its
-    convolutions are guarded, see `eekd.models.convolutions.guard`.
+    drop_path_rate. `normalization` is for images that come normalised otherwise than the network wants: `given` and
+    `own`, each with a `mean` and a `std` for every channel of images scaled to [0, 1]. All as a dict are the
+    architecture a manifest stores: `build(**spec)` makes it again. Its convolutions are guarded, see
+    `eekd.models.convolutions.guard`.
 
     Raises ValueError for an unknown name, naming the nearest, for sizes below 1, and for args that the model does not
     take or that would load something; FileNotFoundError and AttributeError for a missing file or factory; TypeError
@@ -61,16 +70,22 @@ def build(
     for key, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{key} must be a whole number of at least 1, got {value!r}")
-    args = _own_arguments(args, sizes)
+    network = guard(_network(name, _own_arguments(args, sizes), sizes))
+    if normalization is not None:
+        network.register_forward_pre_hook(renormalize(normalization, in_channels))
+    return network
+
+
+def _network(name: str, args: dict, sizes: dict[str, int]) -> nn.Module:
     if name.startswith("timm:"):
-        return guard(_from_timm(name.removeprefix("timm:"), args, **sizes))
+        return from_timm(name.removeprefix("timm:"), args, **sizes)
     if is_file_name(name):
-        return guard(_from_file(name, args, **sizes))
+        return _from_file(name, args, **sizes)
     if name not in MODELS:
         raise ValueError(f"name must be a model of eekd, got {name!r}; did you mean {_nearest(name, MODELS)!r}?")
     if unknown := sorted(args.keys() - inspect.signature(MODELS[name]).parameters.keys()):
         raise ValueError(f"args must be arguments of {name!r}, got {', '.join(unknown)}")
-    return guard(MODELS[name](**sizes, **args))
+    return MODELS[name](**sizes, **args)
 
 
 def _own_arguments(args, sizes: Mapping) -> dict:
@@ -92,11 +107,24 @@ def _nearest(name: str, known) -> str:
     return lowered[difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0)[0]]
 
 
-def _from_timm(name: str, args: dict, *, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
+def timm_config(name: str):
+    """What timm says of its model NAME and of its weights; None where it says nothing."""
+    return _timm(name).get_pretrained_cfg(name)
+
+
+def _timm(name: str):
     try:
         import timm
     except ImportError as error:
         raise ImportError(f"'timm:{name}' needs the package timm: pip install 'eekd[timm]'") from error
+    return timm
+
+
+def from_timm(
+    name: str, args: dict, *, num_classes: int, in_channels: int, image_size: int, pretrained: bool = False
+) -> nn.Module:
+    """timm's model NAME, with timm's own weights if asked for."""
+    timm = _timm(name)
     if not timm.is_model(name):
         nearest = _nearest(name, timm.list_models())
         raise ValueError(f"timm:NAME must be a model of timm, got {name!r}; did you mean {nearest!r}?")
@@ -108,7 +136,7 @@ def _from_timm(name: str, args: dict, *, num_classes: int, in_channels: int, ima
     if refused := sorted(key for key in args if key in loading or key.startswith("pretrained")):
         raise ValueError(f"args must be those of the model {name!r} itself, got {', '.join(refused)}")
     try:
-        return timm.create_model(name, num_classes=num_classes, in_chans=in_channels, **size, **args)
+        return timm.create_model(name, pretrained, num_classes=num_classes, in_chans=in_channels, **size, **args)
     except (AssertionError, AttributeError, KeyError, TypeError) as error:
         if not args:
             raise

@@ -177,6 +177,7 @@ def header(run: Run) -> Html:
             done = f"{len(net.rows)} of {net.epochs} epochs, and no final measurements yet"
             lacks.append(f"{net.title}: {done if net.rows else 'not found'}.")
     lacks += [] if run.students else ["No student: this run trains a teacher only."]
+    lacks += run.summary.get("findings", []) if run.summary else []
     return tag("header", tag("h1", config.data_name), note(" · ".join(filter(None, facts))), *map(missing, lacks))
 
 

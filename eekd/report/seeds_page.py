@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from eekd.report.charts import Chart, Html, limits, page, table, tag
-from eekd.report.page import colour_of
+from eekd.report.page import colour_of, missing
 from eekd.train.config import Config, title_of
 from eekd.train.seeds import points, sentence, spread
 
 
 def draw(folder: Path, config: Config, summary: dict, seeds: dict[int, dict]) -> bytes:
     """The page of `summary`, RUN/summary.json; `seeds` are the summaries of its seeds, whose pages lie in seed-N/."""
-    rows = summary["rows"]
+    rows, found = summary["rows"], summary.get("findings", [])
     cells = [[title_of(row["name"]), row["model"], f"{row['parameters']:,}", spread(row["val"]),
               spread(row["test"]), *(points(row[key]) if row[key] else "" for key in ("over_ce", "over_last"))]
              for row in rows]  # fmt: skip
@@ -20,7 +20,7 @@ def draw(folder: Path, config: Config, summary: dict, seeds: dict[int, dict]) ->
     between = [child for link in links for child in (link, " ")]
     return page(
         f"{config.data_name}, {len(seeds)} seeds · eekd",
-        tag("header", tag("h1", config.data_name), tag("p", sentence(summary))),
+        tag("header", tag("h1", config.data_name), tag("p", sentence(summary)), *map(missing, found)),
         tag(
             "section",
             tag("h2", "Results"),

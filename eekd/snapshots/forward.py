@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from eekd import parallel
+from eekd.models.normalization import Renormalize
 from eekd.snapshots.features import LastFeatures, Tap
 
 
@@ -182,8 +183,10 @@ def _same(a: list, b: list) -> bool:
 def _fold(capture: LastFeatures, x: Tensor) -> fx.GraphModule:
     """x -> logits, features of the captured model, batch norms folded; an error where that is not the same."""
     model = capture.model
+    normalize = [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, Renormalize)]
     for module in model.modules():
         hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values()
+        hooks = [hook for hook in hooks if not (module is model and hook in normalize)]
         if module.training or not all(isinstance(hook, Tap) for hook in hooks):
             raise ValueError("a graph would not see the module's hooks or training mode")
     graph = fx.symbolic_trace(copy.deepcopy(model))
@@ -211,6 +214,8 @@ def _fold(capture: LastFeatures, x: Tensor) -> fx.GraphModule:
     for module in graph.modules():
         module._forward_pre_hooks.clear()
         module._forward_pre_hooks_with_kwargs.clear()
+    for hook in normalize:
+        graph.register_forward_pre_hook(hook)
     graph.to(memory_format=torch.channels_last)
     noise = torch.randn(4, *x.shape[1:], generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), torch.autocast("cpu", enabled=False):

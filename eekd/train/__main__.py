@@ -119,9 +119,11 @@ def _main(flags: Flags) -> int:
         return _error(error)
     if flags.dry_run:
         screen.show(console, screen.plan(session))
-        for said in (*session.data.decisions, *screen.kept(session.config)):
+        for said in (*session.data.decisions, *session.notes, *screen.kept(session.config)):
             console.print(f"- {printable(said)}", highlight=False)
         return 0
+    for said in session.notes:
+        console.print(printable(said), highlight=False)
     try:
         with screen.Display(console, session.config.seeds) as display:
             if flags.resume:
@@ -146,6 +148,7 @@ def _main(flags: Flags) -> int:
         for said in screen.kept(session.config):
             console.print(said, highlight=False, soft_wrap=True)
         _print_gain(run)
+        _print_findings(summary)
         console.print(f"{summary['seconds']:.0f} s in all; everything is in {printable(run)}", highlight=False)
     else:
         from eekd.report import report
@@ -153,6 +156,7 @@ def _main(flags: Flags) -> int:
 
         screen.show(console, screen.over_seeds(summary))
         _print_gain(run)
+        _print_findings(summary)
         print(f"{sentence(summary)} {summary['seconds']:.0f} s in all. Report: {printable(report(run))}".strip())
     return 0
 
@@ -162,6 +166,11 @@ def _print_gain(run: Path) -> None:
 
     if line := gain(run):
         print(line)
+
+
+def _print_findings(summary: dict) -> None:
+    for finding in summary.get("findings", ()):
+        print(f"note: {printable(finding)}")
 
 
 def parse(argv: list[str]) -> Flags:

@@ -218,7 +218,11 @@ def run_identity(name: str, session, phase, snapshots: list[str] | None = None) 
         key: list(value) if isinstance(value, tuple) else value
         for key, value in (config | dataclasses.asdict(phase)).items()
     }
-    return {"phase": name, "images": session.data.fingerprint, "settings": settings, "snapshots": snapshots,
+    if start := session.start(phase):  # wherever it lies
+        settings["weights"] = start.sha256
+    own, _ = session.normalization(phase)
+    more = {"normalization": own} if own else {}
+    return more | {"phase": name, "images": session.data.fingerprint, "settings": settings, "snapshots": snapshots,
             "bank": session.bank and session.bank.sha256}  # fmt: skip
 
 

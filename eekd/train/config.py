@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from eekd.io.files import json_bytes
 from eekd.method import weightings
@@ -61,7 +61,7 @@ def _wanted(value: Any, kind: Any) -> str | None:
     if get_origin(kind) is Literal:
         known = any(type(value) is type(arg) and value == arg for arg in args)  # 1 is no true
         return None if known else f"one of {', '.join(map(word, args))}"
-    if get_origin(kind) is UnionType:
+    if get_origin(kind) in (UnionType, Union):
         wanted = [_wanted(value, k) for k in args]
         return None if None in wanted else " or ".join(wanted)
     if get_origin(kind) is tuple:
@@ -118,6 +118,12 @@ class Phase(_Checked):
 
     model: str = "resnet8"  # a name of eekd.models, timm:NAME or path/to/file.py:factory
     layer: str | None = None  # the layer whose input the attention compares; none: the last linear one
+    # weights to start from: the file or folder of a checkpoint, or timm for those that timm knows; none: random ones
+    weights: str | None = None
+    # what this network's images, scaled to [0, 1], are normalised with: a number for each channel; timm, what a timm
+    # model was trained with; data, what the data give. None: what the weights came with, else data
+    mean: tuple[float, ...] | Literal["timm", "data"] | None = None
+    std: tuple[float, ...] | Literal["timm", "data"] | None = None
     epochs: int = 20
     batch_size: int = 64
     optimizer: Literal["sgd", "adamw"] = "sgd"  # sgd has momentum 0.9
@@ -161,11 +167,22 @@ class Phase(_Checked):
         names = [name for name, *_ in named]
         good = all(name.isidentifier() and equals for name, equals, _ in named) and len({*names}) == len(names)
         yield "model_args", good, "words of the form name=value with different names"
+        yield from self._rules_of_normalization()
         yield (
             "milestones",
             all(0 < m < 1 for m in marks) and list(marks) == sorted(set(marks)),
             "rising fractions of training between 0 and 1",
         )
+
+    def _rules_of_normalization(self):
+        mean, std, timm = self.mean, self.std, self.model.startswith("timm:")
+        numbers, scaled = isinstance(mean, tuple), "as images are scaled"
+        yield "mean", not numbers or mean and all(0 <= x <= 1 for x in mean), f"numbers from 0 to 1, {scaled}"
+        yield "std", not isinstance(std, tuple) or all(0 < x <= 1 for x in std), f"numbers up to 1, {scaled}"
+        alike = len(std) == len(mean) if numbers and isinstance(std, tuple) else std == mean
+        yield "std", alike, f"{len(mean)} numbers, as many as mean" if numbers else f"{mean or 'left out'}, as mean is"
+        yield "mean", timm or mean != "timm", "numbers or data where model is no timm:NAME"
+        yield "weights", timm or self.weights != "timm", "a file or a folder where model is no timm:NAME"
 
     def arguments(self) -> dict[str, Any]:
         """`model_args` by name: a value that is JSON is what it says, true and 0.1, and any other is text."""
@@ -295,6 +312,7 @@ class Config(_Checked):
             "left out beside a teacher's run",
         )
         yield "students", self.students or not self.checkpoints, "at least one when checkpoints are given"
+        yield "checkpoints", not (self.checkpoints and self.teacher.weights), "left out beside teacher.weights"
         yield "accumulate", self.accumulate >= 1, "at least 1"
         yield "check_replicas", self.check_replicas >= 0, "at least 0"
         yield "parallel", self.parallel == "ddp" or self.precision != "fp16", "ddp when precision is fp16"
@@ -364,19 +382,27 @@ def settled(config: Config, by: Config) -> Config:
 
 
 def located(config: Config) -> Config:
-    """The settings with absolute paths of data, teacher and bank: the run can be gone on with from any folder."""
+    """The settings with absolute paths, of files of code too: the run can be gone on with from any folder."""
     from eekd.data import names  # torch, and what needs it, comes after the command line is read
 
     def absolute(path: str | None) -> str | None:
         return path and str(Path(path).expanduser().absolute())
 
-    data, root = config.data, absolute(config.root)
-    if is_file_name(data):
-        data = f"{absolute(data.rpartition(':')[0])}:{own_name(data)}"
-    elif root is None and data not in names() and Path(data).expanduser().exists():
+    def code(name: str) -> str:
+        return f"{absolute(name.rpartition(':')[0])}:{own_name(name)}" if is_file_name(name) else name
+
+    data, root = code(config.data), absolute(config.root)
+    if not is_file_name(data) and root is None and data not in names() and Path(data).expanduser().exists():
         data = absolute(data)
+
+    def phase_located(phase):
+        weights = phase.weights if phase.weights == "timm" else absolute(phase.weights)
+        return dataclasses.replace(phase, model=code(phase.model), weights=weights)
+
     paths = {name: absolute(getattr(config, name)) for name in ("classes", "teacher_run", "bank")}
-    return dataclasses.replace(config, data=data, root=root, **paths)
+    phases = {name: phase_located(getattr(config, name)) for name in ("teacher", "student")}
+    students = tuple(map(code, config.students))
+    return dataclasses.replace(config, data=data, root=root, students=students, **paths, **phases)
 
 
 def _read(cls: type, values: Any, prefix: str = "") -> Any:

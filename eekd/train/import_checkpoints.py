@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+from torch import nn
+
 from eekd import models, parallel
 from eekd.io.files import read_json, write_atomic, write_json_atomic
 from eekd.io.state_dicts import bare_names, load_state
@@ -24,11 +26,12 @@ def with_checkpoints(config: Config) -> Config:
     return dataclasses.replace(config, checkpoints=files, teacher=teacher)
 
 
-def check_checkpoints(session: Session) -> None:
-    """ValueError or FileNotFoundError, one sentence, unless every checkpoint fits the model of the teacher."""
+def check_checkpoints(session: Session) -> nn.Module:
+    """The last checkpoint; ValueError or FileNotFoundError, one sentence, unless each fits the model of the teacher."""
     network = models.build(**session.spec(session.config.teacher))
     for path in session.config.checkpoints:
         load_state(network, load_weights(path, entry=session.config.checkpoint_entry), path)
+    return network
 
 
 def import_teacher(session: Session, folder: Path) -> dict:

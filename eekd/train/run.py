@@ -13,9 +13,11 @@ from eekd.io.lock import locked
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.snapshots.features import LastFeatures
 from eekd.train.config import Config, differences, located
+from eekd.train.findings import findings
 from eekd.train.import_checkpoints import check_checkpoints, import_teacher, with_checkpoints
 from eekd.train.logs import asked_for
 from eekd.train.optim import layer_scales
+from eekd.train.preflight import preflight
 from eekd.train.run_folder import FORMAT, changes, new_folder, read_metrics, read_record, read_settings, write_settings
 from eekd.train.seeds import seeds_of, summary_of
 from eekd.train.session import Progress, Session, checkpoint_gradients, quiet
@@ -76,7 +78,8 @@ def _train(run: Path, session: Session, progress: Progress) -> Path:
         train_student(config, teacher, method, folder, session=session, progress=progress, resume=True)
     if parallel.is_main_process() and not (run / "summary.json").exists():
         rows, seconds = table(teacher, list(students.values())), time.perf_counter() - start
-        write_json_atomic(run / "summary.json", {"format": FORMAT, "seconds": seconds, "rows": rows})
+        found = findings(rows, len(session.data.classes), len(session.data.val))
+        write_json_atomic(run / "summary.json", {"format": FORMAT, "seconds": seconds, "rows": rows, "findings": found})
     parallel.barrier()
     return run
 
@@ -99,7 +102,10 @@ def _train_seeds(run: Path, session: Session, progress: Progress) -> Path:
                 raise ValueError(f"{folder} holds a run with another {changed}")
             _train(folder, Session(config, session.data), of_seed)
     if parallel.is_main_process() and not (run / "summary.json").exists():
-        write_json_atomic(run / "summary.json", {"format": FORMAT} | summary_of(run, seeds))
+        summary, data = summary_of(run, seeds), session.data
+        means = [row | {"val_accuracy": row["val"]["mean"]} for row in summary["rows"]]
+        summary["findings"] = findings(means, len(data.classes), len(data.val))
+        write_json_atomic(run / "summary.json", {"format": FORMAT} | summary)
     parallel.barrier()
     return run
 
@@ -146,10 +152,16 @@ def prepare(config: Config, run: str | Path | None = None) -> Session:
         config = dataclasses.replace(config, teacher=settings.teacher)
     asked_for(config)
     session = Session(config)
-    methods = [method_of(name) for name in config.students]
-    for phase in (config.teacher, config.student):
+    methods, networks = [method_of(name) for name in config.students], {}
+    trained = {config.teacher: not (earlier or config.checkpoints), config.student: bool(config.students)}
+    for phase, is_trained in trained.items():
         session.micro_batch(phase)
-        network = models.build(**session.spec(phase))
+        networks[phase] = network = models.build(**session.spec(phase))
+        _, said = session.normalization(phase)
+        started = is_trained and session.start(phase)
+        for sentence in (started and started.load(network, len(session.data.classes)), said):
+            if sentence:
+                session.notes.append(f"The {type(phase).__name__.lower()} {sentence}")
         layer_scales(phase, network)
         if phase.grad_checkpointing:
             checkpoint_gradients(network, phase)
@@ -158,14 +170,15 @@ def prepare(config: Config, run: str | Path | None = None) -> Session:
         if config.sync_batchnorm:
             parallel.convert_sync_batchnorm(network)
     if config.checkpoints and not imported:
-        check_checkpoints(session)
+        networks[config.teacher] = check_checkpoints(session)
     if earlier:
         if session.bank:
             loader = session.loader("train", config.student, train=True)
             needs_features = next((method.name for method in methods if method.needs_features), None)
             check_bank(session, loader, earlier / "teacher", needs_features)
         check_data(session, earlier)
-        SnapshotEnsemble.load(earlier / "teacher", features=False)
+        networks[config.teacher] = SnapshotEnsemble.load(earlier / "teacher", features=False).models[-1]
+    session.notes += preflight(session, methods, networks[config.teacher], trained[config.teacher])
     return session
 
 

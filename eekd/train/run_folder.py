@@ -6,7 +6,8 @@
                               data: name, fingerprint, classes, class_names in their order, and train, val, test: how
                               many images; found: of each part as it was found, how many images of each class
       files.txt.gz            the names of the data's files, where they are files of a folder, one a line
-      summary.json            format, seconds, rows: the final table (below); absent until the run has ended
+      summary.json            format, seconds, rows: the final table (below), findings: sentences on what in it was
+                              not wanted, and what to try (eekd.train.findings); absent until the run has ended
       seed-0/ seed-1/ ...     a run folder for each seed, in place of all below, where config.json asks for several
                               seeds; summary.json then speaks of all (eekd.train.seeds)
       teacher/                absent when config.json names a teacher_run, whose RUN/teacher is then meant

@@ -6,7 +6,8 @@ RUN/summary.json has format, seconds (the sum over seeds), seeds, and rows like 
     over_ce, over_last  of a student: its accuracy less that of the ce or last student of the same seed: n, mean, low
                         and high, the ends of Student's 95 % interval (eekd.statistics); null where there is none
 
-and seconds_per_epoch, the mean over seeds. Accuracies are fractions of 1, those of gains of the test images.
+and seconds_per_epoch, the mean over seeds; and findings, on the means (eekd.train.findings). Accuracies are fractions
+of 1, those of gains of the test images.
 """
 
 from pathlib import Path

@@ -16,6 +16,7 @@ from eekd.data import ImageData, Loader, load
 from eekd.data.loader import SHOWN
 from eekd.snapshots import SnapshotEnsemble
 from eekd.train.config import Config, Phase
+from eekd.train.pretrained import Start, normalization, read_start
 from eekd.train.random_state import seed_generators
 from eekd.train.runtime import Runtime, chosen
 
@@ -54,13 +55,28 @@ class Session(Runtime):
         torch.backends.cudnn.benchmark = not config.deterministic
         self.data = data or load(config.data, config.root, **config.reading())
         self.bank = LogitBank.open(config.bank) if config.bank else None
+        self.notes: list[str] = []  # what `prepare` decided about the networks
+        self._starts: dict[tuple, Start | None] = {}
 
     def spec(self, phase: Phase) -> dict:
         """The arguments of eekd.models.build for this data."""
         data, args = self.data, phase.arguments()
-        return dict(
+        spec = dict(
             name=phase.model, num_classes=len(data.classes), in_channels=data.channels, image_size=data.image_size
-        ) | ({"args": args} if args else {})
+        )
+        own, _ = self.normalization(phase)
+        return spec | ({"args": args} if args else {}) | ({"normalization": own} if own else {})
+
+    def normalization(self, phase: Phase) -> tuple[dict | None, str | None]:
+        """The normalization of the network's spec, None where it is the data's; and a sentence that says so."""
+        return normalization(phase, {"mean": list(self.data.mean), "std": list(self.data.std)})
+
+    def start(self, phase: Phase) -> Start | None:
+        """The weights that the network of a phase starts from; None for random ones."""
+        key = phase.model, phase.weights, phase.model_args
+        if key not in self._starts:
+            self._starts[key] = read_start(phase, self.spec(phase), self.config.checkpoint_entry)
+        return self._starts[key]
 
     def network(self, phase: Phase, seed: int) -> nn.Module:
         """A new network on the device; its weights, and all random numbers drawn after, are a function of the seed.
@@ -69,6 +85,8 @@ class Session(Runtime):
         """
         seed_generators(seed)
         network = self.build(self.spec(phase))
+        if start := self.start(phase):
+            start.load(network, len(self.data.classes))
         if phase.grad_checkpointing:
             checkpoint_gradients(network, phase)
         if not parallel.is_main_process():

@@ -1,0 +1,144 @@
+"""One batch through every network and loss before anything is trained: what does not fit is found in seconds."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from eekd import parallel
+from eekd.data import Batch
+from eekd.io.files import first_line
+from eekd.models.normalization import Renormalize
+from eekd.snapshots.features import LastFeatures
+from eekd.snapshots.wrappers import logits_of
+from eekd.train.config import Phase
+from eekd.train.random_state import random_state, set_random_state
+from eekd.train.session import Session
+from eekd.train.student import Method
+from eekd.train.teacher import TeacherTrainer
+from eekd.train.teaching import TaughtBatch, Teacher, TeacherOutputs
+
+ROWS = 8  # images
+USUAL = 3.0, 0.1, 10.0  # of normalised images: the largest mean, the least and the largest standard deviation
+
+
+class _Alone(Session):
+    """A session of this process alone, without what takes its time: other processes, workers and compilers."""
+
+    def __init__(self, session: Session):
+        vars(self).update(vars(session))
+        self.config = dataclasses.replace(session.config, workers=0, compile=False, sync_batchnorm=False)
+
+    def parallelize(self, network: nn.Module, kind: str | None = None) -> nn.Module:
+        return network
+
+
+class Preview(Teacher):
+    """Speaks for M snapshots by one network."""
+
+    def __init__(self, outputs: TeacherOutputs):
+        self.outputs, self.val = outputs, []
+        self.feature_dim = None if outputs.features is None else outputs.features.shape[-1]
+
+    def __call__(self, batch: Batch) -> TeacherOutputs:
+        return self.outputs
+
+
+def preflight(session: Session, methods: Sequence[Method], teacher: nn.Module, trains_teacher: bool) -> list[str]:
+    """Runs a few images through all that will be trained, forward, loss and backward, and forgets what that changed.
+
+    `teacher` is the teacher's network, or a snapshot of it, which is asked for all snapshots. Returns what looks wrong
+    and can be meant, a sentence each. ValueError, one sentence, for a network that cannot run on the images or does
+    not give a logit for each class; else what a loss raises.
+    """
+    session, found = _Alone(session), []
+    config, generators = session.config, random_state(session.device)
+    try:
+        batch = _batch(session, config.teacher)
+        teacher = teacher.to(session.device, memory_format=session.layout)
+        found += _looks(session, config.teacher, batch.images)
+        with _running(session, config.teacher):
+            _check_logits(session, config.teacher, teacher, batch.images)
+            if trains_teacher:
+                _step(TeacherTrainer(session), TaughtBatch(*batch))
+        if methods:
+            batch = _batch(session, config.student)
+            found += _looks(session, config.student, batch.images)
+        for method in methods:
+            with _running(session, config.student):
+                outputs = None if method.weighting == "ce" else _outputs(session, teacher, method, batch)
+                speaker = outputs and Preview(outputs)
+                trainer = method.trainer(session, speaker, method.weighting, name=method.name)
+                _check_logits(session, config.student, trainer.network, batch.images)
+                _step(trainer, TaughtBatch(*batch, outputs))
+    finally:
+        set_random_state(generators, session.device)
+    return found
+
+
+def _batch(session: Session, phase: Phase) -> Batch:
+    """The first images of the first view, decoded by this process."""
+    loader = session.loader("train", phase, train=True)
+    rows = min(ROWS, loader.batch_size, len(loader.split))
+    [batch] = loader.replay([(0, torch.arange(rows))])
+    return batch
+
+
+@contextmanager
+def _running(session: Session, phase: Phase) -> Iterator[None]:
+    """Errors of a network's own code as one sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if parallel.is_peer_failure(error):
+            raise
+        data = session.data
+        size = f"{data.channels} x {data.image_size} x {data.image_size}"
+        raise ValueError(
+            f"{phase._prefix}model {phase.model} fails on images of {size}: {first_line(error)}"
+        ) from error
+
+
+@torch.no_grad()
+def _check_logits(session: Session, phase: Phase, network: nn.Module, images: Tensor) -> None:
+    """ValueError unless the network gives a logit for each class, in eval mode, as it is validated."""
+    logits, classes = logits_of(session.run(network.eval(), images)), len(session.data.classes)
+    if logits.shape != (len(images), classes):
+        raise ValueError(
+            f"{phase._prefix}model {phase.model} must give {classes} logits an image, one for each class of "
+            f"{session.data.name}, got outputs of shape {tuple(logits.shape)} for {len(images)} images"
+        )
+
+
+@torch.no_grad()
+def _outputs(session: Session, teacher: nn.Module, method: Method, batch: Batch) -> TeacherOutputs:
+    """What the teacher says of a batch, as M snapshots or the rows of a bank would."""
+    if session.bank:
+        outputs = TeacherOutputs(*session.bank.rows(0, batch.index))
+        return outputs.of([-1]) if method.weighting == "last" else outputs
+    count = 1 if method.weighting == "last" else session.config.teacher.snapshots
+    with LastFeatures(teacher.eval(), session.config.teacher.layer, features=method.needs_features) as capture:
+        each = session.run(capture, batch.images)
+    return TeacherOutputs(*(None if x is None else x.expand(count, *x.shape).contiguous() for x in each))
+
+
+def _step(trainer, batch: TaughtBatch) -> None:
+    trainer.trained.train()
+    trainer.compute_loss(batch)[0].backward()
+
+
+def _looks(session: Session, phase: Phase, images: Tensor) -> list[str]:
+    """A sentence where the images, as the network sees them, are far from mean 0 and standard deviation 1."""
+    own, _ = session.normalization(phase)
+    [images] = Renormalize(**own)(None, (images,)) if own else [images]  # pyright: ignore[reportArgumentType]
+    mean, std = images.float().mean().item(), images.float().std().item()
+    if abs(mean) <= USUAL[0] and USUAL[1] <= std <= USUAL[2]:
+        return []
+    return [
+        f"The {type(phase).__name__.lower()} sees images with mean {mean:.1f} and standard deviation {std:.2g}, where "
+        f"0 and 1 are usual: look at {phase._prefix}mean and {phase._prefix}std."
+    ]

@@ -1,0 +1,234 @@
+"""Before training: one batch through every network and loss. After it: what in the table was not wanted."""
+
+import copy
+import json
+import re
+import threading
+
+import pytest
+import torch
+
+from eekd import models
+from eekd.report import report
+from eekd.train import __main__ as cli
+from eekd.train import prepare, train
+from eekd.train.config import Config, Student, Teacher
+from eekd.train.findings import findings
+from eekd.train.preflight import preflight
+from eekd.train.student import method_of
+
+NETS = """
+import torch
+from torch import nn
+
+def small(num_classes, in_channels, image_size):
+    pixels = in_channels * image_size**2
+    return nn.Sequential(nn.Flatten(), nn.Linear(pixels, 12), nn.ReLU(), nn.Linear(12, num_classes))
+
+def five(num_classes, in_channels, image_size):
+    return small(5, in_channels, image_size)
+
+def wide(num_classes, in_channels, image_size):
+    return small(num_classes, in_channels, image_size + 1)
+
+class Training(nn.Module):
+    def __init__(self, net, fault):
+        super().__init__()
+        self.net, self.fault = net, fault
+    def forward(self, x):
+        return self.fault(self.net(x)) if self.training else self.net(x)
+
+def auxiliary(num_classes, in_channels, image_size):
+    return Training(small(num_classes, in_channels, image_size), lambda z: {"main": z, "auxiliary": z})
+
+def frozen(num_classes, in_channels, image_size):
+    return Training(small(num_classes, in_channels, image_size), lambda z: z.detach())
+
+def headless(num_classes, in_channels, image_size):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(in_channels * image_size**2, num_classes))
+        def forward(self, x):
+            return x.flatten(1) @ self.w
+    return Net()
+"""
+METHOD = """
+from eekd.train import StudentTrainer
+
+class Broken(StudentTrainer):
+    weighting = "uniform"
+    def compute_loss(self, batch):
+        raise ValueError("this loss must be finished, got a stub")
+
+class Counting(StudentTrainer):
+    weighting = "ce"
+    seen = []
+    def compute_loss(self, batch):
+        self.seen.append(len(batch.images))
+        return super().compute_loss(batch)
+"""
+SMALL = [
+    "--train-limit",
+    "150",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--teacher.epochs",
+    "2",
+    "--student.epochs",
+    "1",
+    "--teacher.snapshots",
+    "2",
+]
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Runs the command line on nets of NETS, for teacher and student."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text(NETS)
+    (tmp_path / "method.py").write_text(METHOD)
+
+    def run(teacher, student, *more):
+        models = ["--teacher.model", f"nets.py:{teacher}", "--student.model", f"nets.py:{student}"]
+        return cli.main([*SMALL, *models, "--out", str(tmp_path / "run"), *more])
+
+    return run
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+@pytest.mark.parametrize(
+    ("teacher", "student", "more", "told"),
+    [
+        ("five", "small", [], r"teacher.model .*nets.py:five must give 10 logits an image, .* \(8, 5\) for 8 images"),
+        ("small", "five", [], r"student.model .*nets.py:five must give 10 logits an image, .* \(8, 5\) for 8 images"),
+        ("wide", "small", [], "teacher.model .*nets.py:wide fails on images of 1 x 8 x 8: .*mat1 and mat2"),
+        ("small", "auxiliary", [], "the model must return logits, .* got a dict of main, auxiliary"),
+        ("small", "frozen", ["--students", "ce"], "student.model .*frozen fails on .*: element 0 of tensors does not"),
+        ("small", "headless", ["--students", "attention"], "model must have an nn.Linear or a 1×1 convolution"),
+        ("small", "small", ["--students", "attention", "--student.layer", "4"], "layer must be in the model, got '4'"),
+        ("small", "small", ["--students", "method.py:Broken"], "this loss must be finished, got a stub"),
+    ],
+)
+def test_what_does_not_fit_is_found_before_anything_is_trained(
+    command, dry, teacher, student, more, told, capsys, tmp_path
+):
+    assert command(teacher, student, *more, *dry) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(told, error)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_what_was_decided_and_why(command, capsys):
+    assert command("small", "small", "--teacher.mean", "0.001", "--teacher.std", "0.01", "--dry-run") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "- 20% of the images are the test, since there is no test split." in printed
+    assert "- 10% of the training images are held out to validate on (val_fraction)." in printed
+    assert "- The teacher sees images normalised by mean 0.001 and std 0.01 (teacher.mean and teacher.std)." in printed
+    assert (
+        re.search("- The teacher sees images with mean 29.* and standard deviation 3", printed)
+        and "look at teacher.mean and teacher.std" in printed
+    )
+    assert "The student sees images with mean" not in printed
+
+
+def test_a_batch_is_a_few_images_and_leaves_no_trace(tmp_path):
+    (tmp_path / "method.py").write_text(METHOD)
+    config = Config(
+        train_limit=150,
+        device="cpu",
+        precision="fp32",
+        teacher=Teacher(model="resnet8_w4", epochs=2, snapshots=2),
+        student=Student(model="resnet8_w4", epochs=1),
+        students=("ce", "attention", "last", f"{tmp_path}/method.py:Counting"),
+    )
+    session = prepare(config)
+    methods = [method_of(name) for name in config.students]
+    seen, network = methods[-1].trainer.seen, models.build(**session.spec(config.teacher))
+    before, state, threads = torch.get_rng_state(), copy.deepcopy(network.state_dict()), threading.active_count()
+    assert session.notes == preflight(session, methods, network, True) == []
+    assert seen == [8]
+    assert torch.equal(before, torch.get_rng_state()) and threading.active_count() == threads
+    torch.testing.assert_close(network.state_dict(), state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("students", [("ce",), ("last", "attention"), ("entropy", "confidence")])
+def test_good_settings_pass(students, tmp_path):
+    config = Config(train_limit=150, device="cpu", precision="fp32", students=students, accumulate=2, augment="crop")
+    assert prepare(config).notes == []
+
+
+# After training
+
+
+def rows(teacher=0.9, snapshots=(0.7, 0.9), ensemble=0.9, **students):
+    said = [("teacher", "teacher", teacher)]
+    said += [("snapshot", f"snapshot {m}", p) for m, p in enumerate(snapshots, 1)]
+    said += [("ensemble", "ensemble", ensemble)] + [("student", name, p) for name, p in students.items()]
+    return [{"kind": kind, "name": name, "val_accuracy": p} for kind, name, p in said]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (rows(ce=0.8, attention=0.85), []),
+        (rows(snapshots=(0.1, 0.9)), ["Snapshot 1 guesses: it names 10.0% of the validation images right. Try fewer"]),
+        (
+            rows(0.1, (0.12, 0.1), 0.1),
+            ["Snapshot 1 guesses", "Snapshot 2 guesses: .* finished teacher: look at --teacher.m"],
+        ),
+        (rows(ensemble=0.5), ["The ensemble of snapshots is 40.00 points below the last of them: early snapshots are"]),
+        (rows(ensemble=0.89), []),
+        (
+            rows(ce=0.8, last=0.6, uniform=0.799),
+            ["ce.: last by 20.00 points, uniform by 0.10 points .which may be chance"],
+        ),
+        (rows(last=0.6), []),
+        (rows(ce=0.1, last=0.9), ["Ce guesses: .* lower --student.lr"]),
+    ],
+)
+def test_what_was_not_wanted_is_said(given, told):
+    found = findings(given, 10, 500)
+    assert len(found) == len(told)
+    assert all(re.search(wanted, sentence) for wanted, sentence in zip(told, found, strict=True)), found
+
+
+def test_findings_stand_in_the_summary_on_the_terminal_and_in_the_report(tmp_path, capsys):
+    flags = [
+        "--teacher.model",
+        "resnet8_w4",
+        "--student.model",
+        "resnet8_w4",
+        "--teacher.lr",
+        "1e-7",
+        "--students",
+        "ce",
+        "last",
+    ]
+    assert cli.main([*SMALL, *flags, "--out", str(tmp_path / "run")]) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert any("Snapshot 2 guesses" in finding for finding in summary["findings"])
+    printed, page = capsys.readouterr().out, report(tmp_path / "run").read_text()
+    for finding in summary["findings"]:
+        assert f"note: {finding}\n" in printed
+        assert finding.split(":")[0] in page
+
+
+def test_findings_over_seeds(tmp_path):
+    config = Config(
+        train_limit=150,
+        device="cpu",
+        precision="fp32",
+        seeds=2,
+        students=("ce",),
+        teacher=Teacher(model="resnet8_w4", lr=1e-7, epochs=2, snapshots=2),
+        student=Student(model="resnet8_w4", epochs=1),
+    )
+    run = train(config, tmp_path / "run")
+    found = json.loads((run / "summary.json").read_text())["findings"]
+    assert any("finished teacher" in finding for finding in found)
+    assert "finished teacher" in report(run).read_text()
