@@ -156,8 +156,8 @@ def mark(monkeypatch):
             loader.set_epoch(step // EACH)
             yield_of[step // EACH, loader.indices()[step % EACH][3].item()] = value
 
-        def marked(self, images, index):
-            made = batch(self, images, index)
+        def marked(self, *args):
+            made = batch(self, *args)
             for (epoch, sample), value in yield_of.items() if self.train else ():
                 if self.epoch == epoch:
                     made.images[made.index == sample, :, 1, 1] = value
@@ -485,10 +485,10 @@ def test_no_checkpoint_hides_a_bad_step(run, tmp_path, mark, monkeypatch):
     monkeypatch.setattr(NonFiniteGuard, "left_out", lambda self, pause=True: pause and then(self, pause))
     marked = Loader._batch
 
-    def lost(self, images, index):
+    def lost(self, images, present, index, view):
         if self.train and len(index) < 60:
             raise FileNotFoundError("gone")
-        return marked(self, images, index)
+        return marked(self, images, present, index, view)
 
     monkeypatch.setattr(Loader, "_batch", lost)
     with pytest.raises(FloatingPointError, match="^teacher: the loss became nan in epoch 1 .* step 2, "):
