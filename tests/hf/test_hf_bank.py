@@ -48,11 +48,9 @@ def test_a_run_from_a_bank_is_that_with_the_teachers(tmp_path):
     run = run_of("gpt2", tmp_path)
     write_token_bank(tmp_path / "bank", Teachers.load(run), Texts(), collate)
     states = []
-    for make in (
-        lambda s, **o: trainer_of(s, run, tmp_path, **o),
-        lambda s, **o: trainer_with(s, tmp_path / "bank", tmp_path, **o),
-    ):
-        trainer = make(language_model(), max_steps=3, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    options = dict(max_steps=3, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    for make, source in ((trainer_of, run), (trainer_with, tmp_path / "bank")):
+        trainer = make(language_model(), source, tmp_path, **options)
         trainer.train()
         states.append({**trainer.model.state_dict(), **trainer.criterion.state_dict()})
     compare(*states, rtol=1e-2, atol=1e-3)  # float16
@@ -95,10 +93,11 @@ def test_a_top_k_bank_keeps_the_likeliest_tokens_and_one_bucket(tmp_path):
     following = batch["input_ids"][:, 1:][batch["labels"][:, 1:] != -100]
     kept = (z / 2).softmax(1).scatter(1, following[:, None], torch.inf).topk(8, 1).indices
     out = torch.ones_like(z, dtype=torch.bool).scatter(1, kept, False)
-    columns = [
-        torch.cat((x.gather(1, kept), x.masked_fill(~out, -torch.inf).logsumexp(1, keepdim=True)), 1) for x in (s, z)
-    ]
-    p, q = columns[1].softmax(1), columns[0].log_softmax(1)
+
+    def columns(x):
+        return torch.cat((x.gather(1, kept), x.masked_fill(~out, -torch.inf).logsumexp(1, keepdim=True)), 1)
+
+    p, q = columns(z).softmax(1), columns(s).log_softmax(1)
     kl = (torch.special.xlogy(p, p) - p * q).sum()
     want = (0.5 * torch.nn.functional.cross_entropy(s, y, reduction="sum") + 0.5 * kl) / len(y)
     want.backward()
