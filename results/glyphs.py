@@ -1,15 +1,18 @@
 """Draws the characters of many freely licensed fonts, small and grey: the images that eekd.data calls glyphs.
 
 python results/glyphs.py --size 16 --out eekd/data/glyphs.npz
+python results/glyphs.py --size 28 --classes 94 --faces 8 --out data/glyphs94  # a folder of PNG, for --data
 
 The fonts are Debian's, fetched by `apt-get download`, which needs no root; PIL draws them. Every font package goes
 to one part only (training, validation or test), so that no design is in two, and gives --faces faces at most. A face
-takes part where it has all characters, and none that looks like another. The archive holds, of each part, images
-(N, size, size / 2) uint8, two pixels of 16 levels in a byte, and labels (N). The JSON beside it names the characters,
-every package with its version, licence and part, and the faces drawn.
+takes part where it has all characters, and none that looks like another. A folder is as --data reads it, with a picture
+of examples beside it. An archive holds, of each part, images (N, size, size / 2) uint8, two pixels of 16 levels in a
+byte, and labels (N). The JSON beside either names the characters, the checksum of all pixels, and every package with
+its version, licence, part and faces.
 """
 
 import argparse
+import hashlib
 import json
 import random
 import subprocess
@@ -121,7 +124,7 @@ PARTS = {"train": 0.4, "val": 0.2, "test": 0.4}  # of the designs
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="the .npz to write")
+    parser.add_argument("--out", required=True, help="the .npz to write, or a folder: PART/CLASS/FACE.png")
     parser.add_argument("--size", type=int, default=16, help="pixels of a side")
     parser.add_argument("--classes", type=int, choices=CHARACTERS, default=62, help="letters and digits, or all ASCII")
     parser.add_argument("--faces", type=int, default=4, help="faces of a package at most")
@@ -148,15 +151,45 @@ def main() -> None:
                 version = deb.stem.split("_")[1].replace("%3a", ":")
                 about = {"version": version, "licence": licence, "part": part, "faces": [face for face, _ in found]}
                 packages.append({"name": f"fonts-{name}"} | about)
+    for part, several in drawn.items():
+        print(f"{part}: {len(several)} faces, {len(several) * len(characters)} images")
+    digest = write_archive(args.out, drawn) if args.out.endswith(".npz") else write_folder(args.out, drawn, characters)
+    about = {"size": args.size, "characters": characters, "sha256": digest, "packages": packages}
+    Path(f"{args.out.removesuffix('.npz')}.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def checksum(drawn: dict[str, list[np.ndarray]]) -> str:
+    """SHA-256 of all pixels, part by part and face by face: what two drawings must have in common to be the same."""
+    return hashlib.sha256(b"".join(images.tobytes() for several in drawn.values() for images in several)).hexdigest()
+
+
+def write_archive(path: str, drawn: dict[str, list[np.ndarray]]) -> str:
     arrays = {}
     for part, several in drawn.items():
-        images = np.concatenate(several)
+        images, count = np.concatenate(several), len(several[0])
         arrays[f"{part}_images"] = images[..., ::2] << 4 | images[..., 1::2]
-        arrays[f"{part}_labels"] = np.tile(np.arange(len(characters), dtype=np.uint8), len(several))
-        print(f"{part}: {len(several)} faces, {len(images)} images")
-    np.savez_compressed(args.out, **arrays)
-    about = {"size": args.size, "characters": characters, "packages": packages}
-    Path(args.out).with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+        arrays[f"{part}_labels"] = np.tile(np.arange(count, dtype=np.uint8), len(several))
+    np.savez_compressed(path, **arrays)
+    return checksum(drawn)
+
+
+def write_folder(path: str, drawn: dict[str, list[np.ndarray]], characters: str) -> str:
+    """PART/CLASS/FACE.png. A class is U+ and the character's number, for "/" and "." are no names of folders."""
+    for part, several in drawn.items():
+        for place, character in enumerate(characters):
+            folder = Path(path, part, f"U+{ord(character):04X}")
+            folder.mkdir(parents=True, exist_ok=True)
+            for face, images in enumerate(several):
+                Image.fromarray(images[place] * 17).save(folder / f"{face:03}.png")
+    examples(drawn).save(f"{path}.png", optimize=True)
+    return checksum(drawn)
+
+
+def examples(drawn: dict[str, list[np.ndarray]], faces: int = 12, most: int = 40) -> Image.Image:
+    """Some faces of all parts, a row each, and some of their characters."""
+    every = [images for several in drawn.values() for images in several]
+    rows = [images[:: max(1, len(images) // most)][:most] for images in every[:: max(1, len(every) // faces)][:faces]]
+    return Image.fromarray(255 - np.concatenate([np.concatenate([*row], 1) for row in rows]) * 17)
 
 
 def licences(line: str) -> dict[str, str]:

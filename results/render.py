@@ -313,6 +313,15 @@ def gpu(record: dict) -> str:
     return "\n".join([*lines, "", f"Forward + backward, median: {provenance(record)}{note}"])
 
 
+def glyphs(record: dict) -> str:
+    """Packages, faces and images of each part of a data set that results/glyphs.py drew."""
+    lines, classes = _head("part", "packages", "faces", "images"), len(record["characters"])
+    for part in dict.fromkeys(package["part"] for package in record["packages"]):
+        faces = [len(package["faces"]) for package in record["packages"] if package["part"] == part]
+        lines.append(_row(part, f"{len(faces)}", f"{sum(faces)}", f"{sum(faces) * classes:,}"))
+    return "\n".join([*lines, "", f"{classes} classes. SHA-256 of all pixels: `{record['sha256']}`."])
+
+
 def tried(record: dict) -> str:
     """What a kernel became, step by step."""
     shapes = [str(tuple(shape)) for shape in record["tried_at"]]
@@ -580,7 +589,7 @@ def main(argv: list[str]) -> int:
             else:
                 kinds = {"rows": bench, "forwards": forwards, "pairs": cost, "ways": scaling, "claims": online,
                          "runs": seeds, "summary": demo, "shapes": gpu, "launches": launches, "settings": precisions,
-                         "spins": waiting, "shared_head": linear, "way": overhead}  # fmt: skip
+                         "spins": waiting, "shared_head": linear, "way": overhead, "packages": glyphs}  # fmt: skip
                 table = next(table for key, table in kinds.items() if key in record)(record)
             return f"<!-- table:{match[1]} -->\n{table}\n<!-- end -->"
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import inspect
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch.testing import assert_close
 
 from eekd import ensemble_kd
+from eekd.data import load
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -74,3 +76,27 @@ def test_the_student_of_the_study_is_a_short_trainer(study, tmp_path, monkeypatc
     if name != "ce":
         weights = found["curve"][-1]["weights"]
         assert sum(weights) == pytest.approx(1, abs=1e-5) and found["curve"][0]["grad_attention"] > 0
+
+
+def test_characters_are_drawn_into_a_folder_that_data_reads(tmp_path):
+    np = pytest.importorskip("numpy")
+    spec = importlib.util.spec_from_file_location("results_glyphs", RESULTS / "glyphs.py")
+    glyphs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(glyphs)
+    faces = {part: [np.random.default_rng(i).integers(16, size=(3, 8, 8), dtype=np.uint8) for i in (1, 2, 3)]
+             for part in glyphs.PARTS}  # fmt: skip
+    digest = glyphs.write_folder(str(tmp_path / "drawn"), faces, "A/.")
+    data = load(str(tmp_path / "drawn"))
+    assert list(data.classes) == ["U+002E", "U+002F", "U+0041"]
+    assert {part: len(getattr(data, part)) for part in ("train", "val", "test")} == {"train": 9, "val": 9, "test": 9}
+    faces["val"][0][0, 0, 0] ^= 1
+    assert glyphs.checksum(faces) != digest
+
+
+def test_no_design_is_in_two_parts():
+    about = json.loads((RESULTS / "glyphs94.json").read_text())
+    assert len(about["characters"]) >= 94 and sum(len(package["faces"]) for package in about["packages"]) >= 300
+    parts = {}
+    for package in about["packages"]:
+        for face in package["faces"]:
+            assert parts.setdefault(face, package["part"]) == package["part"], face
