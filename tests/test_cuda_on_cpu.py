@@ -71,6 +71,8 @@ COMPILE = [
     HERE / "cuda_runtime.h",
 ]
 
+pytestmark = pytest.mark.full
+
 if not COMPILER:
     pytest.skip("no C++ compiler", allow_module_level=True)
 

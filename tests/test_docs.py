@@ -125,6 +125,7 @@ def steps(tutorial: Path) -> list[tuple[str, str]]:
     return [("python", "".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("tutorial", TUTORIALS, ids=lambda p: p.stem)
 def test_a_tutorial_runs_from_its_first_line_to_its_last(tutorial, tmp_path, monkeypatch):
     matplotlib = pytest.importorskip("matplotlib")

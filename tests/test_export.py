@@ -292,6 +292,7 @@ print("same")
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("isa", [None, "AVX2"])
 def test_an_exported_program_needs_no_eekd(folder, digits, tmp_path, isa):
     """Neither do the students whose convolutions are guarded, on a processor without AVX-512."""

@@ -685,7 +685,8 @@ train(Config.load(sys.argv[1]), sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_deterministic_runs_of_two_processes_are_the_same(nets, tmp_path, precision):
     config = config_of(nets, deterministic=True, students=("ce", "last", "attention"), precision=precision)
     (tmp_path / "config.json").write_text(config.to_json())

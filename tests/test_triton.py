@@ -64,17 +64,10 @@ def run_suites(expression: str, marked: str):
 
 
 @interprets
-@pytest.mark.parametrize(
-    "left_out, marked",
-    [
-        ("inductor or (sparse and (any_layout or ignored))", "not slow and not full"),  # seconds each
-        pytest.param("no_test", "not slow", marks=pytest.mark.full),
-    ],
-    ids=["some", "more"],
-)
+@pytest.mark.full
 @pytest.mark.parametrize("chosen", [f"not sparse and ({DENSE})", f"sparse and ({SPARSE})"], ids=["dense", "sparse"])
-def test_the_ops_suites_in_the_interpreter(chosen, left_out, marked):
-    run_suites(f"{chosen} and not ({left_out})", marked)
+def test_the_ops_suites_in_the_interpreter(chosen):
+    run_suites(chosen, "not slow")
 
 
 @interprets

@@ -16,6 +16,8 @@ GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
 launch = pytest.importorskip("eekd.kernels.launch")
 rows = pytest.importorskip("eekd.kernels.rows")
 SEPARATE = rows.SEPARATE.value
+pytestmark = pytest.mark.full
+
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_LIMIT = {80: 163, 90: 227, 100: 227, 120: 99}  # KB per block
 SPILLED = 16  # bytes: each compiler keeps a few registers of one kernel or another on the stack

@@ -27,6 +27,7 @@ writer.SHARD_ROWS = 8
 sys.exit(cli.main(sys.argv[1:]))"""
 
 
+@pytest.mark.full
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(run, tmp_path):
     """19 shards a view, 8 views, of the top 3 logits; killed three times, once while it still starts."""
     chance = random.Random()
@@ -74,9 +75,8 @@ def test_more_views_are_added_to_a_bank(copy, bank):
     assert not torch.equal(more.rows(3, torch.arange(9))[0], more.rows(0, torch.arange(9))[0])
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param((), marks=pytest.mark.full, id="all classes"), pytest.param(("--top-k", "3"), id="top-k")]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("kind", [(), ("--top-k", "3")], ids=["all classes", "top-k"])
 def test_processes_share_the_shards(run, tmp_path, kind):
     """By torchrun, two of them; the bytes are those of one."""
     flags = ["-m", "eekd.bank", "--teacher", str(run), "--views", "3", *kind, "--out"]

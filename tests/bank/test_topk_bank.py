@@ -110,7 +110,7 @@ def test_the_size_of_a_top_k_bank(run, tmp_path, capsys):
     assert 150 * row <= size < 150 * row + 3 * 2500
 
 
-@pytest.mark.parametrize(("classes", "dtype"), [(65_536, "I16"), (70_000, "I32")])
+@pytest.mark.parametrize(("classes", "dtype"), [(65_536, "I16"), pytest.param(70_000, "I32", marks=pytest.mark.full)])
 def test_class_numbers_beyond_two_bytes(run, tmp_path, monkeypatch, classes, dtype):
     class Wide(Session):
         def __init__(self, config):
