@@ -12,7 +12,7 @@ from eekd.export import __main__ as export
 from eekd.kernels import options
 from eekd.report import __main__ as report
 from eekd.train.__main__ import Flags as TrainFlags
-from eekd.train.config import choices, word
+from eekd.train.checked import choices, word
 from eekd.train.presets import PRESETS
 
 SCRIPT = """\

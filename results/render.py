@@ -17,7 +17,7 @@ from statistics import mean, stdev
 
 from eekd.compare import page as comparison
 from eekd.train import seeds as over_seeds
-from eekd.train.config import title_of
+from eekd.train.checked import title_of
 
 HERE = Path(__file__).parent
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}

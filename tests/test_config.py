@@ -13,7 +13,8 @@ from eekd.data import AUGMENTATIONS
 from eekd.data.policies import POLICIES
 from eekd.method import weightings
 from eekd.models import names
-from eekd.train.config import Config, Phase, Student, Teacher, nearest, student_names
+from eekd.train.checked import nearest, student_names
+from eekd.train.config import Config, Phase, Student, Teacher
 from eekd.train.presets import PRESETS, preset
 
 FINITE = st.floats(1e-6, 1e6)

@@ -21,7 +21,8 @@ from eekd.ops import reference
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.snapshots.features import LastFeatures
 from eekd.train import prepare, train, train_student, train_teacher
-from eekd.train.config import Config, Student, Teacher, student_names
+from eekd.train.checked import student_names
+from eekd.train.config import Config, Student, Teacher
 from eekd.train.estimate import plan
 from eekd.train.metrics import MetricsLogger, PhaseTimer, RunningMeans, evaluate
 from eekd.train.optim import build_optimizer, clip_gradients, learning_rate

@@ -13,7 +13,8 @@ from eekd.method.weightings import log_weights, register
 from eekd.report import charts
 from eekd.report import page as report_page
 from eekd.train import __main__ as cli
-from eekd.train.config import Config, title_of
+from eekd.train.checked import title_of
+from eekd.train.config import Config
 
 SHARP = """
 from parts import spread

@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from eekd.method import weightings
-from eekd.train.config import Config, nearest, title_of
+from eekd.train.checked import nearest, title_of
+from eekd.train.config import Config
 from eekd.user_code import is_file_name, own_name
 
 FORMAT = 1

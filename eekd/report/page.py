@@ -15,7 +15,8 @@ from reprlib import repr  # a damaged file must not become a page of error
 from eekd.io.files import read_checked, write_atomic
 from eekd.method import weightings
 from eekd.report.charts import Chart, Html, Line, bars, heatmap, limits, lines, page, table, tag, ticks
-from eekd.train.config import Config, student_names, title_of
+from eekd.train.checked import student_names, title_of
+from eekd.train.config import Config
 from eekd.user_code import own_name
 
 NLL = "−log p of the true label, nats"

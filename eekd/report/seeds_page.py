@@ -4,7 +4,8 @@ from pathlib import Path
 
 from eekd.report.charts import Chart, Html, limits, page, table, tag
 from eekd.report.page import colour_of, missing
-from eekd.train.config import Config, title_of
+from eekd.train.checked import title_of
+from eekd.train.config import Config
 from eekd.train.seeds import points, sentence, spread
 
 

@@ -15,7 +15,8 @@ if __name__ == "__main__":
     command.start()
 
 from eekd.io.files import first_line, in_words, printable
-from eekd.train.config import Config, differences, located, nearest, settled, switched
+from eekd.train.checked import nearest
+from eekd.train.config import Config, differences, located, settled, switched
 from eekd.train.presets import preset
 from eekd.train.signals import Stopped, signals
 

@@ -1,119 +1,20 @@
-"""What a run is made of: frozen dataclasses, checked when made and kept as JSON, and the presets.
-
-A value that cannot be meant is a ValueError of one sentence: the field, what is wanted and what was got.
-"""
+"""What a run is made of: frozen dataclasses, checked when made (eekd.train.checked) and kept as JSON."""
 
 import dataclasses
-import difflib
 import json
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, get_type_hints
 
 from eekd.io.files import json_bytes
-from eekd.method import weightings
+from eekd.train.checked import Checked, StudentName, nearest
 from eekd.user_code import is_file_name, own_name
-
-if TYPE_CHECKING:
-    StudentName = str
-else:
-
-    class _Text(type):
-        def __instancecheck__(cls, value):
-            return isinstance(value, str)
-
-    class StudentName(str, metaclass=_Text):
-        """The annotation of a student's name: "ce", without a teacher, a weighting, or path/to/file.py:NAME."""
-
-
-def student_names() -> tuple[str, ...]:
-    """The students there are by a plain name: "ce" and the registered weightings."""
-    return ("ce", *weightings.names())
-
-
-def title_of(name: str) -> str:
-    """What tables and plots call a network: a teacher, or a student by its name; other names as they are."""
-    titles = {entry.name: entry.title for entry in weightings.registered()}
-    return {"ce": "CE only", **titles}.get(name, own_name(name))
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """A hint at the entry of `names` closest to `name`: "; did you mean 'x'?", or "" where none is close."""
-    lowered = {n.lower(): n for n in reversed([*names])}
-    close = difflib.get_close_matches(str(name).lower(), lowered, 1, 0.5)
-    return f"; did you mean {lowered[close[0]]!r}?" if close else ""
-
-
-def word(value: str | bool) -> str:
-    """A literal as the command line and JSON write it."""
-    return str(value).lower() if isinstance(value, bool) else value
-
-
-def _wanted(value: Any, kind: Any) -> str | None:
-    """What the annotation `kind` wants in place of `value`; None when the value will do."""
-    args = get_args(kind)
-    if kind is StudentName:
-        good = isinstance(value, str) and (value in student_names() or is_file_name(value))
-        return None if good else f"one of {', '.join(student_names())}, path/to/file.py:NAME"
-    if get_origin(kind) is Literal:
-        known = any(type(value) is type(arg) and value == arg for arg in args)  # 1 is no true
-        return None if known else f"one of {', '.join(map(word, args))}"
-    if get_origin(kind) in (UnionType, Union):
-        wanted = [_wanted(value, k) for k in args]
-        return None if None in wanted else " or ".join(wanted)
-    if get_origin(kind) is tuple:
-        if not isinstance(value, tuple):
-            return "a list"
-        return next((f"a list of: {w}" for w in (_wanted(v, args[0]) for v in value) if w), None)
-    if kind is float:
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        return None if good else "a finite number"
-    if kind is int:
-        return None if type(value) is int else "a whole number"
-    if kind is str:
-        return None if isinstance(value, str) and value else "some text"
-    names = {bool: "true or false", type(None): "nothing"}
-    return None if isinstance(value, kind) else names.get(kind, f"a {kind.__name__}")
-
-
-class _Checked:
-    """Checks the types of a dataclass's fields, then the (field, holds, wanted) rules of `_rules`."""
-
-    _prefix = ""
-
-    def __post_init__(self):
-        kinds = get_type_hints(type(self))
-        for name in (f.name for f in dataclasses.fields(self)):
-            value = getattr(self, name)
-            if wanted := _wanted(value, kinds[name]):
-                known = choices(kinds[name])
-                wrong = [v for v in (value if isinstance(value, tuple) else (value,)) if v not in known]
-                hint = next(filter(None, (nearest(v, map(word, known)) for v in wrong)), "")
-                raise ValueError(f"{self._prefix}{name} must be {wanted}, got {value!r}{hint}")
-        for name, holds, wanted in self._rules():
-            if not holds:
-                raise ValueError(f"{self._prefix}{name} must be {wanted}, got {getattr(self, name)!r}")
-
-    def _rules(self):
-        return ()
-
-
-def choices(kind: Any) -> tuple:
-    """The words that an annotation names anywhere."""
-    if kind is StudentName:
-        return student_names()
-    args = get_args(kind)
-    return args if get_origin(kind) is Literal else tuple(c for a in args for c in choices(a))
-
 
 MOST_BETA = 100  # of mixup and cutmix, beyond which a share is one half
 
 
 @dataclass(frozen=True)
-class Phase(_Checked):
+class Phase(Checked):
     """How one network is trained."""
 
     model: str = "resnet8"  # a name of eekd.models, timm:NAME or path/to/file.py:factory
@@ -240,7 +141,7 @@ class Student(Phase):
 
 
 @dataclass(frozen=True)
-class Config(_Checked):
+class Config(Checked):
     """A whole run: the data, the teacher and the students."""
 
     # glyphs, digits, fashion-mnist, cifar10, cifar100, a folder, a table, path/to/file.py:NAME or a Hugging Face id

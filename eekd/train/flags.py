@@ -4,7 +4,7 @@ from typing import Literal, get_args, get_origin
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from eekd.train.config import StudentName, choices, word
+from eekd.train.checked import StudentName, choices, word
 
 
 def any_word() -> ConstructorRegistry:

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from functools import partial
 
-from eekd.train.config import Config, Student, Teacher, nearest
+from eekd.train.checked import nearest
+from eekd.train.config import Config, Student, Teacher
 
 
 def digits() -> Config:
@@ -159,6 +160,45 @@ def imagenet_deit_s() -> Config:
     )
 
 
+def finetune() -> Config:
+    """A few thousand images of your own, teacher and student from timm's pre-trained weights.
+
+    Small learning rates, smaller still in the layers in front; the student sees mixed images for longer (Beyer et al.,
+    "Knowledge distillation: A good teacher is patient and consistent", 2022).
+
+    python -m eekd.train --preset finetune --data path/to/images
+    """
+    recipe = dict(
+        weights="timm",
+        batch_size=32,
+        optimizer="adamw",
+        weight_decay=0.05,
+        schedule="cosine",
+        clip_grad=1.0,
+        auto_augment="trivial",
+    )
+    return Config(
+        data="images",
+        image_size=224,
+        augment="imagenet",
+        workers=4,
+        teacher=Teacher(
+            model="timm:resnet50", epochs=20, lr=3e-4, layer_decay=0.9, warmup_epochs=2, label_smoothing=0.1, **recipe
+        ),
+        student=Student(
+            model="timm:mobilenetv3_large_100",
+            epochs=60,
+            lr=5e-4,
+            warmup_epochs=3,
+            ema=0.998,
+            mixup=0.2,
+            temperature=2.0,
+            alpha=0.2,
+            **recipe,
+        ),
+    )
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     "glyphs": glyphs,
     "digits": digits,
@@ -167,6 +207,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     **{f"cifar100-eekd:{pair}": partial(cifar100_eekd, pair) for pair in CIFAR100_PAIRS},
     "imagenet-r34-r18": imagenet_r34_r18,
     "imagenet-deit-s": imagenet_deit_s,
+    "finetune": finetune,
 }
 
 

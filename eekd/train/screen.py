@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from eekd.io.files import printable
-from eekd.train.config import Config, title_of
+from eekd.train.checked import title_of
+from eekd.train.config import Config
 
 if TYPE_CHECKING:  # torch, and what needs it, comes after the command line is read: --help is quick then
     from eekd.train import Session

@@ -22,8 +22,9 @@ from eekd.method.losses import EEKDLoss
 from eekd.snapshots import read_entries, read_manifest
 from eekd.snapshots.features import LastFeatures
 from eekd.train.callbacks import Callback
+from eekd.train.checked import student_names
 from eekd.train.checkpoints import SOURCE, check_identity, delete_checkpoints, run_identity
-from eekd.train.config import Config, student_names
+from eekd.train.config import Config
 from eekd.train.metrics import RunningMeans, accuracy, evaluate
 from eekd.train.run_folder import FORMAT, finite, metrics_of, read_metrics, read_record
 from eekd.train.session import SPLIT, Progress, Session, quiet

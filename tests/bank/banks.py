@@ -8,7 +8,8 @@ import torch
 
 from eekd.bank import __main__ as cli
 from eekd.io.files import read_json, write_json_atomic
-from eekd.train.config import Config, Student, Teacher, student_names
+from eekd.train.checked import student_names
+from eekd.train.config import Config, Student, Teacher
 
 bad_input = pytest.mark.bad_input
 TAUGHT = [weighting for weighting in student_names() if weighting != "ce"]
