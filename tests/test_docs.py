@@ -79,7 +79,7 @@ def test_the_examples_of_a_page_run(page, request, tmp_path, monkeypatch):
         Path("runs").symlink_to(request.getfixturevalue("runs"))
     Image.new("L", (8, 8)).save("image.png")
     names = a_users_names()
-    if "eekd.hf" in page.read_text():
+    if "eekd.hf" in "".join(blocks(page, "python")):
         names |= a_language_models_names()
     if "DistributedDataParallel" in "".join(blocks(page, "python")):
         with socket.socket() as free:
