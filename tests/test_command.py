@@ -94,7 +94,7 @@ def test_a_mistyped_verb(typed, says, capsys):
     (["train", "--precisio"], {"--precision"}),
     (["train", "--precision", "f"], {"fp32", "fp16"}),
     (["train", "--students", "ce", "la"], {"last"}),
-    (["train", "student", "--teacher.no-n"], {"--teacher.no-nesterov"}),
+    (["train", "student", "--teacher.no-ne"], {"--teacher.no-nesterov"}),
     (["train", "--preset", "cifar100-crd:vgg13-v"], {"cifar100-crd:vgg13-vgg8"}),
     (["compare", "--methods", "half", "sed"], {"sed"}),
     (["bank", "--dtype", "b"], {"bfloat16"}),

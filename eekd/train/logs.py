@@ -4,6 +4,7 @@ Each is an extra of eekd, asked for by a setting of its name. A service that fai
 and its files have everything.
 """
 
+import importlib
 import os
 import uuid
 import warnings
@@ -31,7 +32,7 @@ class Log:
     def load(cls):
         """The package; ImportError, one sentence, where it is missing."""
         try:
-            return __import__(cls.package, fromlist=["_"])
+            return importlib.import_module(cls.package)
         except ImportError:
             raise ImportError(f"{cls.name} is not installed; pip install 'eekd[{cls.name}]'") from None
 
