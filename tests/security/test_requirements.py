@@ -33,7 +33,7 @@ def test_ci_installs_versions_that_are_written_down():
     assert not [name for name in names if re.match("(eekd|torch|torchvision)$|triton|nvidia|cuda", name)]
     versions = {pin.name.lower(): next(iter(pin.specifier)).version for pin in pinned}
     for group, needs in requirements().items():
-        for needed in needs if group != "bench" else ():
+        for needed in needs if group not in ("bench", "wandb", "mlflow") else ():  # which CI does not install
             if needed.name not in ("eekd", "torch", "triton"):
                 assert needed.specifier.contains(versions[needed.name.lower()]), str(needed)
     assert "PIP_CONSTRAINT=$PWD/.ci/constraints.txt" in (ROOT / ".ci/run").read_text()
