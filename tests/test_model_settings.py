@@ -11,6 +11,7 @@ from eekd import models
 from eekd.io.files import read_json
 from eekd.train import StudentTrainer, train
 from eekd.train.config import Config, Student, Teacher
+from eekd.train.estimate import plan
 from eekd.train.optim import build_optimizer
 from eekd.train.session import Session
 
@@ -78,6 +79,11 @@ def test_checkpointed_gradients_are_the_gradients(tmp_path):
         grads.append([p.grad for p in trainer.network.parameters()])
     for one, two in zip(*grads, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
+
+
+def test_the_plan_knows_that_less_is_kept():
+    kept = [plan(session_of(vit(grad_checkpointing=on, epochs=1)))[-1]["memory"] for on in (False, True)]
+    assert kept[1] < 0.8 * kept[0]
 
 
 def test_a_models_own_arguments_are_kept_with_it(tmp_path):

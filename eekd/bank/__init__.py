@@ -52,10 +52,8 @@ class Flags:
     out: str | None = None  # the bank's folder (None: RUN/bank)
     dtype: Literal["float16", "bfloat16"] = "float16"  # bfloat16: for logits beyond 65504
     top_k: int = 0  # of each image store the K likeliest classes and a summary of the others (0: all classes)
-    auto_augment: Literal["none", "trivial", "rand"] | None = (
-        None  # of the views (None: as the run's students are told)
-    )
-    erasing: float | None = None  # of the views (None: as the run's students are told)
-    mixup: float | None = None  # of the views (None: as the run's students are told)
-    cutmix: float | None = None  # of the views (None: as the run's students are told)
+    auto_augment: Literal["none", "trivial", "rand"] | None = None  # of the views (None: as the run's students)
+    erasing: float | None = None  # of the views (None: as the run's students)
+    mixup: float | None = None  # of the views (None: as the run's students)
+    cutmix: float | None = None  # of the views (None: as the run's students)
     features: str = "128"  # for weighting attention: none, all, or a width to project wider features to

@@ -115,7 +115,7 @@ class Loader:
         if train and not len(self):
             raise ValueError(f"{len(split)} samples make no batch of {batch_size} on {world_size} ranks")
         self.device = torch.device(device)
-        self._pairs = lru_cache(2)(self._pairs_of)  # of a view: a permutation, and everyone's partner
+        self._pairs = lru_cache(2)(self._pairs_of)
         self.set_epoch(0)
 
         mean, std = 255 * torch.tensor([split.mean, split.std], dtype=torch.float64)[:, None, :, None, None]
@@ -140,6 +140,8 @@ class Loader:
             )
         else:
             self._images = split.images.to(self.device)
+        # A GPU would wait for the number of different images that it mixes, so there each is made as often as it is used.
+        self._twice = self._images is not None and self.device.type != "cpu"
 
     def set_epoch(self, epoch: int, view: int | None = None):
         """Makes the next iteration that of `epoch`, augmented as `view`: by default the epoch, modulo `views`."""
@@ -185,9 +187,15 @@ class Loader:
         for (view, index), (images, present) in zip(work, shown, strict=True):
             yield self._batch(images, present, index.to(self.device), view)
 
-    def _pairs_of(self, view: int) -> tuple[Tensor, Tensor]:
+    def _pairs_of(self, view: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The samples in pairs, and everyone's partner by kind of device."""
         paired = pairs(len(self.split), seed=self.view_seed, view=view)
-        return paired, partners(paired)
+        partner = partners(paired)
+        return paired, {"cpu": partner, self.device.type: partner.to(self.device)}
+
+    def _partner(self, view: int, index: Tensor) -> Tensor:
+        """Whom each of the samples `index` is mixed with."""
+        return self._pairs(view)[1][index.device.type][index]
 
     def _together(self, order: Tensor) -> Tensor:
         """The order with neighbours on one rank, each taking every world_size-th sample, and the same batches."""
@@ -200,7 +208,8 @@ class Loader:
         """The samples whose images make those of `index`: themselves and, where they are mixed, their partners."""
         if not self.mixes:
             return index
-        return torch.cat([index, self._pairs(view)[1].to(index.device)[index]]).unique()
+        both = torch.cat([index, self._partner(view, index)])
+        return both if self._twice else both.unique()
 
     def _gathered(self, work: tuple[int, Tensor]) -> tuple[Tensor, Tensor]:
         """Images in memory, cropped and mirrored."""
@@ -225,8 +234,11 @@ class Loader:
         if probability := self.shown.get("erasing"):
             images = random_erase(images, present, self._fill, probability, **known)
         if self.mixes:
-            partner = self._pairs(view)[1].to(index.device)[index]
-            own, other = (images[torch.searchsorted(present, x.contiguous())] for x in (index, partner))
+            partner = self._partner(view, index)
+            if self._twice:
+                own, other = images.chunk(2)
+            else:
+                own, other = (images[torch.searchsorted(present, x.contiguous())] for x in (index, partner))
             by = {name: self.shown.get(name, 0.0) for name in ("mixup", "cutmix")}
             images, share = mix(own, other, index, **by, **known)
             others = self._labels[partner]

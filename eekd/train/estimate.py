@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from eekd import models, parallel
-from eekd.train.session import Session
+from eekd.train.session import Session, checkpoint_gradients
 from eekd.train.student import method_of
 
 
@@ -25,6 +25,8 @@ def plan(session: Session) -> list[dict]:
     for name in (() if config.teacher_run or config.checkpoints else ("teacher",)) + config.students:
         phase = config.teacher if name == "teacher" else config.student
         network = models.build(**session.spec(phase))
+        if phase.grad_checkpointing:
+            checkpoint_gradients(network, phase)
         weights, moments = _bytes(network), 2 if phase.optimizer == "adamw" else 1
         two = torch.zeros(2, data.channels, data.image_size, data.image_size)
         activations = _kept(network, two) * session.micro_batch(phase) // 2 * session.dtype.itemsize // 4

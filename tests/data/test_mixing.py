@@ -188,6 +188,14 @@ def test_a_view_is_the_same_whatever_the_batch(options, device):
     assert not torch.equal(views(Loader(split, batch_size=61, **options), 6)[0], whole[0])
 
 
+def test_a_gpu_mixes_images_that_it_made_twice():
+    split = split_of(20)
+    plain, twice = (Loader(split, batch_size=8, erasing=0.5, mixup=0.8, cutmix=1.0, classes=10) for _ in range(2))
+    twice._twice = True
+    for one, two in zip(plain, twice, strict=True):
+        assert all(map(torch.equal, one, two))
+
+
 def test_mixed_images_are_those_of_two_samples():
     split = split_of(20)
     loader = Loader(split, batch_size=20, mixup=1.0, classes=10)
@@ -219,7 +227,7 @@ def test_ranks_share_mixed_batches_and_pairs_stay_together(world_size, batch_siz
         for part in parts:
             assert len(part.index) == 12 // world_size
             if len(part.index) % 2 == 0:
-                assert set(one._pairs(0)[1][part.index].tolist()) == set(part.index.tolist())
+                assert set(one._partner(0, part.index).tolist()) == set(part.index.tolist())
 
 
 def test_an_image_is_decoded_once_for_a_batch(tmp_path):
