@@ -140,7 +140,7 @@ class Loader:
             )
         else:
             self._images = split.images.to(self.device)
-        # A GPU would wait for the number of different images that it mixes, so there each is made as often as it is used.
+        # A GPU would wait for the number of different images that it mixes: there each is made as often as it is used.
         self._twice = self._images is not None and self.device.type != "cpu"
 
     def set_epoch(self, epoch: int, view: int | None = None):
