@@ -9,6 +9,7 @@
 Needs the extra "hf": transformers and accelerate; peft where adapters are read.
 """
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from eekd.lazy import attach
@@ -23,6 +24,10 @@ __all__ = [
     "TokenBank",
     "write_token_bank",
 ]
+
+for needed in ("transformers", "accelerate"):
+    if find_spec(needed) is None:
+        raise ImportError(f"eekd.hf needs {needed}: pip install 'eekd[hf]'")
 
 if TYPE_CHECKING:
     from eekd.hf.callback import SnapshotCallback

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from eekd.snapshots.wrappers import logits_of
 
 PROBE = 100.0  # of the head's output, at which a soft-cap shows
+EXACT, HALF = 1e-3, 4e-2  # what rounding makes of a logit, of the largest, in 32 and in 16 bits
 SCALES = "logit_scale", "logits_scaling", "lm_head_multiplier"  # in configurations; some models divide by theirs
 
 
@@ -74,30 +75,37 @@ class LanguageHead:
     def verify(self, model: nn.Module, inputs: dict, rows: Tensor, half: bool) -> None:
         """Finds scale and soft-cap, by the model's own logits of the inputs at `rows` of their tokens.
 
-        Once as they are, and once with the head's output enlarged, for a soft-cap does not show in small logits.
+        Once as they are; and once with the head's output enlarged, for a soft-cap does not show in small logits.
         `half`: whether the model computes in 16 bits. ValueError where no projection that is known gives the logits.
         """
         inputs = accepted(model, inputs)
+        bias = None if self.bias is None else self.bias.float()
+
+        def linear(hidden: Tensor) -> Tensor:
+            with torch.autocast(hidden.device.type, enabled=False):
+                return nn.functional.linear(hidden.float(), self.weight.float(), bias)
+
         with self.tap() as found:
             model(**inputs)
-        hidden = only(found, self.name).flatten(0, -2)[rows].float()
-        raw = nn.functional.linear(hidden, self.weight.float(), None if self.bias is None else self.bias.float())
-        head, gains = self.module.forward, (1.0, (PROBE / raw.abs().max().clamp(min=1e-6)).item())
-        own = []
-        for gain in gains:
-            with replaced(self.module, lambda x, gain=gain: head(x) * gain):
-                own.append(logits_of(model(**inputs)).flatten(0, -2)[rows].float())
-        share, errors = 4e-2 if half or self.weight.element_size() < 4 else 1e-3, []  # what rounding makes of a sum
+        raw = linear(only(found, self.name).flatten(0, -2)[rows])
+        gain = (PROBE / raw.abs().max().clamp(min=1e-6)).item()
+        own = [logits_of(model(**inputs))]
+        with replaced(self.module, lambda hidden: linear(hidden) * gain):
+            own.append(logits_of(model(**inputs)))
+        own = [z.flatten(0, -2)[rows].float() for z in own]
+        half = half or self.weight.element_size() < 4
+        errors = []
         for scale, cap in _candidates(model):
-            z = [raw * gain * scale for gain in gains]
+            z = [raw * scale, raw * gain * scale]
             z = z if cap is None else [cap * (x / cap).tanh() for x in z]
-            errors.append(max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(z, own, strict=True)))
-            if errors[-1] <= share:
+            plain, enlarged = (((a - b).abs().max() / b.abs().max()).item() for a, b in zip(z, own, strict=True))
+            errors.append(max(plain / (HALF if half else EXACT), enlarged / EXACT))
+            if errors[-1] <= 1:
                 self.scale, self.softcap = scale, cap
                 return
         raise ValueError(
             f"{self.name} must give the logits of its head, scaled and soft-capped as its configuration says; those of "
-            f"{type(model).__name__} differ by {min(errors):.2g} of the largest, more than {share:g}"
+            f"{type(model).__name__} differ by {min(errors):.2g} times what rounding makes"
         )
 
 

@@ -16,10 +16,12 @@ from tiny import (
     language_model,
     loss_of,
     rows_of,
+    run_of,
     save,
     settings,
     tokenizer_of,
     trainer_of,
+    transformers,
 )
 
 from eekd.hf import EEKDTrainer
@@ -199,3 +201,76 @@ def test_models_that_return_tuples(kind, tmp_path):
     trainer = trainer_of(student, save(teachers, tmp_path / "run"), tmp_path, weighting="attention")
     loss, _ = loss_of(trainer, batch_for(kind))
     assert torch.isfinite(loss)
+
+
+def test_packed_sequences_teach_as_padded_ones_do(tmp_path):
+    teachers = [language_model("llama", 24, seed) for seed in (1, 2)]
+    student, samples = language_model("llama"), [Texts()[i] for i in range(5)]
+    trainer = trainer_of(student, save(teachers, tmp_path / "run"), tmp_path, weighting="uniform")
+    padded = collate(samples)
+    padded["labels"] = padded["input_ids"].masked_fill(padded["attention_mask"] == 0, -100)
+    packed = transformers.DataCollatorWithFlattening()(samples)
+    assert packed["input_ids"].shape == (1, sum(len(sample["input_ids"]) for sample in samples))
+    want, got = loss_of(trainer, padded), loss_of(trainer, packed)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-5)
+    compare(got[1], want[1])
+
+
+def test_labels_that_are_shifted_already_are_taken_as_they_are(tmp_path):
+    trainer = trainer_of(language_model(), run_of("gpt2", tmp_path), tmp_path, weighting="uniform")
+    batch = collate([Texts()[i] for i in range(5)])
+    want = loss_of(trainer, batch)
+    got = loss_of(trainer, batch | {"shift_labels": F.pad(batch["labels"][:, 1:], (0, 1), value=-100)})
+    torch.testing.assert_close(got[0], want[0])
+    compare(got[1], want[1])
+
+
+def test_a_batch_in_which_no_label_counts_adds_nothing(tmp_path):
+    for kind in ("gpt2", "tokens"):
+        make = language_model if kind == "gpt2" else classifier
+        run = save([make(kind, 24, 1), make(kind, 24, 2)], tmp_path / kind)
+        batch = batch_for(kind) if kind == "tokens" else collate([Texts()[i] for i in range(3)])
+        trainer = trainer_of(make(kind), run, tmp_path, weighting="attention")
+        loss, got = loss_of(trainer, batch | {"labels": torch.full_like(batch["labels"], -100)}, torch.tensor(5.0))
+        assert loss == 0 and all((g == 0).all() for g in got.values())
+
+
+def test_the_teachers_get_columns_that_the_student_lacks(tmp_path):
+    """A DistilBERT takes no token types: its teacher, a BERT, gets them all the same."""
+    config = transformers.DistilBertConfig(
+        vocab_size=VOCAB, dim=16, hidden_dim=32, n_layers=1, n_heads=2, num_labels=3, dropout=0.0,
+        attention_dropout=0.0, seq_classif_dropout=0.0,
+    )  # fmt: skip
+    student, teacher = transformers.DistilBertForSequenceClassification(config), classifier("bert", 24, 1)
+    rows = [{"input_ids": [i, 3, 4, 5], "token_type_ids": [0, 0, 1, 1], "labels": i % 3} for i in range(1, 9)]
+    given = []
+    run, data = save([teacher], tmp_path / "run"), datasets_of(rows)
+    trainer = trainer_of(student, run, tmp_path, data=data, collator=transformers.default_data_collator)
+    model = trainer.teachers.models[0]
+    model.register_forward_pre_hook(lambda m, args, named: given.append(named), with_kwargs=True)
+    trainer.train()
+    assert given and all(named["token_type_ids"].tolist()[0] == [0, 0, 1, 1] for named in given)
+    assert trainer.evaluate(data)["eval_loss"] > 0
+
+
+def datasets_of(rows):
+    return pytest.importorskip("datasets", reason="needs datasets, of the extra data").Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "bert"])
+def test_bfloat16_is_near_float32(kind, tmp_path):
+    teachers = [language_model(kind, 24, seed) for seed in (1, 2)]
+    batch, found = collate([Texts()[i] for i in range(6)]), []
+    for half in (False, True):
+        student = language_model(kind)
+        trainer = trainer_of(
+            student, save(teachers, tmp_path / "run"), tmp_path, bf16=half, per_device_train_batch_size=6
+        )
+        if half:
+            student = trainer.accelerator.prepare(student)
+        found.append(loss_of(trainer, batch))
+    assert found[1][0].dtype == torch.float32
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=3e-2, atol=1e-2)
+    for name, gradient in found[0][1].items():
+        if gradient.norm() > 1e-4:  # that of BERT's key bias is rounding alone
+            assert F.cosine_similarity(gradient.flatten(), found[1][1][name].flatten(), 0) > 0.98, name

@@ -2,8 +2,11 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
+import torch
 from tiny import (
     VOCAB,
     classifier,
@@ -19,7 +22,7 @@ from tiny import (
     transformers,
 )
 
-from eekd.hf import EEKDTrainer, SnapshotCallback
+from eekd.hf import EEKDConfig, EEKDTrainer, SnapshotCallback, Teachers
 
 
 @pytest.mark.bad_input
@@ -162,3 +165,55 @@ def test_batches_without_labels(tmp_path):
     )  # fmt: skip
     with pytest.raises(ValueError, match="a batch must have labels"):
         trainer.train()
+
+
+@pytest.mark.bad_input
+def test_places_that_are_not_one_device(tmp_path, monkeypatch):
+    run, student = run_of("gpt2", tmp_path), language_model()
+    student.hf_device_map = {"transformer.h.0": "cpu", "lm_head": "disk"}
+    refused("the student must be on one device", student, run, tmp_path)
+    teacher = language_model()
+    teacher.hf_device_map = {"transformer.h.0": 0, "lm_head": 1}
+    with pytest.raises(ValueError, match="teacher 1 must be on one device"):
+        EEKDTrainer(language_model(), settings(tmp_path), teachers=[teacher])
+    monkeypatch.setattr(EEKDConfig, "n_gpu", property(lambda self: 2))
+    refused("one process must have one GPU, got 2", None, run, tmp_path)
+
+
+@pytest.mark.bad_input
+def test_quantised_heads(tmp_path):
+    run = run_of("gpt2", tmp_path)
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        student = language_model()
+        student.lm_head.weight = torch.nn.Parameter(student.lm_head.weight.detach().to(dtype), requires_grad=False)
+        refused("the student must have a head", student, run, tmp_path)
+
+
+@pytest.mark.bad_input
+def test_more_checkpoints_than_the_ops_take(tmp_path):
+    for step in range(65):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    with pytest.raises(ValueError, match="at most 64, got 65: choose some by snapshots="):
+        Teachers.load(tmp_path)
+
+
+@pytest.mark.bad_input
+def test_the_callback_wants_enough_steps(tmp_path):
+    with pytest.raises(ValueError, match="snapshots must be at least 1"):
+        SnapshotCallback(0)
+    trainer = trainer_of(
+        language_model(), run_of("gpt2", tmp_path), tmp_path, callbacks=[SnapshotCallback(5)], max_steps=3
+    )
+    with pytest.raises(ValueError, match="snapshots must be at most 3"):
+        trainer.train()
+
+
+def test_without_transformers_one_sentence_says_what_to_install():
+    code = """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name == "transformers" else find(name)
+import eekd.hf
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "ImportError: eekd.hf needs transformers: pip install 'eekd[hf]'"

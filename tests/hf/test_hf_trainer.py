@@ -12,17 +12,20 @@ from tiny import (
     TORCHRUN,
     Texts,
     classifier,
+    collate,
     compare,
     data_for,
     language_model,
     run_of,
+    save,
+    settings,
     tokenizer_of,
     trained,
     trainer_of,
     transformers,
 )
 
-from eekd.hf import EEKDArguments, EEKDMixin
+from eekd.hf import EEKDArguments, EEKDConfig, EEKDMixin, EEKDTrainer
 from eekd.io.tensors import load_tensors, save_tensors
 
 
@@ -173,6 +176,64 @@ def test_the_mixin_makes_an_sft_trainer_one_too(tmp_path):
         losses.append(trainer.state.log_history[0]["distillation_loss"])
     compare(*states, rtol=1e-4, atol=1e-5)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_activation_checkpoints_change_nothing(tmp_path):
+    run, states = save([language_model("llama", 24, 1)], tmp_path / "run"), []
+    for option in (False, True):
+        student = language_model("llama")
+        if option:
+            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        states.append(trained(tmp_path, student, run, max_steps=2).model.state_dict())
+    compare(*states, rtol=1e-5, atol=1e-6)
+
+
+def test_the_best_model_comes_back_with_its_attention(tmp_path):
+    options = dict(
+        max_steps=4, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, learning_rate=0.5,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True,
+    )  # fmt: skip
+    trainer = trainer_of(language_model(), run_of("gpt2", tmp_path), tmp_path, eval_dataset=Texts(4, 9), **options)
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name != "checkpoint-4"
+    compare(trainer.criterion.state_dict(), load_tensors(best / "eekd_attention.safetensors"), rtol=0, atol=0)
+    saved = transformers.GPT2LMHeadModel.from_pretrained(best)
+    compare(trainer.model.state_dict(), saved.state_dict(), rtol=0, atol=0)
+
+
+def test_a_student_that_is_made_anew_gets_an_attention_of_its_own(tmp_path):
+    trainer = EEKDTrainer(
+        model_init=lambda: language_model(), args=settings(tmp_path, max_steps=2), train_dataset=Texts(),
+        teacher_checkpoints=run_of("gpt2", tmp_path), data_collator=collate,
+    )  # fmt: skip
+    first = trainer.model, trainer.criterion
+    trainer.train()
+    assert trainer.model is not first[0] and trainer.criterion is not first[1]
+    assert trainer.task.head.module is trainer.model.lm_head
+    for now, fresh in zip(trainer.criterion.parameters(), first[1].parameters(), strict=True):
+        assert not torch.equal(now, fresh)
+
+
+def test_an_optimizer_of_ones_own(tmp_path):
+    run, student = run_of("gpt2", tmp_path), language_model()
+    options = dict(args=settings(tmp_path), teacher_checkpoints=run, train_dataset=Texts(), data_collator=collate)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    trainer = EEKDTrainer(student, optimizers=(optimizer, None), **options)
+    before = trainer.criterion.attention.student.weight.clone()
+    trainer.train()
+    assert not torch.equal(before, trainer.criterion.attention.student.weight)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    trainer = EEKDTrainer(student, optimizers=(optimizer, schedule), **options)
+    with pytest.raises(ValueError, match="optimizers must be"):
+        trainer.train()
+
+
+def test_the_settings_are_read_from_a_command_line(tmp_path):
+    flags = f"--output_dir {tmp_path} --weighting uniform --temperature 2 --alpha 0.3 --teacher_checkpoints runs"
+    (args,) = transformers.HfArgumentParser(EEKDConfig).parse_args_into_dataclasses(flags.split())
+    assert (args.weighting, args.temperature, args.alpha, args.snapshots) == ("uniform", 2.0, 0.3, None)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,9 @@ def settings(folder, **options):
     return EEKDConfig(str(folder / "student-run"), **{**common, **options})
 
 
-def trainer_of(student, run, folder, data=None, callbacks=None, collator=collate, teacher_base=None, **options):
+def trainer_of(
+    student, run, folder, data=None, callbacks=None, collator=collate, teacher_base=None, eval_dataset=None, **options
+):
     return EEKDTrainer(
         model=student,
         args=settings(folder, **options),
@@ -103,6 +105,7 @@ def trainer_of(student, run, folder, data=None, callbacks=None, collator=collate
         train_dataset=Texts() if data is None else data,
         data_collator=collator,
         callbacks=callbacks,
+        eval_dataset=eval_dataset,
         teacher_base=teacher_base,
     )
 
