@@ -184,3 +184,12 @@ def test_the_op_says_what_it_computes_takes_and_raises():
 def test_public_names_exist_and_are_sorted():
     assert eekd.__all__ == sorted(eekd.__all__)
     assert all(hasattr(eekd, name) for name in eekd.__all__)
+
+
+PYTHON = [path for part in ("eekd", "kernels", "results", "tools", "examples") for path in (ROOT / part).rglob("*.py")]
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_file_over_350_lines_says_why(path):
+    text = path.read_text()
+    assert text.count("\n") <= 350 or "Over 350 lines" in (ast.get_docstring(ast.parse(text)) or "")

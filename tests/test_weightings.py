@@ -12,6 +12,8 @@ from eekd.method import weightings
 from eekd.method.weightings import log_weights, register
 from eekd.report import charts
 from eekd.report import page as report_page
+from eekd.report import run as report_run
+from eekd.report import weights as report_weights
 from eekd.train import __main__ as cli
 from eekd.train.checked import title_of
 from eekd.train.config import Config
@@ -66,7 +68,7 @@ def test_one_entry_is_known_everywhere(capsys):
     torch.testing.assert_close(measured["weights"], by_norm(snapshots, labels).softmax(1).mean(0))
     assert Config(students=("ce", "norm")).students == ("ce", "norm")
     assert title_of("norm") == entry.title == method("norm").title == "by norm"
-    assert report_page.colour_of("norm") == "var(--norm)" and "--norm: light-dark(#123456, #abcdef);" in charts.style()
+    assert report_run.colour_of("norm") == "var(--norm)" and "--norm: light-dark(#123456, #abcdef);" in charts.style()
     for parse in (cli.parse, compare.parse):
         with pytest.raises(SystemExit):
             parse(["--help"])
@@ -80,8 +82,8 @@ def test_a_report_draws_the_weights_of_those_that_differ_by_sample():
     register("norm", "by norm", by_norm)
     register("fixed", "fixed", by_norm, per_sample=False)
     for name, title in (("norm", "by norm"), ("fixed", None), ("uniform", None), ("entropy", "entropy (EBKD)")):
-        net = report_page.Network(name, "resnet8", 2, rows, None)
-        drawn = "".join(report_page.attention(report_page.Run(Config(), None, None, [], net, [net])))
+        net = report_run.Network(name, "resnet8", 2, rows, None)
+        drawn = "".join(report_weights.attention(report_run.Run(Config(), None, None, [], net, [net])))
         assert (f"<h3>{title}</h3>" in drawn) == bool(title)
 
 

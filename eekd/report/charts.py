@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from eekd.method import weightings
 
+NLL = "−log p of the true label, nats"
 COLOURS = {  # on a light page and on a dark one; of a weighting, its entry in the registry has them
     "page": ("#ffffff", "#15181b"),
     "ink": ("#1c1e21", "#e8eaed"),
@@ -309,3 +310,19 @@ def heatmap(title: str, axis: str, values: list[list[float]], colour: str) -> Ht
                 parts.append(tag("text", f"{100 * value:.1f}", x=place, y=middle + 4, class_="middle"))
     parts.append(tag("text", axis, x=left + side * m / 2, y=side * m + 34, class_="middle of"))
     return _figure(title, left + side * m + 2, side * m + 38, parts)
+
+
+def missing(*sentences: str) -> Html:
+    return tag("p", " ".join(sentences), class_="missing")
+
+
+def note(*sentences: str) -> Html:
+    return tag("p", " ".join(sentences), class_="quiet")
+
+
+def grid(*figures: Html, kind: str = "") -> Html:
+    return tag("div", *figures, class_=f"grid {kind}")
+
+
+def percent(fraction: float | None) -> str:
+    return "" if fraction is None else f"{100 * fraction:.2f}"

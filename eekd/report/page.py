@@ -4,112 +4,35 @@ The page is one file with no script and nothing to load. A run without students,
 gives the part there is and says what is missing.
 """
 
-import json
 import math
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from reprlib import repr  # a damaged file must not become a page of error
 
-from eekd.io.files import read_checked, write_atomic
-from eekd.method import weightings
-from eekd.report.charts import Chart, Html, Line, bars, heatmap, limits, lines, page, table, tag, ticks
-from eekd.train.checked import student_names, title_of
-from eekd.train.config import Config
-from eekd.user_code import own_name
-
-NLL = "−log p of the true label, nats"
-
-
-@dataclass
-class Network:
-    """A network in training, and what its folder holds so far."""
-
-    name: str  # "teacher" or a student's weighting
-    model: str
-    epochs: int  # asked for
-    rows: list[dict]  # metrics.jsonl
-    known: dict | None  # snapshots.json or student.json, written at the end
-
-    @property
-    def title(self) -> str:
-        return title_of(self.name)
-
-    def last(self, key: str):
-        return self.rows[-1].get(key) if self.rows else None
-
-    def mean(self, key: str) -> float | None:
-        values = [row[key] for row in self.rows if row.get(key) is not None]
-        return sum(values) / len(values) if values else None
-
-    def line(self, key: str, scale: float = 1, *, since: float = 0, name=None, colour=None) -> Line:
-        rows = [(row["epoch"], row.get(key)) for row in self.rows if row["epoch"] >= since]
-        points = [(epoch, None if value is None else scale * value) for epoch, value in rows]
-        return Line(name or self.title, colour or colour_of(self.name), points)
-
-
-@dataclass
-class Run:
-    """What a run folder holds so far."""
-
-    config: Config
-    environment: dict | None
-    summary: dict | None
-    manifest: list[dict]  # an entry for each snapshot
-    teacher: Network
-    students: list[Network]
-
-
-def read(folder: str | Path) -> Run:
-    """Reads a run folder (eekd.train.run_folder), whole or not.
-
-    FileNotFoundError where there is no run; ValueError that names a damaged file or one of another format.
-    """
-    from eekd.snapshots import read_manifest  # not before: a call for help needs no torch
-    from eekd.train.run_folder import check_metrics, read_record, read_settings
-
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} must be a run folder, got one without config.json")
-    config = read_settings(folder)
-
-    def read_if_there(path):
-        return read_record(path) if path.exists() else None
-
-    def network(name, phase, own, record):
-        known = read_if_there(own / record)
-        check_metrics(own, known or {})
-        return Network(name, phase.model, phase.epochs, _rows(own / "metrics.jsonl"), known)
-
-    found = sorted(path.parent.name for path in folder.glob("students/*/metrics.jsonl"))
-    names = dict.fromkeys([*map(own_name, config.students), *found])
-    students = [network(name, config.student, folder / "students" / name, "student.json") for name in names]
-    # a student names its teacher as seen from its own folder, config.json as seen from where the run began
-    teachers = []
-    for student in students:
-        noted = (student.known or {}).get("teacher")
-        if isinstance(noted, dict) and isinstance(noted.get("run"), str):
-            teachers.append(folder / "students" / student.name / noted["run"])
-    teachers.append(Path(config.teacher_run or folder, "teacher"))
-    own = next(filter(Path.is_dir, teachers), teachers[-1])
-    manifest = read_manifest(own)["snapshots"] if (own / "manifest.json").exists() else []
-    teacher = network("teacher", config.teacher, own, "snapshots.json")
-    environment, summary = read_if_there(folder / "environment.json"), read_if_there(folder / "summary.json")
-    return Run(config, environment, summary, manifest, teacher, students)
-
-
-def _rows(path: Path) -> list[dict]:
-    rows = []
-    lines = read_checked(path).split(b"\n")[:-1] if path.exists() else []  # the rest may be half a row
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line, parse_constant=lambda constant: None))
-        except (RecursionError, ValueError) as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-        if not isinstance(rows[-1], dict) or type(rows[-1].get("epoch")) is not int:
-            raise ValueError(f"{path}, line {number} must be an object with an epoch")
-    return rows
+from eekd.io.files import write_atomic
+from eekd.report.charts import (
+    NLL,
+    Chart,
+    Html,
+    Line,
+    bars,
+    grid,
+    heatmap,
+    limits,
+    lines,
+    missing,
+    note,
+    page,
+    percent,
+    table,
+    tag,
+    ticks,
+)
+from eekd.report.run import Run, colour_of, read
+from eekd.report.weights import attention, uniform
+from eekd.train.checked import title_of
 
 
 def report(folder: str | Path, out: str | Path | None = None) -> Path:
@@ -144,26 +67,6 @@ def several(folder: Path) -> bytes | None:
         known[seed] = read_record(own / "summary.json", "seconds", "rows")
         report(own)
     return seeds_page.draw(folder, config, summary, known)
-
-
-def missing(*sentences: str) -> Html:
-    return tag("p", " ".join(sentences), class_="missing")
-
-
-def note(*sentences: str) -> Html:
-    return tag("p", " ".join(sentences), class_="quiet")
-
-
-def grid(*figures: Html, kind: str = "") -> Html:
-    return tag("div", *figures, class_=f"grid {kind}")
-
-
-def percent(fraction: float | None) -> str:
-    return "" if fraction is None else f"{100 * fraction:.2f}"
-
-
-def colour_of(name: str) -> str:
-    return f"var(--{name})" if name in ("teacher", *student_names()) else "var(--late)"
 
 
 def header(run: Run) -> Html:
@@ -388,81 +291,6 @@ def disagreement(run: Run) -> list[Html]:
         ),
         heatmap("Images on which two predict different classes, %", "snapshot", values, "var(--late)"),
     ]
-
-
-def attention(run: Run) -> list[Html]:
-    shown, per_sample = [], {entry.name for entry in weightings.registered() if entry.per_sample}
-    for net in run.students:
-        rows = [row for row in net.rows if row.get("weights")] if net.name in per_sample else []
-        if not rows:
-            continue
-        m, ends = len(rows[0]["weights"]), [rows[0]["epoch"], rows[-1]["epoch"]]
-        each = []
-        for i in range(m):
-            colour = f"color-mix(in oklab, var(--late) {100 * i / max(m - 1, 1):.0f}%, var(--early))"
-            points = [(row["epoch"], row["weights"][i]) for row in rows]
-            each.append(Line(f"snapshot {i + 1}", colour, points))
-        even, most = (
-            [Line("uniform", "var(--quiet)", [(epoch, value) for epoch in ends], True)]
-            for value in (1 / m, math.log(m))
-        )
-        entropy = [net.line("weight_entropy", name="weights")]
-        shown += [
-            tag("h3", net.title),
-            grid(
-                lines("Mean weight", "epoch", "weight", each + even, "in training"),
-                lines("Entropy", "epoch", "entropy, nats", entropy + most, "mean over samples"),
-            ),
-        ]
-    if not shown:
-        return [missing("No student here has weights that depend on the sample.")]
-    return [note("Low entropy under even mean weights says that samples follow different snapshots."), *shown]
-
-
-def uniform(run: Run) -> list[Html]:
-    ends = {net.name: net.known["test"]["accuracy"] for net in run.students if net.known}
-    shown = []
-    for net in run.students:
-        rows = [row for row in net.rows if len(row.get("weights") or ()) > 1]
-        pairs = [(row.get("val_target_nll"), row.get("val_target_nll_uniform")) for row in rows]
-        pairs = [pair for pair in pairs if None not in pair]
-        if net.name == "uniform" or not pairs:
-            continue
-        (own, even), lower = pairs[-1], sum(a < b for a, b in pairs)
-        verdict = "no" if own < even else "yes" if own > even else "neither better nor worse"
-        words = [
-            f"For the target, {verdict}: in the last epoch its −log p of the true label is {own:.3f},",
-            f"with uniform weights {even:.3f}; it was lower in {lower} of {len(pairs)} epochs.",
-        ]
-        if net.name == "confidence":
-            words.append("These weights are computed from the true label, so this was to be expected.")
-        if net.name in ends and "uniform" in ends:
-            words += [
-                f"For the student: it has {percent(ends[net.name])} % on test images,",
-                f"the one trained with uniform weights {percent(ends['uniform'])} %.",
-            ]
-
-        def chart(title, y, key, *words, net=net, **log):
-            even = net.line(f"{key}_uniform", name="uniform weights", colour="var(--uniform)")
-            return lines(title, "epoch", y, [net.line(key, name="these weights"), even], *words, **log)
-
-        shown += [
-            tag("h3", net.title),
-            tag("p", " ".join(words)),
-            grid(
-                chart("Is the target right?", NLL, "val_target_nll"),
-                chart(
-                    "How far is the student from it?",
-                    "α CE + (1 − α) τ² KL, nats",
-                    "val_kd_loss",
-                    "log scale",
-                    log=True,
-                ),
-            ),
-        ]
-    if not shown:
-        return [missing("No student here weighs several snapshots other than uniformly.")]
-    return [note("The same student before two targets, on validation images; lower is better."), *shown]
 
 
 def cost(run: Run) -> list[Html]:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from eekd.report.charts import Chart, Html, limits, page, table, tag
-from eekd.report.page import colour_of, missing
+from eekd.report.charts import Chart, Html, limits, missing, page, table, tag
+from eekd.report.run import colour_of
 from eekd.train.checked import title_of
 from eekd.train.config import Config
 from eekd.train.seeds import points, sentence, spread

@@ -18,7 +18,7 @@ from eekd.data.classes import read_classes
 from eekd.data.images import decode_image
 from eekd.io.files import read_json
 from eekd.io.tensors import load_tensors, load_weights
-from eekd.report import page
+from eekd.report import run
 from eekd.snapshots import read_manifest
 from eekd.train.config import Config
 
@@ -105,7 +105,7 @@ PARSERS = {
     "config file": (rewritten(CONFIG), inside(Config.load)),
     "safetensors": (changed(safetensors.torch.save(STATE)), inside(load_tensors)),
     "torch.save": (changed(zipped()), inside(load_weights)),
-    "metrics": (rewritten({"epoch": 1, "weights": [0.5]}).map(lambda data: data + b"\n"), inside(page._rows)),
+    "metrics": (rewritten({"epoch": 1, "weights": [0.5]}).map(lambda data: data + b"\n"), inside(run._rows)),
     "table of paths": (changed(b"path,label\na.png,cat\nb.png,dog\n"), inside(read_table, "l.csv")),
     "JSON of paths": (rewritten([{"path": "a.png", "label": "cat"}]), inside(read_table, "l.json")),
     "list of classes": (rewritten(["cat", "dog"]), inside(read_classes, "l.json")),
