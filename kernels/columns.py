@@ -9,7 +9,7 @@ Over 350 lines, for they are the parts of one computation, which Triton compiles
 import triton
 import triton.language as tl
 
-from .rows import LOG2E, PTX, finite, inverse, log2, powers, scaled, write_columns
+from .rows import LOG2E, PTX, finite, inverse, log2, powers, read_target, scaled, write_columns
 
 LEAST = tl.constexpr(1.2e-38)  # of the probabilities that have a logarithm on a GPU
 
@@ -223,7 +223,8 @@ def _visit(
     p,
     t,
     classes,
-    is_label,
+    target,
+    label_sum,
     w,
     k,
     kd,
@@ -233,6 +234,7 @@ def _visit(
     hard_top,
     hard_sum,
     z_tops,
+    z_sums,
     t_top,
     t_sum,
     V: tl.constexpr,
@@ -240,12 +242,16 @@ def _visit(
     M: tl.constexpr,
     LOGIT: tl.constexpr,
     CE: tl.constexpr,
+    SOFT: tl.constexpr,
     MEANS: tl.constexpr,
     MOVED: tl.constexpr,
     INSIDE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """What kernels.rows.visit sums over columns, of each column, and d loss / d s; all (R, N)."""
+    """What kernels.rows.visit sums over columns, of each column, and d loss / d s; all (R, N).
+
+    For SOFT also what `_follow` sums; else nothing.
+    """
     a = scaled(s, s_top[:, None], k)
     if LOGIT:
         b = scaled(t, t_top[:, None], k)
@@ -270,9 +276,70 @@ def _visit(
             moved = moved + (_sum(half * r, V, T),)
     d = tl.exp2(a) * (kd * inverse(soft_sum))[:, None] - p * kd[:, None]
     if CE:
-        d += powers(s, hard_top, LOG2E, 1) * (ce * inverse(hard_sum))[:, None]
-        d = tl.where(is_label, d - ce[:, None], d)
-    return kl, means, moved, d
+        if SOFT:
+            d += powers(s, hard_top, LOG2E, 1) * (ce * label_sum * inverse(hard_sum))[:, None]
+            d -= ce[:, None] * target
+        else:
+            d += powers(s, hard_top, LOG2E, 1) * (ce * inverse(hard_sum))[:, None]
+            d = tl.where(target, d - ce[:, None], d)
+    followed = ()
+    if SOFT:
+        followed = _follow(
+            s, z, t, classes, target, w, k, hard_top, z_tops, z_sums, t_top, V, T, M, LOGIT, CE, MEANS and not MOVED,
+            INSIDE, ACC,
+        )  # fmt: skip
+    return kl, means, moved, d, followed
+
+
+@triton.jit
+def _follow(
+    s,
+    z,
+    t,
+    classes,
+    target,
+    w,
+    k,
+    hard_top,
+    z_tops,
+    z_sums,
+    t_top,
+    V: tl.constexpr,
+    T: tl.constexpr,
+    M: tl.constexpr,
+    LOGIT: tl.constexpr,
+    CE: tl.constexpr,
+    SHARES: tl.constexpr,
+    INSIDE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """What soft labels y add up over columns: kernels.ensemble_kd._follow has the sums, here in a tuple."""
+    given = target != 0
+    log_q = tl.zeros_like(s)
+    if CE:
+        log_q = tl.where(given, target * scaled(s, hard_top[:, None], LOG2E), 0.0)
+    followed = (_sum(log_q, V, T),)
+    if LOGIT:
+        followed = followed + (_sum(tl.where(given, target * scaled(t, t_top[:, None], k), 0.0), V, T),)
+        for j in tl.static_range(M if SHARES else 0):
+            followed = followed + (_sum(tl.where(given, target * _widened(z[j], ACC), 0.0), V, T),)
+    else:
+        lines = ()
+        most = tl.full(s.shape, float("-inf"), ACC)
+        for j in tl.static_range(M):  # log2 of w_m p_m, of which p may be too small to be a number
+            line = scaled(_line(z[j], classes, INSIDE, ACC), z_tops[j][:, None], k)
+            lines = lines + (line + log2(w[j] * inverse(z_sums[j]))[:, None],)
+            most = tl.maximum(most, lines[j])
+        total = tl.zeros_like(s)
+        for j in tl.static_range(M):
+            total += tl.exp2(lines[j] - finite(most))
+        log_p = most + log2(total)
+        followed = followed + (_sum(tl.where(given, target * log_p, 0.0), V, T),)
+        given = given & (log_p != float("-inf"))
+        for j in tl.static_range(M if SHARES else 0):
+            moved = target * (w[j][:, None] - tl.exp2(lines[j] - log_p))
+            followed = followed + (_sum(tl.where(given, moved, 0.0), V, T),)
+    return followed
 
 
 @triton.jit
@@ -287,6 +354,7 @@ def _mix(z, p, shares, tops, classes, k, M: tl.constexpr, INSIDE: tl.constexpr, 
 def columns(
     student,
     snapshots,
+    labels,
     o_d_student,
     row,
     m,
@@ -304,10 +372,12 @@ def columns(
     student_stride,
     snapshot_stride,
     snapshot_strides,
+    label_stride,
     M: tl.constexpr,
     STACKED: tl.constexpr,
     LOGIT: tl.constexpr,
     CE: tl.constexpr,
+    SOFT: tl.constexpr,
     MEANS: tl.constexpr,
     MOVED: tl.constexpr,
     ON_CHIP: tl.constexpr,
@@ -319,10 +389,14 @@ def columns(
     T: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Sums kl (R), means and moved (R, M) of kernels.rows.visit; hard_top, hard_sum; z_top, z_sum of finish."""
+    """Sums kl (R), means and moved (R, M) of kernels.rows.visit; hard_top, hard_sum; z_top, z_sum of finish.
+
+    For SOFT also the sum of the labels (R) and what kernels.ensemble_kd._follow sums; else zeros.
+    """
     w = _elements(w_all, m, M)
     i = tl.arange(0, BLOCK)
     y = tl.where(valid, y + shift, -1).to(tl.int32)
+    FOLLOWED: tl.constexpr = (M + 2 if MEANS and not MOVED else 2) if SOFT else 0
     R: tl.constexpr = row.shape[0]
     nothing = tl.full([R], float("-inf"), ACC)
     zero = tl.zeros([R], ACC)
@@ -332,6 +406,7 @@ def columns(
     t_top = nothing
     t_sum = zero
     nil = tl.zeros([R, BLOCK], ACC)
+    label_sum = zero
 
     if ON_CHIP:
         s, z, classes = _read(
@@ -354,6 +429,9 @@ def columns(
             False,
             ACC,
         )
+        if SOFT:
+            target = read_target(labels, y, row, 0, i, classes, inside, label_stride, VECTOR, False, SOFT, ACC)
+            label_sum = tl.sum(target, 1)
         largest = tl.max(s, 1)
         s_top = largest * k
         hard_top = largest * LOG2E
@@ -378,13 +456,16 @@ def columns(
                 p += tl.where(w[j] != 0, w[j] * inverse(total), 0.0)[:, None] * each
                 tops = tops + (top,)
                 sums = sums + (total,)
-        kl, means, moved, d = _visit(
+        if not SOFT:  # later than that of soft labels, for the registers
+            target = i[None, :] == y[:, None]
+        kl, means, moved, d, followed = _visit(
             s,
             z,
             p,
             t,
             classes,
-            i[None, :] == y[:, None],
+            target,
+            label_sum,
             w,
             k,
             d_kl,
@@ -394,6 +475,7 @@ def columns(
             hard_top,
             hard_sum,
             tops,
+            sums,
             t_top,
             t_sum,
             V,
@@ -401,6 +483,7 @@ def columns(
             M,
             LOGIT,
             CE,
+            SOFT,
             MEANS,
             MOVED,
             False,
@@ -424,6 +507,7 @@ def columns(
         t_sums = zeros
         z_tops = _times(nothings, M)
         z_sums = _times(zeros, M)
+        label_sums = zeros
         for first in tl.range(begin, whole, BLOCK, num_stages=STAGES):
             s, z, classes = _read(
                 student,
@@ -445,6 +529,9 @@ def columns(
                 True,
                 ACC,
             )
+            if SOFT:
+                y_c = read_target(labels, y, row, first, i, classes, inside, label_stride, VECTOR, True, SOFT, ACC)
+                label_sums += _sum(y_c, V, T)
             s_top, soft_sum, hard_top, hard_sum, z_tops, z_sums, t_tops, t_sums = _statistics(
                 s,
                 z,
@@ -489,6 +576,9 @@ def columns(
                 False,
                 ACC,
             )
+            if SOFT:
+                y_c = read_target(labels, y, row, first, i, classes, inside, label_stride, VECTOR, False, SOFT, ACC)
+                label_sums += _sum(y_c, V, T)
             s_top, soft_sum, hard_top, hard_sum, z_tops, z_sums, t_tops, t_sums = _statistics(
                 s,
                 z,
@@ -511,6 +601,8 @@ def columns(
                 False,
                 ACC,
             )
+        if SOFT:
+            label_sum += tl.sum(tl.sum(label_sums, 1), 0)
         s_top, soft_sum = _total(s_top, soft_sum)
         hard_top, hard_sum = _total(hard_top, hard_sum)
         shares = _times(zero, M)
@@ -528,6 +620,7 @@ def columns(
         kl = zeros
         means = _times(zeros, M if LOGIT and MEANS else 0)
         moved = _times(zeros, M if MOVED else 0)
+        followed = _times(zeros, FOLLOWED)
         for first in tl.range(begin, whole, BLOCK, num_stages=STAGES):
             s, z, classes = _read(
                 student,
@@ -555,13 +648,15 @@ def columns(
                 t = _mixed(z, w, classes, M, True, ACC)
             else:
                 p = _mix(z, p, shares, tops, classes, k, M, True, ACC)
-            more_kl, more_means, more_moved, d = _visit(
+            target = read_target(labels, y, row, first, i, classes, inside, label_stride, VECTOR, True, SOFT, ACC)
+            more_kl, more_means, more_moved, d, more = _visit(
                 s,
                 z,
                 p,
                 t,
                 classes,
-                i[None, :] == (y - first)[:, None],
+                target,
+                label_sum,
                 w,
                 k,
                 d_kl,
@@ -571,6 +666,7 @@ def columns(
                 hard_top,
                 hard_sum,
                 tops,
+                sums,
                 t_top,
                 t_sum,
                 V,
@@ -578,6 +674,7 @@ def columns(
                 M,
                 LOGIT,
                 CE,
+                SOFT,
                 MEANS,
                 MOVED,
                 True,
@@ -586,6 +683,7 @@ def columns(
             kl += more_kl
             means = _plus(means, more_means, M if LOGIT and MEANS else 0)
             moved = _plus(moved, more_moved, M if MOVED else 0)
+            followed = _plus(followed, more, FOLLOWED)
             if o_d_student is not None:
                 write_columns(o_d_student, d, row, first + i, shift, classes, inside, C, VECTOR, SHIFTED, True)
         for edge in range(1 - (begin > 0), edges):
@@ -616,13 +714,15 @@ def columns(
                 t = _mixed(z, w, classes, M, False, ACC)
             else:
                 p = _mix(z, p, shares, tops, classes, k, M, False, ACC)
-            more_kl, more_means, more_moved, d = _visit(
+            target = read_target(labels, y, row, first, i, classes, inside, label_stride, VECTOR, False, SOFT, ACC)
+            more_kl, more_means, more_moved, d, more = _visit(
                 s,
                 z,
                 p,
                 t,
                 classes,
-                i[None, :] == (y - first)[:, None],
+                target,
+                label_sum,
                 w,
                 k,
                 d_kl,
@@ -632,6 +732,7 @@ def columns(
                 hard_top,
                 hard_sum,
                 tops,
+                sums,
                 t_top,
                 t_sum,
                 V,
@@ -639,6 +740,7 @@ def columns(
                 M,
                 LOGIT,
                 CE,
+                SOFT,
                 MEANS,
                 MOVED,
                 False,
@@ -647,10 +749,19 @@ def columns(
             kl += more_kl
             means = _plus(means, more_means, M if LOGIT and MEANS else 0)
             moved = _plus(moved, more_moved, M if MOVED else 0)
+            followed = _plus(followed, more, FOLLOWED)
             if o_d_student is not None:
                 write_columns(o_d_student, d, row, first + i, shift, classes, inside, C, VECTOR, SHIFTED, False)
     all_means = tl.zeros_like(w_all)
     all_moved = tl.zeros_like(w_all)
+    shares = tl.zeros_like(w_all)
+    log_q = zero
+    log_p = zero
+    if SOFT:
+        log_q = tl.sum(followed[0], 1)
+        log_p = tl.sum(followed[1], 1)
+        for j in tl.static_range(FOLLOWED - 2):
+            shares = _with(shares, m, j, tl.sum(followed[2 + j], 1))
     z_top = t_top
     z_sum = t_sum
     if not LOGIT:
@@ -667,7 +778,8 @@ def columns(
             if MOVED:
                 share = tl.where(w[j] != 0, 2.0 * inverse(sums[j]), 0.0)
                 all_moved = _with(all_moved, m, j, share * tl.sum(moved[j], 1))
-    return tl.sum(kl, 1), all_means, all_moved, hard_top, hard_sum, z_top, z_sum
+    kl = tl.sum(kl, 1)
+    return kl, all_means, all_moved, hard_top, hard_sum, z_top, z_sum, label_sum, log_q, log_p, shares
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """ensemble_kd in Triton: attention, fusion, KL, CE and all gradients of a row in one launch.
 
 Traffic in accesses of B·C elements: reads M + 1 and writes 1 where a row's tile stays on chip, reads 2 (M + 1) and
-writes 1 where it is streamed twice; kernels.launch.launch_for decides by M and C. The op
-eekd_triton::ensemble_kd_fwd has the signature of eekd::ensemble_kd_fwd.
+writes 1 where it is streamed twice; kernels.launch.launch_for decides by M and C. Soft labels are one more line to
+read. The op eekd_triton::ensemble_kd_fwd has the signature of eekd::ensemble_kd_fwd.
 
 Over 350 lines, for a kernel and its launch are read together.
 """
@@ -25,9 +25,13 @@ from .rows import (
     absorb_targets,
     attend,
     finish,
+    finite,
+    inverse,
     log2,
     log2_softmax,
+    mixture,
     read_labels,
+    read_target,
     scaled,
     snapshot_rows,
     softmax,
@@ -68,10 +72,39 @@ def _statistics(
 
 
 @triton.jit
+def _follow(
+    s, z, target, w, used, k, hard_top, z_top, z_sum, LOGIT: tl.constexpr, CE: tl.constexpr, SHARES: tl.constexpr
+):
+    """What soft labels y add up over columns, in log2: Σ y log softmax(s) and Σ y log p (R), and shares (R, M).
+
+    The first, and of a mixture the second, lacks what their sums take off. The shares are Σ y w_m (1 - p_m / p), of a
+    mixture Σ y z_m.
+    """
+    given = target != 0
+    log_q = tl.zeros_like(hard_top)
+    if CE:
+        log_q = tl.sum(tl.where(given, target * scaled(s, hard_top[:, None], LOG2E), 0.0), 1)
+    if LOGIT:
+        log_p = scaled(mixture(z, w, used), z_top[:, None], k)
+        share = z
+    else:
+        line = scaled(z, z_top[:, :, None], k) + tl.where(used, log2(w * inverse(z_sum)), float("-inf"))[:, :, None]
+        most = tl.max(line, 1)
+        log_p = most + log2(tl.sum(tl.exp2(line - finite(most)[:, None, :]), 1))
+        share = w[:, :, None] - tl.exp2(line - log_p[:, None, :])
+    shares = tl.zeros_like(w)
+    if SHARES:
+        follows = used[:, :, None] & (given & (log_p != float("-inf")))[:, None, :]
+        shares = tl.sum(tl.where(follows, target[:, None, :] * share, 0.0), 2)
+    return log_q, tl.sum(tl.where(given, target * log_p, 0.0), 1), shares
+
+
+@triton.jit
 def _visit(
     s,
     z,
-    is_label,
+    target,
+    label_sum,
     w,
     used,
     k,
@@ -85,23 +118,33 @@ def _visit(
     z_sum,
     LOGIT: tl.constexpr,
     CE: tl.constexpr,
+    SOFT: tl.constexpr,
     MEANS: tl.constexpr,
     MOVED: tl.constexpr,
 ):
-    """The sums of kernels.rows.visit over columns, and d loss / d s (R, N)."""
+    """The sums of kernels.rows.visit over columns, d loss / d s (R, N), and for SOFT the sums of `_follow`."""
     log_q = log2_softmax(s, s_top, soft_sum, k)
     q = softmax(s, s_top, soft_sum, k)
     kl, means, moved, p = visit(log_q, z, w, used, k, z_top, z_sum, LOGIT, MEANS, MOVED)
     d = kd * (q - p)
     if CE:
-        d += ce * (softmax(s, hard_top, hard_sum, LOG2E) - is_label.to(s.dtype))
-    return kl, means, moved, d
+        if SOFT:
+            d += ce * (label_sum[:, None] * softmax(s, hard_top, hard_sum, LOG2E) - target)
+        else:
+            d += ce * (softmax(s, hard_top, hard_sum, LOG2E) - target.to(s.dtype))
+    log_q = tl.zeros_like(kl)
+    log_p = tl.zeros_like(kl)
+    shares = tl.zeros_like(w)
+    if SOFT:
+        log_q, log_p, shares = _follow(s, z, target, w, used, k, hard_top, z_top, z_sum, LOGIT, CE, MEANS and not MOVED)
+    return kl, means, moved, d, log_q, log_p, shares
 
 
 @triton.jit
 def _tile(
     p_student,
     p_snapshot,
+    labels,
     o_d_student,
     row,
     m,
@@ -116,8 +159,10 @@ def _tile(
     d_kl,
     d_ce,
     C,
+    label_stride,
     LOGIT: tl.constexpr,
     CE: tl.constexpr,
+    SOFT: tl.constexpr,
     MEANS: tl.constexpr,
     MOVED: tl.constexpr,
     ON_CHIP: tl.constexpr,
@@ -145,14 +190,22 @@ def _tile(
     end = C
     if SHIFTED:
         end = C + VECTOR - 1
+    y = (y + shift).to(tl.int32)
+    label_sum = tl.zeros([R], ACC)
     if ON_CHIP:
         s, z, classes = _columns(p_student, p_snapshot, i, bound, shift, keep, used, C, SHIFTED, ACC)
+        target = read_target(labels, y, row, 0, i, classes, inside, label_stride, VECTOR, False, SOFT, ACC)
+        if SOFT:
+            label_sum = tl.sum(target, 1)
         s_top, soft_sum, hard_top, hard_sum, z_top, z_sum = _statistics(
             s, z, w, used, k, s_top, soft_sum, hard_top, hard_sum, z_top, z_sum, LOGIT, CE
         )
     else:
         for first in tl.range(0, end, BLOCK, num_stages=STAGES):
             s, z, classes = _columns(p_student, p_snapshot, first + i, bound, shift, keep, used, C, SHIFTED, ACC)
+            if SOFT:
+                target = read_target(labels, y, row, first, i, classes, inside, label_stride, VECTOR, False, SOFT, ACC)
+                label_sum += tl.sum(target, 1)
             s_top, soft_sum, hard_top, hard_sum, z_top, z_sum = _statistics(
                 s, z, w, used, k, s_top, soft_sum, hard_top, hard_sum, z_top, z_sum, LOGIT, CE
             )
@@ -161,14 +214,15 @@ def _tile(
     kl = tl.zeros([R], ACC)
     means = tl.zeros([R, MP], ACC)
     moved = tl.zeros([R, MP], ACC)
+    log_q = tl.zeros([R], ACC)
+    log_p = tl.zeros([R], ACC)
+    shares = tl.zeros([R, MP], ACC)
     if ON_CHIP:
-        is_label = classes
-        if CE:
-            is_label = (i[None, :] - shift[:, None]) == y[:, None]
-        kl, means, moved, d = _visit(
+        kl, means, moved, d, log_q, log_p, shares = _visit(
             s,
             z,
-            is_label,
+            target,
+            label_sum,
             w,
             used,
             k,
@@ -182,6 +236,7 @@ def _tile(
             z_sum,
             LOGIT,
             CE,
+            SOFT,
             MEANS,
             MOVED,
         )
@@ -191,13 +246,12 @@ def _tile(
     else:
         for first in tl.range(0, end, BLOCK, num_stages=STAGES):
             s, z, classes = _columns(p_student, p_snapshot, first + i, bound, shift, keep, used, C, SHIFTED, ACC)
-            is_label = classes
-            if CE:
-                is_label = (first + i[None, :] - shift[:, None]) == y[:, None]
-            more_kl, more_means, more_moved, d = _visit(
+            target = read_target(labels, y, row, first, i, classes, inside, label_stride, VECTOR, False, SOFT, ACC)
+            more_kl, more_means, more_moved, d, more_log_q, more_log_p, more_shares = _visit(
                 s,
                 z,
-                is_label,
+                target,
+                label_sum,
                 w,
                 used,
                 k,
@@ -211,16 +265,20 @@ def _tile(
                 z_sum,
                 LOGIT,
                 CE,
+                SOFT,
                 MEANS,
                 MOVED,
             )
             kl += more_kl
             means += more_means
             moved += more_moved
+            log_q += more_log_q
+            log_p += more_log_p
+            shares += more_shares
             if o_d_student is not None:
                 d = tl.where(keep[:, None], d, 0.0)
                 write_columns(o_d_student, d, row, first + i, shift, classes, inside, C, VECTOR, SHIFTED, False)
-    return kl, means, moved, hard_top, hard_sum, z_top, z_sum
+    return kl, means, moved, hard_top, hard_sum, z_top, z_sum, label_sum, log_q, log_p, shares
 
 
 @triton.jit(do_not_specialize=["snapshot_strides"])
@@ -245,6 +303,7 @@ def rows_kernel(
     student_stride,
     snapshot_stride,
     snapshot_strides,
+    label_stride,
     scores_stride,
     query_stride,
     key_stride,
@@ -259,6 +318,7 @@ def rows_kernel(
     BY_KL: tl.constexpr,
     BY_LABEL: tl.constexpr,
     CE: tl.constexpr,
+    SOFT: tl.constexpr,
     SUM: tl.constexpr,
     COUNT_BLOCK: tl.constexpr,
     ON_CHIP: tl.constexpr,
@@ -276,14 +336,18 @@ def rows_kernel(
     """One program takes R rows: all their columns at once if ON_CHIP, else in blocks, and those twice.
 
     `snapshots` is a tuple of M pointers with M `snapshot_strides` from row to row, or one pointer, `snapshot_stride`
-    from snapshot to snapshot and `snapshot_strides` from row to row. VECTOR and SHIFTED are kernels.launch.alignment.
+    from snapshot to snapshot and `snapshot_strides` from row to row. VECTOR and SHIFTED are
+    kernels.launch.alignment. `labels` are (B), or for SOFT (B, C).
     """
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     m = tl.arange(0, MP)
     inside = row < B
     tau = tl.full([], temperature, ACC)
     k = LOG2E / tau
-    keep, y, valid, scale = read_labels(labels, count, row, inside, row_scale, ignore_index, B, C, COUNT_BLOCK, ACC)
+    hard = labels
+    if SOFT:
+        hard = None
+    keep, y, valid, scale = read_labels(hard, count, row, inside, row_scale, ignore_index, B, C, COUNT_BLOCK, ACC)
     ce = tl.full([], alpha, ACC)
     beta = 1.0 - ce
     if labels is None:
@@ -319,9 +383,10 @@ def rows_kernel(
     d_kl = scale * beta * tau * counts
     d_ce = scale * ce * counts
     if M <= SEPARATE:
-        kl, means, moved, hard_top, hard_sum, z_top, z_sum = columns(
+        kl, means, moved, hard_top, hard_sum, z_top, z_sum, label_sum, log_q, log_p, shares = columns(
             student,
             snapshots,
+            labels,
             o_d_student,
             row,
             m,
@@ -339,10 +404,12 @@ def rows_kernel(
             student_stride,
             snapshot_stride,
             snapshot_strides,
+            label_stride,
             M,
             STACKED,
             LOGIT,
             CE,
+            SOFT,
             BY_KL or BY_LABEL,
             BY_KL,
             ON_CHIP,
@@ -355,9 +422,10 @@ def rows_kernel(
             ACC,
         )
     else:
-        kl, means, moved, hard_top, hard_sum, z_top, z_sum = _tile(
+        kl, means, moved, hard_top, hard_sum, z_top, z_sum, label_sum, log_q, log_p, shares = _tile(
             p_student,
             p_snapshot,
+            labels,
             o_d_student,
             row,
             m,
@@ -372,8 +440,10 @@ def rows_kernel(
             d_kl,
             d_ce,
             C,
+            label_stride,
             LOGIT,
             CE,
+            SOFT,
             BY_KL or BY_LABEL,
             BY_KL,
             ON_CHIP,
@@ -386,7 +456,11 @@ def rows_kernel(
 
     z_y = tl.zeros([R, MP], ACC)
     ce_loss = tl.zeros([R], ACC)
-    if labels is not None:
+    if SOFT:
+        z_y = shares
+        if CE:
+            ce_loss = LN2 * (label_sum * log2(hard_sum) - log_q)
+    elif labels is not None:
         z_y = tl.load(p_snapshot + (shift + y)[:, None], mask=used & valid[:, None], other=0.0).to(ACC)
         if CE:
             s_y = tl.load(p_student + shift + y, mask=valid, other=0.0).to(ACC)
@@ -403,6 +477,8 @@ def rows_kernel(
         means,
         moved,
         z_y,
+        label_sum,
+        log_p,
         ce_loss,
         w,
         used,
@@ -425,6 +501,7 @@ def rows_kernel(
         key_row_stride,
         M,
         labels is not None,
+        SOFT,
         LOGIT,
         BY_KL,
         SUM,
@@ -524,18 +601,19 @@ def plan(
     rows, classes = student.shape
     stacked = snapshots[0].dim() == 3
     m = snapshots[0].shape[0] if stacked else len(snapshots)
-    row_strides = [z.stride(-2) for z in snapshots]
     wide = loss.dtype == torch.float64
     sizes = student.element_size(), snapshots[0].element_size()
+    soft = labels is not None and labels.is_floating_point()
+    lines = (student, *snapshots, labels) if soft else (student, *snapshots)
     vector, shifted = alignment(
         classes,
-        min(sizes),
-        [x.data_ptr() // x.element_size() for x in (student, *snapshots)],
-        [student.stride(0), *row_strides] if rows > 1 else [classes],
+        min(*sizes, labels.element_size()) if soft else min(sizes),
+        [x.data_ptr() // x.element_size() for x in lines],
+        [x.stride(-2) for x in lines] if rows > 1 else [classes],
         [snapshots[0].stride(0)] if stacked and m > 1 else [],
     )
     # M pointers take the registers that M lines would.
-    again = logit_fusion or not stacked or (kl_objective and (d_scores is not None or d_query is not None))
+    again = soft or logit_fusion or not stacked or (kl_objective and (d_scores is not None or d_query is not None))
     cut = cut or launch.launch_for(
         classes + (vector - 1 if shifted else 0),
         m,
@@ -562,6 +640,8 @@ def plan(
         loss,
         d_scores,
         d_query,
+        label_stride=labels.stride(0) if soft else 0,
+        SOFT=soft,
         VECTOR=vector,
         SHIFTED=shifted,
         V=held,

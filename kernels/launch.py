@@ -205,7 +205,7 @@ def planned(
     m = snapshots[0].shape[0] if stacked else len(snapshots)
     row_strides = [z.stride(-2) for z in snapshots]
     attends = d_scores is not None or d_query is not None
-    counts = mean and labels is not None
+    counts = mean and labels is not None and labels.dim() == 1  # of soft labels every row counts
     padded = next_power_of_2(m)
     width = 0 if query is None else query.shape[1]
     numbers = more | dict(
@@ -276,7 +276,7 @@ def forward(kernel, plan, student, snapshots, more, labels, scores, query, keys,
         one.dtype,
         one.stride() if stacked else tuple(z.stride(0) for z in snapshots),
         *((x.stride(), x.dtype) for x in more),
-        labels is None,
+        None if labels is None else (labels.dtype, labels.stride()),
         None if scores is None else (scores.stride(0), scores.dtype),
         None if query is None else (query.shape[1], query.stride(0), query.dtype, *keys.stride(), keys.dtype),
         options,
@@ -302,7 +302,7 @@ def forward(kernel, plan, student, snapshots, more, labels, scores, query, keys,
     grid = found.grid
     count = parts = None
     o_loss, o_attention_loss = loss, attention_loss
-    if mean and labels is not None and rows > COUNT_IN_PROGRAM:
+    if mean and labels is not None and labels.dim() == 1 and rows > COUNT_IN_PROGRAM:
         count = student.new_empty(COUNTS.value, dtype=torch.int32)
     if reduces:
         parts = loss.new_empty((2, -(-grid[0] // 4) * 4))  # both rows at multiples of 16 bytes

@@ -101,6 +101,33 @@ def read_labels(labels, count, row, inside, row_scale, ignore_index, B, C, COUNT
 
 
 @triton.jit
+def read_target(
+    labels,
+    y,
+    row,
+    first,
+    i,
+    classes,
+    inside,
+    label_stride,
+    VECTOR: tl.constexpr,
+    INSIDE: tl.constexpr,
+    SOFT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Of the columns first + i (R, N) which is the label's, or for SOFT the weights that soft labels give them."""
+    if SOFT:
+        begin = labels + row * label_stride // VECTOR * VECTOR
+        mask = inside[:, None]
+        if not INSIDE:
+            mask = mask & classes
+        target = tl.load(begin[:, None] + (first + i)[None, :], mask=mask, other=0.0).to(ACC)
+    else:
+        target = i[None, :] == (y - first)[:, None]
+    return target
+
+
+@triton.jit
 def _embeddings(query, keys, row, m, alive, d, D, query_stride, key_stride, key_row_stride, ACC):
     """The elements d of query (R, D) and keys (R, M, D)."""
     here = d < D
@@ -189,7 +216,7 @@ def snapshot_rows(
 
 
 @triton.jit
-def _mix(z, w, used):
+def mixture(z, w, used):
     """Σ_m w_m z_m (R, N); what is not used was not read."""
     return tl.sum(tl.where(used[:, :, None], w[:, :, None] * z, 0.0), 1)
 
@@ -198,7 +225,7 @@ def _mix(z, w, used):
 def absorb_targets(top, total, z, w, used, k, LOGIT: tl.constexpr):
     """Takes columns of z (R, M, N) into softmax statistics (R, M), or for LOGIT those of their mixture (R)."""
     if LOGIT:
-        top, total = absorb(top, total, _mix(z, w, used), k, 1)
+        top, total = absorb(top, total, mixture(z, w, used), k, 1)
     else:
         top, total = absorb(top, total, z, k, 2)
     return top, total
@@ -223,7 +250,7 @@ def visit(log_q, z, w, used, k, z_top, z_sum, LOGIT: tl.constexpr, MEANS: tl.con
     r is log2 p - log2 q, and KL in units of ln 2. For probability fusion the third is Σ p_m r, and there is no second.
     """
     if LOGIT:
-        t = _mix(z, w, used)
+        t = mixture(z, w, used)
         p = softmax(t, z_top, z_sum, k)
         log_p = log2_softmax(t, z_top, z_sum, k)
     else:
@@ -306,6 +333,8 @@ def finish(
     means,
     moved,
     z_y,
+    label_sum,
+    log_p,
     ce_loss,
     w,
     used,
@@ -328,13 +357,17 @@ def finish(
     key_row_stride,
     M: tl.constexpr,
     LABELS: tl.constexpr,
+    SOFT: tl.constexpr,
     LOGIT: tl.constexpr,
     BY_KL: tl.constexpr,
     SUM: tl.constexpr,
     DBLOCK: tl.constexpr,
     ACC,
 ):
-    """What is O(M) per row, of the sums of its columns and of the snapshots' logits z_y (R, M) at its label."""
+    """What is O(M) per row, of the sums of its columns and of the snapshots' logits z_y (R, M) at its label.
+
+    For SOFT z_y are the shares of kernels.ensemble_kd._follow, which has label_sum and log_p (R) too.
+    """
     inverse_tau = 1.0 / tau
     kl = kl * LN2  # the sums are of log2
     moved = moved * LN2
@@ -342,7 +375,14 @@ def finish(
     attention_loss = tl.zeros_like(kl)
     de = tl.zeros_like(w)
     if LABELS:
-        if LOGIT:
+        if SOFT:
+            if LOGIT:
+                attention_loss = LN2 * (label_sum * log2(z_sum) - log_p)
+                de = softmax_grad(w, (label_sum[:, None] * means - z_y) * inverse_tau)
+            else:
+                attention_loss = -LN2 * log_p
+                de = z_y
+        elif LOGIT:
             z_y_mixed = tl.sum(w * z_y, 1)
             attention_loss = LN2 * (log2(z_sum) - scaled(z_y_mixed, z_top, k))
             de = softmax_grad(w, (means - z_y) * inverse_tau)

@@ -222,7 +222,7 @@ def test_soft_labels_do_not_read_snapshots_of_no_weight(backend, device, classes
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @readings
 def test_gradcheck_of_soft_labels(backend, device, reduction, fusion, objective):
-    x = tensors(5, 3, 6, device=device, dtype=torch.float64, attention="query", width=2, soft=True)
+    x = tensors(5, 2, 4, device=device, dtype=torch.float64, attention="query", width=1, soft=True)
     student, attention = ["student_logits"], ["query", "keys"]
     options = {"fusion": fusion, "attention_objective": objective, "reduction": reduction, "alpha": 0.3}
     checks = {"loss": student, "attention_loss": attention} if objective == "label" else {"loss": student + attention}

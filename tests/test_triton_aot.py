@@ -59,7 +59,7 @@ SPARSE_QUICK = [
 ]
 
 
-def arguments(count, classes, dtype, fusion, objective, attention="scores", whole=True, kept=None):
+def arguments(count, classes, dtype, fusion, objective, attention="scores", whole=True, kept=None, soft=False):
     """What the kernel is launched with, all outputs asked for; a batch of 8192, at 16 bytes; sparse if K is given."""
     rows, width = 8192, 8
 
@@ -77,6 +77,8 @@ def arguments(count, classes, dtype, fusion, objective, attention="scores", whol
     }[attention]
     snapshots = (logits,) if whole else tuple(logits)
     labels, student = empty(rows, dtype=torch.int64), empty(rows, classes, dtype=dtype)
+    if soft:
+        labels = empty(rows, classes, dtype=dtype)
     options = (5.0, 0.5, fusion == "logit", objective == "kl", True, -100)
     scores, query, keys = inputs
     planned = module.plan(
@@ -221,9 +223,19 @@ def test_sparse_compiles_well(tmp_path, capability, snapshots, classes, kept, dt
     check(tmp_path, capability, snapshots, classes, dtype, fusion, objective, kept=kept)
 
 
-@pytest.mark.parametrize("kind", [{"attention": "query"}, {"whole": False}], ids=str)
+@pytest.mark.parametrize("kind", [{"attention": "query"}, {"whole": False}, {"soft": True}], ids=str)
 def test_other_arguments_compile_well(tmp_path, kind):
     check(tmp_path, 90, 5, 1000, torch.bfloat16, "probability", "label", **kind)
+
+
+@pytest.mark.parametrize("classes", [1001, 32000])
+@pytest.mark.parametrize("snapshots", [5, 9])
+@pytest.mark.parametrize("fusion", ["probability", "logit"])
+def test_soft_labels_compile(tmp_path, classes, snapshots, fusion):
+    launched = arguments(snapshots, classes, torch.bfloat16, fusion, "label", soft=True)
+    kernel = compiled(90, launched)
+    stack, _ = facts(kernel, tmp_path)
+    assert stack <= SPILLED and kernel.metadata.shared <= SHARED_LIMIT[90] * 1024
 
 
 @pytest.mark.parametrize("capability", list(SHARED_LIMIT))
