@@ -310,7 +310,6 @@ std::vector<Tensor> ensemble_kd_fwd_cuda(Tensor student, std::vector<Tensor> sna
             alpha,   logit_fusion, kl_objective, reduction, ignore_index, wants_student, wants_attention};
   bool wide;
   eekd::EnsembleKD a = call.args(student.size(1), wide);
-  STD_TORCH_CHECK(!a.label_weights.data, "labels must be (B)");
   const auto launcher = wide ? eekd::ensemble_kd_fwd_cuda<double> : eekd::ensemble_kd_fwd_cuda<float>;
   launch_rows(a, call, [&](auto... rest) { return launcher(a, rest...); });
   return std::move(call.outputs);
@@ -384,7 +383,8 @@ STABLE_TORCH_LIBRARY_IMPL(eekd, CUDA, m) {
 PYBIND11_MODULE(_C, m) {
   static constexpr const char* kIsas[] = {"baseline", "avx2", "avx512"};
   m.doc() = "Build facts; the ops themselves are torch.ops.eekd.";
-  m.attr("ops_version") = 3;  // of the ops' signatures (from 3 on labels may be soft), which eekd/ops/backend.py compares with its own
+  // From 3 on labels may be soft.
+  m.attr("ops_version") = 3;  // of the ops' signatures, which eekd/ops/backend.py compares with its own
   m.attr("torch_version") = EEKD_TORCH_VERSION;  // of the headers; any torch from 2.10 loads the library
   m.attr("cuda_version") = EEKD_CUDA_VERSION;    // empty where no CUDA kernels were built
   m.attr("cuda_architectures") = EEKD_CUDA_ARCHITECTURES;

@@ -40,6 +40,22 @@ from test_ensemble_kd import (  # noqa: F401  these run here once more
     test_temperature_and_alpha,
     test_upstream_gradients_scale,
 )
+from test_soft_labels import (  # noqa: F401  and these
+    test_a_nan_among_soft_labels_is_never_a_finite_loss,
+    test_a_one_hot_row_is_its_hard_label,
+    test_a_row_of_no_label_is_a_row,
+    test_alpha_of_one_is_the_cross_entropy_of_torch,
+    test_any_layout_of_soft_labels,
+    test_equals_the_formulas_of_soft_labels,
+    test_padded_vocabulary_of_soft_labels,
+    test_soft_labels_do_not_read_snapshots_of_no_weight,
+    test_soft_labels_of_every_dtype,
+    test_soft_labels_of_logits_of_ten_thousand,
+    test_soft_labels_of_no_probability_in_fp32,
+    test_temperature_and_alpha_of_soft_labels,
+    test_upstream_gradients_of_soft_labels,
+    test_weight_on_a_masked_column,
+)
 from test_sparse_ensemble_kd import (  # noqa: F401  and these
     test_a_label_outside_counts_as_the_bucket,
     test_a_nan_inside_or_outside_is_never_a_finite_loss,
@@ -226,8 +242,9 @@ class Emulator:
     ):
         snapshots = snapshots[0] if snapshots[0].dim() == 3 else snapshots
         rows, classes = student.shape
+        hard, soft = (None, labels) if labels is not None and labels.dim() == 2 else (labels, None)
         pointers = {
-            "labels": labels, "weights": weights, "d_student": d_student, "d_scores": d_scores, "d_query": d_query,
+            "labels": hard, "weights": weights, "d_student": d_student, "d_scores": d_scores, "d_query": d_query,
             "d_keys": d_keys,
         }  # fmt: skip
         per_row = loss.new_full((2, max(rows, 1)), torch.nan) if loss.dim() == 0 else torch.stack((loss, loss))
@@ -237,6 +254,7 @@ class Emulator:
             classes=classes,
             width=0 if query is None else query.shape[1],
             student=matrix(student),
+            label_weights=matrix(soft),
             scores=matrix(scores),
             query=matrix(query),
             temperature=temperature,

@@ -254,7 +254,8 @@ class NarrowKernel : Kernel<T> {
   // What soft labels y add up: label_log_q and label_log_p, Σ_c y log2 of the student at 1 and of p, less the
   // logarithms of their sums (p: of a mixture's), and what they move the attention by. `hard` gets their part of
   // d_student.
-  [[gnu::noinline]] void follow_labels(int64_t b, V hard_top, const V* scale, const V* top, const V* total, const V* mean) {
+  [[gnu::noinline]] void follow_labels(int64_t b, V hard_top, const V* scale, const V* top, const V* total,
+                                       const V* mean) {
     const bool probability = a.fusion == Fusion::probability;
     const V ce = splat(row_scale * T(a.alpha));
     label_log_q = label_log_p = V{};

@@ -35,6 +35,7 @@ struct Launch {
   Keep keep;
   int ranks, columns;  // blocks per row; columns of each but the last
   int threads, rows_per_block, shared, line_bytes;
+  bool soft;  // labels
 };
 
 // Where the parts of a row lie in shared memory, in bytes.
@@ -48,7 +49,7 @@ __host__ __device__ Layout layout(const Launch& l, int snapshots) {
   Layout at;
   at.statistics = round(sizeof(Row<T>));
   at.sums = at.statistics + round((snapshots + 2) * warps * sizeof(SoftmaxSum<T>));
-  at.lines = at.sums + round((2 * snapshots + 1) * warps * sizeof(T));
+  at.lines = at.sums + round((l.soft ? 3 * snapshots + 4 : 2 * snapshots + 1) * warps * sizeof(T));
   at.pitch = round(l.line_bytes + 15);
   at.mixture = at.lines + (l.keep == Keep::lines ? snapshots + 1 : l.keep == Keep::mixture ? 1 : 0) * at.pitch;
   at.size = at.mixture;
@@ -66,7 +67,7 @@ struct Line {
 };
 
 // One row, or a block's slice of it. E is the type of all logits, or Any. Columns are counted from the slice's first.
-template <class T, class E, Order order, Keep keep>
+template <class T, class E, Order order, Keep keep, bool soft>
 struct Kernel : RowKernel<T> {
   using RowKernel<T>::a, RowKernel<T>::group, RowKernel<T>::b, RowKernel<T>::snapshots, RowKernel<T>::row_scale;
   using RowKernel<T>::has_ce, RowKernel<T>::by_kl, RowKernel<T>::by_label, RowKernel<T>::beta, RowKernel<T>::tau;
@@ -80,7 +81,7 @@ struct Kernel : RowKernel<T> {
   const Layout at;
   char* const shared;
   SoftmaxSum<T>* const statistics;  // [line][warp]
-  T* const sums;                    // [2 j][warp], then kl [warp]
+  T* const sums;                    // [2 j][warp], then kl [warp]; of soft labels then [j][warp], three [warp]
 
   __device__ Kernel(const EnsembleKD& a, Group group, int64_t b, const Launch& l, char* shared, T row_scale)
       : RowKernel<T>(a, group, b, *reinterpret_cast<Row<T>*>(shared), row_scale),
@@ -153,6 +154,22 @@ struct Kernel : RowKernel<T> {
     }
   }
 
+  // The soft labels y of columns, 0 beyond the last.
+  __device__ void read_labels(int c, T (&y)[width]) const {
+    const Matrix& labels = a.label_weights;
+#pragma unroll
+    for (int u = 0; u < width; ++u) {
+      const int i = c + u * step();
+      y[u] = i < columns ? load<T, Any>(labels.data, labels.dtype, b * labels.stride + begin + i) : T(0);
+    }
+  }
+  // A slot's sum, of one number per warp.
+  __device__ void give(int slot, T x) {
+    x = warp_sum(x);
+    if (group.lane() == 0) sums[slot * group.warps() + group.warp()] = x;
+  }
+  __device__ int slot_of_labels() const { return 3 * snapshots + 1; }  // Σ y (s - largest), Σ y log p, Σ y
+
   // The mixed line in shared memory, so that neighbouring threads meet neighbouring banks; only its thread reads it.
   __device__ T* mixed(int c) const { return reinterpret_cast<T*>(shared + at.mixture) + (c - first()) + group.thread; }
 
@@ -178,9 +195,9 @@ struct Kernel : RowKernel<T> {
   __device__ void find_statistics() {
     const bool probability = a.fusion == Fusion::probability;
     const int targets = probability ? row.used : 1;
-    SoftmaxSum<T> soft = SoftmaxSum<T>::none(), hard = soft;
+    SoftmaxSum<T> at_tau = SoftmaxSum<T>::none(), hard = at_tau;
     const auto absorb_student = [&](const T(&x)[width]) {
-      absorb(soft, x, k);
+      absorb(at_tau, x, k);
       if (has_ce) absorb(hard, x, T(kLog2e));
     };
     if (probability) {
@@ -218,9 +235,21 @@ struct Kernel : RowKernel<T> {
       }
       add_up(0, s, k);
     }
-    add_up(targets, soft, k);
+    add_up(targets, at_tau, k);
     add_up(targets + 1, hard, T(kLog2e));
+    if constexpr (soft) {
+      T label_sum = 0;
+      for (int c = first(); c < columns; c += stretch()) {
+        T y[width];
+        read_labels(c, y);
+#pragma unroll
+        for (int u = 0; u < width; ++u) label_sum += y[u];
+      }
+      give(slot_of_labels() + 2, label_sum);
+    }
     group.sync();
+    if constexpr (soft)
+      if (group.thread == 0) add_warps(slot_of_labels() + 2);
     const auto scale = [&](int j) { return j == targets + 1 ? T(kLog2e) : k; };
     for (int j = group.thread; j < targets + 2; j += group.threads) {
       SoftmaxSum<T>* const s = statistics + j * group.warps();
@@ -237,7 +266,20 @@ struct Kernel : RowKernel<T> {
         (j == targets ? row.soft : row.hard) = s;
       }
     }
+    if constexpr (soft)
+      if (group.thread == 0) row.label_sum = total(slot_of_labels() + 2);
     group.sync();
+  }
+
+  // The sums of a slot: over the warps, to the first of them; over the blocks.
+  __device__ void add_warps(int slot) {
+    T* const parts = sums + slot * group.warps();
+    for (int i = 1; i < group.warps(); ++i) parts[0] += parts[i];
+  }
+  __device__ T total(int slot) const {
+    T sum = 0;
+    for (int i = 0; i < group.ranks; ++i) sum += group.of(i, sums[slot * group.warps()]);
+    return sum;
   }
 
   // The second visit.
@@ -246,17 +288,26 @@ struct Kernel : RowKernel<T> {
     const T inverse = 1 / tau, student_max = finite(row.soft.max), log_soft = log(row.soft.sum);
     const T target_max = finite(row.target[0].max), log_target = log(row.target[0].sum);  // logit
     const T soft_scale = 1 / row.soft.sum, d_kl = row_scale * beta * tau;
-    const T ce = row_scale * static_cast<T>(a.alpha), hard_scale = has_ce ? ce / row.hard.sum : T(0);
-    const int y = has_ce ? static_cast<int>(a.labels[b] - begin) : -1;  // the row is NaN if it is no class
-    const bool attends = keep != Keep::mixture && (by_kl || (by_label && !probability));
+    const T ce = row_scale * static_cast<T>(a.alpha);
+    T hard_scale = has_ce ? ce / row.hard.sum : T(0);
+    if constexpr (soft) hard_scale *= row.label_sum;
+    const int y = has_ce && !soft ? static_cast<int>(a.labels[b] - begin) : -1;  // the row is NaN if it is no class
+    const bool attends = keep != Keep::mixture && (by_kl || (by_label && (soft || !probability)));
     T* const mean = sums + group.warp();
     T* const moved = mean + snapshots * group.warps();
     for (int j = group.lane() & 15; j < row.used; j += 16) (group.lane() < 16 ? mean : moved)[j * group.warps()] = 0;
     __syncwarp();
-    T kl = 0;
+    if constexpr (soft) {
+      T* const shares = sums + (2 * snapshots + 1) * group.warps() + group.warp();
+      for (int j = group.lane(); j < row.used; j += 32) shares[j * group.warps()] = 0;
+      __syncwarp();
+    }
+    T kl = 0, label_log_q = 0, label_log_p = 0;
     for (int done = 0; done < columns; done += stretch()) {  // the same for all threads of a warp
       const int c = first() + done;
       T s[width], p[width], x[width], r[width];
+      [[maybe_unused]] T label[width], log_p_tiny[width];
+      if constexpr (soft) read_labels(c, label);
       read(line(row.used), c, s);
       if (probability) {
 #pragma unroll
@@ -279,6 +330,21 @@ struct Kernel : RowKernel<T> {
 #pragma unroll
         for (int u = 0; u < width; ++u) p[u] = row.scale[0] * fast_exp2((x[u] - target_max) * k);
       }
+      if constexpr (soft) {
+#pragma unroll
+        for (int u = 0; u < width; ++u) {
+          if (label[u] == 0) continue;  // 0 times -inf is 0
+          label_log_q += label[u] * (s[u] - student_max);
+          if (!probability) {
+            label_log_p += label[u] * (x[u] - target_max) * inverse;
+          } else if (!(p[u] < std::numeric_limits<T>::min())) {  // or NaN
+            label_log_p += label[u] * log(p[u]);
+          } else {
+            log_p_tiny[u] = log2_of_tiny(c + u * step());
+            label_log_p += label[u] * T(kLn2) * log_p_tiny[u];
+          }
+        }
+      }
 #pragma unroll
       for (int u = 0; u < width; ++u) {
         const T log_q = (s[u] - student_max) * inverse - log_soft;
@@ -287,7 +353,8 @@ struct Kernel : RowKernel<T> {
         r[u] = p[u] > 0 ? log_p - log_q : T(0);
         kl += p[u] * r[u];
         T d = d_kl * (soft_scale * fast_exp2((s[u] - student_max) * k) - p[u]);
-        if (has_ce) d += hard_scale * fast_exp2((s[u] - student_max) * T(kLog2e)) - (c + u * step() == y ? ce : T(0));
+        const T of_label = soft ? label[u] * ce : c + u * step() == y ? ce : T(0);
+        if (has_ce) d += hard_scale * fast_exp2((s[u] - student_max) * T(kLog2e)) - of_label;
         s[u] = d;
       }
       if (a.d_student) write(c, s);
@@ -295,6 +362,7 @@ struct Kernel : RowKernel<T> {
         read(line(j), c, x);
         const T max = finite(row.target[j].max);
         T share = 0, share_moved = 0;
+        [[maybe_unused]] T share_label = 0;
 #pragma unroll
         for (int u = 0; u < width; ++u) {
           if (probability) {
@@ -303,35 +371,65 @@ struct Kernel : RowKernel<T> {
             share += p[u] * (x[u] - target_max);
             share_moved += p[u] * r[u] * (x[u] - target_max);
           }
+          if constexpr (soft) {
+            if (label[u] == 0) continue;
+            if (!probability)
+              share_label += label[u] * (x[u] - target_max);
+            else if (!(p[u] < std::numeric_limits<T>::min()))
+              share_label += label[u] * (row.w[j] - row.scale[j] * fast_exp2((x[u] - max) * k) / p[u]);
+            else if (log_p_tiny[u] != -std::numeric_limits<T>::infinity())
+              share_label += label[u] * (row.w[j] - fast_exp2((x[u] - max) * k + log2(row.scale[j]) - log_p_tiny[u]));
+          }
+        }
+        if constexpr (soft) {
+          share_label = warp_sum(share_label);
+          if (group.lane() == 0) sums[(2 * snapshots + 1 + j) * group.warps() + group.warp()] += share_label;
         }
         const T sum = warp_sums(share, share_moved);
         if (group.lane() == 0) mean[j * group.warps()] += sum;
         if (group.lane() == 16) moved[j * group.warps()] += sum;
       }
     }
-    kl = warp_sum(kl);
-    if (group.lane() == 0) sums[2 * snapshots * group.warps() + group.warp()] = kl;
-    group.sync();
-    for (int slot = group.thread; slot <= 2 * snapshots; slot += group.threads) {
-      T* const parts = sums + slot * group.warps();
-      for (int i = 1; i < group.warps(); ++i) parts[0] += parts[i];
+    give(2 * snapshots, kl);
+    if constexpr (soft) {
+      give(slot_of_labels(), label_log_q);
+      give(slot_of_labels() + 1, label_log_p);
     }
     group.sync();
+    const int slots = soft ? slot_of_labels() + 2 : 2 * snapshots + 1;
+    for (int slot = group.thread; slot < slots; slot += group.threads) add_warps(slot);
+    group.sync();
     group.sync_blocks();
-    const auto total = [&](int slot) {
-      T sum = 0;
-      for (int i = 0; i < group.ranks; ++i) sum += group.of(i, sums[slot * group.warps()]);
-      return sum;
-    };
     if (group.rank == 0) {
       for (int j = group.thread; j < row.used; j += group.threads) {
         row.mean[j] = total(j);
         row.moved[j] = total(snapshots + j) / (probability ? row.target[j].sum : T(1));
       }
       if (group.thread == 0) row.kl = total(2 * snapshots);
+      if constexpr (soft) {
+        for (int j = group.thread; j < row.used; j += group.threads) row.label[j] = total(2 * snapshots + 1 + j);
+        if (group.thread == 0) {
+          row.log_q = total(slot_of_labels());
+          row.log_p = total(slot_of_labels() + 1);
+        }
+      }
     }
     group.sync();
     group.sync_blocks();  // the shared memory of a block that has ended is gone
+  }
+
+  // log2 p of a column where p is too small for a number. Rare.
+  __device__ T log2_of_tiny(int i) const {
+    T most = -std::numeric_limits<T>::infinity(), sum = 0;
+#pragma unroll 1
+    for (int j = 0; j < row.used; ++j) {
+      const Line from = line(j);
+      const T z = load<T, E>(from.data, from.dtype, i);
+      const T l = (z - finite(row.target[j].max)) * k + log2(row.scale[j]), larger = l > most ? l : most;
+      sum = sum * fast_exp2(most - finite(larger)) + fast_exp2(l - finite(larger));
+      most = larger;
+    }
+    return most + log2(sum);
   }
 
   __device__ void run() {
@@ -339,11 +437,12 @@ struct Kernel : RowKernel<T> {
     if constexpr (keep != Keep::nothing) copy_lines();
     find_statistics();
     differentiate();
-    if (group.rank == 0) this->finish([&](int j, int64_t y) { return load<T, E>(source(j), matrix(j).dtype, y); });
+    if (group.rank) return;
+    this->template finish<soft>([&](int j, int64_t y) { return load<T, E>(source(j), matrix(j).dtype, y); });
   }
 };
 
-template <class T, class E, Order order, Keep keep>
+template <class T, class E, Order order, Keep keep, bool soft>
 __global__ void __launch_bounds__(kMaxThreads, 2)
     rows_kernel(const __grid_constant__ EnsembleKD a, Launch l, bool mean, const int* count) {
   static_assert(sizeof(EnsembleKD) + sizeof(Launch) <= 4096 - 64, "what a kernel's parameters may take");
@@ -355,7 +454,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   const int rank = static_cast<int>(blockIdx.x % l.ranks);
   const Group group{static_cast<int>(threadIdx.x) % l.threads, l.threads, rank, l.ranks};
   char* const own = shared + row_in_block * (l.shared / l.rows_per_block);
-  Kernel<T, E, order, keep> kernel(a, group, b, l, own, scale_of_row(a, b, scale));
+  Kernel<T, E, order, keep, soft> kernel(a, group, b, l, own, scale_of_row(a, b, scale));
   if (ignored(a, b))
     kernel.write_zeros(kernel.begin, kernel.columns);
   else
@@ -369,6 +468,7 @@ Launch launch(const EnsembleKD& a, int snapshots, int itemsize, const Device& de
   const int classes = static_cast<int>(a.classes);
   const auto with = [&](Keep keep, int ranks, int budget) {
     Launch l{};
+    l.soft = a.label_weights.data;
     l.keep = keep;
     l.ranks = ranks;
     // Whole vectors, and some for the last: C is beyond 1024 here.
@@ -381,7 +481,7 @@ Launch launch(const EnsembleKD& a, int snapshots, int itemsize, const Device& de
     }
   };
   const int half = half_of(device);
-  const bool may_mix = a.fusion == Fusion::logit && !a.d_scores && !a.d_query;
+  const bool may_mix = !a.label_weights.data && a.fusion == Fusion::logit && !a.d_scores && !a.d_query;
   const auto choose = [&] {
     if (itemsize && a.classes * itemsize < device.shared * int64_t(device.ranks))
       for (int budget : {half, device.shared})
@@ -472,31 +572,37 @@ struct Kernels {
     return nullptr;
   }
 
+  static Pointer get(Order order, Keep keep, bool soft) {
+    return soft ? get<true>(order, keep) : get<false>(order, keep);
+  }
+  template <bool soft>
   static Pointer get(Order order, Keep keep) {
     if constexpr (!any) {
       if (keep == Keep::lines)
-        return order == Order::apart ? rows_kernel<T, E, Order::apart, Keep::lines>
-                                     : rows_kernel<T, E, Order::vectors, Keep::lines>;
-      if (keep == Keep::mixture)
-        return order == Order::apart ? rows_kernel<T, E, Order::apart, Keep::mixture>
-                                     : rows_kernel<T, E, Order::vectors, Keep::mixture>;
-      if (order == Order::vectors) return rows_kernel<T, E, Order::vectors, Keep::nothing>;
-      if (order == Order::neighbours) return rows_kernel<T, E, Order::neighbours, Keep::nothing>;
+        return order == Order::apart ? rows_kernel<T, E, Order::apart, Keep::lines, soft>
+                                     : rows_kernel<T, E, Order::vectors, Keep::lines, soft>;
+      if constexpr (!soft)
+        if (keep == Keep::mixture)
+          return order == Order::apart ? rows_kernel<T, E, Order::apart, Keep::mixture, soft>
+                                       : rows_kernel<T, E, Order::vectors, Keep::mixture, soft>;
+      if (order == Order::vectors) return rows_kernel<T, E, Order::vectors, Keep::nothing, soft>;
+      if (order == Order::neighbours) return rows_kernel<T, E, Order::neighbours, Keep::nothing, soft>;
     }
-    return rows_kernel<T, E, Order::apart, Keep::nothing>;
+    return rows_kernel<T, E, Order::apart, Keep::nothing, soft>;
   }
 
   static cudaError_t prepare(Device& d) {
     for (Order order : {Order::apart, Order::neighbours, Order::vectors})
-      for (Keep keep : {Keep::nothing, Keep::lines, Keep::mixture}) {
-        const auto set = [&](cudaFuncAttribute attribute, int value) {
-          return cudaFuncSetAttribute(get(order, keep), attribute, value);
-        };
-        if (cudaError_t error = set(cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared)) return error;
-        if (keep == Keep::nothing || any) continue;  // these want a cache instead
-        if (cudaError_t error = set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared))
-          return error;
-      }
+      for (Keep keep : {Keep::nothing, Keep::lines, Keep::mixture})
+        for (bool soft : {false, true}) {
+          const auto set = [&](cudaFuncAttribute attribute, int value) {
+            return cudaFuncSetAttribute(get(order, keep, soft), attribute, value);
+          };
+          if (cudaError_t error = set(cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared)) return error;
+          if (keep == Keep::nothing || any) continue;  // these want a cache instead
+          if (cudaError_t error = set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared))
+            return error;
+        }
     for (Fusion fusion : {Fusion::probability, Fusion::logit})
       for (int few : kFewOf) {
         const FewPointer kernel = get_few(fusion, few);
@@ -512,7 +618,7 @@ struct Kernels {
       }
     // A GPU that is shared out in parts may have room for smaller clusters only, or for none.
     for (int ranks = kMaxRanks; d.major >= 9 && ranks > 1 && d.ranks == 1; ranks /= 2)
-      if (clusters_at_once(get(Order::apart, Keep::lines), ranks, kMaxThreads, d.shared)) d.ranks = ranks;
+      if (clusters_at_once(get(Order::apart, Keep::lines, false), ranks, kMaxThreads, d.shared)) d.ranks = ranks;
     return cudaSuccess;
   }
 
@@ -522,24 +628,26 @@ struct Kernels {
     if (cudaError_t error = device_in_use(device, [](Device& d) { return prepare(d); })) return error;
     const int itemsize = any ? 0 : sizeof(E);
     const Order o = any ? Order::apart : order(a, itemsize);
-    if (const FewPointer kernel = get_few(a.fusion, padded(a.snapshots))) {
+    const bool soft = a.label_weights.data;
+    const FewPointer few = soft ? nullptr : get_few(a.fusion, padded(a.snapshots));
+    if (few) {
       FewLaunch l = few_launch(a, padded(a.snapshots), itemsize, o == Order::vectors, device);
       const int64_t clusters = l.ranks == 0   ? 0
                                : l.ranks == 1 ? l.blocks * device.multiprocessors
-                                              : clusters_at_once(kernel, l.ranks, l.threads, l.at.size);
+                                              : clusters_at_once(few, l.ranks, l.threads, l.at.size);
       if (clusters) {
         if (a.rows > kMaxRows) return cudaErrorInvalidConfiguration;
         const int64_t at_once = std::min(a.rows, clusters);
         l.sums = sums;
         if (sums) *sums = at_once;
-        return launch_kernel(kernel, at_once * l.ranks, l.ranks, l.threads, l.at.size, stream, a, l, mean, count);
+        return launch_kernel(few, at_once * l.ranks, l.ranks, l.threads, l.at.size, stream, a, l, mean, count);
       }
     }
     Launch l = launch<T>(a, static_cast<int>(a.snapshots), itemsize, device);
     if (o == Order::neighbours) l.keep = Keep::nothing, l.line_bytes = 0;
     const int64_t blocks = (a.rows + l.rows_per_block - 1) / l.rows_per_block * l.ranks;
-    return launch_kernel(get(o, l.keep), blocks, l.ranks, l.threads * l.rows_per_block, l.shared, stream, a, l, mean,
-                         count);
+    return launch_kernel(get(o, l.keep, soft), blocks, l.ranks, l.threads * l.rows_per_block, l.shared, stream, a, l,
+                         mean, count);
   }
 };
 

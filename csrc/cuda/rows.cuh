@@ -36,6 +36,7 @@ struct Row {
   SoftmaxSum<T> target[kMaxSnapshots];
   SoftmaxSum<T> soft, hard;  // the student at τ and at 1
   T kl;                      // Σ_c p r,  r = log p - log q
+  T label_sum, log_q, log_p;  // of soft labels: Σ_c y, Σ_c y (s - its largest), Σ_c y log p, of a mixture likewise
   int id[kMaxSnapshots];
   int used;
 };
@@ -139,10 +140,10 @@ struct RowKernel {
         b(b),
         snapshots(static_cast<int>(a.snapshots)),
         row_scale(row_scale),
-        has_ce(a.labels && a.alpha > 0),
+        has_ce(has_labels(a) && a.alpha > 0),
         by_kl((a.d_scores || a.d_query) && a.objective == Objective::kl),
         by_label((a.d_scores || a.d_query) && a.objective == Objective::label),
-        beta(static_cast<T>(a.labels ? 1 - a.alpha : 1)),
+        beta(static_cast<T>(has_labels(a) ? 1 - a.alpha : 1)),
         tau(static_cast<T>(a.temperature)),
         k(static_cast<T>(kLog2e / a.temperature)),
         row(row) {}
@@ -187,20 +188,40 @@ struct RowKernel {
       a.weights[b * snapshots + m] = static_cast<float>(row.e[m]);
   }
 
+  // Of soft labels: what they add to the loss, their attention_loss, and its gradient in row.scale. By one thread.
+  __device__ T soft_labels(T& loss) {
+    const bool probability = a.fusion == Fusion::probability;
+    if (has_ce) loss -= static_cast<T>(a.alpha) * (row.log_q - row.label_sum * log(row.hard.sum));
+    const T log_p = probability ? row.log_p : row.log_p - row.label_sum * log(row.target[0].sum);
+    const bool possible = log_p != -std::numeric_limits<T>::infinity();  // else the weights get no gradient
+#pragma unroll 1
+    for (int j = 0; by_label && j < row.used; ++j) {
+      if (probability)
+        row.scale[j] = possible ? row_scale * row.label[j] : T(0);
+      else
+        row.label[j] = possible ? (row.label_sum * row.mean[j] - row.label[j]) / tau : T(0);
+    }
+    if (by_label && !probability) softmax_grad(row.w, row.label, row_scale, row.scale, row.used);
+    return -log_p;
+  }
+
   // After the columns: loss, attention and its gradients; one thread does what is O(M). label_logit(j, y) is that of
-  // snapshot j, or of the student where j == used.
-  template <class F>
+  // snapshot j, or of the student where j == used. Of soft labels row.label has what they add up.
+  template <bool soft = false, class F>
   __device__ void finish(F label_logit) {
     const int64_t y = a.labels ? a.labels[b] : 0;
     const bool valid = y >= 0 && y < a.classes;
 #pragma unroll 1
-    for (int j = group.thread; j < row.used; j += group.threads) row.label[j] = valid ? label_logit(j, y) : T(0);
+    for (int j = group.thread; !soft && j < row.used; j += group.threads)
+      row.label[j] = valid ? label_logit(j, y) : T(0);
     group.sync();
     if (group.thread == 0) {
       T loss = beta == 0 ? T(0) : beta * tau * tau * row.kl;
       T attention_loss = 0;
       T *const z = row.label, *const g = row.moved, *const de = row.scale;  // of the used; scale is done with
-      if (a.labels) {
+      if constexpr (soft) {
+        attention_loss = soft_labels(loss);
+      } else if (a.labels) {
         if (has_ce) {
           const T s_y = valid ? label_logit(row.used, y) : T(0);
           loss -= static_cast<T>(a.alpha) * (s_y - row.hard.max - log(row.hard.sum));

@@ -21,7 +21,9 @@ if getattr(_C, "ops_version", 1) not in (2, 3):  # of the ops' signatures, count
     )
 
 # Where kernels take soft labels, by backend and type of device; elsewhere the reference computes them.
-SOFT_LABELS = {("native", "cpu"), ("native", "meta")} if _C.ops_version >= 3 else set()
+SOFT_LABELS = {("triton", "cpu"), ("triton", "cuda")}
+if _C.ops_version >= 3:
+    SOFT_LABELS |= {("native", "cpu"), ("native", "meta"), ("native", "cuda")}
 BACKENDS = ("native", "triton", "reference")
 _forced: str | None = None
 
