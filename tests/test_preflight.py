@@ -8,7 +8,10 @@ import threading
 import pytest
 import torch
 
-from eekd import models
+from eekd import load_student, models
+from eekd.export.evaluation import teacher_of
+from eekd.io.files import read_json, write_json_atomic
+from eekd.io.tensors import save_tensors
 from eekd.report import report
 from eekd.train import __main__ as cli
 from eekd.train import prepare, train
@@ -232,3 +235,70 @@ def test_findings_over_seeds(tmp_path):
     found = json.loads((run / "summary.json").read_text())["findings"]
     assert any("finished teacher" in finding for finding in found)
     assert "finished teacher" in report(run).read_text()
+
+
+# Files of one's own
+
+
+@pytest.fixture
+def elsewhere(command, tmp_path, monkeypatch):
+    """A run by relative paths, from whose folder one has gone away."""
+    students = ["--students", "attention", "method.py:Counting"]
+    weights = ["--student.weights", "start.safetensors"]
+    (tmp_path / "start.safetensors").write_bytes(b"")
+    network = _from_file(tmp_path / "nets.py", "small")
+    save_tensors(tmp_path / "start.safetensors", network.state_dict())
+    assert command("small", "small", *students, *weights) == 0
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    return tmp_path / "run"
+
+
+def _from_file(path, name):
+    return models.build(f"{path}:{name}", num_classes=10, in_channels=1, image_size=8)
+
+
+def test_a_run_by_relative_paths_is_used_from_any_folder(elsewhere, tmp_path):
+    config = json.loads((elsewhere / "config.json").read_text())
+    assert config["teacher"]["model"] == f"{tmp_path}/nets.py:small"
+    assert config["student"]["weights"] == f"{tmp_path}/start.safetensors"
+    assert config["students"] == ["attention", f"{tmp_path}/method.py:Counting"]
+    for folder in ("teacher", "students/attention", "students/Counting"):
+        assert (elsewhere / folder / "model.py").read_text() == NETS
+    (elsewhere / "summary.json").unlink()
+    assert cli.main(["--resume", str(elsewhere)]) == 0
+    assert cli.main(["student", "--teacher", str(elsewhere), "--students", "last", "--out", "mine"]) == 0
+    assert load_student(elsewhere / "students/attention").network is not None
+    assert teacher_of(elsewhere / "students/attention") is not None
+
+
+@pytest.mark.bad_input
+def test_another_content_of_a_networks_file_is_noticed(elsewhere, tmp_path, capsys):
+    (tmp_path / "nets.py").write_text(NETS.replace("nn.ReLU()", "nn.Tanh()"))  # which fits the same weights
+    (elsewhere / "summary.json").unlink()
+    assert cli.main(["--resume", str(elsewhere)]) == 2
+    told = f"{tmp_path}/nets.py must be what it was when "
+    assert f"error: {told}{elsewhere}/teacher/snapshots.json was written" in capsys.readouterr().err
+    assert cli.main(["student", "--teacher", str(elsewhere), "--students", "last", "--out", "mine"]) == 2
+    assert told in capsys.readouterr().err
+    for use in (load_student, teacher_of):
+        with pytest.raises(
+            ValueError, match=f"^{told}the network in .* was trained, .*model.py is a copy of what it was$"
+        ):
+            use(elsewhere / "students/attention")
+    (tmp_path / "nets.py").unlink()
+    with pytest.raises(
+        FileNotFoundError, match="nets.py, which makes the network in .*, is missing: .*model.py is a c"
+    ):
+        load_student(elsewhere / "students/attention")
+
+
+def test_a_run_from_before_files_were_hashed_goes_on(elsewhere, tmp_path):
+    for path in (elsewhere / "teacher/snapshots.json", *elsewhere.glob("students/*/student.json")):
+        record = read_json(path)
+        record.pop("own_sha256", None)
+        record["setup"].pop("model")
+        record["setup"]["settings"]["model"] = "nets.py:small"
+        write_json_atomic(path, record)
+    (elsewhere / "summary.json").unlink()
+    assert cli.main(["--resume", str(elsewhere)]) == 0

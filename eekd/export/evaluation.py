@@ -16,6 +16,7 @@ from eekd.io.files import read_json
 from eekd.models.normalization import Renormalize
 from eekd.snapshots import SnapshotEnsemble
 from eekd.snapshots.wrappers import logits_of
+from eekd.train.checkpoints import check_code
 from eekd.train.run_folder import read_settings
 from eekd.train.teacher import BINS
 
@@ -47,7 +48,10 @@ def teacher_of(folder: Path) -> nn.Module | None:
     noted = known.get("teacher")
     if not noted or not (folder / noted["run"] / "manifest.json").exists():
         return None
-    teacher = SnapshotEnsemble.load(folder / noted["run"], which=[-1]).models[0]
+    run = folder / noted["run"]
+    if (run / "snapshots.json").exists():
+        check_code(run, read_json(run / "snapshots.json"))
+    teacher = SnapshotEnsemble.load(run, which=[-1]).models[0]
     if student := known["spec"].get("normalization"):  # in which images come here, where a run's come as the data's
         teacher.register_forward_pre_hook(Renormalize(student["own"], student["given"]), prepend=True)
     return teacher

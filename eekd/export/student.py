@@ -145,6 +145,10 @@ def load_student(
     state = load_tensors(weights, facts["sha256"])
     spec = facts["model"]
     if factory is None:
+        if not exported:
+            from eekd.train.checkpoints import check_code
+
+            check_code(folder, read_json(folder / "student.json"))
         if exported and ".py:" in spec["name"]:
             raise ValueError(
                 f"{folder} has a network from the Python file {spec['name']!r}: give load_student(factory=)"

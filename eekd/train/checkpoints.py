@@ -29,15 +29,17 @@ import torch
 
 from eekd import parallel
 from eekd.info import environment
-from eekd.io.files import read_json, write_json_atomic
+from eekd.io.files import read_json, sha256_of, write_atomic, write_json_atomic
 from eekd.io.tensors import load_tensors, save_tensors
 from eekd.train.callbacks import Callback
 from eekd.train.config import differences
 from eekd.train.random_state import random_state, set_random_state
 from eekd.train.signals import signals
+from eekd.user_code import is_file_name, own_name
 
 FORMAT = 1
-SOURCE = "method.py"  # in the folder of a student: the file that holds its method, where it is the user's own
+# In the folder of a phase: the files of the user's own that hold the method and the network, as they were.
+SOURCES = {"method": "method.py", "model": "model.py"}
 KEEP = 2
 SYNC = 10  # seconds: how much training a power cut may cost, where a kill costs what the last checkpoint lacks
 # Settings that leave the bits of a phase as they are, or that its `setup` knows by their content.
@@ -222,6 +224,9 @@ def run_identity(name: str, session, phase, snapshots: list[str] | None = None) 
         settings["weights"] = start.sha256
     own, _ = session.normalization(phase)
     more = {"normalization": own} if own else {}
+    if is_file_name(phase.model):
+        settings["model"], file = own_name(phase.model), Path(phase.model.rpartition(":")[0])
+        more["model"] = {"file": str(file), "sha256": sha256_of(file)}
     return more | {"phase": name, "images": session.data.fingerprint, "settings": settings, "snapshots": snapshots,
             "bank": session.bank and session.bank.sha256}  # fmt: skip
 
@@ -229,15 +234,52 @@ def run_identity(name: str, session, phase, snapshots: list[str] | None = None) 
 def check_identity(path: Path, record: dict, identity: dict) -> None:
     """ValueError unless what `path` holds was made with this identity."""
     for name, (was, now) in differences({"": record["setup"]}, {"": identity}).items():
-        if name == ".method.file":  # it may move
+        _, what, *key = name.split(".")
+        if what in SOURCES and key == ["file"]:  # it may move
             continue
-        if name == ".method.sha256":
+        old = name == ".settings.model" and is_file_name(was) and own_name(was) == now
+        if old or (name == ".model" and was is None):  # written before the network's file was hashed
+            continue
+        if what in SOURCES and key == ["sha256"]:
             phase = path.parent.parent if path.parent.name == "checkpoints" else path.parent
             raise ValueError(
-                f"{identity['method']['file']} must be what it was when {path} was written, got another content: "
-                f"{phase / SOURCE} is a copy of what it was"
+                f"{identity[what]['file']} must be what it was when {path} was written, got another content: "
+                f"{phase / SOURCES[what]} is a copy of what it was"
             )
         raise ValueError(f"{path} was written with {name.strip('.') or 'setup'} {was!r}, and cannot go on with {now!r}")
+
+
+def check_code(folder: Path, record: dict) -> None:
+    """ValueError or FileNotFoundError unless the network of a phase is made by the code that made it in training."""
+    known = record["setup"].get("model")
+    if not isinstance(known, dict):
+        return
+    file, copy = Path(known["file"]), folder / SOURCES["model"]
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}, which makes the network in {folder}, is missing: {copy} is a copy of it")
+    if sha256_of(file) != known["sha256"]:
+        raise ValueError(
+            f"{file} must be what it was when the network in {folder} was trained, got another content: {copy} is a "
+            "copy of what it was"
+        )
+
+
+class KeepSources(Callback):
+    """Keeps copies of the user's own files that a phase runs: of its network, and of its `method` where it has one."""
+
+    def __init__(self, folder: Path, model: str, method: Path | None = None):
+        files = {"model": Path(model.rpartition(":")[0]) if is_file_name(model) else None, "method": method}
+        self.copies = {folder / SOURCES[what]: file.read_bytes() for what, file in files.items() if file}
+
+    def write(self) -> None:
+        for path, content in self.copies.items():
+            write_atomic(path, content)
+
+    @contextmanager
+    def running(self, trainer):
+        if parallel.is_main_process():
+            self.write()
+        yield
 
 
 @functools.cache

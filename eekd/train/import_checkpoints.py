@@ -12,7 +12,7 @@ from eekd.io.tensors import load_weights, save_tensors
 from eekd.snapshots import MANIFEST
 from eekd.snapshots.files import checkpoint_files, checkpoint_sha256
 from eekd.snapshots.manifest import FORMAT as MANIFEST_FORMAT
-from eekd.train.checkpoints import check_identity, run_identity
+from eekd.train.checkpoints import KeepSources, check_identity, run_identity
 from eekd.train.config import Config
 from eekd.train.run_folder import FORMAT, METRICS, finite, metrics_of
 from eekd.train.session import Session
@@ -61,6 +61,7 @@ def import_teacher(session: Session, folder: Path) -> dict:
         schedule = [entry["step"] for entry in entries]
         manifest = {"format": MANIFEST_FORMAT, "spec": spec, "schedule": schedule, "snapshots": entries}
         write_json_atomic(folder / MANIFEST, manifest)
+        KeepSources(folder, phase.model).write()
         for name in METRICS:
             write_atomic(folder / name, b"")
     parallel.barrier()

@@ -12,6 +12,7 @@ from eekd.io.files import write_json_atomic
 from eekd.io.lock import locked
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.snapshots.features import LastFeatures
+from eekd.train.checkpoints import check_code
 from eekd.train.config import Config, differences, located
 from eekd.train.findings import findings
 from eekd.train.import_checkpoints import check_checkpoints, import_teacher, with_checkpoints
@@ -177,6 +178,7 @@ def prepare(config: Config, run: str | Path | None = None) -> Session:
             needs_features = next((method.name for method in methods if method.needs_features), None)
             check_bank(session, loader, earlier / "teacher", needs_features)
         check_data(session, earlier)
+        check_code(earlier / "teacher", read_teacher(earlier / "teacher"))
         networks[config.teacher] = SnapshotEnsemble.load(earlier / "teacher", features=False).models[-1]
     session.notes += preflight(session, methods, networks[config.teacher], trained[config.teacher])
     return session

@@ -15,6 +15,7 @@
         metrics.jsonl metrics.csv        a line per epoch (below)
         checkpoints/                     the state of a phase in progress (eekd.train.checkpoints); gone at its end
         snapshots.json                   what the snapshots know (below); written last, so it marks a finished teacher
+        model.py                         the file of a network of the user's own, as it was; students have theirs
       students/WEIGHTING/     one folder per student: ce, last, uniform, attention, ...
         student.safetensors              weights at the end of the last epoch
         student.json                     provenance (below); written last, so it marks a finished student

@@ -14,7 +14,9 @@ from eekd import parallel
 from eekd.bank import LogitBank
 from eekd.data import ImageData, Loader, load
 from eekd.data.loader import SHOWN
+from eekd.io.files import read_json
 from eekd.snapshots import SnapshotEnsemble
+from eekd.train.checkpoints import check_code
 from eekd.train.config import Config, Phase
 from eekd.train.pretrained import Start, normalization, read_start
 from eekd.train.random_state import seed_generators
@@ -152,8 +154,11 @@ class Session(Runtime):
     ) -> SnapshotEnsemble:
         """The snapshots in `folder`, or those of the indices `which`, where and as this run runs them.
 
-        A call's outputs are overwritten by the next.
+        A call's outputs are overwritten by the next. Raises what `check_code` and SnapshotEnsemble.load do.
         """
+        record = Path(folder, "snapshots.json")
+        if record.exists():
+            check_code(Path(folder), read_json(record))
         options = {"layer": self.config.teacher.layer, "snapshots_on": self.config.snapshots_on}
         ensemble = SnapshotEnsemble.load(
             folder, device=self.device, which=which, features=features, reuse=True, **options

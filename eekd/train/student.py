@@ -4,7 +4,6 @@ import copy
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,15 +14,14 @@ from torch import Tensor, nn
 from eekd import parallel
 from eekd.data import Loader
 from eekd.info import commit
-from eekd.io.files import read_checked, read_json, sha256_of, write_atomic, write_json_atomic
+from eekd.io.files import read_checked, read_json, sha256_of, write_json_atomic
 from eekd.io.tensors import save_tensors
 from eekd.method import weightings
 from eekd.method.losses import EEKDLoss
 from eekd.snapshots import read_entries, read_manifest
 from eekd.snapshots.features import LastFeatures
-from eekd.train.callbacks import Callback
 from eekd.train.checked import student_names
-from eekd.train.checkpoints import SOURCE, check_identity, delete_checkpoints, run_identity
+from eekd.train.checkpoints import KeepSources, check_identity, delete_checkpoints, run_identity
 from eekd.train.config import Config
 from eekd.train.metrics import RunningMeans, accuracy, evaluate
 from eekd.train.run_folder import FORMAT, finite, metrics_of, read_metrics, read_record
@@ -206,19 +204,6 @@ def check_source(folder: Path, method: Method) -> None:
     check_identity(folder / RECORD, record, record["setup"] | {"method": method.source})
 
 
-class KeepSource(Callback):
-    """Keeps a copy of the file that holds the method of a student."""
-
-    def __init__(self, folder: Path, source: bytes):
-        self.folder, self.source = folder, source
-
-    @contextmanager
-    def running(self, trainer):
-        if parallel.is_main_process():
-            write_atomic(self.folder / SOURCE, self.source)
-        yield
-
-
 def train_student(
     config: Config,
     teacher: str | Path | None,
@@ -253,8 +238,7 @@ def train_student(
         delete_checkpoints(folder)
         return record
     callbacks = standard_callbacks(session, name, folder, identity, resume)
-    if method.file:
-        callbacks.append(KeepSource(folder, method.file.read_bytes()))
+    callbacks.append(KeepSources(folder, phase.model, method.file))
     options = dict(which=which, name=name, callbacks=callbacks, progress=progress)
     trainer = method.trainer(session, teacher, method.weighting, **options)
     rows = trainer.fit()

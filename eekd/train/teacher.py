@@ -13,7 +13,7 @@ from eekd.data import Loader
 from eekd.io.files import read_checked, read_json, write_json_atomic
 from eekd.snapshots import MANIFEST, SnapshotEnsemble, SnapshotRecorder, read_manifest
 from eekd.train.callbacks import Callback
-from eekd.train.checkpoints import check_identity, delete_checkpoints, run_identity
+from eekd.train.checkpoints import KeepSources, check_identity, delete_checkpoints, run_identity
 from eekd.train.config import Config
 from eekd.train.run_folder import FORMAT, finite, metrics_of, read_metrics, read_record
 from eekd.train.session import Progress, Session, quiet
@@ -78,7 +78,8 @@ def train_teacher(
         delete_checkpoints(folder)
         return record
     snapshots = Snapshots(folder, schedule, session.spec(phase), resume)
-    callbacks = standard_callbacks(session, "teacher", folder, identity, resume, snapshots)
+    kept = snapshots, KeepSources(folder, phase.model)
+    callbacks = standard_callbacks(session, "teacher", folder, identity, resume, *kept)
     TeacherTrainer(session, callbacks=callbacks, progress=progress).fit()
     parallel.barrier()  # until the last snapshot is written
     ensemble = session.load_snapshots(folder, features=False)
