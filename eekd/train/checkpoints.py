@@ -29,7 +29,7 @@ import torch
 
 from eekd import parallel
 from eekd.info import environment
-from eekd.io.files import read_json, sha256_of, write_atomic, write_json_atomic
+from eekd.io.files import read_checked, read_json, sha256_of, write_atomic, write_json_atomic
 from eekd.io.tensors import load_tensors, save_tensors
 from eekd.train.callbacks import Callback
 from eekd.train.config import differences
@@ -227,8 +227,8 @@ def run_identity(name: str, session, phase, snapshots: list[str] | None = None) 
     if is_file_name(phase.model):
         settings["model"], file = own_name(phase.model), Path(phase.model.rpartition(":")[0])
         more["model"] = {"file": str(file), "sha256": sha256_of(file)}
-    return more | {"phase": name, "images": session.data.fingerprint, "settings": settings, "snapshots": snapshots,
-            "bank": session.bank and session.bank.sha256}  # fmt: skip
+    known = {"phase": name, "images": session.data.fingerprint, "settings": settings, "snapshots": snapshots}
+    return known | {"bank": session.bank and session.bank.sha256} | more
 
 
 def check_identity(path: Path, record: dict, identity: dict) -> None:
@@ -262,6 +262,14 @@ def check_code(folder: Path, record: dict) -> None:
             f"{file} must be what it was when the network in {folder} was trained, got another content: {copy} is a "
             "copy of what it was"
         )
+
+
+def check_copies(folder: Path, record: dict) -> None:
+    """ValueError or FileNotFoundError for a copy that `KeepSources` made and that was damaged or removed."""
+    for what, name in SOURCES.items():
+        known = record["setup"].get(what)
+        if isinstance(known, dict) and known.get("sha256"):
+            read_checked(folder / name, known["sha256"])
 
 
 class KeepSources(Callback):

@@ -21,7 +21,7 @@ from eekd.method.losses import EEKDLoss
 from eekd.snapshots import read_entries, read_manifest
 from eekd.snapshots.features import LastFeatures
 from eekd.train.checked import student_names
-from eekd.train.checkpoints import KeepSources, check_identity, delete_checkpoints, run_identity
+from eekd.train.checkpoints import KeepSources, check_copies, check_identity, delete_checkpoints, run_identity
 from eekd.train.config import Config
 from eekd.train.metrics import RunningMeans, accuracy, evaluate
 from eekd.train.run_folder import FORMAT, finite, metrics_of, read_metrics, read_record
@@ -293,6 +293,7 @@ def read_student(folder: Path) -> dict:
         read_checked(folder / ATTENTION, record["attention_sha256"])
     if record.get("criterion_sha256"):
         read_checked(folder / CRITERION, record["criterion_sha256"])
+    check_copies(folder, record)
     read_metrics(folder, record)
     return record
 

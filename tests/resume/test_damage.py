@@ -52,7 +52,12 @@ def check_damage_to_an_unfinished_run(run, broken: Path, copy: Path, file: Path,
             return
     named = any(str(copy / file) in str(warning.message) for warning in told)
     newest = max((int(path.stem) for path in (broken / file).parent.glob("*.json") if path.stem.isdecimal()), default=0)
-    anew = file.name.startswith("metrics") or file.name == "manifest.json" and not list(broken.rglob("snapshot-*"))
+    anew = (
+        file.name.startswith("metrics")
+        or file.name == "model.py"
+        or file.name == "manifest.json"
+        and not list(broken.rglob("snapshot-*"))
+    )
     assert named or anew or file.parent.name == "checkpoints" and file.stem != str(newest)
     check_same(run[1], copy)
 
