@@ -1,5 +1,7 @@
 """Settings of the model itself: rates by layer, checkpointed gradients, its own arguments."""
 
+import dataclasses
+import json
 import re
 
 import pytest
@@ -13,6 +15,7 @@ from eekd.train import StudentTrainer, train
 from eekd.train.config import Config, Student, Teacher
 from eekd.train.estimate import plan
 from eekd.train.optim import build_optimizer
+from eekd.train.presets import preset
 from eekd.train.session import Session
 
 bad_input = pytest.mark.bad_input
@@ -27,9 +30,9 @@ def nets(tmp_path_factory):
 
 def vit(**more):
     pytest.importorskip("timm")
-    small = "img_size=28", "patch_size=14", "embed_dim=24", "depth=4", "num_heads=2"
-    args = tuple(word for word in small if not word.startswith("img")) + more.pop("model_args", ())
-    return Student(model="timm:vit_tiny_patch16_224", model_args=args, optimizer="adamw", lr=1e-3, **more)
+    small = "patch_size=14", "embed_dim=24", "depth=4", "num_heads=2"
+    args = more.pop("model_args", ())
+    return Student(model="timm:vit_tiny_patch16_224", model_args=small + args, optimizer="adamw", lr=1e-3, **more)
 
 
 def session_of(student: Student) -> Session:
@@ -101,6 +104,26 @@ def test_a_models_own_arguments_are_kept_with_it(tmp_path):
     loaded.save(tmp_path / "exported")
     again = eekd.load_student(tmp_path / "exported")
     assert torch.equal(again(torch.ones(1, 1, 28, 28)), loaded(torch.ones(1, 1, 28, 28)))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["imagenet-r34-r18", "imagenet-deit-s", "finetune"])
+def test_the_recipes_of_presets_train_something_small(tmp_path, name):
+    config, small = preset(name), dict(epochs=2, batch_size=60, warmup_epochs=0.5, weights=None)
+    kind = vit(model_args=config.student.model_args)
+    if config.student.schedule == "step":
+        small["warmup_epochs"] = 0
+    out = train(
+        dataclasses.replace(
+            config, data="digits", image_size=28, train_limit=200, val_fraction=0.1, workers=1, precision="fp32",
+            teacher=dataclasses.replace(config.teacher, model="resnet8_w4", layer_decay=1.0, snapshots=2, **small),
+            student=dataclasses.replace(config.student, model=kind.model, model_args=kind.model_args, **small),
+        ),
+        tmp_path / "run",
+    )  # fmt: skip
+    for folder in ("teacher", "students/ce", "students/last", "students/attention"):
+        losses = [json.loads(line)["val_loss"] for line in (out / folder / "metrics.jsonl").read_text().splitlines()]
+        assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
 
 
 @bad_input

@@ -76,6 +76,7 @@ class WandB(Log):
             resume="allow",
             dir=str(folder),
             config=dict(settings),
+            settings={"console": "off", "silent": True},  # the terminal is eekd's
         )
 
     def write(self, row):
