@@ -13,6 +13,7 @@ from torch import nn
 
 from eekd import LastFeatures, SnapshotEnsemble, load_student, models
 from eekd.bank import __main__ as bank
+from eekd.data import load
 from eekd.export.evaluation import batches, evaluate, teacher_of
 from eekd.io.files import read_json, write_json_atomic
 from eekd.io.tensors import load_tensors, save_tensors
@@ -230,7 +231,9 @@ def timm_model(tmp_path, monkeypatch):
     source = timm.create_model("test_resnet", num_classes=7)
     save_tensors(tmp_path / "timm.safetensors", source.state_dict())
     cfg = timm.get_pretrained_cfg("test_resnet")
-    cfg = dataclasses.replace(cfg, file=str(tmp_path / "timm.safetensors"), num_classes=7, hf_hub_id=None)
+    cfg = dataclasses.replace(
+        cfg, file=str(tmp_path / "timm.safetensors"), num_classes=7, hf_hub_id=None, interpolation="bicubic"
+    )
     create = timm.create_model
     monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name, **_: cfg)
     monkeypatch.setattr(timm, "create_model", lambda *args, **named: create(*args, pretrained_cfg=cfg, **named))
@@ -253,6 +256,7 @@ def test_timms_own_weights_come_with_their_normalisation(timm_model, tmp_path, c
         "The teacher starts from timm's weights of test_resnet, fc made anew for 2 classes (there was none)." in printed
     )
     mean, std = (", ".join(f"{x:.3g}" for x in numbers) for numbers in (cfg.mean, cfg.std))
+    assert f"The teacher starts from weights for images resized by {cfg.interpolation}, got bilinear: --int" in printed
     assert f"The teacher sees images normalised by mean {mean} and std {std} (timm's of test_resnet)." in printed
     manifest = json.loads((out / "teacher/manifest.json").read_text())
     assert manifest["spec"]["normalization"]["own"] == {"mean": list(cfg.mean), "std": list(cfg.std)}
@@ -283,6 +287,46 @@ def test_weights_of_timm_that_cannot_be_had_are_one_sentence(timm_model, monkeyp
         ValueError, match="^student.weights timm needs the weights of test_resnet .*: no route to host; "
     ):
         session.start(session.config.student)
+
+
+# Interpolation
+
+
+def test_images_are_resized_by_the_interpolation_that_was_asked_for(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    generator = torch.Generator().manual_seed(0)
+    for c in "ab":
+        for n in range(30):
+            pixels = torch.randint(256, (20, 20), dtype=torch.uint8, generator=generator).numpy()
+            (tmp_path / "data" / c).mkdir(parents=True, exist_ok=True)
+            image.fromarray(pixels).save(tmp_path / "data" / c / f"{n}.png")
+    found = {}
+    for kind, number in (("bilinear", 2), ("bicubic", 3)):
+        small = config(
+            train_limit=None, data=str(tmp_path / "data"), image_size=8, interpolation=kind, students=("ce",)
+        )
+        run = train(small, tmp_path / kind)
+        student, data = load_student(run / "students/ce"), prepare(small).data
+        assert student.facts["preprocessing"]["interpolation"] == kind
+        path = tmp_path / "data/a/0.png"
+        resized = torch.tensor(list(image.open(path).resize((8, 8), number).getdata()), dtype=torch.uint8).view(
+            1, 1, 8, 8
+        )
+        torch.testing.assert_close(student.preprocess(path), student.normalize(resized))
+        again = load_student(student.save(tmp_path / f"{kind}-exported"))
+        assert f"resize it by {kind} interpolation" in (tmp_path / f"{kind}-exported/README.md").read_text().replace(
+            "\n", " "
+        )
+        torch.testing.assert_close(again.preprocess(path), student.preprocess(path))
+        accuracy = evaluate(student, data, "test", seconds=0.01)["student"]["accuracy"]
+        assert accuracy == pytest.approx(read_json(run / "students/ce/student.json")["test"]["accuracy"])
+        found[kind] = data.fingerprint
+    assert found["bilinear"] != found["bicubic"]
+
+
+def test_images_in_memory_are_resized_by_it_too():
+    small, other = (load("digits", image_size=4, interpolation=kind).train.images for kind in ("bilinear", "bicubic"))
+    assert small.shape == other.shape and not torch.equal(small, other)
 
 
 # Normalisation

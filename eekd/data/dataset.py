@@ -16,7 +16,7 @@ from torch import Tensor
 from eekd.io.files import printable
 
 from .augment import SPLIT, random_bits
-from .encoded import BadImages, Encoded
+from .encoded import RESAMPLE, BadImages, Encoded
 from .images import is_plain, open_image
 from .opened import Contents, Part, check_int, open_data
 from .walk import counted
@@ -63,6 +63,7 @@ class ImageData:
     train: Split
     val: Split
     test: Split
+    interpolation: str = "bilinear"
     decisions: tuple[str, ...] = ()
     contents: Contents | None = None
 
@@ -87,7 +88,7 @@ class ImageData:
         """How an image becomes a network's input when it is tested, as JSON values.
 
         The image stands upright as its Exif data say, and on white where it is transparent. The centred square of
-        `zoom` times the shorter side is resized bilinearly to image_size x image_size, in
+        `zoom` times the shorter side is resized by `interpolation` to image_size x image_size, in
         `channels` (1: grey, 3: RGB), scaled to [0, 1], less `mean`, over `std`.
         """
         zoom = getattr(self.test.images, "zoom", _TEST_ZOOM if self.augment == "imagenet" else 1.0)
@@ -95,6 +96,7 @@ class ImageData:
             "image_size": self.image_size,
             "channels": self.channels,
             "zoom": zoom,
+            "interpolation": self.interpolation,
             "mean": list(self.mean),
             "std": list(self.std),
         }
@@ -105,7 +107,7 @@ class ImageData:
 
         Of a split that stays encoded, 1024 evenly spaced images stand for all.
         """
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b"" if self.interpolation == "bilinear" else self.interpolation.encode())
         for split in (self.train, self.val, self.test):
             digest.update(str((*split.images.shape, split.mean, split.std)).encode())
             digest.update(split.labels.numpy().data)
@@ -137,6 +139,7 @@ def load(
     seed: int = 0,
     train_limit: int | None = None,
     image_size: int | None = None,
+    interpolation: str = "bilinear",
     channels: int | None = None,
     classes: str | os.PathLike | Sequence[str] | None = None,
     split: str | Sequence[str] | None = None,
@@ -161,10 +164,11 @@ def load(
     by `seed`. `train_limit` keeps that many images for training. All draws are stratified. `split` names the splits to
     read where their names do not tell: "TRAIN", "TRAIN,TEST" or "TRAIN,VAL,TEST".
 
-    Image files become squares of `image_size`, by default their own size where most are squares of one size and at most
-    64, else 224: in one uint8 tensor where a split takes at most `memory_budget` bytes, otherwise decoded when
-    needed. They have 1 channel where all of a sample are grey, else 3; `channels` is 1 or 3. `classes` are the class
-    names in their order, or a file with one a line; by default they are sorted by the alphabet.
+    Image files become squares of `image_size`, by default their own size where most are squares of one size and at
+    most 64, else 224: in one uint8 tensor where a split takes at most `memory_budget` bytes, otherwise decoded when
+    needed. They are resized by `interpolation`, "bilinear" or "bicubic". They have 1 channel where all of a sample
+    are grey, else 3; `channels` is 1 or 3. `classes` are the class names in their order, or a file with one a line;
+    by default they are sorted by the alphabet.
 
     Of a table, `image_column` and `label_column` name the columns where their types do not tell, and `config_name` one
     configuration of a Hugging Face id. With `streaming`, nothing of such a data set is stored on disk: as many of its
@@ -185,6 +189,8 @@ def load(
     check_int("bad_image_budget", bad_image_budget, 0)
     if train_limit is not None:
         check_int("train_limit", train_limit, 1)
+    if interpolation not in RESAMPLE:
+        raise ValueError(f"interpolation is {interpolation!r}, wanted {' or '.join(RESAMPLE)}")
     if bad_images not in ("stop", "skip"):
         raise ValueError(f"bad_images is {bad_images!r}, wanted stop or skip")
     if streaming and train_limit is None:
@@ -243,10 +249,16 @@ def load(
             images = parts[part][0]
             if isinstance(images, Encoded):
                 images.zoom = _TEST_ZOOM
-    parts = {part: (_settle(images, y, image_size, memory_budget), y) for part, (images, y) in parts.items()}
+    for images, _ in parts.values():
+        if isinstance(images, Encoded):
+            images.interpolation = interpolation
+    options = image_size, memory_budget, interpolation
+    parts = {part: (_settle(images, y, *options), y) for part, (images, y) in parts.items()}
     mean, std = _STATISTICS.get(name) or statistics(parts["train"][0])
     splits = {part: Split(images, y, mean, std) for part, (images, y) in parts.items()}
-    return ImageData(name, classes, augment, **splits, decisions=tuple(said), contents=opened.contents)
+    return ImageData(
+        name, classes, augment, **splits, interpolation=interpolation, decisions=tuple(said), contents=opened.contents
+    )
 
 
 def stratified(labels: Tensor, count: int, seed: int) -> Tensor:
@@ -288,7 +300,9 @@ def _subset(part: Part, index: Tensor) -> Part:
     return (images.subset(index) if isinstance(images, Encoded) else images[index]), labels[index]
 
 
-def _settle(images: Tensor | Encoded, labels: Tensor, image_size: int | None, memory_budget: int) -> Tensor | Encoded:
+def _settle(
+    images: Tensor | Encoded, labels: Tensor, image_size: int | None, memory_budget: int, interpolation: str
+) -> Tensor | Encoded:
     """The images at their final size, as a tensor if the budget allows."""
     if isinstance(images, Encoded):
         return images.decode_all(labels) if math.prod(images.shape) <= memory_budget else images
@@ -297,7 +311,10 @@ def _settle(images: Tensor | Encoded, labels: Tensor, image_size: int | None, me
     size = (image_size, image_size)
     return torch.cat(
         [
-            F.interpolate(chunk.float(), size, mode="bilinear", antialias=True).round_().to(torch.uint8)
+            F.interpolate(chunk.float(), size, mode=interpolation, antialias=True)
+            .round_()
+            .clamp_(0, 255)
+            .to(torch.uint8)
             for chunk in images.split(4096)
         ]
     )

@@ -22,6 +22,8 @@ SAMPLED = 1024  # images that stand for a split too large to read whole
 SMALL = 64  # the largest side of images that keep their size
 LARGE = 224  # the side of all others, by default: that of ImageNet's networks
 
+RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
+
 Box = Callable[[int, int], Sequence[int]]  # height, width -> top, left, height, width
 
 
@@ -49,6 +51,7 @@ class Encoded:
 
     items    paths, encoded bytes, or the {"bytes", "path"} cells of a Hugging Face image column
     zoom     the side of the centred square that is shown, as a fraction of the image's shorter side
+    interpolation  how it is resized, "bilinear" or "bicubic", both antialiased
     folders  where the files must lie whose paths are data, as those in a table are; None: anywhere
     bad      what happens at an image that cannot be read
     """
@@ -60,10 +63,12 @@ class Encoded:
         channels: int,
         image_size: int,
         zoom: float = 1.0,
+        interpolation: str = "bilinear",
         folders: Sequence[Path] | None = None,
         bad: BadImages | None = None,
     ):
         self.items, self.channels, self.image_size, self.zoom = items, channels, image_size, zoom
+        self.interpolation = interpolation
         self.folders, self.bad = folders, bad or BadImages()
         self.rows = np.arange(len(items))
 
@@ -103,7 +108,7 @@ class Encoded:
     def decode(self, i: int, choose: Box | None = None, change: Callable | None = None) -> Tensor:
         """Image i, or its box (top, left, height, width) = choose(height, width), as (C, S, S) uint8.
 
-        Antialiased bilinear; `change` is then done to the Pillow image. Raises ValueError naming the file or row that
+        `change` is done to the resized Pillow image. Raises ValueError naming the file or row that
         holds no readable image.
         """
         image = decode_image(*self.read(i), mode="L" if self.channels == 1 else "RGB")
@@ -113,7 +118,8 @@ class Encoded:
         else:
             top, left, height, width = choose(image.height, image.width)
         size = (self.image_size, self.image_size)
-        image = image.resize(size, resample=2, box=(left, top, left + width, top + height))  # 2: bilinear
+        box = left, top, left + width, top + height
+        image = image.resize(size, resample=RESAMPLE[self.interpolation], box=box)
         image = image if change is None else change(image)
         return torch.from_numpy(np.array(image)).view(*size, self.channels).permute(2, 0, 1)
 

@@ -22,9 +22,10 @@ student = eekd.load_student("path/to/this/folder")
 print(student.predict("image.png", top=3))
 ```
 
-`model.pt2` (`torch.export.load("model.pt2").module()`) and `model.onnx`, where they are here, need no eekd: they take
-float32 images (B, {channels}, {size}, {size}) and give logits. Make them so: take the centred square of {zoom:g} times
-the shorter side, resize it bilinearly, scale it to [0, 1], subtract mean {mean} and divide by std {std}.
+`model.pt2` (`torch.export.load("model.pt2").module()`) and `model.onnx`, where they are here, need no eekd: they
+take float32 images (B, {channels}, {size}, {size}) and give logits. Make them so: take the centred square of
+{zoom:g} times the shorter side, resize it by {interpolation} interpolation, scale it to [0, 1], subtract mean
+{mean} and divide by std {std}.
 
 ## How good it is
 
@@ -57,6 +58,7 @@ def card(facts: dict) -> str:
         colour="grey" if data["channels"] == 1 else "in colour",
         channels=data["channels"],
         zoom=data["zoom"],
+        interpolation=data.get("interpolation", "bilinear"),
         mean=[round(x, 4) for x in data["mean"]],
         std=[round(x, 4) for x in data["std"]],
         table=_table(facts.get("results") or {}),

@@ -75,6 +75,7 @@ def batches(student: Student, data: ImageData, split: str, size: int = 128) -> I
     if isinstance(images, Encoded):
         images = copy.copy(images)
         images.channels, images.image_size, images.zoom = wanted["channels"], wanted["image_size"], wanted["zoom"]
+        images.interpolation = wanted.get("interpolation", "bilinear")
     elif images.shape[1] > wanted["channels"]:
         raise ValueError(f"{data.name} has images in colour, and the student was trained on grey ones")
     for index in torch.arange(len(part)).split(size):

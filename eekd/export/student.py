@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import eekd
 from eekd import models
-from eekd.data.encoded import Encoded
+from eekd.data.encoded import RESAMPLE, Encoded
 from eekd.io.files import read_json, write_atomic, write_json_atomic
 from eekd.io.tensors import load_state, load_tensors, save_tensors
 from eekd.snapshots.wrappers import logits_of
@@ -56,12 +56,13 @@ class Student(nn.Module, ModelHubMixin):  # pyright: ignore[reportGeneralTypeIss
         """An image, or a list of images, as the network's input (B, C, S, S) float32 on the student's device.
 
         An image is a path, encoded bytes, a PIL image, or an array (H, W) or (H, W, 1 | 3) of uint8. The centred square
-        of `zoom` times its shorter side is resized bilinearly, as validation images were. ValueError where it is none.
+        of `zoom` times its shorter side is resized as validation images were. ValueError where it is none.
         """
         images = images if isinstance(images, list | tuple) else [images]
         data = self.facts["preprocessing"]
         items = [_encoded(image) for image in images]
-        decoder = Encoded(items, channels=data["channels"], image_size=data["image_size"], zoom=data["zoom"])
+        options = {key: data[key] for key in ("channels", "image_size", "zoom", "interpolation") if key in data}
+        decoder = Encoded(items, **options)
         size = 0, data["channels"], data["image_size"], data["image_size"]
         pixels = [decoder.decode(i) for i in range(len(items))]
         x = torch.stack(pixels) if pixels else torch.empty(size, dtype=torch.uint8)
@@ -193,6 +194,7 @@ def _check(path: Path, facts: dict) -> None:
     counts = sizes and len(numbers) == 1 + 2 * channels
     if (
         not counts
+        or data.get("interpolation", "bilinear") not in RESAMPLE
         or not all(isinstance(x, int | float) for x in numbers)
         or min(numbers[1 + channels :] + [data["zoom"]]) <= 0
     ):

@@ -46,6 +46,7 @@ SYNC = 10  # seconds: how much training a power cut may cost, where a kill costs
 _NO_BITS = {
     "data",
     "root",
+    "interpolation",
     "channels",
     "classes",
     "split",

@@ -150,6 +150,7 @@ class Config(Checked):
     image_size: int | None = (
         None  # resize images to this; none: their own size if most are squares of up to 64, else 224
     )
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # how images are resized
     channels: int | None = None  # 1: grey, 3: in colour; none: 3, but 1 where all of a sample of images are grey
     classes: str | None = None  # a file of the names of the classes, in their order, one a line; none: by the alphabet
     split: str | None = None  # the splits to read, where their names do not tell: TRAIN or TRAIN,TEST or TRAIN,VAL,TEST
@@ -235,7 +236,7 @@ class Config(Checked):
 
     def reading(self) -> dict:
         """The arguments of `eekd.data.load`, besides name and root."""
-        names = "val_fraction", "train_limit", "streaming", "bad_images", "bad_image_budget"
+        names = "interpolation", "val_fraction", "train_limit", "streaming", "bad_images", "bad_image_budget"
         return self.source() | {"seed": self.split_seed} | {name: getattr(self, name) for name in names}
 
     def to_json(self) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eekd import models
+from eekd.data.encoded import RESAMPLE
 from eekd.io.files import first_line
 from eekd.io.state_dicts import bare_names, load_state, some, without_prefix
 from eekd.io.tensors import load_weights, weights_sha256
@@ -114,6 +115,16 @@ def normalization(phase: Phase, given: dict) -> tuple[dict | None, str | None]:
         )
     numbers = " and ".join(f"{key} {', '.join(f'{x:.3g}' for x in own[key])}" for key in ("mean", "std"))
     return {"given": given, "own": own}, f"sees images normalised by {numbers} ({source})."
+
+
+def resized_otherwise(phase: Phase, interpolation: str) -> str | None:
+    """A sentence where timm's weights were trained on images that were resized otherwise."""
+    if phase.weights != "timm":
+        return None
+    own = models.timm_config(phase.model.removeprefix("timm:")).interpolation
+    if own in (interpolation, "random") or own not in RESAMPLE:
+        return None
+    return f"starts from weights for images resized by {own}, got {interpolation}: --interpolation {own} resizes so."
 
 
 def _of_timm(name: str) -> dict | None:

@@ -19,6 +19,7 @@ from eekd.train.import_checkpoints import check_checkpoints, import_teacher, wit
 from eekd.train.logs import asked_for
 from eekd.train.optim import layer_scales
 from eekd.train.preflight import preflight
+from eekd.train.pretrained import resized_otherwise
 from eekd.train.run_folder import FORMAT, changes, new_folder, read_metrics, read_record, read_settings, write_settings
 from eekd.train.seeds import seeds_of, summary_of
 from eekd.train.session import Progress, Session, checkpoint_gradients, quiet
@@ -160,7 +161,8 @@ def prepare(config: Config, run: str | Path | None = None) -> Session:
         networks[phase] = network = models.build(**session.spec(phase))
         _, said = session.normalization(phase)
         started = is_trained and session.start(phase)
-        for sentence in (started and started.load(network, len(session.data.classes)), said):
+        resized = is_trained and resized_otherwise(phase, config.interpolation)
+        for sentence in (started and started.load(network, len(session.data.classes)), said, resized):
             if sentence:
                 session.notes.append(f"The {type(phase).__name__.lower()} {sentence}")
         layer_scales(phase, network)
