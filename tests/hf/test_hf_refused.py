@@ -39,7 +39,10 @@ def test_settings_out_of_range_are_refused(tmp_path):
             settings(tmp_path, **options)
     run = run_of("gpt2", tmp_path)
     refused("snapshots must be from 1 to 2", None, run, tmp_path, snapshots=3)
-    refused("torch_compile must be False", None, run, tmp_path, torch_compile=True)
+    args = settings(tmp_path)
+    args.torch_compile = True  # as a flag it would set variables of the environment
+    with pytest.raises(ValueError, match="torch_compile must be False"):
+        EEKDTrainer(language_model(), args, teacher_checkpoints=run)
     refused("teacher_checkpoints, teachers or token_bank must be given, got none", None, None, tmp_path)
     refused("must be folders", None, tmp_path / "nowhere", tmp_path, error=FileNotFoundError)
     with pytest.raises(TypeError, match="args must be an EEKDConfig"):
@@ -145,6 +148,21 @@ def test_a_head_that_the_model_does_not_use_is_refused_on_the_first_batch(tmp_pa
     Odd.__name__ = "GPT2LMHeadModel"
     student = Odd(language_model().config)
     trainer = trainer_of(student, run_of("gpt2", tmp_path), tmp_path)
+    with pytest.raises(ValueError, match="the student must give the logits of its head"):
+        trainer.train()
+
+
+@pytest.mark.bad_input
+def test_a_soft_cap_that_no_configuration_states_is_refused_while_logits_are_small(tmp_path):
+    class Capped(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = 30 * (output.logits / 30).tanh()
+            return output
+
+    Capped.__name__ = "LlamaForCausalLM"
+    student = Capped(language_model("llama").config)
+    trainer = trainer_of(student, save([language_model("llama", 24, 1)], tmp_path / "run"), tmp_path)
     with pytest.raises(ValueError, match="the student must give the logits of its head"):
         trainer.train()
 
