@@ -45,6 +45,21 @@ def test_the_loss_of_a_language_model_is_the_plain_formula(kind, tmp_path):
     compare(got, gradients(student))
 
 
+@pytest.mark.parametrize("kind, option", [("cohere", "logit_scale"), ("granite", "logits_scaling")])
+def test_teachers_may_scale_their_logits_otherwise(kind, option, tmp_path):
+    teachers = [language_model(kind, 24, seed, **{option: 0.7}) for seed in (1, 2)]
+    student = language_model(kind)
+    trainer = trainer_of(student, save(teachers, tmp_path / "run"), tmp_path, weighting="confidence")
+    batch = collate([Texts()[i] for i in range(6)])
+    loss, _ = loss_of(trainer, batch)
+    s, y = rows_of(student, batch)
+    with torch.no_grad():
+        z = [rows_of(teacher.eval(), batch)[0] for teacher in teachers]
+        losses = torch.stack([F.cross_entropy(x, y, reduction="none") for x in z], 1)
+        want = formula(s, z, y, 1 - losses.softmax(1)) / len(y)
+    torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("fusion", ["probability", "logit"])
 @pytest.mark.parametrize("weighting", ["last", "linear_increase", "entropy", "confidence", "attention"])
 def test_each_weighting_is_its_formula(weighting, fusion, tmp_path, monkeypatch):
