@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,8 +99,8 @@ class Loader:
         self.split, self.train, self.drop_last = split, train, drop_last
         self.augment = augment if train else "none"
         shown = zip(SHOWN, (auto_augment, erasing, mixup, cutmix), strict=True)
-        self.shown = {name: value for name, value in shown if train and value not in (0, "none")}
-        self.smoothing, self.classes = label_smoothing if train else 0.0, classes
+        self.shown: dict[str, Any] = {name: value for name, value in shown if train and value not in (0, "none")}
+        self.smoothing, self.classes = label_smoothing if train else 0.0, classes or 0
         self.mixes = not self.shown.keys().isdisjoint(("mixup", "cutmix"))
         self.varies = self.augment != "none" or bool(self.shown)
         self.seed = check_int("seed", seed)
@@ -124,8 +124,11 @@ class Loader:
         self._labels = split.labels.to(self.device)
         policy = self.shown.get("auto_augment", "none")
         self._encoded = split.images if isinstance(split.images, Encoded) else None
-        self._decoder = self._images = None
-        if self._encoded is not None or policy != "none":
+        self._decoder: DataLoader | None = None
+        self._images: Tensor | None = None
+        if isinstance(split.images, Tensor) and policy == "none":
+            self._images = split.images.to(self.device)
+        else:
             if policy != "none":
                 pillow()
             self._work = []  # of the epoch: (view, samples of a batch), each batch for one process
@@ -138,8 +141,6 @@ class Loader:
                 pin_memory=self.device.type == "cuda",
                 generator=torch.Generator(),  # else every epoch would draw from the global one
             )
-        else:
-            self._images = split.images.to(self.device)
         # A GPU would wait for the number of different images that it mixes: there each is made as often as it is used.
         self._twice = self._images is not None and self.device.type != "cpu"
 
@@ -220,7 +221,8 @@ class Loader:
     def _decoded(self, work: list[tuple[int, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Images that the workers made, mirrored."""
         self._work[:] = [(view, index.cpu()) for view, index in work]
-        for (view, _), (index, images, faults) in zip(work, self._decoder, strict=True):
+        made = zip(work, self._decoder, strict=True)  # pyright: ignore[reportArgumentType]
+        for (view, _), (index, images, faults) in made:
             if isinstance(images, Exception):
                 raise images
             if self._encoded is not None:
@@ -270,18 +272,18 @@ class _Decoder(Dataset):
             images, faults, decoded = self.images[index], [], False
         else:
             decoded = self.kind in ("none", "imagenet")  # then all is done to an image while it is Pillow's
-            images, faults = self._decoded(index, decoded, known)
+            images, faults = self._decoded(self.images, index, decoded, known)
         if not decoded:
             images = apply_policy(crop(images, index, kind=self.kind, **known), index, self.policy, **known)
         return images, faults
 
-    def _decoded(self, index: Tensor, whole: bool, known: dict) -> tuple[Tensor, list[str]]:
+    def _decoded(self, images: Encoded, index: Tensor, whole: bool, known: dict) -> tuple[Tensor, list[str]]:
         """Images decoded and, where this is the `whole` of it, cropped and changed."""
         chooses = resized_crop_choosers(index, **known) if self.kind == "imagenet" else [None] * len(index)
-        size, policy = self.images.image_size, self.policy if whole else "none"
+        size, policy = images.image_size, self.policy if whole else "none"
         by_policy = changes(index, policy, size, **known) if policy != "none" else [None] * len(index)
-        images, faults = torch.empty(len(index), *self.images.shape[1:], dtype=torch.uint8), []
+        decoded, faults = torch.empty(len(index), *images.shape[1:], dtype=torch.uint8), []
         for row, (i, choose, change) in enumerate(zip(index.tolist(), chooses, by_policy, strict=True)):
-            images[row], said = self.images.decode_or_stand_in(i, self.labels, choose, change)
+            decoded[row], said = images.decode_or_stand_in(i, self.labels, choose, change)
             faults += said
-        return images, faults
+        return decoded, faults

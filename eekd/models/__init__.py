@@ -78,7 +78,7 @@ def build(
 
 def _network(name: str, args: dict, sizes: dict[str, int]) -> nn.Module:
     if name.startswith("timm:"):
-        return from_timm(name.removeprefix("timm:"), args, **sizes)
+        return from_timm(name.removeprefix("timm:"), args, **sizes)  # pyright: ignore[reportArgumentType]
     if is_file_name(name):
         return _from_file(name, args, **sizes)
     if name not in MODELS:
