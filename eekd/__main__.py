@@ -1,4 +1,4 @@
-"""`eekd VERB ...`, which is `python -m eekd.VERB ...`: the one command for all that eekd does."""
+"""`eekd VERB ...`, which is the same as `python -m eekd.VERB ...`."""
 
 import difflib
 import importlib
@@ -8,12 +8,12 @@ from eekd import command
 
 VERBS = {
     "train": "trains a teacher, keeps its snapshots and distils students",
-    "bank": "stores what a teacher's snapshots say about its training images, for many students",
-    "compare": "compares ways to teach the same student, over seeds",
-    "predict": "names what is in images, by a student",
+    "bank": "stores the outputs of a teacher's snapshots for its training images, for many students",
+    "compare": "compares ways to teach the same student, over several seeds",
+    "predict": "classifies images with a student",
     "evaluate": "measures a student: accuracy, calibration, confusion, size and speed",
     "export": "writes a student as safetensors, torch.export or ONNX, with a card",
-    "report": "draws a run as an HTML page",
+    "report": "writes a run as one HTML page",
     "info": "prints versions, what was compiled, and the devices",
     "bench": "checks and times the kernels",
 }
@@ -26,13 +26,13 @@ HELP = "\n".join(
         "",
         "  eekd VERB --help                     the flags of a verb",
         "  eekd --version                       the version",
-        "  eekd --print-completion bash|zsh     a script by which the shell completes verbs and flags",
+        "  eekd --print-completion bash|zsh     a script that lets the shell complete verbs and flags",
     ]
 )
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    """Runs a verb and returns its exit code; 2 for a word that is none."""
+    """Runs a verb and returns its exit code; 2 for an unknown verb."""
     verb, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if verb in VERBS:
         if verb == "bench":
@@ -50,14 +50,11 @@ def main(argv: list[str] | None = None) -> int | None:
         return 0
     command.arguments([verb])
     if verb == "--print-completion":
-        print(
-            f"error: --print-completion must be followed by bash or zsh, got {' '.join(rest) or 'nothing'}",
-            file=sys.stderr,
-        )
+        print(f"error: --print-completion must be bash or zsh, got {' '.join(rest) or 'nothing'}", file=sys.stderr)
         return 2
     near = difflib.get_close_matches(verb, VERBS, 1, 0.5)
-    hint = f"did you mean {near[0]!r}?" if near else "there are " + ", ".join(VERBS)
-    print(f"error: {verb!r} is no verb of eekd; {hint}", file=sys.stderr)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    print(f"error: VERB must be one of {', '.join(VERBS)}, got {verb!r}{hint}", file=sys.stderr)
     return 2
 
 

@@ -14,14 +14,14 @@ from eekd.io.files import in_words, printable, write_json_atomic
 SHOWN = 10  # classes and confusions
 
 PARSER = argparse.ArgumentParser(
-    prog="eekd evaluate", description="Measures a student, against its teacher if it has one."
+    prog="eekd evaluate", description="Measures a student, and its teacher if its run is there."
 )
 PARSER.add_argument("student", help="RUN/students/NAME, a RUN with one student, or an exported folder")
-PARSER.add_argument("--data", help="a data set, as of eekd train (default: the run's own)")
-PARSER.add_argument("--root", help="the folder of a named data set's files")
+PARSER.add_argument("--data", help="a dataset, as for eekd train (default: the run's own)")
+PARSER.add_argument("--root", help="the folder of a named dataset's files")
 PARSER.add_argument("--split", choices=("train", "val", "test"), default="test", help="(default: test)")
 PARSER.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-PARSER.add_argument("--json", type=Path, help="a file for all that was measured, the whole confusion matrix too")
+PARSER.add_argument("--json", type=Path, help="write all results to this file, with the whole confusion matrix")
 
 
 def main(argv: list[str] | None = None) -> int:

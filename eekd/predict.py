@@ -1,4 +1,4 @@
-"""Names what is in images: eekd predict STUDENT IMAGE ... [--top 3] [--format text|json|csv]."""
+"""Classifies images: eekd predict STUDENT IMAGE ... [--top 3] [--format text|json|csv]."""
 
 import argparse
 import csv
@@ -17,11 +17,11 @@ from eekd.io.files import in_words, printable
 
 BATCH = 32
 
-PARSER = argparse.ArgumentParser(prog="eekd predict", description="Names what is in images.")
+PARSER = argparse.ArgumentParser(prog="eekd predict", description="Classifies images.")
 PARSER.add_argument("student", help="RUN/students/NAME, a RUN with one student, or an exported folder")
-PARSER.add_argument("images", nargs="+", help="image files, and folders of them")
-PARSER.add_argument("--top", type=int, default=1, help="how many classes to name (default: 1)")
-PARSER.add_argument("--format", choices=("text", "json", "csv"), default="text", help="one line an image in each")
+PARSER.add_argument("images", nargs="+", help="image files, or folders of them")
+PARSER.add_argument("--top", type=int, default=1, help="how many classes to print (default: 1)")
+PARSER.add_argument("--format", choices=("text", "json", "csv"), default="text", help="each prints one line per image")
 PARSER.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
 
 

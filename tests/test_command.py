@@ -78,10 +78,10 @@ def test_a_verb_is_its_module(capsys):
 
 @pytest.mark.bad_input
 @pytest.mark.parametrize(("typed", "says"), [
-    ("tran", "'tran' is no verb of eekd; did you mean 'train'?"),
-    ("xyz", "'xyz' is no verb of eekd; there are " + ", ".join(VERBS)),
-    ("--print-completion fish", "--print-completion must be followed by bash or zsh, got fish"),
-    ("--print-completion", "--print-completion must be followed by bash or zsh, got nothing"),
+    ("tran", f"VERB must be one of {', '.join(VERBS)}, got 'tran'; did you mean 'train'?"),
+    ("xyz", f"VERB must be one of {', '.join(VERBS)}, got 'xyz'"),
+    ("--print-completion fish", "--print-completion must be bash or zsh, got fish"),
+    ("--print-completion", "--print-completion must be bash or zsh, got nothing"),
 ])  # fmt: skip
 def test_a_mistyped_verb(typed, says, capsys):
     assert command.main(typed.split()) == 2

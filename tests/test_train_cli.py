@@ -168,7 +168,7 @@ def test_out_of_memory_is_one_line(here, monkeypatch, capsys):
     ("--teacher.model resnet21", "resnet2"),
     ("--student.model nowhere.py:net", "nowhere.py"),
     ("--device cuda:77", "device 'cuda:77' is not there"),
-    ("teach", "'teach' is no command; did you mean 'teacher'?"),
+    ("teach", "the first word must be teacher, student or a flag, got 'teach'; did you mean 'teacher'?"),
     ("student", "student needs --teacher run"),
     ("student --teacher nowhere", "nowhere is not a run that has begun"),
     ("student --teacher RUN --teacher.epochs 3", "cannot be changed"),

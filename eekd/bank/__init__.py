@@ -42,18 +42,18 @@ __all__ = ["Flags", "LogitBank"]
 
 @dataclass(frozen=True)
 class Flags:
-    """Runs a teacher's snapshots over augmented views of its training images and stores what they say.
+    """Runs a teacher's snapshots over augmented views of its training images and stores their outputs.
 
-    Run it again after a kill: finished shards are kept.
+    After a kill, the same command keeps the finished shards and continues.
     """
 
     teacher: str  # the run folder whose teacher to use
-    views: int = 8  # augmented views of every image; students replay view e mod views in epoch e
+    views: int = 8  # augmented views of every image; in epoch e students see view e mod views
     out: str | None = None  # the bank's folder (None: RUN/bank)
-    dtype: Literal["float16", "bfloat16"] = "float16"  # bfloat16: for logits beyond 65504
-    top_k: int = 0  # of each image store the K likeliest classes and a summary of the others (0: all classes)
-    auto_augment: Literal["none", "trivial", "rand"] | None = None  # of the views (None: as the run's students)
-    erasing: float | None = None  # of the views (None: as the run's students)
-    mixup: float | None = None  # of the views (None: as the run's students)
-    cutmix: float | None = None  # of the views (None: as the run's students)
-    features: str = "128"  # for weighting attention: none, all, or a width to project wider features to
+    dtype: Literal["float16", "bfloat16"] = "float16"  # bfloat16: for logits above 65504
+    top_k: int = 0  # store the K likeliest classes of each image and a summary of the others (0: all classes)
+    auto_augment: Literal["none", "trivial", "rand"] | None = None  # of the views (None: that of the run's students)
+    erasing: float | None = None  # of the views (None: that of the run's students)
+    mixup: float | None = None  # of the views (None: that of the run's students)
+    cutmix: float | None = None  # of the views (None: that of the run's students)
+    features: str = "128"  # for weighting attention: none, all, or the largest width; wider features are projected

@@ -32,20 +32,20 @@ VARIED = ("fusion", "attention_objective")  # and those of the student
 
 @dataclass(frozen=True)
 class Flags:
-    """Compares ways to teach the same student, over seeds; run it again after a kill, or to add methods or seeds.
+    """Compares ways to teach the same student, over several seeds.
 
-    Finished cells are kept. Processes with other seeds may work on the same --out at the same time; those that
-    torchrun starts share the seeds.
+    Run it again after a kill, or to add methods or seeds: finished parts are kept. Processes with different seeds may
+    work on the same --out at the same time. The processes of torchrun share the seeds.
     """
 
     methods: tuple[
         str, ...
     ] = ()  # names of eekd.compare.METHODS or path/to/file.py:NAME, NAME-online without a bank (None: all)
     first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...; --seeds says how many (3)
-    views: int | None = None  # augmented views in a bank (None: 8, and 1 where nothing is augmented)
+    views: int | None = None  # augmented views in a bank (None: 8, or 1 without augmentation)
     out: str | None = None  # the folder of the comparison (None: runs/compare-DATA)
     preset: str | None = None  # start from these settings (None: digits)
-    config: str | None = None  # start from a file's settings
+    config: str | None = None  # start from the settings in a file
     settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 

@@ -16,9 +16,11 @@ PARSER = argparse.ArgumentParser(prog="eekd export", description="Writes a stude
 PARSER.add_argument("student", help="RUN/students/NAME, a RUN with one student, or an exported folder")
 PARSER.add_argument("--out", required=True, help="the new folder to write")
 PARSER.add_argument("--to", nargs="+", choices=FORMATS, default=["safetensors"], help="formats (default: safetensors)")
-PARSER.add_argument("--int8", action="store_true", help="with onnx: also a file with 8-bit weights, and what it costs")
+PARSER.add_argument(
+    "--int8", action="store_true", help="with onnx: also write a file with 8-bit weights, and print its accuracy"
+)
 PARSER.add_argument("--data", help="images to check the files on (default: the run's own validation images)")
-PARSER.add_argument("--root", help="the folder of a named data set's files")
+PARSER.add_argument("--root", help="the folder of a named dataset's files")
 
 
 def main(argv: list[str] | None = None) -> int:

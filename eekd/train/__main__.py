@@ -38,16 +38,16 @@ CHANGEABLE = ("non_finite", "skip_budget", "verify_loss", "bad_images", "bad_ima
 class Flags:
     """Trains a teacher, keeps its snapshots and distils students.
 
-    The first word "teacher" trains the teacher only; "student --teacher RUN" students only, from the teacher
-    of an earlier run; "student --bank PATH" the same without running it; "student --checkpoints FILE ..." from a
-    teacher that others trained, a --teacher.model.
+    A first word trains only a part. "teacher": the teacher. "student --teacher RUN": students of an earlier run's
+    teacher. "student --bank PATH": the same, from a logit bank. "student --checkpoints FILE ...": students of a
+    teacher that others trained; --teacher.model names its network.
     """
 
-    # start from these settings (None: glyphs, the demonstration, where no setting is given; else digits)
+    # start from these settings (None: glyphs, the demonstration, if no setting is given; else digits)
     preset: str | None = None
-    config: str | None = None  # start from a file's settings: RUN/config.json runs RUN again
-    resume: str | None = None  # go on with this run where it was stopped or killed, with its settings
-    out: str | None = None  # the run folder to make (None: the first free runs/DATA-1, -2, ...)
+    config: str | None = None  # start from the settings in a file: RUN/config.json runs RUN again
+    resume: str | None = None  # continue this run, which was stopped or killed, with its settings
+    out: str | None = None  # the new run folder (None: the first free one of runs/DATA-1, -2, ...)
     dry_run: bool = False  # print networks, steps, memory and disk, and stop
     check_data: bool = False  # read every image once, list what is wrong with the data, and stop
     settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
@@ -178,7 +178,8 @@ def parse(argv: list[str]) -> Flags:
     """The flags of a command line; ValueError or tyro's SystemExit says what is wrong and what is near it."""
     phase = argv[0] if argv and not argv[0].startswith("-") else None
     if phase not in (None, "teacher", "student"):
-        raise ValueError(f"{phase!r} is no command{nearest(phase, ('teacher', 'student'))}")
+        near = nearest(phase, ("teacher", "student"))
+        raise ValueError(f"the first word must be teacher, student or a flag, got {phase!r}{near}")
     flags = ["--teacher-run" + flag[9:] if flag.split("=")[0] == "--teacher" else flag for flag in argv]
     flags = switched(flags[1:] if phase else flags)
     start = tyro.cli(Start, args=flags, return_unknown_args=True, add_help=False)[0]

@@ -22,11 +22,11 @@ else:
             return isinstance(value, str)
 
     class StudentName(str, metaclass=_Text):
-        """The annotation of a student's name: "ce", without a teacher, a weighting, or path/to/file.py:NAME."""
+        """The annotation of a student's name: "ce" (no teacher), a weighting, or path/to/file.py:NAME."""
 
 
 def student_names() -> tuple[str, ...]:
-    """The students there are by a plain name: "ce" and the registered weightings."""
+    """The built-in names of students: "ce" and the registered weightings."""
     return ("ce", *weightings.names())
 
 

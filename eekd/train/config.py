@@ -1,4 +1,4 @@
-"""What a run is made of: frozen dataclasses, checked when made (eekd.train.checked) and kept as JSON."""
+"""The settings of a run: frozen dataclasses, which eekd.train.checked checks when they are made, stored as JSON."""
 
 import dataclasses
 import json
@@ -18,11 +18,11 @@ class Phase(Checked):
     """How one network is trained."""
 
     model: str = "resnet8"  # a name of eekd.models, timm:NAME or path/to/file.py:factory
-    layer: str | None = None  # the layer whose input the attention compares; none: the last linear one
-    # weights to start from: the file or folder of a checkpoint, or timm for those that timm knows; none: random ones
+    layer: str | None = None  # the layer whose input is the feature for the attention; none: the last linear layer
+    # weights to start from: the file or folder of a checkpoint, or timm for timm's own weights; none: random weights
     weights: str | None = None
-    # what this network's images, scaled to [0, 1], are normalised with: a number for each channel; timm, what a timm
-    # model was trained with; data, what the data give. None: what the weights came with, else data
+    # the normalisation of this network's images, after scaling to [0, 1]: a number for each channel; timm: as the timm
+    # model was trained; data: mean and std of the data. None: that of the weights, if it is known, else data
     mean: tuple[float, ...] | Literal["timm", "data"] | None = None
     std: tuple[float, ...] | Literal["timm", "data"] | None = None
     epochs: int = 20
@@ -33,17 +33,17 @@ class Phase(Checked):
     weight_decay: float = 5e-4
     schedule: Literal["step", "cosine", "one_cycle"] = "step"
     milestones: tuple[float, ...] = (0.3, 0.6, 0.9)  # step: divide lr by 10 at these fractions of training
-    warmup_epochs: float = 0.0  # step and cosine: lr rises linearly for so long
-    min_lr: float = 0.0  # where cosine ends
-    clip_grad: float | None = None  # largest norm of all gradients together; none: any
-    auto_augment: Literal["none", "trivial", "rand"] = "none"  # after --augment; by the workers, needs Pillow
+    warmup_epochs: float = 0.0  # step and cosine: lr rises linearly for this many epochs
+    min_lr: float = 0.0  # cosine: the last learning rate
+    clip_grad: float | None = None  # largest norm of all gradients together; none: no limit
+    auto_augment: Literal["none", "trivial", "rand"] = "none"  # applied after --augment, by the workers; needs Pillow
     erasing: float = 0.0  # probability that a rectangle of an image takes the mean colour
-    mixup: float = 0.0  # a of Beta(a, a), the share of an image in its mixture with another; 0: none
-    cutmix: float = 0.0  # the same for a box of another image; with mixup each image takes either
-    label_smoothing: float = 0.0  # probability spread over all classes
-    ema: float = 0.0  # decay of an average of the weights, which then is validated and kept; 0: none
-    layer_decay: float = 1.0  # lr of each of the model's layers over that of the one behind it; of timm's models
-    grad_checkpointing: bool = False  # compute activations again in the backward, where the model can
+    mixup: float = 0.0  # A: an image's share in its mixture with another is drawn from Beta(A, A); 0: no mixup
+    cutmix: float = 0.0  # the same, with a box of the other image; with mixup each image takes one of the two
+    label_smoothing: float = 0.0  # probability that is spread over all classes
+    ema: float = 0.0  # decay of a moving average of the weights, which is then validated and kept; 0: no average
+    layer_decay: float = 1.0  # lr of a layer divided by the lr of the next layer; timm's models only
+    grad_checkpointing: bool = False  # save memory: compute activations again in the backward, if the model supports it
     model_args: tuple[str, ...] = ()  # the model's own arguments, such as drop_path_rate=0.1
 
     def _rules(self):
@@ -118,7 +118,7 @@ class Teacher(Phase):
 
 @dataclass(frozen=True)
 class Student(Phase):
-    """The students: all start from the same weights and see the same images; only the loss differs."""
+    """The students. All start from the same weights and see the same images; only the loss differs."""
 
     _prefix = "student."
 
@@ -126,10 +126,10 @@ class Student(Phase):
     temperature: float = 5.0
     alpha: float = 0.5  # loss = alpha CE + (1 - alpha) temperature^2 KL
     fusion: Literal["probability", "logit"] = "probability"
-    attention_objective: Literal["label", "kl"] = "label"  # which loss moves the attention
+    attention_objective: Literal["label", "kl"] = "label"  # which loss trains the attention
     embed_dim: int = 8  # width of query and keys
     normalize: bool = True  # layer norm of the features before the attention's maps
-    scale: float | None = None  # of query . key; none is 1/sqrt(embed_dim)
+    scale: float | None = None  # factor of query . key; none: 1/sqrt(embed_dim)
     detach_query: bool = True  # no gradient from the attention to the student's features
 
     def _rules(self):
@@ -146,55 +146,54 @@ class Config(Checked):
 
     # glyphs, digits, fashion-mnist, cifar10, cifar100, a folder, a table, path/to/file.py:NAME or a Hugging Face id
     data: str = "digits"
-    root: str | None = None  # where the data's files are; none: the usual places
-    image_size: int | None = (
-        None  # resize images to this; none: their own size if most are squares of up to 64, else 224
-    )
+    root: str | None = None  # the folder of the data's files; none: the usual places
+    # resize images to this; none: their own size if most are squares of up to 64, else 224
+    image_size: int | None = None
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # how images are resized
-    channels: int | None = None  # 1: grey, 3: in colour; none: 3, but 1 where all of a sample of images are grey
-    classes: str | None = None  # a file of the names of the classes, in their order, one a line; none: by the alphabet
-    split: str | None = None  # the splits to read, where their names do not tell: TRAIN or TRAIN,TEST or TRAIN,VAL,TEST
-    image_column: str | None = None  # of a table, where the types of its columns do not tell
-    label_column: str | None = None  # of a table, where the types of its columns do not tell
-    config_name: str | None = None  # of a Hugging Face id, which of its configurations
-    streaming: bool = False  # store nothing of a Hugging Face id on disk: the images train_limit needs are in memory
+    channels: int | None = None  # 1: grey, 3: colour; none: 1 if all images of a sample are grey, else 3
+    classes: str | None = None  # a file with the names of the classes in order, one per line; none: alphabetical order
+    split: str | None = None  # names of the splits, if they are unusual: TRAIN or TRAIN,TEST or TRAIN,VAL,TEST
+    image_column: str | None = None  # the column of images in a table, if its type does not tell
+    label_column: str | None = None  # the column of labels in a table, if its type does not tell
+    config_name: str | None = None  # the configuration of a Hugging Face dataset
+    streaming: bool = False  # store nothing of a Hugging Face dataset on disk; needs train_limit
     bad_images: Literal["stop", "skip"] = "stop"  # what to do at an image that cannot be read; skip: take another
     bad_image_budget: int = 10  # images that may be skipped
-    train_limit: int | None = None  # use only so many training images
-    val_fraction: float = 0.1  # of the training images, held out to validate on
+    train_limit: int | None = None  # use only this many training images
+    val_fraction: float = 0.1  # fraction of the training images that is held out for validation
     split_seed: int = 0  # which images are held out
     augment: Literal["auto", "none", "crop", "crop-flip", "imagenet"] = "auto"  # auto: what suits the data
-    workers: int = 0  # processes that decode images; 0: none
+    workers: int = 0  # processes that decode images; 0: the training process decodes them
     teacher: Teacher = Teacher()  # one ordinary training run, which keeps snapshots
     teacher_run: str | None = None  # an earlier run whose teacher to use (--teacher RUN)
-    # snapshots of a teacher that others trained, in order, or folders of them; teacher.model is what they are of
+    # snapshots of a teacher that others trained, in the order of training, or folders of them; they fit teacher.model
     checkpoints: tuple[str, ...] = ()
-    checkpoint_entry: str | None = None  # what to take where a checkpoint holds several, such as ema
-    bank: str | None = None  # a logit bank of that teacher to read instead of running it (--bank PATH)
-    # Whose memory holds the snapshots. cpu: a GPU has two of them, not all M; ranks: a process runs its share for all
+    checkpoint_entry: str | None = None  # which weights to take if a checkpoint holds several, such as ema
+    bank: str | None = None  # a logit bank of that teacher, read instead of running the teacher (--bank PATH)
+    # where the snapshots' weights are. cpu: in host memory, two at a time on the GPU; ranks: spread over the processes
     snapshots_on: Literal["device", "cpu", "ranks"] = "device"
     student: Student = Student()  # all start from the same weights and see the same images; only the loss differs
-    # one student is trained for each; a weighting of your own is path/to/file.py:NAME
+    # one student is trained for each name; your own weighting or trainer is path/to/file.py:NAME
     students: tuple[StudentName, ...] = ("ce", "last", "attention")
-    seed: int = 0  # of weights, order and augmentation
-    seeds: int = 1  # the whole run once for each of seed, seed + 1, ...
-    device: str = "auto"  # auto: cuda where there is one, else cpu
+    seed: int = 0  # of weights, order of images and augmentation
+    seeds: int = 1  # run everything this many times, with seed, seed + 1, ...
+    device: str = "auto"  # auto: cuda if there is a GPU, else cpu
     parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: replicas of a network, or shards (fully_shard)
-    accumulate: int = 1  # parts of a batch that are run one after another; batch_size is that of a whole step
+    accumulate: int = 1  # run a batch in this many parts; batch_size is that of a whole step
     sync_batchnorm: bool = False  # batch norm over the images of all processes
-    check_replicas: int = 0  # steps between proofs that all processes have the same weights; 0: at the end only
-    # auto: bf16 where the device itself computes in it, else fp32
+    check_replicas: int = 0  # check every so many steps that all processes have the same weights; 0: at the end only
+    # auto: bf16 where the hardware supports it, else fp32
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False  # torch.compile the networks in training
-    channels_last: Literal["auto", True, False] = "auto"  # auto: on a CPU, but with fsdp
-    deterministic: bool = False  # same bits on every run of the same machine; slower on a GPU
+    channels_last: Literal["auto", True, False] = "auto"  # auto: on a CPU, except with fsdp
+    deterministic: bool = False  # the same bits in every run on the same machine; slower on a GPU
     tensorboard: bool = False  # write events for TensorBoard too
     wandb: bool = False  # log to Weights & Biases too
     mlflow: bool = False  # log to MLflow too
     save_every: float = 300.0  # seconds between checkpoints within an epoch; each epoch ends with one
     non_finite: Literal["stop", "skip"] = "stop"  # what to do at a step whose loss or gradients are NaN or infinite
-    skip_budget: int = 10  # steps of a phase that may be skipped
-    verify_loss: int = 1  # first batches of a student whose loss is checked against its formula in fp64; 0: none
+    skip_budget: int = 10  # steps that may be skipped in a phase
+    verify_loss: int = 1  # compare the loss of a student's first batches with its formula in fp64; 0: none
 
     def _rules(self):
         yield "image_size", self.image_size is None or self.image_size >= 1, "at least 1"
