@@ -47,7 +47,8 @@ def build_optimizer(phase: Phase, trained: nn.Module, network: nn.Module | None 
     phase.layer_decay d, layer l of L of the network has the rate lr d^(L - l), by the groups that timm makes.
     """
     network = trained if network is None else network
-    scales, named = layer_scales(phase, network), getattr(network, "no_weight_decay", set)()
+    scales, named = layer_scales(phase, network), getattr(network, "no_weight_decay", ())
+    named = named() if callable(named) else named
     exempt = {id(parameter) for name, parameter in network.named_parameters() if name in named}
     # fused: the one that GradScaler steps without asking the GPU for the gradients' state
     options = dict(lr=phase.lr, weight_decay=phase.weight_decay, fused=True)
