@@ -8,7 +8,7 @@ from numerics import assert_same_bits, check, evaluate, exact
 from test_ensemble_kd import assert_compiled_agrees, compiled
 from torch.nn import functional as F
 
-from eekd import EEKDLoss, ensemble_kd, linear_ensemble_kd
+from eekd import EEKDLoss, ensemble_kd, linear_ensemble_kd, top_k_logits
 
 DENSE = [size for size in SIZES if len(size) == 3]
 
@@ -268,6 +268,17 @@ def test_soft_labels_compile_whole(backend, device, fusion, objective):
         assert_compiled_agrees(step, fast, x | {"student_logits": x["student_logits"].half()}, fusion=fusion)
 
 
+@fusions
+def test_opcheck_of_soft_labels(device, fusion):
+    x = tensors(4, 3, 5, device=device, soft=True)
+    options = 5.0, 0.5, fusion == "logit", False, 1, -100, True, True
+    given = x["student_logits"], [x["snapshot_logits"]], x["labels"], x["scores"], None, None
+    torch.library.opcheck(torch.ops.eekd.ensemble_kd_fwd.default, (*given, *options))
+    meta = kd(**{name: value.to("meta") for name, value in x.items()}, reduction="none")
+    for a, b in zip(meta, kd(**x, reduction="none"), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+
+
 # Rows in several dimensions
 
 BY_ROW = {"snapshot_logits": 1, "keys": 1}  # the dimension of rows, where it is not the first
@@ -414,6 +425,18 @@ def test_the_loss_of_rows_in_several_dimensions(weighting, soft):
         torch.testing.assert_close(got, expected)
         for name in measured:
             torch.testing.assert_close(measured[name], of_rows[name])
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "confidence"])
+@pytest.mark.parametrize("k", [4, 10])
+def test_the_loss_of_soft_labels_and_few_classes(weighting, k):
+    x = {k: v for k, v in tensors(12, 3, 10, soft=True).items() if k != "scores"}
+    kept = EEKDLoss(weighting)(**x | {"snapshot_logits": top_k_logits(x["snapshot_logits"], k)})
+    dense = EEKDLoss(weighting)(**x)
+    assert kept[0].isfinite()
+    if k == 10:
+        torch.testing.assert_close(kept[0], dense[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(kept[1]["weights"], dense[1]["weights"], rtol=1e-4, atol=1e-5)
 
 
 def test_confidence_of_one_hot_labels_is_that_of_hard_ones():
