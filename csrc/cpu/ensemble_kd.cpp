@@ -388,19 +388,17 @@ class Kernel {
   // the code of hard labels is to stay as it was.
   [[gnu::noinline]] void follow_labels(int64_t b, int64_t tile, int whole, const Weights<T>& w, const Stats<T>& stats,
                      const Scales<T>& s, T* d, Sums<T>& out) {
-    constexpr int v = Simd<T>::width;
     const int n = size(tile);
-    read_labels(b, tile);
+    if (a.classes > kTile) read_labels(b, tile);  // else fill() has
+    const T ce = row_scale * static_cast<T>(a.alpha);
     out.log_q = !has_ce ? T(0) : total<T>(n, [&](int i, int) {
       const Vec<T> y = load(labels + i), product = y * scaled(load(student + i), T(kLog2e), stats.hard.max);
+      if (i < whole)
+        store_to(d + i, load_from<T>(d + i) - y * ce);
+      else
+        store(hard + i, load(hard + i) - y * ce);
       return y != 0 ? product : Vec<T>{};
     });
-    const T ce = row_scale * static_cast<T>(a.alpha);
-    for (int i = 0; has_ce && i < n; i += v)
-      if (i < whole)
-        store_to(d + i, load_from<T>(d + i) - load(labels + i) * ce);
-      else
-        store(hard + i, load(hard + i) - load(labels + i) * ce);
     if (a.fusion == Fusion::probability)
       follow_probabilities(b, tile, w, stats, s, out);
     else
