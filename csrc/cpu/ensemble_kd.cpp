@@ -415,17 +415,9 @@ class Kernel {
       Vec<T> y = load(labels + i), p = {};
       for (int j = 0; j < w.used; ++j) p += load(target + j * kTile + i) * s.target[j];
       const auto tiny = (y != 0) & (p < least);
-      if (any(tiny)) {
+      if (__builtin_expect(any(tiny), false)) {
         for (int u = 0; u < v; ++u)
-          if (tiny[u]) {
-            T l[kMaxSnapshots];
-            for (int j = 0; j < w.used; ++j) {
-              const T z = read<T>(a.snapshot[w.id[j]], b, tile * kTile + i + u);
-              l[j] = std::fma(z, k, -stats.target[j].max);
-            }
-            rare_log_p -= y[u] * T(kLog2e) * mixture_nll(w.w, stats.target, l, w.used);
-            for (int j = 0; j < w.used; ++j) rare[j] += y[u] * (w.w[j] - l[j]);
-          }
+          if (tiny[u]) rare_log_p += follow_tiny(b, tile * kTile + i + u, labels[i + u], w, stats, rare);
         y = tiny ? Vec<T>{} : y;
         store(labels + i, y);
       }
@@ -437,6 +429,15 @@ class Kernel {
       out.by_labels[j] = rare[j] + total<T>(n, [&](int i, int) {
         return load(labels + i) * w.w[j] - load(student + i) * (load(target + j * kTile + i) * s.target[j]);
       });
+  }
+  // y log2 p of a column, which moves the attention by what it adds.
+  [[gnu::noinline]] T follow_tiny(int64_t b, int64_t c, T y, const Weights<T>& w, const Stats<T>& stats, T* moves) {
+    T l[kMaxSnapshots];
+    for (int j = 0; j < w.used; ++j)
+      l[j] = std::fma(read<T>(a.snapshot[w.id[j]], b, c), k, -stats.target[j].max);
+    const T nll = mixture_nll(w.w, stats.target, l, w.used);
+    for (int j = 0; j < w.used; ++j) moves[j] += y * (w.w[j] - l[j]);
+    return -y * T(kLog2e) * nll;
   }
   void follow_logits(int64_t b, int64_t tile, const Weights<T>& w, const Stats<T>& stats, Sums<T>& out) {
     const int n = size(tile);
