@@ -5,12 +5,12 @@ from torch.nn import functional as F
 
 
 class SnapshotAttention(nn.Module):
-    """Query of the student and keys of the snapshots, whose products weigh the snapshots for each sample.
+    """Computes a query of the student and keys of the snapshots; their products weigh the snapshots for each sample.
 
         e_bm = scale · (W_s v_b) · (W_t u_mb),    w_bm = softmax_m(e_bm)
 
-    v (B, student_dim) and u (M, B, snapshot_dim) are last features; W_s and W_t are bias-free maps to
-    `embed_dim`, W_t shared by all snapshots. `normalize` puts a layer norm without parameters before both;
+    v (B, student_dim) and u (M, B, snapshot_dim) are last features. W_s and W_t are linear maps to `embed_dim` without
+    bias; all snapshots share W_t. `normalize` puts a layer norm without parameters before both maps.
     `scale` None is 1/sqrt(embed_dim). The maps start at standard deviation 0.02, so the weights start nearly
     uniform. `normalize=False, scale=1.0` is the paper's literal form.
 

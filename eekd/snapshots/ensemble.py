@@ -21,27 +21,27 @@ Place = Literal["device", "cpu", "ranks"]
 
 
 class SnapshotEnsemble(nn.Module):
-    """M frozen copies of trained models, asked together.
+    """M frozen copies of trained models, which run on the same inputs.
 
         ensemble = SnapshotEnsemble.load("runs/teacher")
         logits, features = ensemble(images)  # (M, B, C), (M, B, D)
 
-    The copies stay in eval mode and never take a gradient. They are kept out of nn.Module's sight: where the
-    ensemble is an attribute of a student, the student's parameters, state_dict and train() do not know them.
-    What moves or casts the student (`to`, `cuda`, `half`, channels_last) does reach them.
+    The copies stay in eval mode and never take a gradient. They are not submodules: if the ensemble is an attribute of
+    a student, the student's parameters, state_dict and train() do not include them. Moving or casting the student
+    (`to`, `cuda`, `half`, channels_last) does move or cast them.
 
     Args:
-        models: the trained nn.Modules (copied without DistributedDataParallel, AveragedModel and torch.compile, so
-            yours stay as they are), alike in C and D.
+        models: the trained nn.Modules, with equal C and D. They are copied without DistributedDataParallel,
+            AveragedModel and torch.compile, so yours do not change.
         layer: the name of the layer whose input is the feature; None takes the last nn.Linear, as LastFeatures does.
-        features: whether features are given; where not, they are None, and the models need no such layer.
-        reuse: whether the tensors that a call returns lie in memory that the next call overwrites.
-        snapshots_on: where the weights lie: on the "device", in host memory ("cpu"), where they stay whatever moves
-            the ensemble, and go to the images' device two models at a time, the next while one runs, or spread over
-            the processes of torch.distributed ("ranks"): each runs its share, every size-th model from its rank on,
-            for the images of all, which must call together. One model is not spread.
+        features: whether to return features. If False they are None, and the models need no such layer.
+        reuse: whether a call may return tensors whose memory the next call overwrites.
+        snapshots_on: where the weights are. "device": on the device. "cpu": in host memory, also after `to`; they are
+            copied to the images' device two models at a time, the next one while one runs. "ranks": spread over the
+            processes of torch.distributed. Each process runs every size-th model, from its rank on, for the images of
+            all processes, which must call together. A single model is not spread.
 
-    On a CPU the models run as `eekd.snapshots.forward.Folded` says, where it can be done.
+    On a CPU the models run as `eekd.snapshots.forward.Folded` says, if possible.
 
     Attributes:
         models: the M copies, or this process's share of them.
@@ -91,12 +91,12 @@ class SnapshotEnsemble(nn.Module):
         reuse: bool = False,
         snapshots_on: Place = "device",
     ) -> "SnapshotEnsemble":
-        """The snapshots that a SnapshotRecorder left in `directory`, each file checked against its hash.
+        """The snapshots that a SnapshotRecorder wrote to `directory`, each file checked against its hash.
 
-        `factory()` makes the model; None builds it from the manifest's spec. (A spec may name a Python file,
-        which is then run: give a factory for folders you do not trust.) `which` picks snapshots by index, -1
-        the last; None takes all of a finished run. FileNotFoundError or ValueError names the file that is
-        missing, damaged, of another architecture, or the manifest of a run that has not ended.
+        `factory()` makes the model; None builds it from the manifest's spec. A spec may name a Python file, which is
+        then run: give a factory for folders you do not trust. `which` picks snapshots by index, -1 the last; None takes
+        all of a finished run. FileNotFoundError or ValueError names the file that is missing, damaged, or does not fit
+        the model, or the manifest of a run that has not ended.
         """
         path, (entries, spec) = Path(directory) / MANIFEST, read_entries(directory, which)
         if factory is None and spec is None:
@@ -130,14 +130,14 @@ class SnapshotEnsemble(nn.Module):
         reuse: bool = False,
         snapshots_on: Place = "device",
     ) -> "SnapshotEnsemble":
-        """Anybody's checkpoints, of the model that `factory()` makes or of models that `load(path)` reads.
+        """Checkpoints of any trainer, for the model that `factory()` makes, or as models that `load(path)` returns.
 
             SnapshotEnsemble.from_files("outputs", load=AutoModelForImageClassification.from_pretrained)
 
-        `paths` are files and folders, which `eekd.snapshots.files.checkpoint_files` puts into the order of training.
-        With a factory nothing is unpickled; `eekd.io.tensors.load_weights` says what is read, and what of a file
-        `entry` chooses, such as "ema". What `load` does with a file is its own affair. `sha256` are the hashes that
-        the checkpoints must have (`hashes`). Errors as in `load`.
+        `paths` are files and folders, which `eekd.snapshots.files.checkpoint_files` sorts in the order of training.
+        With a factory nothing is unpickled. `eekd.io.tensors.load_weights` says what is read, and which part of a file
+        `entry`, such as "ema", chooses. A `load` function is yours, and eekd does not check what it does. `sha256` are
+        the hashes that the checkpoints must have (`hashes`). Errors as in `SnapshotEnsemble.load`.
         """
         name, function = ("factory", factory) if load is None else ("load", load)
         if not callable(function):
@@ -180,8 +180,8 @@ class SnapshotEnsemble(nn.Module):
     def forward(self, *inputs, **named) -> tuple[Tensor, Tensor | None]:
         """All snapshots' logits (M, B, C) and last features (M, B, D), in the dtypes that snapshot 0 returns.
 
-        The inputs are those of a model, keywords too. With `reuse` both results are views of memory that the next
-        call overwrites, which grows with the largest batch. ValueError where a snapshot differs in C or D.
+        All arguments are passed to the models. With `reuse` both results are views of memory that the next call
+        overwrites, and which grows with the largest batch. ValueError if a snapshot differs in C or D.
         """
         if self._spread:
             if len(inputs) != 1 or named or not isinstance(inputs[0], Tensor):
@@ -216,7 +216,7 @@ class SnapshotEnsemble(nn.Module):
         return tuple(views)
 
     def train(self, mode: bool = True) -> "SnapshotEnsemble":
-        """Stay in eval mode, whatever `mode` is."""
+        """Stays in eval mode for any `mode`."""
         return super().train(False)
 
     def _room(self, memory: Tensor | None, rows: Tensor | None) -> Tensor | None:

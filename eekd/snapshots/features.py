@@ -19,24 +19,24 @@ _CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 class LastFeatures:
     """Runs a classifier and returns its logits and its last features: `logits, features = capture(images)`.
 
-    The features (B, dim) are the input of the model's last nn.Linear, where it has none of its last 1×1 convolution,
-    or of the layer named `layer`, which may be any module. Of images (B, dim, H, W) the mean over the pixels is
-    taken. With `features=False` none are asked for: the model may be any, and features are None.
-    Gradients flow through both outputs. What is called with is given to the model, several inputs and keywords too;
-    `eekd.snapshots.wrappers.logits_of` says where in its output the logits may lie. The model may be wrapped in
-    DistributedDataParallel or torch.compile, but a compiled one must not have run before. The model's convolutions are
-    guarded, see `eekd.models.convolutions.guard`.
+    The features (B, dim) are the input of a layer: the module named `layer`; else the model's last nn.Linear; else its
+    last 1×1 convolution. An input (B, dim, H, W) is averaged over the pixels. With `features=False` the features are
+    None, and any model will do.
+    Gradients flow through both outputs. All arguments are passed to the model; `eekd.snapshots.wrappers.logits_of` says
+    where in its output the logits may be. The model may be wrapped in DistributedDataParallel or torch.compile, but a
+    compiled model must not have run before. The model's convolutions are guarded, see
+    `eekd.models.convolutions.guard`.
 
-    `remove()`, or leaving a `with` block, takes the hook from the model, which can then be exported and scripted. With
-    `leave_hook=False` the model has a hook while it runs only. `run` gives the model's own output too.
+    `remove()`, or leaving a `with` block, removes the hook from the model, which can then be exported and scripted.
+    With `leave_hook=False` the model has a hook only while it runs. `run` also returns the model's own output.
 
     Attributes:
-        dim: the width of the features. Of a layer that is neither linear nor a convolution it is known after a call.
+        dim: the width of the features. For a layer that is neither linear nor a convolution it is known after a call.
         layer: the name of the layer.
 
-    Raises ValueError where no such layer exists, where the features are not (B, dim) or the layer does not give the
-    logits, and for TorchScript; RuntimeError where the model's forward does not run the layer once, after `remove`, and
-    where the model is trained past the DistributedDataParallel around it, which would average no gradients.
+    Raises ValueError if there is no such layer, if the features are not (B, dim), if the layer does not give the
+    logits, and for TorchScript; RuntimeError if the model's forward does not run the layer exactly once, after `remove`, and if
+    the model is trained without the DistributedDataParallel around it, so that gradients would not be averaged.
     """
 
     def __init__(self, model: nn.Module, layer: str | None = None, *, features: bool = True, leave_hook: bool = True):
@@ -77,7 +77,7 @@ class LastFeatures:
 
     @property
     def dim(self) -> int:
-        """The width of the features; RuntimeError where it is not known yet."""
+        """The width of the features; RuntimeError if it is not known yet."""
         if self._dim is None:
             why = f"call this once, {self.layer!r} does not say it" if self.layer else "features=False asks for none"
             raise RuntimeError(f"the width of the features is not known: {why}")
@@ -87,7 +87,7 @@ class LastFeatures:
         return self.run(*inputs, **named)[1:]
 
     def run(self, *inputs, **named) -> tuple[Any, Tensor, Tensor | None]:
-        """What the model returns, and in it the logits; and the last features."""
+        """The model's output, the logits in it, and the last features."""
         if self.model is None:
             raise RuntimeError("LastFeatures was removed from its model: make another one")
         if not torch.compiler.is_compiling():
@@ -130,7 +130,7 @@ class LastFeatures:
         return features
 
     def remove(self) -> None:
-        """Takes the hook from the model, which is then as it was; a call of this raises RuntimeError from now on."""
+        """Removes the hook from the model. Calling this object afterwards raises RuntimeError."""
         if self._hook is not None:
             self._hook.remove()
         self.model = None

@@ -20,7 +20,7 @@ from eekd.snapshots.wrappers import bare_model
 
 
 class SnapshotRecorder:
-    """Saves a model at the end of each of M stages of its training, in anybody's loop.
+    """Saves a model at the end of each of M stages of its training, in any training loop.
 
         recorder = SnapshotRecorder("runs/teacher", epochs=200)
         for epoch in range(200):
@@ -28,19 +28,19 @@ class SnapshotRecorder:
             recorder.step(model)
 
     Args:
-        directory: the run's folder, made if missing; FileExistsError where it already holds snapshots.
-        total_steps: how often `step` will be called, when it is called once per optimiser step.
-        epochs: the same, when it is called once per epoch. Exactly one of the two must be given.
+        directory: the run's folder, made if missing; FileExistsError if it already holds snapshots.
+        total_steps: how often `step` will be called, if you call it once per optimiser step.
+        epochs: the same, if you call it once per epoch. Exactly one of the two must be given.
         snapshots: M. Stage m ends with step total * m // M, so the M-th snapshot is the finished model.
-        schedule: "uniform", or the M steps themselves, rising to the last one (which then is the total).
+        schedule: "uniform", or the M steps themselves, rising; the last of them is then the total.
         spec: the arguments of `eekd.models.build`, from which `SnapshotEnsemble.load` rebuilds the model.
-        done: steps taken before, when a run is continued. Its snapshots up to there must be whole and agree
-            with schedule and spec (ValueError, FileNotFoundError); later ones are forgotten and made again.
+        done: the number of steps already taken, to continue a run. Its snapshots up to that step must be undamaged and
+            agree with schedule and spec (ValueError, FileNotFoundError); later ones are made again.
 
-    DistributedDataParallel, DataParallel, fully_shard, AveragedModel and torch.compile are seen through; of several
-    processes, all of which must call `step`, the first one writes.
-    The first `step` says at once where what is recorded could not be loaded again: TypeError for an entry of the
-    state_dict that is no dense tensor, ValueError for a model that is not the one `spec` builds.
+    The model may be wrapped in DistributedDataParallel, DataParallel, fully_shard, AveragedModel or torch.compile. All
+    processes must call `step`; the first one writes.
+    The first `step` checks that the snapshots can be loaded again: TypeError for an entry of the state_dict that is no
+    dense tensor, ValueError for a model that differs from the one that `spec` builds.
     Source: the teacher's "experience" of EEKD (arXiv 2202.12488).
     """
 
@@ -77,10 +77,10 @@ class SnapshotRecorder:
         return self.done == self.schedule[-1]
 
     def step(self, model: nn.Module, metrics: Mapping[str, float] | None = None) -> dict | None:
-        """Count one step; where a stage ends with it, save `model` and return the manifest's entry.
+        """Count one step. If it ends a stage, save `model` and return the manifest's entry.
 
-        `metrics` are numbers to keep with the snapshot; NaN and infinities become null. RuntimeError past the
-        last step. An error leaves the step uncounted and the earlier snapshots as they are.
+        `metrics` are numbers to store with the snapshot; NaN and infinities become null. RuntimeError after the last
+        step. After an error the step is not counted, and the earlier snapshots are unchanged.
         """
         if self.complete:
             raise RuntimeError(f"{self.directory}: step was called again after the last of {self.done} steps")
