@@ -17,26 +17,25 @@ class EEKDLoss(nn.Module):
 
         L = α CE(s, y) + (1 - α) τ² KL(p || softmax(s / τ)),    p = Σ_m w_m softmax(z_m / τ)
 
-    Weighting "attention" learns w by a SnapshotAttention of the given sizes (`student_dim`, `snapshot_dim`,
-    `embed_dim`, `normalize`, `scale`): optimise this module's parameters with the student's. It learns by
-    `attention_objective`: "label", the likelihood of the true label under the target p, then a constant in
-    L, or "kl", L itself. `detach_query` keeps its gradient from the student's features. The other weightings are
-    those of `eekd.method.weightings`, whose `register` adds your own; `path/to/file.py:NAME` runs a file that has one.
-    `fusion` "logit" averages logits in place of probabilities.
+    Weighting "attention" learns w with a SnapshotAttention of the given sizes (`student_dim`, `snapshot_dim`,
+    `embed_dim`, `normalize`, `scale`): optimise this module's parameters with the student's. `attention_objective`
+    says what it minimises: "label", the negative log-likelihood of the label under the target p, which is then
+    detached in L; or "kl", L itself. `detach_query` keeps its gradient from the student's features. The other
+    weightings are those of `eekd.method.weightings`, whose `register` adds your own; `path/to/file.py:NAME` runs a file with one.
+    `fusion` "logit" averages logits instead of probabilities.
 
-    forward takes student_logits (B, C); snapshot_logits (M, B, C), a list of M (B, C), or TopKLogits, whose left
-    out classes then count as one (`sparse_ensemble_kd`); labels (B,), soft labels (B, C) such as mixup's, or None
+    forward takes student_logits (B, C); snapshot_logits (M, B, C), a list of M tensors (B, C), or TopKLogits, whose
+    other classes then count as one (`sparse_ensemble_kd`); labels (B,), soft labels (B, C) such as mixup's, or None
     for pure distillation; and for "attention" student_features (B, student_dim) and snapshot_features
-    (M, B, snapshot_dim). In place of B there may be several dimensions, (B, T), but for TopKLogits. It gives
-    `(loss, measurements)`. The loss, a mean over the rows whose label is not `ignore_index` (over all where labels
-    are soft), is all there is to
-    backpropagate: L, and with objective "label" the attention's own loss.
-    The measurements are detached and stay on the device: "loss" is L alone, to compare weightings by;
+    (M, B, snapshot_dim). Except with TopKLogits, B may be several dimensions, (B, T).
+    It returns `(loss, measurements)`. The loss is the mean over the rows whose label is not `ignore_index`, or over all
+    rows if labels are soft. Backpropagate it alone: it is L plus, with objective "label", the attention's own loss.
+    The measurements are detached and stay on the device: "loss" is L alone, to compare weightings;
     "attention_loss" is -log p_y; "weights" (M,) is the mean weight of each snapshot; "weight_entropy" is the
-    mean entropy of a row's weights, from 0 to log M. What is not read is not computed.
+    mean entropy of a row's weights, from 0 to log M. Each is computed when it is first read.
 
-    Raises ValueError for options out of range, for features that "attention" misses, labels that "confidence"
-    misses and a single class, which leaves nothing to learn; else what `ensemble_kd` raises.
+    Raises ValueError for options out of range, missing features for "attention", missing labels for "confidence",
+    and a single class, which leaves nothing to learn; else what `ensemble_kd` raises.
     Source: Wang et al., arXiv 2202.12488; objective "label" is this project's.
     """
 
@@ -146,7 +145,7 @@ def _as_rows(student_logits, snapshot_logits, labels, student_features, snapshot
 
 
 class Measurements(Mapping):
-    """What `EEKDLoss` measured of a batch, by name: each is computed when it is first read."""
+    """The measurements of `EEKDLoss` for a batch, by name. Each is computed when it is first read."""
 
     NAMES = "loss", "attention_loss", "weights", "weight_entropy"
 

@@ -12,13 +12,13 @@ SELECT = 2.0  # τ of the choice of classes; of 1, 2, 4, 5, 8, 20 the one that l
 
 @dataclass(frozen=True)
 class TopKLogits:
-    """What M snapshots say of B rows: their logits at K classes, and a summary of the other C - K.
+    """The logits of M snapshots for B rows at K classes, and a summary of the other C - K classes.
 
-    `EEKDLoss` and `log_weights` take it in place of logits (M, B, C). len(x) is M, and x[1:] or x[[0, 2]] are
-    some of the snapshots, as of a tensor.
+    `EEKDLoss` and `log_weights` take it instead of logits (M, B, C). len(x) is M. x[1:] or x[[0, 2]] selects snapshots,
+    as in a tensor.
 
-    Attributes: `logits` (M, B, K); `indices` (B, K) int64, their classes, rising, one set for all snapshots;
-    `atoms` (M, B, 2, J) float32, x and a: the j-th of J stands for exp(a_j) classes of logit x_j; `classes` C.
+    Attributes: `logits` (M, B, K); `indices` (B, K) int64, their classes in rising order, the same for all snapshots;
+    `atoms` (M, B, 2, J) float32, x and a: quadrature node j stands for exp(a_j) classes of logit x_j; `classes` C.
     """
 
     logits: Tensor
@@ -29,9 +29,9 @@ class TopKLogits:
     def tail(self, temperature: float) -> Tensor:
         """log Σ_{c not in indices} exp(z_mc / τ), as log Σ_j exp(a_j + x_j / τ): (M, B) float32, -inf where K = C.
 
-        At any τ > 0. Exact at τ = 2.5, and where C - K <= 6. Elsewhere the error, times τ, is within half a unit in
-        the last place of the largest logit left out, were it float16: for τ from 1 to 20, on the logits that
-        tests/test_topk.py tries. Beyond, it grows slowly; at τ = 0.5 it was 8 such units.
+        It takes any τ > 0. It is exact at τ = 2.5, and if C - K <= 6. On the logits of tests/test_topk.py and for τ
+        from 1 to 20, τ times the error is at most half a float16 unit in the last place of the largest logit left out.
+        At other τ the error grows slowly.
         """
         x, a = self.atoms.unbind(2)
         return (a + x / temperature).logsumexp(-1)
@@ -47,10 +47,10 @@ class TopKLogits:
 
 @torch.no_grad()
 def top_k_logits(logits: Tensor, k: int, labels: Tensor | None = None) -> TopKLogits:
-    """TopKLogits of logits (M, B, C): the k classes that are likeliest under the uniform mean at τ = 2.
+    """TopKLogits of logits (M, B, C), at the k classes that are likeliest under the uniform mean at τ = 2.
 
-    The class of `labels` (B,) is always among them; a label that is no class (an ignored row) asks for none. The atoms
-    are the nodes of the Gauss quadrature of the logits left out, each weighted by exp(z / 2.5): J of them meet
+    The class of `labels` (B,) is always among them; a label that is no class (an ignored row) adds none. The atoms are
+    the nodes of the Gauss quadrature over the logits left out, with weights exp(z / 2.5). J nodes give the exact
     Σ_c exp(z_c / τ) and its first 2 J - 1 derivatives by 1 / τ at τ = 2.5.
 
     Raises TypeError, ValueError for other shapes, a k that is not from 1 to C, and logits that are +inf or NaN.

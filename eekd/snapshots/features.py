@@ -35,8 +35,8 @@ class LastFeatures:
         layer: the name of the layer.
 
     Raises ValueError if there is no such layer, if the features are not (B, dim), if the layer does not give the
-    logits, and for TorchScript; RuntimeError if the model's forward does not run the layer exactly once, after `remove`, and if
-    the model is trained without the DistributedDataParallel around it, so that gradients would not be averaged.
+    logits, and for TorchScript; RuntimeError after `remove`, if the model's forward does not run the layer exactly
+    once, and if the model is trained without the DistributedDataParallel around it, which would average no gradients.
     """
 
     def __init__(self, model: nn.Module, layer: str | None = None, *, features: bool = True, leave_hook: bool = True):
