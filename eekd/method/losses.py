@@ -21,8 +21,8 @@ class EEKDLoss(nn.Module):
     `embed_dim`, `normalize`, `scale`): optimise this module's parameters with the student's. `attention_objective`
     says what it minimises: "label", the negative log-likelihood of the label under the target p, which is then
     detached in L; or "kl", L itself. `detach_query` keeps its gradient from the student's features. The other
-    weightings are those of `eekd.method.weightings`, whose `register` adds your own; `path/to/file.py:NAME` runs a file with one.
-    `fusion` "logit" averages logits instead of probabilities.
+    weightings are those of `eekd.method.weightings`, whose `register` adds your own; `path/to/file.py:NAME` runs a file
+    with one. `fusion` "logit" averages logits instead of probabilities.
 
     forward takes student_logits (B, C); snapshot_logits (M, B, C), a list of M tensors (B, C), or TopKLogits, whose
     other classes then count as one (`sparse_ensemble_kd`); labels (B,), soft labels (B, C) such as mixup's, or None
