@@ -72,7 +72,11 @@ def runs(tmp_path_factory):
         return Path("runs").resolve()
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "page",  # `make test` does not install transformers
+    [pytest.param(p, marks=[pytest.mark.full] * ("eekd.hf" in "".join(blocks(p, "python"))), id=p.stem)
+     for p in PAGES if blocks(p, "python")],
+)  # fmt: skip
 def test_the_examples_of_a_page_run(page, request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "LogitBank" in page.read_text() or "load_student" in page.read_text():

@@ -30,7 +30,6 @@ def test_the_example_of_a_classifier(example):
     assert len(found) == 3 and all(0 <= accuracy <= 1 for accuracy in found.values())
 
 
-@pytest.mark.full
 def test_a_student_of_a_real_text_gains_by_the_snapshots(example, tmp_path):
     if not shutil.which("bible"):
         pytest.skip("needs the text of Debian's bible-kjv")
