@@ -1,4 +1,4 @@
-"""A student and what teaches it as one module, which any trainer can train."""
+"""A student, its snapshots and its loss as one module, which any trainer can train."""
 
 import inspect
 from collections.abc import Mapping
@@ -17,43 +17,44 @@ OTHER_PROBLEMS = "multi_label_classification", "regression"  # of a Hugging Face
 
 
 class Distilled(nn.Module):
-    """A student whose forward returns the loss that distils snapshots into it: one module for anybody's trainer.
+    """A student whose forward returns its distillation loss: one module for any trainer.
 
         distilled = eekd.Distilled(student, eekd.SnapshotEnsemble.load("runs/teacher"))
         distilled(images, labels=labels).loss.backward()
         Trainer(distilled, args, train_dataset=...).train()  # or Lightning, accelerate, DistributedDataParallel
 
-    forward takes what the student takes, which the snapshots are given too, and by keyword `labels`, which neither is
-    given. It returns the student's output with `loss` and `logits` (B, C) in it: of a Hugging Face model its own kind,
-    a tuple (loss, *output), a dict, else an `Output`. The loss is EEKDLoss's, over the N rows whose label counts
+    forward passes its arguments to the student and to the snapshots, except the keyword `labels`. It returns the
+    student's output with `loss` and `logits` (B, C): an output of the same class for a Hugging Face model, a tuple
+    (loss, *output), a dict, else an `Output`. The loss is that of EEKDLoss, over the N rows whose label counts:
 
-        (1 / num_items_in_batch) Σ_b L_b        or, where that is not given,        (1 / N) Σ_b L_b
+        (1 / num_items_in_batch) Σ_b L_b        or, if that is not given,        (1 / N) Σ_b L_b
 
-    With num_items_in_batch, the labels that count in all parts of an accumulated batch, the parts' gradients add up to
-    those of the whole batch, however unlike the parts. Hugging Face's Trainer gives it. Without it each part is a mean
-    of its own, and a loop that divides by the number of parts weighs rows of small parts more.
-    In eval mode there is a loss where there are labels; without them the student answers alone. In training they
-    may be missing only where `alpha` is 0.
+    num_items_in_batch is the number of labels that count in all parts of an accumulated batch; Hugging Face's Trainer
+    gives it. With it the gradients of the parts add up to those of the whole batch. Without it each part's loss is the
+    mean over that part, and a loop that divides by the number of parts gives rows of small parts more weight.
+    In eval mode there is a loss only if there are labels; without labels only the student runs. In training labels may
+    be missing only if `alpha` is 0.
 
     Wrap this module (DistributedDataParallel, accelerator.prepare), not the student. Its parameters are the student's
-    and the attention's. So a checkpoint of it restores both, and does not hold the snapshots: they are frozen, M times
-    as large, and in a folder of their own. `to`, `cuda` and casts reach them.
+    and the attention's. A checkpoint of it restores both. It does not hold the snapshots, which are frozen, M times as
+    large, and in their own folder. `to`, `cuda` and casts also move or cast the snapshots.
 
     Args:
-        student: the nn.Module to train, as `LastFeatures` takes it. It has a hook while it runs only: `student`
-            can be saved, exported and scripted at any time.
+        student: the nn.Module to train, as for `LastFeatures`. It has a hook only while it runs, so it can be saved,
+            exported and scripted at any time.
         ensemble: the snapshots, which run without gradient.
-        criterion: an EEKDLoss, or the name of its weighting, which is then made with `options` and the sizes of the
-            features.
+        criterion: an EEKDLoss, or the name of a weighting. An EEKDLoss is then made with it, `options` and the widths
+        of
+            the features.
         layer: the layer whose input is the student's feature, see `LastFeatures`.
 
     Attributes:
         student, ensemble, criterion: the three parts.
-        measurements: those of the last loss, see EEKDLoss; None before.
+        measurements: those of the last loss, see EEKDLoss; None before the first loss.
 
-    Raises TypeError for parts of another kind; ValueError for a wrapped student, sizes that do not fit the criterion, a
-    student that a Hugging Face config names a regression or of several labels, logits that are not (B, C), and labels
-    that are missing; else what the parts raise.
+    Raises TypeError for parts of another type; ValueError for a wrapped student, widths that do not fit the criterion,
+    a Hugging Face student for regression or several labels, logits that are not (B, C), and missing labels; else what
+    the parts raise.
     Source: Wang et al., arXiv 2202.12488.
     """
 

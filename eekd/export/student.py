@@ -132,9 +132,9 @@ def load_student(
 ) -> Student:
     """The student in RUN/students/NAME, in a RUN with one student, or in a folder that `export` or `save` wrote.
 
-    `factory()` makes the network; None builds it from the architecture that is noted. An exported folder may note a
-    Python file, which is not run: give a factory. Raises FileNotFoundError or ValueError naming the file that is
-    missing, damaged or of another network.
+    `factory()` makes the network; None builds it from the recorded architecture. If an exported folder names a Python
+    file, that file is not run: give a factory. FileNotFoundError or ValueError names the file that is missing, damaged,
+    or of another network.
     """
     folder = Path(path)
     if not folder.is_dir():

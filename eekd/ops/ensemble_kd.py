@@ -38,27 +38,27 @@ def ensemble_kd(
         CE = -Σ_c y_c log softmax(s)_c       d CE/ds = Σ_c y_c · softmax(s) - y       attention_loss = -Σ_c y_c log p_c
 
     `attention_objective` says what trains the attention. "label": p is detached in `loss`, and `attention_loss`
-    carries the gradient, so the weights follow the likelihood of the true label. "kl", the paper read literally:
-    p is not detached in `loss`, and `attention_loss` carries no gradient. Backpropagate their sum either way.
+    carries the gradient, so the weights maximise the likelihood of the label. "kl", the paper read literally: p is not
+    detached in `loss`, and `attention_loss` carries no gradient. Backpropagate their sum in both cases.
 
     Args:
-        student_logits: (B, C), float64, float32, bfloat16 or float16. In place of B there may be several dimensions
-            in every argument and result, as (B, T): they are flattened, without a copy where strides allow it.
-        snapshot_logits: (M, B, C) of any strides with contiguous classes (a transposed (B, M, C) too), or M tensors
-            (B, C), which are not stacked; 1 <= M <= 64. Their dtype may differ from the student's. No gradient.
-        labels: (B) integers; or (B, C) soft labels of any of these dtypes, y_c >= 0, which is not checked, of any sum;
-            or None for pure distillation: the loss is τ² KL, whatever α. No gradient.
-        scores: (B, M) attention scores; log-weights, -inf among them, give any fixed weights. A snapshot of weight 0
-            is not read.
-        query: (B, D), with keys instead of scores; the dot products of the two are not scaled further.
+        student_logits: (B, C), float64, float32, bfloat16 or float16. In every argument and result B may be several
+            dimensions, such as (B, T): they are flattened, without a copy if the strides allow it.
+        snapshot_logits: (M, B, C) with contiguous classes and any other strides (also a transposed (B, M, C)), or M
+            tensors (B, C), which are not stacked; 1 <= M <= 64. Their dtype may differ from the student's. No gradient.
+        labels: (B) integers; or (B, C) soft labels of one of these dtypes, with y_c >= 0, which is not checked, and any
+            sum; or None for pure distillation: the loss is then τ² KL, for any α. No gradient.
+        scores: (B, M) attention scores. For fixed weights give their logarithms, which may be -inf. A snapshot of
+            weight 0 is not read.
+        query: (B, D), with keys instead of scores; their dot products are not scaled further.
         keys: (M, B, D), one for each snapshot and row.
         temperature: τ > 0, a number of Python or NumPy, as alpha is.
         alpha: α in [0, 1].
         fusion: "probability" or "logit".
         attention_objective: "label" or "kl".
         reduction: "mean" over the rows that are not ignored (0 where none is left), "sum", or "none" for (B).
-        ignore_index: the label of rows that count for nothing: loss, weights and gradients 0, logits not read. Of soft
-            labels every row counts, also one that is all 0, as in torch.
+        ignore_index: the label of rows that do not count: their loss, weights and gradients are 0, their logits are not
+            read. With soft labels every row counts, also one that is all 0, as in torch.
 
     Returns:
         `loss` and `attention_loss` (0 without labels), float32, or float64 where a logit is; `weights` (B, M) float32,
@@ -66,14 +66,14 @@ def ensemble_kd(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value.
-        RuntimeError: a label that is neither a class nor `ignore_index` (on a GPU, which cannot raise without waiting,
-            the loss of its row is NaN), or a backend that is not available.
+        RuntimeError: a label that is neither a class nor `ignore_index`, or a backend that is not available. On a GPU
+            such a label makes the loss of its row NaN instead, because raising would have to wait for the GPU.
 
-    Columns that are -inf in all snapshots and the student (a padded vocabulary) add nothing, unless they are labels:
-    then a loss is inf, and the attention of the row gets no gradient from it. A row all of -inf has no
-    softmax and gives NaN, as in torch. Second derivatives are refused.
+    Columns that are -inf in all snapshots and the student (a padded vocabulary) add nothing. If such a column is a
+    label, the loss is inf, and the attention of the row gets no gradient from it. A row of only -inf gives NaN, as in
+    torch. Second derivatives are refused.
 
-    Source: arXiv 2202.12488, sections 3.2 and 3.3, where `attention_objective="kl"` is the reading of the paper.
+    Source: arXiv 2202.12488, sections 3.2 and 3.3; `attention_objective="kl"` is their literal reading.
     """
     attention = scores, query, keys
     options = temperature, alpha, fusion, attention_objective, reduction, ignore_index
