@@ -172,7 +172,7 @@ def _with_loss(output, loss: Tensor, logits: Tensor):
     if isinstance(output, Mapping):
         known = output
     else:
-        known = output._asdict() if isinstance(output, tuple) else getattr(output, "__dict__", {})
+        known = getattr(output, "_asdict", lambda: getattr(output, "__dict__", {}))()
     known = {"loss": loss, "logits": logits} | {k: x for k, x in known.items() if k not in ("loss", "logits")}
     if isinstance(output, Mapping):
         with suppress(TypeError):  # a kind that has no place for a loss

@@ -9,14 +9,18 @@ import eekd
 from eekd import models, parallel
 from eekd.data import load
 
-SIZES = {"num_classes": 10, "in_channels": 1, "image_size": 8}
+SIZES: dict = {"num_classes": 10, "in_channels": 1, "image_size": 8}
+
+
+def _normalised(pixels) -> torch.Tensor:
+    return (pixels / 255 - 0.3) / 0.4
 
 
 def data_sets() -> tuple[list[dict], list[dict]]:
     """Training and validation: a dict an image, by the names of the network's input and of the labels."""
     data = load("digits")
     return tuple(  # pyright: ignore[reportReturnType]
-        [{"x": x, "labels": y} for x, y in zip((part.images / 255 - 0.3) / 0.4, part.labels, strict=True)]
+        [{"x": x, "labels": y} for x, y in zip(_normalised(part.images), part.labels, strict=True)]
         for part in (data.train, data.val)
     )
 

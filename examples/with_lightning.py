@@ -5,10 +5,12 @@ python examples/with_lightning.py
 """
 
 import sys
+import tempfile
 
 import lightning
 import torch
 from digits import accuracy, data_sets, snapshots, student
+from torch.utils.data import DataLoader
 
 import eekd
 
@@ -32,13 +34,13 @@ class Student(lightning.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
-def main(epochs: int = 6, folder: str | None = None) -> float:
+def main(epochs: int = 6) -> float:
     """Trains a student and returns its accuracy on the validation images."""
     train, val = data_sets()
-    loaders = [torch.utils.data.DataLoader(part, 32, shuffle=part is train) for part in (train, val)]  # pyright: ignore
+    loader, val_loader = (DataLoader(part, 32, shuffle=part is train) for part in (train, val))  # pyright: ignore
     module = Student(eekd.Distilled(student(), snapshots(train)))
-    trainer = lightning.Trainer(max_epochs=epochs, logger=False, enable_progress_bar=False, default_root_dir=folder)
-    trainer.fit(module, *loaders)
+    options = {"logger": False, "enable_progress_bar": False, "default_root_dir": tempfile.mkdtemp()}
+    lightning.Trainer(max_epochs=epochs, **options).fit(module, loader, val_loader)  # pyright: ignore
     return accuracy(module.distilled.student, val)
 
 

@@ -16,12 +16,12 @@ from transformers import Trainer, TrainingArguments
 import eekd
 
 
-def main(epochs: int = 6, folder: str | None = None) -> float:
+def main(epochs: int = 6) -> float:
     """Trains a student and returns its accuracy on the validation images."""
     train, val = data_sets()
     distilled = eekd.Distilled(student(), snapshots(train))
     options = TrainingArguments(
-        folder or tempfile.mkdtemp(),
+        tempfile.mkdtemp(),
         num_train_epochs=epochs,
         per_device_train_batch_size=16,
         gradient_accumulation_steps=2,

@@ -76,7 +76,7 @@ def build(
     return network
 
 
-def _network(name: str, args: dict, sizes: dict[str, int]) -> nn.Module:
+def _network(name: str, args: dict, sizes: dict) -> nn.Module:
     if name.startswith("timm:"):
         return from_timm(name.removeprefix("timm:"), args, **sizes)  # pyright: ignore[reportArgumentType]
     if is_file_name(name):
