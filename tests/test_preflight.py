@@ -11,7 +11,7 @@ import torch
 from eekd import load_student, models
 from eekd.export.evaluation import teacher_of
 from eekd.io.files import read_json, write_json_atomic
-from eekd.io.tensors import save_tensors
+from eekd.io.tensors import load_tensors, save_tensors
 from eekd.report import report
 from eekd.train import __main__ as cli
 from eekd.train import prepare, train
@@ -137,6 +137,21 @@ def test_a_dry_run_says_what_was_decided_and_why(command, capsys):
         and "look at teacher.mean and teacher.std" in printed
     )
     assert "The student sees images with mean" not in printed
+
+
+def test_a_finished_teacher_that_guesses_is_named_before_students_are_trained(command, tmp_path, capsys):
+    flags = ["--teacher.epochs", "8", "--teacher.lr", "0.02", "--students", "last"]
+    assert command("small", "small", *flags) == 0
+    snapshot = str(tmp_path / "run/teacher/snapshot-2.safetensors")
+    state = load_tensors(snapshot)
+    state["3.weight"], state["3.bias"] = state["3.weight"].roll(1, 0), state["3.bias"].roll(1, 0)
+    save_tensors(tmp_path / "rolled.safetensors", state)  # as of classes in another order
+    for file, guesses in ((snapshot, False), (str(tmp_path / "rolled.safetensors"), True)):
+        capsys.readouterr()
+        start = ["student", *SMALL[:6], "--teacher.model", "nets.py:small", "--student.model", "nets.py:small"]
+        assert cli.main([*start, "--checkpoints", file, "--students", "last", "--dry-run"]) == 0
+        printed = " ".join(capsys.readouterr().out.split())
+        assert ("The finished teacher names" in printed and "as guessing would" in printed) == guesses
 
 
 def test_a_batch_is_a_few_images_and_leaves_no_trace(tmp_path):

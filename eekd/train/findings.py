@@ -12,9 +12,8 @@ def findings(rows: list[dict], classes: int, images: int) -> list[str]:
     by test images. One run cannot tell a small difference from chance: a sentence says where it may be that.
     """
     rows = [row for row in rows if row["val_accuracy"] is not None]
-    chance = 1 / classes
-    least = chance + 2 * math.sqrt(chance * (1 - chance) / images)
-    guessing = [row for row in rows if row["kind"] in ("snapshot", "student") and row["val_accuracy"] <= least]
+    networks = [row for row in rows if row["kind"] in ("snapshot", "student")]
+    guessing = [row for row in networks if guesses(row["val_accuracy"], classes, images)]
     found = [_at_chance(row, [r for r in rows if r["kind"] == "snapshot"]) for row in guessing]
     last = next((row for row in rows if row["kind"] == "teacher"), None)
     ensemble = next((row for row in rows if row["kind"] == "ensemble"), None)
@@ -33,6 +32,12 @@ def findings(rows: list[dict], classes: int, images: int) -> list[str]:
             "larger --student.alpha, a lower --student.temperature, or more --student.epochs."
         )
     return found
+
+
+def guesses(accuracy: float, classes: int, images: int) -> bool:
+    """Whether an accuracy on so many images is within two standard errors of what guessing reaches, or below."""
+    chance = 1 / classes
+    return accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / images)
 
 
 def _at_chance(row: dict, snapshots: list[dict]) -> str:

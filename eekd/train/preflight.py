@@ -14,13 +14,14 @@ from eekd.models.normalization import Renormalize
 from eekd.snapshots.features import LastFeatures
 from eekd.snapshots.wrappers import logits_of
 from eekd.train.config import Phase
+from eekd.train.findings import guesses
 from eekd.train.random_state import random_state, set_random_state
 from eekd.train.session import Session
 from eekd.train.student import Method
 from eekd.train.teacher import TeacherTrainer
 from eekd.train.teaching import TaughtBatch, Teacher, TeacherOutputs
 
-ROWS = 8  # images
+ROWS, VALIDATED = 8, 64  # images
 USUAL = 3.0, 0.1, 10.0  # of normalised images: the largest mean, the least and the largest standard deviation
 
 
@@ -46,12 +47,14 @@ class Preview(Teacher):
         return self.outputs
 
 
-def preflight(session: Session, methods: Sequence[Method], teacher: nn.Module, trains_teacher: bool) -> list[str]:
+def preflight(
+    session: Session, methods: Sequence[Method], teacher: nn.Module, trains_teacher: bool, finished: bool = False
+) -> list[str]:
     """Runs a few images through all that will be trained, forward, loss and backward, and forgets what that changed.
 
-    `teacher` is the teacher's network, or a snapshot of it, which is asked for all snapshots. Returns what looks wrong
-    and can be meant, a sentence each. ValueError, one sentence, for a network that cannot run on the images or does
-    not give a logit for each class; else what a loss raises.
+    `teacher` is the teacher's network, or a snapshot of it, the last one where it is `finished`; it is asked for all
+    snapshots. Returns what looks wrong and can be meant, a sentence each. ValueError, one sentence, for a network that
+    cannot run on the images or does not give a logit for each class; else what a loss raises.
     """
     session, found = _Alone(session), []
     config, generators = session.config, random_state(session.device)
@@ -63,6 +66,8 @@ def preflight(session: Session, methods: Sequence[Method], teacher: nn.Module, t
             _check_logits(session, config.teacher, teacher, batch.images)
             if trains_teacher:
                 _step(TeacherTrainer(session), TaughtBatch(*batch))
+            if finished:
+                found += _guesses(session, teacher)
         if methods:
             batch = _batch(session, config.student)
             found += _looks(session, config.student, batch.images)
@@ -112,6 +117,22 @@ def _check_logits(session: Session, phase: Phase, network: nn.Module, images: Te
             f"{phase._prefix}model {phase.model} must give {classes} logits an image, one for each class of "
             f"{session.data.name}, got outputs of shape {tuple(logits.shape)} for {len(images)} images"
         )
+
+
+@torch.no_grad()
+def _guesses(session: Session, teacher: nn.Module) -> list[str]:
+    """A sentence where a finished teacher is no better than chance on some validation images."""
+    split, phase = session.data.val, session.config.teacher
+    index = torch.linspace(0, len(split) - 1, min(VALIDATED, len(split))).long()
+    right = 0
+    for batch in session.loader("val", phase).replay([(0, part) for part in index.split(ROWS)]):
+        right += (logits_of(session.run(teacher.eval(), batch.images)).argmax(1) == batch.labels).sum().item()
+    if not guesses(right / len(index), len(session.data.classes), len(index)):
+        return []
+    return [
+        f"The finished teacher names {right} of {len(index)} validation images right, as guessing would: look at "
+        "teacher.mean and teacher.std, at the order of the classes (classes), and at channels."
+    ]
 
 
 @torch.no_grad()

@@ -182,7 +182,8 @@ def prepare(config: Config, run: str | Path | None = None) -> Session:
         check_data(session, earlier)
         check_code(earlier / "teacher", read_teacher(earlier / "teacher"))
         networks[config.teacher] = SnapshotEnsemble.load(earlier / "teacher", features=False).models[-1]
-    session.notes += preflight(session, methods, networks[config.teacher], trained[config.teacher])
+    finished = bool(earlier or (config.checkpoints and not imported))
+    session.notes += preflight(session, methods, networks[config.teacher], trained[config.teacher], finished)
     return session
 
 
