@@ -192,6 +192,7 @@ def test_run_folder_is_complete(run):
     assert {path.name for path in run.iterdir()} == expected
     assert {path.name for path in (run / "teacher").iterdir()} == {
         "manifest.json",
+        "model.py",
         "metrics.csv",
         "metrics.jsonl",
         "snapshots.json",
@@ -200,7 +201,7 @@ def test_run_folder_is_complete(run):
         "snapshot-3.safetensors",
     }
     for weighting in WEIGHTINGS:
-        files = {"metrics.csv", "metrics.jsonl", "student.json", "student.safetensors"}
+        files = {"metrics.csv", "model.py", "metrics.jsonl", "student.json", "student.safetensors"}
         files |= {"attention.safetensors"} if weighting == "attention" else set()
         assert {path.name for path in (run / "students" / weighting).iterdir()} == files
     environment = read(run / "environment.json")
