@@ -28,16 +28,16 @@ EXAMPLES = 16
 
 
 class LogitBank:
-    """The stored logits and features of M snapshots: what an ensemble's forward would give, without running it.
+    """The stored logits and features of M snapshots: the results of an ensemble's forward, without running it.
 
         bank = LogitBank.open("runs/teacher/bank")
         logits, features = bank.rows(view, index)  # (M, B, C), (M, B, D)
 
-    Of a top-k bank the logits are TopKLogits, which EEKDLoss takes just so.
+    The logits of a top-k bank are TopKLogits, which EEKDLoss takes, too.
 
-    Attributes: `views` V; `snapshots` M; `classes` C; `top_k` K, or None; `feature_dim` D, None where no features
-    are stored; `run`, the folder of the teacher's run; `augment` and `seed` of the views; `len(bank)` samples;
-    `sha256` of the manifest, which is `manifest`.
+    Attributes: `views` V; `snapshots` M; `classes` C; `top_k` K, or None; `feature_dim` D, None if no features are
+    stored; `run`, the folder of the teacher's run; `augment` and `seed` of the views; `manifest` and its `sha256`;
+    `len(bank)` is the number of samples.
     """
 
     def __init__(self, path: Path, manifest: dict):
@@ -55,7 +55,7 @@ class LogitBank:
     def open(cls, path: str | Path) -> "LogitBank":
         """The finished bank in the folder `path`; FileNotFoundError or ValueError names what is missing or wrong.
 
-        That every shard is there is checked here; its hash when it is first read, by the thread of `prefetch`.
+        This checks that every shard exists. The hash of a shard is checked when the shard is first read.
         """
         path = Path(path)
         if not (path / MANIFEST).is_file():
@@ -73,8 +73,8 @@ class LogitBank:
     def rows(self, view: int, index: Tensor) -> tuple[Tensor | TopKLogits, Tensor | None]:
         """Logits (M, B, C) and features (M, B, D), or None, of the samples `index` (B,) int64 in view `view`.
 
-        In the stored dtype, on the device of `index`, as transposed views of (B, M, …) memory. ValueError for a
-        view or sample that is not in the bank, and for a damaged shard, which it names.
+        They have the stored dtype, are on the device of `index`, and are transposed views of (B, M, …) memory.
+        ValueError for a view or sample that is not in the bank, and for a damaged shard, which it names.
         """
         if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim != 1:
             got = f"{index.dtype} of shape {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
@@ -84,7 +84,7 @@ class LogitBank:
     def prefetch(
         self, view: int, indices: Sequence[Tensor], device: str | torch.device = "cpu", features: bool = True
     ) -> Iterator[tuple[Tensor | TopKLogits, Tensor | None]]:
-        """`rows(view, index)` on `device` for each of `indices`, gathered ahead by a thread, through pinned memory.
+        """`rows(view, index)` on `device` for each of `indices`; a thread reads ahead, through pinned memory.
 
         `features=False` leaves the features unread.
         """
@@ -118,10 +118,10 @@ class LogitBank:
         return features.float() @ matrix.to(features.device)
 
     def check(self, data, loader, snapshots: Sequence[str] | None = None, **split) -> None:
-        """ValueError, one sentence that says what differs, unless the bank belongs to these images and snapshots.
+        """Raises ValueError, which says what differs, unless the bank belongs to these images and snapshots.
 
-        `data` is the eekd.data.ImageData and `loader` the Loader whose batches the rows will stand beside;
-        `snapshots` are the hashes of the snapshot files. `split` are settings that `data` was loaded with, to
+        `data` is the eekd.data.ImageData, and `loader` the Loader whose batches are used with the rows. `snapshots` are
+        the hashes of the snapshot files. `split` are the settings that `data` was loaded with, so that the error can
         name the one that differs.
         """
         made, now = self.manifest["images"], images_of(data, loader, **split)

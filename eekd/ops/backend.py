@@ -30,9 +30,9 @@ _forced: str | None = None
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs the ops called inside the `with` block on one backend: "native", "triton" or "reference".
+    """Runs the ops inside the `with` block on one backend: "native", "triton" or "reference".
 
-    Raises ValueError for any other name; the op itself raises RuntimeError where the backend is not available.
+    Raises ValueError for any other name. The op itself raises RuntimeError if the backend is not available.
     """
     global _forced
     if name not in BACKENDS:

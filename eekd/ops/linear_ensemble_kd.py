@@ -41,37 +41,37 @@ def linear_ensemble_kd(
     denominator: Tensor | float | None = None,
     memory_budget: int | None = None,
 ) -> EnsembleKD:
-    """`ensemble_kd` of the logits that heads make of hidden states, computed chunk by chunk with all gradients.
+    """`ensemble_kd` for logits that heads compute from hidden states, chunk by chunk, with all gradients.
 
         s   = cap(logit_scale (student_hidden student_weightᵀ + student_bias))         cap(x) = c tanh(x / c), or x
         z_m = cap(logit_scale (snapshot_hidden_m snapshot_weights_mᵀ + snapshot_biases_m))
         loss, weights, attention_loss = ensemble_kd(s, z, labels, scores=scores, ...)
 
-    Rows are tokens or samples. Rows whose label is `ignore_index` are dropped first. Logits are float32 (float64 where
-    an input is), products accumulate in the same, whatever the dtypes given. Of the logits, M + 2 chunks of rows are
-    in memory at once. Where these are too large, probabilities are mixed one snapshot after another, in 3 chunks. Where
-    all snapshots share one head and logits are fused, Σ_m w_m W h_m = W Σ_m w_m h_m is one product for all M.
+    Rows are tokens or samples. Rows whose label is `ignore_index` are dropped first. Logits and sums are float32, or
+    float64 if an input is, for any dtypes of the inputs. M + 2 chunks of logits are in memory at once. If these are too
+    large, the snapshots' probabilities are mixed one after another, in 3 chunks. If all snapshots share one head and
+    logits are fused, Σ_m w_m W h_m = W Σ_m w_m h_m is one product for all M.
 
     Args:
         student_hidden: (N, H), float64, float32, bfloat16 or float16, as every tensor of numbers here.
         student_weight: (V, H).
         snapshot_hidden: (M, N, H_m), or M tensors (N, H_m) of any widths; 1 <= M <= 64. No gradient.
-        snapshot_weights: M heads (V, H_m), or one (V, H_m) that all share. No gradient. Where heads have other numbers
-            of classes, each is cut to its first V, the smallest number: padded vocabularies then agree.
-        labels: (N) integers below V, or None for pure distillation. Soft labels (N, V) are refused: they are what this
-            op keeps out of memory.
+        snapshot_weights: M heads (V, H_m), or one (V, H_m) that all share. No gradient. If heads have different numbers
+            of classes, all are cut to the smallest number V, so that padded vocabularies agree.
+        labels: (N) integers below V, or None for pure distillation. Soft labels (N, V) are refused, because this op
+            keeps tensors of that size out of memory.
         student_bias: (V).
         snapshot_biases: M tensors (V), or one (V) that all share. No gradient.
-        scores: (N, M) attention scores, or log-weights; None weighs all snapshots alike.
-        temperature, alpha, fusion, attention_objective, ignore_index: as of `ensemble_kd`; text is mostly distilled at
-            temperature 1.
+        scores: (N, M) attention scores, or log-weights; None gives all snapshots the same weight.
+        temperature, alpha, fusion, attention_objective, ignore_index: as in `ensemble_kd`. Language models are mostly
+            distilled at temperature 1.
         reduction: "mean" over the rows that are not ignored, "sum", or "none" for (N).
         logit_scale: a factor of all logits.
         softcap: c > 0 bounds all logits to (-c, c); None does not.
-        denominator: what "mean" divides by, in place of the number of rows: that of a whole batch, of which this is a
-            part. A number, or a tensor of one.
-        memory_budget: bytes of logits at once; None: those of 128 rows on a CPU, of 1024 on a GPU, and at most 256 MiB,
-            on a GPU 1 GiB. At least 16 rows are computed at once.
+        denominator: the divisor of "mean" instead of the number of rows, such as the number of labelled tokens in a
+            whole batch of which this is a part. A number, or a tensor with one element.
+        memory_budget: bytes of logits in memory at once. None: those of 128 rows and at most 256 MiB on a CPU, of 1024
+            rows and at most 1 GiB on a GPU. At least 16 rows are computed at once.
 
     Returns:
         `loss` and `attention_loss` (0 without labels), float32, or float64 where an input is; `weights` (N, M) float32,
