@@ -10,15 +10,15 @@ SCHEDULE = "eekd_snapshots.json"  # beside the checkpoint-* folders: which of th
 
 
 class SnapshotCallback(TrainerCallback):
-    """Lets a Trainer save M checkpoints, at the end of M stages of equal length.
+    """Makes a Trainer save M checkpoints, at the end of M stages of equal length.
 
         Trainer(model, TrainingArguments("teacher-run", save_strategy="no"), callbacks=[SnapshotCallback(5)], ...)
 
-    Stage m of S steps ends with step S m // M, so the last snapshot is the finished model. Which checkpoints are
-    snapshots is written to `eekd_snapshots.json` in the run's folder, so that others may lie beside them.
+    In a run of S steps stage m ends with step S m // M, so the last snapshot is the finished model. The run's folder
+    may hold other checkpoints, too: `eekd_snapshots.json` lists those that are snapshots.
 
-    Raises TypeError, ValueError for other numbers; before training ValueError where the run has fewer steps than M, and
-    where `save_total_limit` would delete snapshots.
+    Raises TypeError or ValueError for other numbers; before training ValueError if the run has fewer steps than M, or
+    if `save_total_limit` would delete snapshots.
     """
 
     def __init__(self, snapshots: int = 5):

@@ -1,4 +1,4 @@
-"""The settings of a distillation, beside those of a Trainer."""
+"""The settings of a distillation, in addition to those of a Trainer."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from eekd.method import weightings
 
 @dataclass
 class EEKDArguments:
-    """What `EEKDConfig` adds; with it any subclass of TrainingArguments becomes the settings of an `EEKDMixin`.
+    """The settings that `EEKDConfig` adds. With them any subclass of TrainingArguments configures an `EEKDMixin`.
 
         @dataclass
         class SFT(EEKDArguments, SFTConfig): ...
@@ -18,7 +18,7 @@ class EEKDArguments:
     """
 
     teacher_checkpoints: str | None = field(
-        default=None, metadata={"help": "Folder of a Trainer's run, whose checkpoint-* folders teach."}
+        default=None, metadata={"help": "Folder of a Trainer's run, whose checkpoint-* folders are the teachers."}
     )
     token_bank: str | None = field(
         default=None, metadata={"help": "Folder of a token bank, in place of running the teachers."}
@@ -27,14 +27,17 @@ class EEKDArguments:
         default=None, metadata={"help": "How many of the checkpoints, evenly spaced, the last among them (None: all)."}
     )
     weighting: str = field(
-        default="attention", metadata={"help": f"How they are weighed: {', '.join(weightings.names())}."}
+        default="attention", metadata={"help": f"How they are weighted: {', '.join(weightings.names())}."}
     )
     temperature: float | None = field(
-        default=None, metadata={"help": "Of both softmaxes; None: 1 for language models, 5 for classifiers."}
+        default=None,
+        metadata={"help": "Temperature of both softmaxes; None: 1 for language models, 5 for classifiers."},
     )
     alpha: float = field(default=0.5, metadata={"help": "Weight of the cross-entropy, from 0 to 1."})
     fusion: str = field(default="probability", metadata={"help": "What is averaged: probability or logit."})
-    attention_objective: str = field(default="label", metadata={"help": "What the attention learns by: label or kl."})
+    attention_objective: str = field(
+        default="label", metadata={"help": "The loss that trains the attention: label or kl."}
+    )
     embed_dim: int = field(default=8, metadata={"help": "Width of the attention's queries and keys."})
     feature_layer: str | None = field(
         default=None, metadata={"help": "Layer of a classifier whose input the attention reads (None: the last head)."}
@@ -62,12 +65,13 @@ class EEKDArguments:
 
 @dataclass
 class EEKDConfig(EEKDArguments, TrainingArguments):
-    """TrainingArguments and how the checkpoints of a teacher's run teach.
+    """TrainingArguments, and the settings of the distillation.
 
         EEKDConfig("student-run", weighting="uniform", temperature=2.0, alpha=0.3, per_device_train_batch_size=8)
 
     `teacher_checkpoints`: a folder of checkpoint-* folders; `snapshots`: how many of them (None: all); `weighting`,
-    `temperature`, `alpha`, `fusion`, `attention_objective`, `embed_dim`: as of `eekd.EEKDLoss`, but the temperature is
-    1 for language models unless it is given; `feature_layer`: the layer of a classifier with several heads.
+    `temperature`, `alpha`, `fusion`, `attention_objective`, `embed_dim`: as in `eekd.EEKDLoss`, but the temperature is
+    1 for language models unless it is given; `feature_layer`: the layer whose input the attention reads, for a
+    classifier with several heads.
     ValueError for an unknown weighting and numbers out of range.
     """

@@ -18,14 +18,14 @@ from eekd.snapshots.wrappers import logits_of
 
 
 class Teachers:
-    """M frozen models that are asked one after another.
+    """M frozen models that run one after another.
 
         teachers = Teachers.load("teacher-run", snapshots=5)
 
     Attributes: `names` of the M; `models`, M of them, or one base model that carries M adapters.
 
-    Raises ValueError, FileNotFoundError, one sentence each: missing files or weights, adapters of several bases, prompt
-    learning, models spread over several devices.
+    Raises ValueError or FileNotFoundError for missing files or weights, adapters of several base models, prompt
+    learning, and models spread over several devices.
     """
 
     def __init__(self, models: Sequence[nn.Module], names: Sequence[str], adapters: Sequence[str] = ()):

@@ -78,17 +78,17 @@ def write_token_bank(
     batch_size: int = 8,
     device: str | torch.device = "cpu",
 ) -> "TokenBank":
-    """Runs the teachers over the sequences of a data set and stores what they say of each token.
+    """Runs the teachers over the sequences of a dataset and stores their outputs for each token.
 
         bank = write_token_bank("bank", Teachers.load("teacher-run"), train_dataset, collator)
 
-    Without `top_k` the last hidden states, 2 H M bytes a token (4 in float32), and the heads: exact, up to `dtype`, at
-    any temperature. With `top_k` K the logits of the K likeliest tokens, the next token always among them, and a
-    summary of the others (`eekd.top_k_logits`): (2 K + 48) M + 4 K bytes a token. `processing_class` is the tokenizer,
-    which a trainer's must then equal.
+    Without `top_k` it stores the last hidden states, 2 H M bytes per token (4 H M in float32), and the heads. They are
+    exact, up to `dtype`, at any temperature. With `top_k` K it stores the logits of the K likeliest tokens, the next
+    token always among them, and a summary of the others (`eekd.top_k_logits`): (2 K + 48) M + 4 K bytes per token.
+    `processing_class` is the tokenizer. If it is given, a trainer must have an equal one.
 
     Raises ValueError for other dtypes, a K that is not from 0 to V, batches without `input_ids`, values out of the
-    range of `dtype`, and what `LanguageHead.verify` raises; FileExistsError where the folder holds a bank.
+    range of `dtype`, and what `LanguageHead.verify` raises; FileExistsError if the folder holds a bank.
     """
     folder = Path(folder)
     if (folder / MANIFEST).exists():
@@ -148,11 +148,11 @@ def write_token_bank(
 
 
 class TokenBank:
-    """A finished bank; `EEKDTrainer(..., token_bank="bank")` reads it in place of teachers.
+    """A finished bank. `EEKDTrainer(..., token_bank="bank")` reads it instead of running teachers.
 
     Attributes: `manifest`; `names` of the snapshots; `len(bank)` is M.
 
-    Raises FileNotFoundError, ValueError, one sentence each: a file is missing, was changed, or is of another format.
+    Raises FileNotFoundError or ValueError if a file is missing, was changed, or has another format.
     """
 
     adapters = ()

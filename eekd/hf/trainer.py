@@ -30,27 +30,29 @@ TASKS = [
 
 
 class EEKDMixin:
-    """Makes a Trainer whose student learns from M checkpoints; it stands before the Trainer among the bases.
+    """Makes a Trainer whose student learns from M checkpoints. It must come before the Trainer in the list of bases.
 
         class EEKDTrainer(EEKDMixin, Trainer): ...
         class EEKDSFTTrainer(EEKDMixin, SFTTrainer): ...  # whose args are of a class (EEKDArguments, SFTConfig)
 
-    In training the loss is that of `eekd.EEKDLoss`, of a language model by `eekd.linear_ensemble_kd`: summed over the
-    tokens or samples whose label is not -100, divided by their number in the whole update, whatever the accumulation
-    steps and, with `average_tokens_across_devices`, the processes. Evaluation is the Trainer's own: its loss is the
-    student's cross-entropy, and teachers do not run.
+    In training the loss is that of `eekd.EEKDLoss`; language models compute it with `eekd.linear_ensemble_kd`. It is
+    the mean over the tokens or samples of a whole update whose label is not -100: over all accumulation steps and, with
+    `average_tokens_across_devices`, over all processes. Evaluation is the Trainer's own: its loss is the student's
+    cross-entropy, and teachers do not run.
 
-    Args, beside the Trainer's:
-        teacher_checkpoints: a run's folder, a checkpoint, or a list of them; None: what the settings say.
-        teachers: models in memory, in their place.
-        teacher_base: the base model of adapters, or its name; None: the one that they name.
-        token_bank: what teachers said of the data, see `write_token_bank`; with teacher_checkpoints it must be theirs.
+    Args, in addition to the Trainer's:
+        teacher_checkpoints: a run's folder, a checkpoint, or a list of checkpoints; None: those of the settings.
+        teachers: models in memory, instead of checkpoints.
+        teacher_base: the base model of adapters, or its name; None: the one that the adapters name.
+        token_bank: the stored outputs of the teachers, see `write_token_bank`. If teacher_checkpoints are given too,
+        the
+            bank must be theirs.
 
     Attributes: `teachers`; `criterion`, an EEKDLoss. With weighting "attention" its parameters are trained with the
     student's, without weight decay and not counted in `max_grad_norm`, and saved in every checkpoint.
 
-    Raises ValueError, FileNotFoundError, TypeError, one sentence each, for what does not fit. On the first batch every
-    head is compared with its model's own logits.
+    Raises ValueError, FileNotFoundError or TypeError of one sentence for anything that does not fit. On the first batch
+    the logits of every head are compared with its model's own.
     """
 
     def __init__(
@@ -278,7 +280,7 @@ def _classes(mapping: dict) -> set[str]:
 
 
 class EEKDTrainer(EEKDMixin, Trainer):
-    """A Hugging Face Trainer whose student learns from the checkpoints of another run; arguments as of `EEKDMixin`.
+    """A Hugging Face Trainer whose student learns from the checkpoints of another run; arguments as in `EEKDMixin`.
 
     trainer = EEKDTrainer(
         model=student, args=EEKDConfig("student-run", weighting="attention"), teacher_checkpoints="teacher-run",
