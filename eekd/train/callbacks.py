@@ -12,18 +12,18 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """A Trainer calls its callbacks in their order. Here nothing happens; a subclass overrides what it needs."""
+    """A Trainer calls its callbacks in their order. A subclass overrides the methods it needs; here they do nothing."""
 
     def running(self, trainer: "Trainer") -> AbstractContextManager:
-        """Around the whole of `fit`: what comes before its first step, and what after its last."""
+        """A context around the whole of `fit`."""
         return nullcontext()
 
     def fetching(self, trainer: "Trainer") -> AbstractContextManager:
-        """Around the wait for the batches of a step."""
+        """A context around the wait for the batches of a step."""
         return nullcontext()
 
     def validating(self, trainer: "Trainer") -> AbstractContextManager:
-        """Around a validation."""
+        """A context around a validation."""
         return nullcontext()
 
     def on_step_begin(self, trainer: "Trainer") -> None:
@@ -33,24 +33,24 @@ class Callback:
         """After the forward of each part of a step, with the loss that will be differentiated."""
 
     def on_update(self, trainer: "Trainer") -> bool:
-        """Before the optimizer's step, when all gradients are there. False leaves the step out."""
+        """Before the optimizer's step, when all gradients are computed. Returning False skips the step."""
         return True
 
     def on_step_end(self, trainer: "Trainer") -> None:
         """After a step, before its measurements are added to the means. `trainer.pause = True` asks for a pause."""
 
     def on_pause(self, trainer: "Trainer") -> None:
-        """Now and then between two steps, and between two epochs: the device may be waited for, the state saved."""
+        """Now and then between two steps or epochs: here a callback may wait for the device and save the state."""
 
     def on_save(self, trainer: "Trainer") -> None:
         """Before the state is saved."""
 
     def on_epoch_end(self, trainer: "Trainer", row: dict) -> None:
-        """With the row of an epoch, to which entries may be added."""
+        """After an epoch, with its row of metrics, to which a callback may add entries."""
 
 
 class ReplicaCheck(Callback):
-    """RuntimeError where processes do not have the same weights, after every so many steps (0: none) and at the end."""
+    """RuntimeError if processes have different weights; checked every so many steps (0: never) and at the end."""
 
     def __init__(self, every: int = 0):
         self.every = every

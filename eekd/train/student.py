@@ -37,16 +37,17 @@ RECORD, ATTENTION, CRITERION = "student.json", "attention.safetensors", "criteri
 class StudentTrainer(Trainer):
     """Trains the student of a session, on labels or taught by the snapshots of a teacher.
 
-    A method of your own is a subclass. It may override
+    Your own method is a subclass. It may override
 
-        compute_loss(batch)     what to minimise on `batch.images`, `batch.labels` and `batch.teacher`, the snapshots'
-                                logits (M, B, C) and features (M, B, D); `epoch`, `step` and `total_steps` say when
+        compute_loss(batch)     the loss for `batch.images`, `batch.labels` and `batch.teacher`, which holds the
+                                snapshots' logits (M, B, C) and features (M, B, D); it may depend on `epoch`, `step`
+                                and `total_steps`
         build_criterion()       a module, called as `self.criterion(...)`, whose parameters are trained with the
                                 student's; by default EEKDLoss with `weighting`; its sizes: `student_dim`, `teacher_dim`
         weighting               a weighting's name; "ce" for a method without a teacher, "last" for the last snapshot
-        needs_features          whether `batch.teacher.features` are read; by default where the weighting does
+        needs_features          whether it reads `batch.teacher.features`; by default as the weighting does
 
-    `self.forward_features(images)` are the student's logits and last features as they train.
+    `self.forward_features(images)` returns the student's logits and last features in training.
 
     `teacher` is the folder of a teacher's snapshots or a Teacher; `which` picks snapshots by index.
     """
@@ -113,7 +114,7 @@ class StudentTrainer(Trainer):
             return self.session.run(self._capture, images)
 
     def infer(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits and last features of the network that is kept, neither parallel nor compiled."""
+        """The logits and last features of the network that is saved, neither parallel nor compiled."""
         return self.session.run(self._capture_alone, images)
 
     def compute_loss(self, batch: TaughtBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -126,7 +127,7 @@ class StudentTrainer(Trainer):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """With an EEKDLoss also whether uniform weights would have made a better target."""
+        """The val_ entries; with an EEKDLoss also whether uniform weights would give a better target."""
         loss = self.own_criterion
         if not isinstance(loss, EEKDLoss):
             return super().validate()

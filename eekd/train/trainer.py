@@ -39,18 +39,18 @@ UNPREFIXED = "weights", "weight_entropy"  # measurements whose entries in a row 
 
 
 class Trainer:
-    """Trains a network on labels, in one process or, with its like, in many.
+    """Trains a network on labels, in one process or several.
 
         network = session.network(phase, seed)
         rows = Trainer(session, phase, network, "teacher").fit()
 
-    A subclass overrides `compute_loss`, and `build_criterion` where the loss has parameters of its own.
+    A subclass overrides `compute_loss`, and `build_criterion` if its loss has parameters.
 
-    What a subclass and a callback may read: `session`, `config`, `phase`, `device`; `network`, and `model`, which is
-    the network as it trains (parallel, compiled); `kept`, the network that is validated and kept, which is `network`
-    or, with phase.ema, the average of its weights; `criterion`; `optimizer`; `loader` and `val_loader`; `epoch` and
-    `step`, the epochs and steps that are complete; `steps_per_epoch`, `total_steps`, `lr`; `rows`, one for every
-    complete epoch; `means` of the epoch in progress.
+    A subclass or a callback may read: `session`, `config`, `phase`, `device`; `network`, and `model`, which is the
+    network as it trains (parallel, compiled); `kept`, the network that is validated and saved: `network` or, with
+    phase.ema, the average of its weights; `criterion`; `optimizer`; `loader` and `val_loader`; `epoch` and `step`, the
+    numbers of completed epochs and steps; `steps_per_epoch`, `total_steps`, `lr`; `rows`, one for every completed
+    epoch; `means` of the epoch in progress.
     """
 
     def __init__(
@@ -92,13 +92,13 @@ class Trainer:
         self._begin_epoch()
 
     def setup(self) -> None:
-        """What a subclass needs before its criterion is built."""
+        """Runs before `build_criterion`: sets what a subclass needs there."""
 
     def build_criterion(self) -> nn.Module | None:
-        """The module that computes the loss, whose parameters are trained with the network's; None for none."""
+        """The loss as a module, whose parameters are trained with the network's; None if the loss has none."""
 
     def build_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer of `trained`, the network and the criterion. A group's "lr_scale" multiplies its rate."""
+        """The optimizer of `trained`, the network and the criterion; "lr_scale" of a group multiplies its rate."""
         return build_optimizer(self.phase, self.trained, self.network)
 
     def fit(self) -> list[dict]:
@@ -120,7 +120,7 @@ class Trainer:
         return self.rows
 
     def train_epoch(self) -> dict:
-        """Trains to the end of the epoch and returns what its row says of that."""
+        """Trains to the end of the epoch and returns its part of the row of metrics."""
         self.trained.train()
         self.batches = self.batches_from(self.step)
         self._start = time.perf_counter() - self._seconds
@@ -174,9 +174,9 @@ class Trainer:
         self.progress(self.name, self.step, self.total_steps, known)
 
     def compute_loss(self, batch: TaughtBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """What to minimise on a batch, a mean over its samples, and measurements by name, means too.
+        """The loss of a batch, a mean over its samples, and measurements by name, which are means, too.
 
-        A measurement becomes the entry train_NAME of the epoch's row. "loss", if it is not among them, is the loss.
+        A measurement becomes the entry train_NAME of the epoch's row. "loss", if it is missing, is the loss.
         """
         logits = self.forward(batch.images)
         loss = F.cross_entropy(logits.float(), batch.labels)
@@ -192,16 +192,16 @@ class Trainer:
         return {f"val_{name}": mean for name, mean in evaluate(self.session, self.kept, self.val_loader).items()}
 
     def batches_from(self, step: int) -> Iterator[TaughtBatch]:
-        """The batches of an epoch, part by part, from those of `step` on; as often as asked."""
+        """The batches of an epoch, part by part, from those of `step` on."""
         self.loader.set_epoch(step // self.steps_per_epoch)
         self.loader.skip(step % self.steps_per_epoch * self.config.accumulate)
         return (TaughtBatch(*batch) for batch in self.loader)
 
     def state_dict(self) -> dict:
-        """All that the next step depends on: `tensors` by name, in the first process, and the rest as JSON.
+        """Everything that the next step depends on: `tensors` by name, in the first process, and the rest as JSON.
 
-        All processes call it together. What differs between them, the random generators and the means, is stacked in
-        the order of their ranks.
+        All processes call it together. The random generators and the means differ between processes and are stacked in
+        the order of the ranks.
         """
         states = [(f"network.{name}", x) for name, x in self.trained.state_dict().items()]
         if self.average:
@@ -223,7 +223,7 @@ class Trainer:
         return {"tensors": tensors, **known}
 
     def load_state_dict(self, state: dict, source: str | Path = "the state") -> None:
-        """Becomes what `state_dict` returned; ValueError, `source` in it, where it does not fit."""
+        """Restores what `state_dict` returned; ValueError, which names `source`, if it does not fit."""
         parts = {
             part: {name.removeprefix(part): x for name, x in state["tensors"].items() if name.startswith(part)}
             for part in ("network.", "average.", "means.", "optimizer.")
