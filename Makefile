@@ -13,7 +13,7 @@ test: install  # one thread each: where there are more threads than cores, all w
 # What `make test` runs, and every test marked "full"; TESTS='-m "full and not slow"' for these alone.
 TESTS ?= -m "not slow"
 test-all:
-	$(MAKE) install EXTRAS=dev,timm,data,export,hf,lightning
+	$(MAKE) install EXTRAS=dev,timm,data,export,hf,trl,lightning
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist worksteal $(TESTS)
 
 # Formatting and types. It mends what ruff and clang-format can mend, and fails where it did.

@@ -79,16 +79,16 @@ class EEKDMixin:
         if bank is not None:
             folders = None if paths is None else checkpoint_folders(paths, self.args.snapshots)
             self.teachers = TokenBank(bank, last)
-            self.teachers.check(self._tokenizer(), folders, self.train_dataset)
+            self.teachers.check(self._eekd_tokenizer(), folders, self.train_dataset)
         elif teachers is None:
             self.teachers = Teachers.load(paths, self.args.snapshots, teacher_base, last)
         else:
             models = list(teachers)[-1:] if last else list(teachers)
             self.teachers = Teachers(models, [f"teacher {m + 1}" for m in range(len(models))])
         self.teachers.to(self.args.device)
-        self._join(self.model)
+        self._eekd_join(self.model)
 
-    def _join(self, student: nn.Module) -> None:
+    def _eekd_join(self, student: nn.Module) -> None:
         """Sets up what depends on the student."""
         args = self.args
         kind = type(student.get_base_model() if hasattr(student, "get_base_model") else student).__name__
@@ -101,7 +101,7 @@ class EEKDMixin:
         task, options = found[0]
         if task is not LanguageModelling and isinstance(self.teachers, TokenBank):
             raise ValueError(f"the student must be a language model for a token bank, got a {kind}")
-        self.task = task(student, self.teachers, args, self._tokenizer(), **options)
+        self.task = task(student, self.teachers, args, self._eekd_tokenizer(), **options)
         temperature = self.task.temperature if args.temperature is None else args.temperature
         with torch.random.fork_rng(devices=[]):  # a student's own randomness is that of a run without attention
             torch.manual_seed(args.seed)
@@ -115,27 +115,28 @@ class EEKDMixin:
                 fusion=args.fusion,
                 attention_objective=args.attention_objective,
             ).to(args.device)
-        self._verified = False
-        self._updated = True  # whether the next batch begins an update
-        self._measured: dict[str, Tensor] = {}
-        self._updates = 0
+        # Names of its own begin so, for subclasses of Trainer have many: TRL's have a _tokenizer.
+        self._eekd_verified = False
+        self._eekd_updated = True  # whether the next batch begins an update
+        self._eekd_measured: dict[str, Tensor] = {}
+        self._eekd_updates = 0
 
-    def _tokenizer(self):
+    def _eekd_tokenizer(self):
         return self.processing_class or getattr(self.data_collator, "tokenizer", None)
 
     def call_model_init(self, trial=None):
         model = super().call_model_init(trial)
         if hasattr(self, "teachers"):
-            self._join(model)
+            self._eekd_join(model)
         return model
 
     # Loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, *args):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, *args)
-        return batches, self._items(batches) if batches else None
+        return batches, self._eekd_items(batches) if batches else None
 
-    def _items(self, batches: list[dict]) -> Tensor:
+    def _eekd_items(self, batches: list[dict]) -> Tensor:
         """How many labels count in one update: float32, at least 1."""
         for batch in batches:
             if not isinstance(batch.get("labels"), Tensor):
@@ -146,16 +147,16 @@ class EEKDMixin:
         return count.clamp(min=1).float()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if self._updated:
+        if self._eekd_updated:
             self.criterion.zero_grad()  # the Trainer does the model's
         before, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, True  # so it divides nothing again
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self.model_accepts_loss_kwargs = before
-        self._updated = self.accelerator.sync_gradients
-        if self._updated:
-            self._updates += 1
+        self._eekd_updated = self.accelerator.sync_gradients
+        if self._eekd_updated:
+            self._eekd_updates += 1
             self._average_attention()
         return loss
 
@@ -169,9 +170,9 @@ class EEKDMixin:
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **named):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **named)
-        items = self._items([inputs]) if num_items_in_batch is None else num_items_in_batch
-        if not self._verified:
-            self._verify(inputs)
+        items = self._eekd_items([inputs]) if num_items_in_batch is None else num_items_in_batch
+        if not self._eekd_verified:
+            self._eekd_verify(inputs)
         student = self.model
         said, forward = self.task.teach(inputs, self.accelerator.autocast), student.forward
 
@@ -188,10 +189,10 @@ class EEKDMixin:
             outputs = {name: value * self.accelerator.num_processes for name, value in outputs.items()}
         loss = outputs.pop("loss")
         for name, value in outputs.items():
-            self._measured[name] = self._measured.get(name, 0) + value
+            self._eekd_measured[name] = self._eekd_measured.get(name, 0) + value
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _verify(self, inputs: dict) -> None:
+    def _eekd_verify(self, inputs: dict) -> None:
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         half = self.accelerator.mixed_precision != "no"
@@ -200,7 +201,7 @@ class EEKDMixin:
         finally:
             for module, mode in modes:
                 module.training = mode
-        self._verified = True
+        self._eekd_verified = True
 
     def prediction_step(self, model, inputs, *args, **named):
         return super().prediction_step(model, accepted(self.model, inputs), *args, **named)
@@ -213,30 +214,31 @@ class EEKDMixin:
             self._signature_columns += [name for name in others if name not in self._signature_columns]
 
     def log(self, logs, *args, **named):
-        if self._measured and "loss" in logs and "learning_rate" in logs:
-            values = torch.cat([value.float().reshape(-1) for value in self._measured.values()]) / max(1, self._updates)
+        if self._eekd_measured and "loss" in logs and "learning_rate" in logs:
+            values = torch.cat([value.float().reshape(-1) for value in self._eekd_measured.values()])
+            values /= max(1, self._eekd_updates)
             loss, attention_loss, *weights = self.accelerator.reduce(values, "mean").tolist()
             logs = {**logs, "distillation_loss": loss}
             if self.criterion.attention is not None:
                 logs["attention_loss"] = attention_loss
             logs |= {f"weight_{m}": weight for m, weight in enumerate(weights, 1) if len(weights) > 1}
-            self._measured, self._updates = {}, 0
+            self._eekd_measured, self._eekd_updates = {}, 0
         return super().log(logs, *args, **named)
 
     # The attention's parameters: optimised with the student's, kept beside them
 
     def create_optimizer(self, *args, **named):
-        if self.optimizer is not None and self.lr_scheduler is not None and self._apart():
+        if self.optimizer is not None and self.lr_scheduler is not None and self._eekd_apart():
             raise ValueError(
                 "optimizers must be (None, None) for weighting 'attention', whose parameters join them, got one of "
                 "your own: give optimizer_cls_and_kwargs"
             )
         super().create_optimizer(*args, **named)
-        if apart := self._apart():
+        if apart := self._eekd_apart():
             self.optimizer.add_param_group({"params": apart, "weight_decay": 0.0})
         return self.optimizer
 
-    def _apart(self) -> list[nn.Parameter]:
+    def _eekd_apart(self) -> list[nn.Parameter]:
         """The attention's parameters that the optimizer does not have."""
         groups = self.optimizer.param_groups if self.optimizer is not None else []
         known = {id(parameter) for group in groups for parameter in group["params"]}
@@ -248,12 +250,14 @@ class EEKDMixin:
             save_tensors(Path(output_dir or self.args.output_dir) / ATTENTION, self.criterion.state_dict())
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        self._load(resume_from_checkpoint, lambda: super(EEKDMixin, self)._load_from_checkpoint(resume_from_checkpoint))
+        self._eekd_load(
+            resume_from_checkpoint, lambda: super(EEKDMixin, self)._load_from_checkpoint(resume_from_checkpoint)
+        )
 
     def _load_best_model(self):
-        self._load(self.state.best_model_checkpoint, super()._load_best_model)
+        self._eekd_load(self.state.best_model_checkpoint, super()._load_best_model)
 
-    def _load(self, checkpoint: str, by_trainer) -> None:
+    def _eekd_load(self, checkpoint: str, by_trainer) -> None:
         if isinstance(self.model, PreTrainedModel):
             # Of weights that are saved under other names than the model has the Trainer only warns, and goes on with
             # those that are there: transformers 5 does so with a ViT of its own.

@@ -146,7 +146,7 @@ def test_evaluation_is_that_of_a_plain_trainer(kind, tmp_path):
 
 
 def test_the_mixin_makes_an_sft_trainer_one_too(tmp_path):
-    trl = pytest.importorskip("trl", reason="needs trl, which CI has not")
+    trl = pytest.importorskip("trl", reason="needs trl, of the extra trl")
     datasets = pytest.importorskip("datasets", reason="needs datasets, of the extra data")
 
     @dataclasses.dataclass
