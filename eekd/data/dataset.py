@@ -53,8 +53,8 @@ class Split:
 class ImageData:
     """A dataset: its class names, the augmentation that suits it, and splits that do not overlap.
 
-    `decisions` says, a sentence each, what was decided about splits, classes, channels and size, and why; `contents`
-    what was found before it was split.
+    `decisions` has one sentence for each decision about splits, classes, channels and size, with its reason; `contents`
+    is what was found before it was split.
     """
 
     name: str
@@ -159,27 +159,28 @@ def load(
     Debian's package dataset-fashion-mnist where that is installed; otherwise it and CIFAR come from Hugging Face.
     NAME in a file of Python is a function of a `Reading` that returns a `Found`; the file is run.
 
-    A dataset with both a validation and a test split keeps them. Of one with only val/ or only test/, that is the test
-    split; of one with neither, a fifth is. In both cases validation is `val_fraction` of the training data, held out
-    by `seed`. `train_limit` keeps that many images for training. All draws are stratified. `split` names the splits to
-    read where their names do not tell: "TRAIN", "TRAIN,TEST" or "TRAIN,VAL,TEST".
+    If a dataset has both a validation and a test split, these are used. If it has only one of them, that is the test
+    split. If it has neither, a fifth of the images becomes the test split. In the last two cases `val_fraction` of the
+    training images, drawn by `seed`, is held out for validation. `train_limit` keeps that many images for training. All
+    draws are stratified. `split` names the splits if their names are unusual: "TRAIN", "TRAIN,TEST" or
+    "TRAIN,VAL,TEST".
 
-    Image files become squares of `image_size`, by default their own size where most are squares of one size and at
-    most 64, else 224: in one uint8 tensor where a split takes at most `memory_budget` bytes, otherwise decoded when
-    needed. They are resized by `interpolation`, "bilinear" or "bicubic". They have 1 channel where all of a sample
-    are grey, else 3; `channels` is 1 or 3. `classes` are the class names in their order, or a file with one a line;
-    by default they are sorted by the alphabet.
+    Image files become squares of `image_size`. By default they keep their size if most are squares of one size, at most
+    64; else they become 224. A split is one uint8 tensor if that takes at most `memory_budget` bytes; otherwise images
+    are decoded when needed. `interpolation`, "bilinear" or "bicubic", says how they are resized. `channels` is 1 or 3;
+    by default 1 if all images of a sample are grey, else 3. `classes` are the class names in order, or a file with one
+    per line; by default they are sorted alphabetically.
 
-    Of a table, `image_column` and `label_column` name the columns where their types do not tell, and `config_name` one
-    configuration of a Hugging Face id. With `streaming`, nothing of such a data set is stored on disk: as many of its
-    images as `train_limit` needs, drawn evenly, are kept in memory.
+    `image_column` and `label_column` name the columns of a table if their types do not tell. `config_name` names a
+    configuration of a Hugging Face dataset. With `streaming`, nothing of such a dataset is stored on disk: a uniform
+    sample of as many images as `train_limit` needs is kept in memory.
 
-    An image that cannot be read ends in an error, or, where `bad_images` is "skip", in a warning: another image of
-    its class stands in for it, for at most `bad_image_budget` images. What was found and is not read is named in one
-    warning; what was decided, and why, is in `decisions`.
+    An image that cannot be read raises an error. If `bad_images` is "skip", it is a warning, and another image of its
+    class replaces it, for at most `bad_image_budget` images. One warning names what was found but is not used.
+    `decisions` says what was decided, and why.
 
-    Raises FileNotFoundError where there is nothing to read, ValueError for a damaged file or an impossible
-    argument, ImportError where an optional package is missing.
+    Raises FileNotFoundError if there is nothing to read, ValueError for a damaged file or an impossible argument,
+    ImportError if an optional package is missing.
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"name is {name!r}, wanted the name or path of a dataset")

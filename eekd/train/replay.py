@@ -19,10 +19,10 @@ from eekd.train.watch import Found, Watch
 
 
 def replay(path: str | Path, device: str = "cpu") -> Found | str | None:
-    """What is wrong with what was kept in `path`, on this machine: the first bad tensor, or what of the loss differs.
+    """Repeats the batch in `path` on this machine and returns the first bad tensor, or how the loss differs.
 
-    None where nothing is. ValueError or FileNotFoundError where a file is damaged or missing, of another format, or
-    of a method of the user's own.
+    None if nothing is wrong. ValueError or FileNotFoundError if a file is damaged, missing, of another format, or of
+    your own method.
     """
     generators = random_state(torch.device(device))
     try:

@@ -34,10 +34,10 @@ def train(
 ) -> Path:
     """Trains the teacher and then every student; returns the run folder, described in eekd.train.run_folder.
 
-    With config.seeds above 1 all of it once per seed, each in a run folder of its own: see eekd.train.seeds.
-    With config.teacher_run or config.bank no teacher is trained, without config.students no student. What is
-    wrong with the settings is raised by `prepare`, before anything is written; FileExistsError where `out` holds
-    anything. `session` is what `prepare` returned for this config, to save doing it again.
+    With config.seeds above 1 it does this once per seed, each in its own run folder: see eekd.train.seeds. With
+    config.teacher_run or config.bank no teacher is trained; without config.students no student is. `prepare` raises an
+    error for wrong settings before anything is written; FileExistsError if `out` is not empty. `session` may be what
+    `prepare` returned for this config, so that it is not done again.
     """
     parallel.check_process_group()
     session = session or prepare(config)
@@ -49,11 +49,11 @@ def train(
 
 
 def resume(run: str | Path, *, session: Session | None = None, progress: Progress = quiet) -> Path:
-    """Goes on with a run that was killed, stopped or broken off, to the bits it would have had; returns its folder.
+    """Continues a run that was killed, was stopped or failed, to the same bits as without it; returns its folder.
 
-    Its settings are those in its config.json, and finished phases are kept, their files checked. `session` is what
-    `prepare` returned for them. ValueError or FileNotFoundError names a file of the run that is damaged, missing or
-    of another run, BlockingIOError another process that has it; else what `prepare` raises.
+    The settings are those in its config.json. Finished phases are kept, and their files are checked. `session` may be
+    what `prepare` returned for these settings. ValueError or FileNotFoundError names a file that is damaged, missing or
+    of another run; BlockingIOError if another process uses the run; else what `prepare` raises.
     """
     parallel.check_process_group()
     run, config = Path(run), read_settings(run)
@@ -122,7 +122,7 @@ def _alone(run: Path):
 
 @contextmanager
 def _resumable(run: Path):
-    """Adds to what ends a run, where going on can help, how to go on."""
+    """Appends the `--resume` command to errors that resuming can recover from."""
     try:
         yield
     except (KeyboardInterrupt, OSError, RuntimeError, ValueError) as error:
@@ -132,10 +132,10 @@ def _resumable(run: Path):
 
 
 def prepare(config: Config, run: str | Path | None = None) -> Session:
-    """Loads the data and finds what would stop the run later: an unknown name, a teacher that does not fit.
+    """Loads the data and finds errors that would stop the run later: an unknown name, a teacher that does not fit.
 
-    The teacher's settings become those of config.teacher_run, where there is one; a bank knows its teacher_run.
-    `run` is the run folder that is gone on with, whose checkpoints of others may have been copied already.
+    If config.teacher_run is given, or known from a bank, the teacher's settings become those of that run. `run` is the
+    folder of a run that is resumed, which may already hold copies of config.checkpoints.
     """
     config = located(config)
     imported = run and Path(run, "teacher", TEACHER_RECORD).exists()

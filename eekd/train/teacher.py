@@ -64,10 +64,10 @@ def train_teacher(
 ) -> dict:
     """Trains config.teacher and leaves the snapshots, the metrics and snapshots.json in `folder`.
 
-    `schedule` may name the epochs after which to keep a snapshot, in place of the ends of teacher.snapshots stages.
+    `schedule` may list the epochs after which to save a snapshot, instead of the ends of teacher.snapshots stages.
     Returns the content of snapshots.json, see eekd.train.run_folder. FileExistsError if the folder holds
-    snapshots, FloatingPointError if the loss is not finite. `resume` goes on from what the folder holds, whatever
-    that is: ValueError or FileNotFoundError names what is damaged, missing or of another teacher.
+    snapshots, FloatingPointError if the loss is not finite. `resume` continues from what the folder holds, which may be
+    nothing: ValueError or FileNotFoundError names a file that is damaged, missing or of another teacher.
     """
     folder, session, phase = Path(folder), session or Session(config), config.teacher
     identity = run_identity("teacher", session, phase)
