@@ -30,11 +30,11 @@ class Checked:
 
 
 def check_images(name: str, root=None, *, progress: Callable[[int, int], object] | None = None, **settings) -> Checked:
-    """Decodes every image of a data set, by as many threads as torch uses; `settings` are those of `load`.
+    """Decodes every image of a dataset, with as many threads as torch uses; `settings` are those of `load`.
 
     Faults are images that cannot be read, images of the test or validation data that are in the training data too, and
-    equal images of different classes. `progress` is called with the number of images read and that of all. Raises what
-    `load` does where there is no data set to read.
+    equal images of different classes. `progress` is called with the number of images read and the total number. Raises
+    what `load` raises.
     """
     opened = open_data(name, root, bad=BadImages(True), **settings)
     checked, kinds, sizes = Checked(notes=[f"Left out: {phrase}." for phrase in opened.left_out]), Counter(), Counter()

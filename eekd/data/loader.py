@@ -29,9 +29,9 @@ SHOWN = ("auto_augment", "erasing", "mixup", "cutmix")  # arguments that decide 
 
 
 class Batch(NamedTuple):
-    """Images (B, C, S, S) float32, normalised; labels; index (B,) int64, places in the split.
+    """Images (B, C, S, S) float32, normalised; labels; index (B,) int64, positions in the split.
 
-    Labels are (B,) int64, and (B, C) float32 where they are mixed or smoothed.
+    Labels are (B,) int64, or (B, C) float32 if they are mixed or smoothed.
     """
 
     images: Tensor
@@ -40,22 +40,22 @@ class Batch(NamedTuple):
 
 
 class Loader:
-    """Batches of a split on `device`, once through per iteration.
+    """Batches of a split on `device`; one iteration goes through the split once.
 
-    train=True shuffles by a hash of (seed, epoch, sample) and augments by one of (view_seed, view, sample);
-    train=False does neither. The view is the epoch, modulo `views` where given, and view_seed is `seed` where
-    not given: a logit bank names both. A split in memory moves to the device whole; an encoded one is decoded
-    by `workers` processes (0: by this one).
+    train=True shuffles by a hash of (seed, epoch, sample) and augments by a hash of (view_seed, view, sample);
+    train=False does neither. The view is the epoch, modulo `views` if that is given. view_seed is `seed` by default;
+    for a logit bank, give the bank's views and seed. A split in memory is moved to the device as a whole. An encoded
+    split is decoded by `workers` processes (0: by this one).
 
     In training images are cropped (`augment`), changed by `auto_augment` ("trivial" or "rand", by the workers),
-    mirrored, erased in part with probability `erasing`, and mixed by `mixup` and `cutmix`, the parameters of their
-    Beta distributions: see eekd.data.policies and eekd.data.mixing. Mixed labels, and those smoothed by
-    `label_smoothing`, are (B, C) of `classes`.
+    flipped, partly erased with probability `erasing`, and mixed by `mixup` and `cutmix`, the parameters of their
+    Beta distributions: see eekd.data.policies and eekd.data.mixing. Mixed or smoothed labels are (B, C), with C from
+    `classes`.
 
-    Rank r of `world_size` takes every world_size-th sample from the r-th on, so that the k-th batches of all
-    ranks together are the k-th batch of one loader world_size times as large, `rows(k)` samples. Every rank has
-    equally many batches: of a last one that is too small for all, training leaves the samples out, and else some
-    ranks get a batch of none. Samples that are mixed stand together in a batch, and so are decoded once.
+    Rank r of `world_size` takes every world_size-th sample from the r-th on. The k-th batches of all ranks together are
+    the k-th batch of one loader with world_size times the batch size, `rows(k)` samples. Every rank has the same number
+    of batches. If the last batch is too small for all ranks, training drops it, and otherwise some ranks get an empty
+    batch. Samples that are mixed with each other are in the same batch, so each is decoded once.
 
     Raises TypeError or ValueError for impossible arguments, and for training without a single batch; ImportError for
     auto_augment without Pillow.

@@ -18,7 +18,7 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Reading:
-    """How a data set is to be read: the settings of `load` that its reader can need. None: the reader chooses."""
+    """The settings of `load` that a reader of a dataset can need. None: the reader chooses."""
 
     root: Path | None = None  # where its files are
     classes: tuple[str, ...] | None = None
@@ -65,9 +65,9 @@ DATASETS: dict[str, Reader] = {}
 
 
 def register(name: str) -> Callable[[Reader], Reader]:
-    """Decorates the function that reads the data set of this name: it takes a `Reading` and returns what it `Found`.
+    """Decorates the function that reads the dataset of this name. It takes a `Reading` and returns a `Found`.
 
-    ValueError where the name is taken, or is that of a path.
+    ValueError if the name is taken, or looks like a path.
     """
     if not name or name in DATASETS or "/" in name or ":" in name:
         raise ValueError(f"name must be new and without / and :, got {name!r}")
@@ -80,7 +80,7 @@ def register(name: str) -> Callable[[Reader], Reader]:
 
 
 def names() -> tuple[str, ...]:
-    """The data sets that `load` knows by a plain name."""
+    """The names of the datasets that `load` knows."""
     return tuple(DATASETS)
 
 

@@ -38,7 +38,7 @@ MODELS = {
 
 
 def names() -> tuple[str, ...]:
-    """The models that `build` knows by a plain name."""
+    """The names of eekd's own models, which `build` takes."""
     return tuple(MODELS)
 
 
@@ -55,9 +55,9 @@ def build(
 
     `name` is one of `names()`, `timm:NAME`, or `path/to/file.py:factory`, where the factory takes the other
     three arguments by keyword and returns an nn.Module. `args` are the model's own, by name, such as timm's
-    drop_path_rate. `normalization` is for images that come normalised otherwise than the network wants: `given` and
-    `own`, each with a `mean` and a `std` for every channel of images scaled to [0, 1]. All as a dict are the
-    architecture a manifest stores: `build(**spec)` makes it again. Its convolutions are guarded, see
+    drop_path_rate. `normalization` is for images that are normalised differently than the network needs: `given` and
+    `own`, each with a `mean` and a `std` for every channel of images scaled to [0, 1]. A manifest stores all arguments
+    as a dict, `spec`; `build(**spec)` makes the model again. Its convolutions are guarded, see
     `eekd.models.convolutions.guard`.
 
     Raises ValueError for an unknown name, naming the nearest, for sizes below 1, and for args that the model does not
