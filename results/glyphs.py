@@ -16,11 +16,15 @@ import hashlib
 import json
 import random
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import PIL
 from PIL import Image, ImageDraw, ImageFont
+
+from eekd.info import environment
 
 # Licence of the font files, an SPDX name as read from each package's copyright file, then what has it; & is AND.
 # Packages of one line have a design in common; dkg-handwriting is named by the .sfd that its faces are made from.
@@ -154,7 +158,8 @@ def main() -> None:
     for part, several in drawn.items():
         print(f"{part}: {len(several)} faces, {len(several) * len(characters)} images")
     digest = write_archive(args.out, drawn) if args.out.endswith(".npz") else write_folder(args.out, drawn, characters)
-    about = {"size": args.size, "characters": characters, "sha256": digest, "packages": packages}
+    about = {"command": ["python", *sys.argv], "environment": environment() | {"pillow": PIL.__version__}}
+    about |= {"size": args.size, "characters": characters, "sha256": digest, "packages": packages}
     Path(f"{args.out.removesuffix('.npz')}.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
