@@ -36,6 +36,13 @@ def check_trainer(trainer) -> None:
         raise ValueError("the student must not be of prompt learning, for its rows are not those of the labels")
 
 
+def check_apart(student: nn.Module, teachers: list[nn.Module]) -> None:
+    """ValueError where a teacher is the student, or has its weights: it would be frozen, or learn."""
+    own = {id(parameter) for parameter in student.parameters()}
+    if any(id(parameter) in own for teacher in teachers for parameter in teacher.parameters()):
+        raise ValueError("teachers must share no weights with the student, got one that does: give a copy")
+
+
 def check_tokenizers(folders: list[str], own) -> None:
     """ValueError where a teacher's tokenizer gives an id another token than the student's does."""
     if own is None or not hasattr(own, "get_vocab"):

@@ -81,9 +81,11 @@ class EEKDMixin:
             self.teachers = TokenBank(bank, last)
             self.teachers.check(self._eekd_tokenizer(), folders, self.train_dataset)
         elif teachers is None:
+            checks.check_apart(self.model, [teacher_base] if isinstance(teacher_base, nn.Module) else [])
             self.teachers = Teachers.load(paths, self.args.snapshots, teacher_base, last)
         else:
             models = list(teachers)[-1:] if last else list(teachers)
+            checks.check_apart(self.model, models)
             self.teachers = Teachers(models, [f"teacher {m + 1}" for m in range(len(models))])
         self.teachers.to(self.args.device)
         self._eekd_join(self.model)

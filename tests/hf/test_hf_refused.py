@@ -199,6 +199,19 @@ def test_places_that_are_not_one_device(tmp_path, monkeypatch):
 
 
 @pytest.mark.bad_input
+def test_a_student_that_is_its_own_teacher(tmp_path):
+    peft = pytest.importorskip("peft", reason="needs peft, of the extra hf")
+    student = language_model("llama")
+    with pytest.raises(ValueError, match="teachers must share no weights with the student"):
+        EEKDTrainer(student, settings(tmp_path), teachers=[student])
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    run, _ = lora_run(tmp_path, language_model("llama", 24, 1), target_modules=["q_proj"])
+    base = language_model("llama", 24, 1)
+    student = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    refused("teachers must share no weights", student, run, tmp_path, teacher_base=base)
+
+
+@pytest.mark.bad_input
 def test_quantised_heads(tmp_path):
     run = run_of("gpt2", tmp_path)
     for dtype in (torch.int8, torch.float8_e4m3fn):
