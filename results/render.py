@@ -13,7 +13,7 @@ import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 from eekd.compare import page as comparison
 from eekd.train import seeds as over_seeds
@@ -313,6 +313,25 @@ def gpu(record: dict) -> str:
     return "\n".join([*lines, "", f"Forward + backward, median: {provenance(record)}{note}"])
 
 
+def throughput(record: dict) -> str:
+    """Images a second of eekd's loader and torchvision's."""
+    lines = _head("transforms", "workers", "eekd", "torchvision", "×")
+    for row in record["loaders"]:
+        rates = [f"{median(row['images per second'][name]):.0f}" for name in ("eekd", "torchvision")]
+        lines.append(_row(row["transforms"], str(row["workers"]), *rates, f"{row['ratio']:.2f}"))
+    words = f"Images a second, JPEGs of 500 × 375 to {record['size']} × {record['size']}, medians"
+    return "\n".join([*lines, "", f"{words}. {provenance(record)}"])
+
+
+def beside(record: dict) -> str:
+    """Seconds and accuracy of plain distillation by others' losses, and by eekd."""
+    lines = _head("", "s per epoch", "test accuracy, %")
+    for name, runs in record["beside"].items():
+        seconds = median(second for run in runs for second in run["seconds"])
+        lines.append(_row(name, f"{seconds:.2f}", spread([run["test"] for run in runs], 100)))
+    return "\n".join([*lines, "", f"{len(runs)} seeds of preset `{record['preset']}`, fp32. {provenance(record)}"])
+
+
 def glyphs(record: dict) -> str:
     """Packages, faces and images of each part of a data set that results/glyphs.py drew."""
     lines, classes = _head("part", "packages", "faces", "images"), len(record["characters"])
@@ -589,7 +608,8 @@ def main(argv: list[str]) -> int:
             else:
                 kinds = {"rows": bench, "forwards": forwards, "pairs": cost, "ways": scaling, "claims": online,
                          "runs": seeds, "summary": demo, "shapes": gpu, "launches": launches, "settings": precisions,
-                         "spins": waiting, "shared_head": linear, "way": overhead, "packages": glyphs}  # fmt: skip
+                         "spins": waiting, "shared_head": linear, "way": overhead,
+                         "packages": glyphs, "loaders": throughput, "beside": beside}  # fmt: skip
                 table = next(table for key, table in kinds.items() if key in record)(record)
             return f"<!-- table:{match[1]} -->\n{table}\n<!-- end -->"
 

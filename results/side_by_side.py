@@ -124,8 +124,8 @@ def main() -> None:
                 rows[name].append({"seed": seed, **found})
                 print(f"seed {seed}, {name}: {mean(found['seconds']):.2f} s an epoch, {found['test']:.2%}", flush=True)
     args.json.write_text(json.dumps({
-        "command": " ".join(sys.orig_argv[1:]), "environment": environment(), "preset": args.preset,
-        "config": json.loads(config.to_json()), "rows": rows,
+        "command": ["python", *sys.argv], "environment": environment(), "preset": args.preset,
+        "config": json.loads(config.to_json()), "beside": rows,
     }, indent=2) + "\n")  # fmt: skip
 
 

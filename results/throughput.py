@@ -105,8 +105,8 @@ def main() -> None:
                 print(f"{transforms}, {workers} workers: {shown} images a second", flush=True)
                 del loaders
     args.json.write_text(json.dumps({
-        "command": " ".join(sys.orig_argv[1:]), "environment": environment(), "size": SIZE, "batch": args.batch,
-        "images": images, "rows": rows,
+        "command": ["python", *sys.argv], "environment": environment(), "size": SIZE, "batch": args.batch,
+        "images": images, "loaders": rows,
     }, indent=2) + "\n")  # fmt: skip
 
 
