@@ -3,6 +3,9 @@ EXTRAS ?= dev
 VENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON := $(VENV)/bin/python
 
+# Without a GPU only what needs them compiles the CUDA kernels, which takes minutes: test-all and the packages.
+demo test: export EEKD_CUDA ?= $(if $(wildcard /dev/nvidia0),,0)
+
 .PHONY: demo test test-all lint docs bench check-gpu sdist wheel check-packages install
 demo: install
 	$(PYTHON) -m eekd.train

@@ -13,6 +13,8 @@ from sass import cuobjdump, kernels
 
 from eekd import _C
 
+pytestmark = pytest.mark.full
+
 if not _C.cuda_version:
     pytest.skip("built without CUDA kernels", allow_module_level=True)
 
