@@ -66,5 +66,5 @@ else:  # torch takes seconds to import: it comes with the first name that needs 
             "use_backend": "ops",
             "_C": "ops.backend",  # which imports torch first, and says what to do where there is none
         },
-        modules=("bank", "data", "export", "hf", "io", "method", "models", "ops", "parallel", "snapshots", "train"),
+        modules=("bank", "data", "export", "io", "method", "models", "ops", "parallel", "snapshots", "train"),
     )
