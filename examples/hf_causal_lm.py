@@ -10,6 +10,7 @@ import math
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
@@ -47,17 +48,17 @@ def main(text: Path, steps: int = 150) -> dict[str, float]:
     """Perplexities on the validation blocks, by name."""
     train, val = blocks(text)
     folder = Path(tempfile.mkdtemp())
-    common = dict(
+    common: dict[str, Any] = dict(
         max_steps=steps, per_device_train_batch_size=16, learning_rate=3e-3, warmup_steps=10, logging_steps=steps,
         save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
     trainers = {
         "teacher": lambda: Trainer(
-            model(96, 3), TrainingArguments(folder / "teacher", save_only_model=True, **common),
+            model(96, 3), TrainingArguments(str(folder / "teacher"), save_only_model=True, **common),
             train_dataset=train, callbacks=[SnapshotCallback(4)],
         ),
         "student by cross-entropy": lambda: Trainer(
-            model(32, 1), TrainingArguments(folder / "alone", **common), train_dataset=train
+            model(32, 1), TrainingArguments(str(folder / "alone"), **common), train_dataset=train
         ),
         "student by EEKD": lambda: EEKDTrainer(
             model(32, 1), EEKDConfig(str(folder / "student"), weighting="attention", **common),

@@ -9,6 +9,7 @@ cross-entropy, one from the snapshots. Needs the extra hf.
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
@@ -51,7 +52,7 @@ def main(files: list[Path], steps: int = 100) -> dict[str, float]:
         )  # fmt: skip
 
     folder = Path(tempfile.mkdtemp())
-    common = dict(
+    common: dict[str, Any] = dict(
         max_steps=steps, per_device_train_batch_size=32, learning_rate=2e-3, save_strategy="no", report_to="none",
         disable_tqdm=True, logging_steps=steps,
     )  # fmt: skip
@@ -61,11 +62,11 @@ def main(files: list[Path], steps: int = 100) -> dict[str, float]:
     )  # fmt: skip
     trainers = {
         "teacher": lambda: Trainer(
-            model(64, 2), TrainingArguments(folder / "teacher", save_only_model=True, **common),
+            model(64, 2), TrainingArguments(str(folder / "teacher"), save_only_model=True, **common),
             callbacks=[SnapshotCallback(4)], **data,
         ),
         "student by cross-entropy": lambda: Trainer(
-            model(16, 1), TrainingArguments(folder / "alone", **common), **data
+            model(16, 1), TrainingArguments(str(folder / "alone"), **common), **data
         ),
         "student by EEKD": lambda: EEKDTrainer(
             model(16, 1), EEKDConfig(str(folder / "student"), weighting="attention", temperature=2.0, **common),

@@ -387,7 +387,7 @@ class Kernel {
   // A tile's share of what soft labels y add up, and of d_student, where combine() has left the rest. Not inline, for
   // the code of hard labels is to stay as it was.
   [[gnu::noinline]] void follow_labels(int64_t b, int64_t tile, int whole, const Weights<T>& w, const Stats<T>& stats,
-                     const Scales<T>& s, T* d, Sums<T>& out) {
+                                       const Scales<T>& s, T* d, Sums<T>& out) {
     const int n = size(tile);
     if (a.classes > kTile) read_labels(b, tile);  // else fill() has
     const T ce = row_scale * static_cast<T>(a.alpha);
@@ -433,8 +433,7 @@ class Kernel {
   // y log2 p of a column, which moves the attention by what it adds.
   [[gnu::noinline]] T follow_tiny(int64_t b, int64_t c, T y, const Weights<T>& w, const Stats<T>& stats, T* moves) {
     T l[kMaxSnapshots];
-    for (int j = 0; j < w.used; ++j)
-      l[j] = std::fma(read<T>(a.snapshot[w.id[j]], b, c), k, -stats.target[j].max);
+    for (int j = 0; j < w.used; ++j) l[j] = std::fma(read<T>(a.snapshot[w.id[j]], b, c), k, -stats.target[j].max);
     const T nll = mixture_nll(w.w, stats.target, l, w.used);
     for (int j = 0; j < w.used; ++j) moves[j] += y * (w.w[j] - l[j]);
     return -y * T(kLog2e) * nll;
@@ -446,8 +445,7 @@ class Kernel {
       return y != 0 ? product : Vec<T>{};
     };
     const T* mixture = mixed + tile * kTile;
-    out.log_p =
-        total<T>(n, [&](int i, int) { return weighted(i, scaled(load(mixture + i), k, stats.target[0].max)); });
+    out.log_p = total<T>(n, [&](int i, int) { return weighted(i, scaled(load(mixture + i), k, stats.target[0].max)); });
     for (int j = 0; by_label && j < w.used; ++j)
       with_elements_of(a.snapshot[w.id[j]], b, tile, [&](auto z) {
         const T mean = stats.mean[j] / stats.target[0].sum;
@@ -556,8 +554,8 @@ class Kernel {
   const int snapshots;
   const bool soft_labels, has_ce;
   const T beta, tau, k, row_scale;
-  const int power;                    // τ, where exponentials at 1 are small powers of those at τ; else 0
-  const bool by_kl, by_label;         // what, if anything, moves the attention
+  const int power;             // τ, where exponentials at 1 are small powers of those at τ; else 0
+  const bool by_kl, by_label;  // what, if anything, moves the attention
   // Lines; target has one per snapshot, two at least, and labels are soft ones.
   T *target, *student, *soft, *hard, *labels;
 

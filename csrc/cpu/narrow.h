@@ -454,7 +454,7 @@ class NarrowKernel : Kernel<T> {
   }
 
   const int classes;
-  int length;                                             // of a line
+  int length;                                                      // of a line
   T *target, *student, *soft, *hard, *mixed, *mixed_exp, *labels;  // lines; target has one per snapshot of weight
   int rows, used;
   int id[kMaxSnapshots];  // of the snapshots that have weight in any lane

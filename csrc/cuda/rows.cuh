@@ -34,8 +34,8 @@ struct Row {
   T mean[kMaxSnapshots];   // logit: Σ_c p z_j, less the mixture's largest, so that less cancels
   T moved[kMaxSnapshots];  // probability: Σ_c p_j r;  logit: Σ_c p r z_j, likewise
   SoftmaxSum<T> target[kMaxSnapshots];
-  SoftmaxSum<T> soft, hard;  // the student at τ and at 1
-  T kl;                      // Σ_c p r,  r = log p - log q
+  SoftmaxSum<T> soft, hard;   // the student at τ and at 1
+  T kl;                       // Σ_c p r,  r = log p - log q
   T label_sum, log_q, log_p;  // of soft labels: Σ_c y, Σ_c y (s - its largest), Σ_c y log p, of a mixture likewise
   int id[kMaxSnapshots];
   int used;
