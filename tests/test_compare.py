@@ -21,7 +21,7 @@ from scipy import stats
 
 from eekd.compare import __main__ as cli
 from eekd.compare import page
-from eekd.compare.methods import METHODS, method, stage_ends
+from eekd.compare.methods import METHODS, method
 from eekd.compare.runner import alone
 from eekd.compare.study import (
     CONTRADICTED,
@@ -38,6 +38,7 @@ from eekd.compare.study import (
 )
 from eekd.io.files import printable, read_json, sha256_of, write_json_atomic
 from eekd.snapshots import read_manifest
+from eekd.snapshots.manifest import stage_ends
 from eekd.train.config import Config
 
 ROOT = Path(__file__).parent.parent

@@ -26,6 +26,8 @@ class Method:
 
     def epochs(self, config: Config) -> list[int]:
         """After which epochs of its teacher the snapshots were saved; [] where there is none."""
+        from eekd.snapshots.manifest import stage_ends  # torch comes after the command line is read
+
         if self.weighting == "ce":
             return []
         total = config.teacher.epochs
@@ -72,8 +74,3 @@ def folder_of(name: str) -> str:
     """The name of a method's folder: NAME of path/to/file.py:NAME, any other name as it is."""
     base = name.removesuffix("-online")
     return own_name(base) + name[len(base) :]
-
-
-def stage_ends(epochs: int, snapshots: int) -> list[int]:
-    """The epochs with which M equal stages end."""
-    return [epochs * m // snapshots for m in range(1, snapshots + 1)]

@@ -14,12 +14,13 @@ import torch
 from rich.console import Console
 
 from eekd.bank import Flags, LogitBank
-from eekd.compare.methods import FORMAT, Method, folder_of, method, stage_ends
+from eekd.compare.methods import FORMAT, Method, folder_of, method
 from eekd.data import ImageData
 from eekd.io.files import write_json_atomic
 from eekd.io.lock import locked
 from eekd.snapshots import MANIFEST as SNAPSHOTS
 from eekd.snapshots import read_manifest
+from eekd.snapshots.manifest import stage_ends
 from eekd.train import Session, train_student, train_teacher
 from eekd.train.config import Config, differences, located
 from eekd.train.run_folder import finite, read_record, write_settings

@@ -5,6 +5,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from eekd.io.files import write_json_atomic
+from eekd.snapshots.manifest import stage_ends
 
 SCHEDULE = "eekd_snapshots.json"  # beside the checkpoint-* folders: which of them are the snapshots
 
@@ -39,7 +40,7 @@ class SnapshotCallback(TrainerCallback):
         self.on_init_end(args, state, control)  # the callback may have been added later
         if state.max_steps < self.snapshots:
             raise ValueError(f"snapshots must be at most {state.max_steps}, the steps of the run, got {self.snapshots}")
-        self.steps = [state.max_steps * m // self.snapshots for m in range(1, self.snapshots + 1)]
+        self.steps = stage_ends(state.max_steps, self.snapshots)
         if state.is_world_process_zero:
             write_json_atomic(Path(args.output_dir) / SCHEDULE, {"steps": self.steps})
 

@@ -1,6 +1,5 @@
 """Which folders are the checkpoints of a Trainer's run, and whether all that they name is there."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from eekd.hf.callback import SCHEDULE
 from eekd.io.files import read_json
 from eekd.io.state_dicts import some
 from eekd.ops.checks import MAX_SNAPSHOTS
+from eekd.snapshots.manifest import stage_ends
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -29,7 +29,7 @@ def checkpoint_folders(paths: str | Path | Sequence[str | Path], snapshots: int 
     if snapshots is not None:
         if not 1 <= snapshots <= len(folders):
             raise ValueError(f"snapshots must be from 1 to {len(folders)}, the checkpoints there are, got {snapshots}")
-        folders = [folders[len(folders) * m // snapshots - 1] for m in range(1, snapshots + 1)]
+        folders = [folders[end - 1] for end in stage_ends(len(folders), snapshots)]
     if len(folders) > MAX_SNAPSHOTS:
         raise ValueError(
             f"teacher_checkpoints must be at most {MAX_SNAPSHOTS}, got {len(folders)}: choose some by snapshots="
@@ -83,4 +83,4 @@ def weights_file(folder: Path) -> Path:
 def adapter_config(folder: Path) -> dict | None:
     """What an adapter says of itself; None of a whole model."""
     path = folder / ADAPTER
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(path) if path.is_file() else None

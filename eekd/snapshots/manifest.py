@@ -22,6 +22,11 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 
 
+def stage_ends(total: int, snapshots: int) -> list[int]:
+    """The steps with which M equal stages of a training end, the last of them its own end."""
+    return [total * m // snapshots for m in range(1, snapshots + 1)]
+
+
 def read_entries(directory: str | Path, which: Sequence[int] | None = None) -> tuple[list[dict], dict | None]:
     """The manifest's entries of the snapshots `which`, by index, or of all of a finished run; and its spec."""
     manifest = read_manifest(directory)

@@ -15,7 +15,7 @@ from eekd import parallel
 from eekd.io import tensors as tensor_files
 from eekd.io.files import first_line, read_checked, write_json_atomic
 from eekd.io.state_dicts import mismatch
-from eekd.snapshots.manifest import FORMAT, MANIFEST, read_manifest, rising
+from eekd.snapshots.manifest import FORMAT, MANIFEST, read_manifest, rising, stage_ends
 from eekd.snapshots.wrappers import bare_model
 
 
@@ -152,7 +152,7 @@ def _schedule(schedule: str | Sequence[int], name: str, total: int | None, snaps
         if total is None:
             raise ValueError("give total_steps or epochs, the number of times that step will be called")
         _integer("snapshots", snapshots, 1, total)
-        return [total * m // snapshots for m in range(1, snapshots + 1)]
+        return stage_ends(total, snapshots)
     steps = list(schedule) if isinstance(schedule, Sequence) else []
     if not steps or not rising(steps) or total not in (None, steps[-1]):
         last = "" if total is None else f" up to {name}={total}"
