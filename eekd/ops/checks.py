@@ -13,11 +13,16 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def checked_options(temperature, alpha, fusion, attention_objective, reduction, ignore_index) -> tuple:
     """The options; numbers of other kinds, NumPy's among them, as those of Python."""
-    if not (
-        isinstance(temperature, (float, int)) and isinstance(alpha, (float, int)) and isinstance(ignore_index, int)
-    ):
+    words = fusion, attention_objective, reduction
+    if not _right(temperature, alpha, *words, ignore_index):
         temperature, alpha, ignore_index = as_number(temperature), as_number(alpha), as_number(ignore_index)
-    if not (
+        if not _right(temperature, alpha, *words, ignore_index):
+            _refuse_options(temperature, alpha, *words, ignore_index)
+    return temperature, alpha, *words, ignore_index
+
+
+def _right(temperature, alpha, fusion, attention_objective, reduction, ignore_index) -> bool:
+    return (
         isinstance(temperature, (float, int))
         and isinstance(alpha, (float, int))
         and isinstance(ignore_index, int)
@@ -26,9 +31,7 @@ def checked_options(temperature, alpha, fusion, attention_objective, reduction, 
         and fusion in FUSIONS
         and attention_objective in OBJECTIVES
         and reduction in REDUCTIONS
-    ):
-        _refuse_options(temperature, alpha, fusion, attention_objective, reduction, ignore_index)
-    return temperature, alpha, fusion, attention_objective, reduction, ignore_index
+    )
 
 
 def as_number(value):
@@ -134,7 +137,7 @@ def checked_tail(tail, student: Tensor, snapshot: Tensor, count: int) -> Tensor:
 
 
 def checked_labels(labels, rows: int, device: torch.device) -> Tensor:
-    if isinstance(labels, Tensor) and labels.is_floating_point():
+    if is_soft(labels):
         raise TypeError(f"labels must be integer class indices, got {labels.dtype}")
     check_tensor("labels", labels, (rows,), device)
     if labels.dtype is torch.int64:
@@ -151,10 +154,11 @@ def is_soft(labels) -> bool:
 
 def checked_hard_or_soft_labels(labels, rows: int, classes: int, device: torch.device) -> Tensor:
     """Class indices (rows), or soft labels (rows, classes)."""
-    if isinstance(labels, Tensor) and (labels.dim() == 2) != labels.is_floating_point():
+    soft = is_soft(labels)
+    if isinstance(labels, Tensor) and (labels.dim() == 2) != soft:
         wanted = f"integer class indices ({rows},) or floating-point weights ({rows}, {classes})"
         raise TypeError(f"labels must be {wanted}, got {labels.dtype} of shape {tuple(labels.shape)}")
-    if not is_soft(labels):
+    if not soft:
         return checked_labels(labels, rows, device)
     check_tensor("labels", labels, (rows, classes), device)
     check_floating("labels", labels)

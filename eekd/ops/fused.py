@@ -145,7 +145,7 @@ class _EnsembleKD(torch.autograd.Function):
         count = None
         if reduction == "mean" and torch.float16 in [x.dtype for x in (student, scores, query, keys) if x is not None]:
             reduction, labels = "sum", inputs[-4]
-            every = labels is None or labels.is_floating_point()
+            every = labels is None or checks.is_soft(labels)
             if scale is None and not torch.compiler.is_compiling():  # on a CPU a number costs least
                 count = max(1, len(student) if every else int((labels != ignore_index).sum()))
             else:
