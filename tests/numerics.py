@@ -88,6 +88,17 @@ def check(x: dict, **options) -> dict[str, Tensor]:
     return got
 
 
+def check_by_differences(x: dict, checks: dict[str, list[str]], **options) -> None:
+    """The gradients of each output, through the arguments that it names, are those of finite differences."""
+    for output, names in checks.items():
+        leaves = [x[name].clone().requires_grad_() for name in names]
+
+        def f(*leaves, names=names, output=output):
+            return getattr(kd(**x | dict(zip(names, leaves, strict=True)), **options), output)
+
+        assert torch.autograd.gradcheck(f, leaves)
+
+
 def assert_close(name: str, value: Tensor, torchs: Tensor, truth: Tensor, rtol: float, floor: float) -> None:
     finite = truth.isfinite()
     torch.testing.assert_close(value[~finite], truth[~finite], equal_nan=True, msg=lambda m: f"{name}: {m}")

@@ -32,7 +32,16 @@ from cases import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numerics import DIFFERENTIABLE, assert_rounded_once, assert_same_bits, check, double, evaluate, exact
+from numerics import (
+    DIFFERENTIABLE,
+    assert_rounded_once,
+    assert_same_bits,
+    check,
+    check_by_differences,
+    double,
+    evaluate,
+    exact,
+)
 from torch.nn import functional as F
 
 from eekd import ensemble_kd, use_backend
@@ -570,13 +579,7 @@ def test_gradcheck(backend, device, size, attention, reduction, fusion, objectiv
     options = {"fusion": fusion, "attention_objective": objective, "reduction": reduction, "alpha": 0.3}
     # With "label" the target is a constant to `loss`, which finite differences cannot know: one output each.
     checks = {"loss": student, "attention_loss": attention} if objective == "label" else {"loss": student + attention}
-    for output, names in checks.items():
-        leaves = [x[name].clone().requires_grad_() for name in names]
-
-        def f(*leaves, names=names, output=output):
-            return getattr(kd(**x | dict(zip(names, leaves, strict=True)), **options), output)
-
-        assert torch.autograd.gradcheck(f, leaves)
+    check_by_differences(x, checks, **options)
 
 
 @sizes((9, 3, 100), (9, 3, 100, 30))
