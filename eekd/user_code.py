@@ -1,10 +1,13 @@
 """Runs a user's Python file, in one place: `path/to/file.py:NAME`, their own model, weighting or method."""
 
+import ast
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 _folders: set[Path] = set()  # of the files that were run
+_stand_ins: dict[Path, tuple[Path, Path]] = {}  # of files that may be missing: a copy, and where its neighbours are
 
 
 def is_file_name(name: object) -> bool:
@@ -25,30 +28,90 @@ def load(name: str, what: str):
     FileNotFoundError for a missing file and AttributeError for a missing name.
     """
     path, _, attribute = name.rpartition(":")
-    file = Path(path).absolute()
+    file, folder = place_of(path)
     if not file.is_file():
         raise FileNotFoundError(f"{name!r} names a file that does not exist: {file}")
-    _forget_neighbours(file.parent)
-    spec = importlib.util.spec_from_file_location(f"eekd_user_{file.stem}", file)
+    _forget_neighbours(folder)
+    spec = importlib.util.spec_from_file_location(f"eekd_user_{Path(path).stem}", file)
     assert spec is not None  # the file is there
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up by name
-    sys.path.insert(0, str(file.parent))
+    sys.path.insert(0, str(folder))
     try:
         spec.loader.exec_module(module)
     finally:
-        sys.path.remove(str(file.parent))
-    if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))  # for what its functions import when they are called
-    _folders.add(file.parent)
+        sys.path.remove(str(folder))
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))  # for what its functions import when they are called
+    _folders.add(folder)
     if not hasattr(module, attribute):
         raise AttributeError(f"{path} must define {attribute!r}, {what}")
     return getattr(module, attribute)
 
 
+def stand_in(file: str | Path, copy: Path, folder: Path) -> None:
+    """Lets `copy`, with its neighbours in `folder`, be run in place of `file` while that is missing."""
+    _stand_ins[Path(file).absolute()] = copy.absolute(), folder.absolute()
+
+
+def place_of(file: str | Path) -> tuple[Path, Path]:
+    """The file that is run for `file`, itself or what stands in for it, and the folder of its neighbours."""
+    file = Path(file).absolute()
+    return (file, file.parent) if file.is_file() else _stand_ins.get(file, (file, file.parent))
+
+
+def neighbours(file: str | Path) -> dict[str, Path]:
+    """The Python files in a file's folder that it imports, and those that they import, by their places in the folder.
+
+    They are found in the text of the files: imports of a name that is computed are not.
+    """
+    file, folder = place_of(file)
+    found: dict[str, Path] = {}
+    waiting: list[tuple[Path, tuple[str, ...]]] = [(file, ())]
+    while waiting:
+        for parts in _imported(*waiting.pop()):
+            for path, package in _files_of(parts, folder):
+                place = path.relative_to(folder).as_posix()
+                if place not in found:
+                    found[place] = path
+                    waiting.append((path, package))
+    return dict(sorted(found.items()))
+
+
+def _imported(file: Path, package: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """The names that a module of that package imports, wherever in its file."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (RecursionError, SyntaxError, ValueError):  # said by Python, if the module is run
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (tuple(alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level <= len(package):
+            start = package[: len(package) + 1 - node.level] if node.level else ()
+            start += tuple(node.module.split(".")) if node.module else ()
+            yield from ((*start, alias.name) for alias in node.names)
+
+
+def _files_of(parts: tuple[str, ...], folder: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """The files in `folder` that Python runs to import a name, each with the package that it is in."""
+    if parts[0] == "eekd":  # of a checkout, not of the user
+        return
+    for end in range(1, len(parts) + 1):
+        place = folder.joinpath(*parts[:end])
+        if (inside := place / "__init__.py").is_file():
+            yield inside, parts[:end]
+        elif (module := place.with_name(f"{place.name}.py")).is_file():
+            yield module, parts[: end - 1]
+            return
+        elif not place.is_dir():
+            return
+
+
 def _forget_neighbours(folder: Path) -> None:
     """Drops modules that came from the folder of another user's file, where `folder` has modules of their names."""
-    own = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    inside = folder.iterdir() if folder.is_dir() else ()
+    own = {path.stem for path in inside if path.suffix == ".py" or (path / "__init__.py").is_file()}
     for name in list(sys.modules):
         top = name.partition(".")[0]
         first = getattr(sys.modules.get(top), "__file__", None)

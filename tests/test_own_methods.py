@@ -85,7 +85,7 @@ def test_a_student_is_named_after_its_method_and_keeps_the_file(run):
         file, folder = Path(where.rpartition(":")[0]), run / "students" / name
         record = read_student(folder)
         assert record["weighting"] == name and record["setup"]["phase"] == name
-        assert record["setup"]["method"] == {"file": str(file), "sha256": sha256_of(file)}
+        assert record["setup"]["method"] == {"file": str(file), "sha256": sha256_of(file), "neighbours": {}}
         assert (folder / "method.py").read_bytes() == file.read_bytes()
         assert record["teacher"]["snapshots"] and len(record["teacher"]["snapshots"]) == 3
     assert "method" not in read_student(run / "students/ce")["setup"]

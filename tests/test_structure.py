@@ -31,7 +31,7 @@ SOURCES = {
 # A command line (NAME.__main__) stands above all of them, and nothing but `eekd` itself imports one.
 LAYERS = [
     {"_C", "command", "io", "kernels", "lazy", "statistics", "user_code"},
-    {"info", "models", "ops", "parallel"},
+    {"info", "kept_code", "models", "ops", "parallel"},
     {"data", "method", "snapshots"},
     {"bank", "distilled", "hf"},
     {"train"},

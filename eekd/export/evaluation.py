@@ -13,10 +13,10 @@ from eekd.data.encoded import Encoded
 from eekd.export.latency import latencies
 from eekd.export.student import Student
 from eekd.io.files import read_json
+from eekd.kept_code import check_code
 from eekd.models.normalization import Renormalize
 from eekd.snapshots import SnapshotEnsemble
 from eekd.snapshots.wrappers import logits_of
-from eekd.train.checkpoints import check_code
 from eekd.train.run_folder import read_settings
 from eekd.train.teacher import BINS
 

@@ -12,6 +12,7 @@ from eekd import models
 from eekd.data.encoded import RESAMPLE, Encoded
 from eekd.io.files import read_json, write_atomic, write_json_atomic
 from eekd.io.tensors import load_state, load_tensors, save_tensors
+from eekd.kept_code import check_code
 from eekd.snapshots.wrappers import logits_of
 
 try:  # the extra "hub"
@@ -147,8 +148,6 @@ def load_student(
     spec = facts["model"]
     if factory is None:
         if not exported:
-            from eekd.train.checkpoints import check_code
-
             check_code(folder, read_json(folder / "student.json"))
         if exported and ".py:" in spec["name"]:
             raise ValueError(

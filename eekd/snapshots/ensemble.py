@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from eekd import parallel
-from eekd.io.files import first_line
+from eekd.io.files import first_line, read_json
 from eekd.io.state_dicts import load_state
 from eekd.io.tensors import load_weights
+from eekd.kept_code import setup_of, stand_in
 from eekd.snapshots.features import LastFeatures
 from eekd.snapshots.files import checkpoint_files, checkpoint_sha256
 from eekd.snapshots.forward import Folded, Spread, Swapped, pinned
@@ -94,13 +95,15 @@ class SnapshotEnsemble(nn.Module):
         """The snapshots that a SnapshotRecorder wrote to `directory`, each file checked against its hash.
 
         `factory()` makes the model; None builds it from the manifest's spec. A spec may name a Python file, which is
-        then run: give a factory for folders you do not trust. `which` picks snapshots by index, -1 the last; None takes
-        all of a finished run. FileNotFoundError or ValueError names the file that is missing, damaged, or does not fit
-        the model, or the manifest of a run that has not ended.
+        then run, or its copy in the folder where it is missing: give a factory for folders you do not trust. `which`
+        picks snapshots by index, -1 the last; None takes all of a finished run. FileNotFoundError or ValueError names
+        the file that is missing, damaged, or does not fit the model, or the manifest of a run that has not ended.
         """
         path, (entries, spec) = Path(directory) / MANIFEST, read_entries(directory, which)
         if factory is None and spec is None:
             raise ValueError(f"{path} names no architecture (its spec is null): give a factory")
+        if factory is None and (record := path.with_name("snapshots.json")).exists():
+            stand_in(path.parent, setup_of(read_json(record)))
 
         def build() -> nn.Module:
             from eekd import models

@@ -22,6 +22,7 @@ import functools
 import re
 import time
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -29,17 +30,16 @@ import torch
 
 from eekd import parallel
 from eekd.info import environment
-from eekd.io.files import read_checked, read_json, sha256_of, write_atomic, write_json_atomic
+from eekd.io.files import read_json, write_atomic, write_json_atomic
 from eekd.io.tensors import load_tensors, save_tensors
+from eekd.kept_code import SOURCES, copies, described, setup_of
 from eekd.train.callbacks import Callback
-from eekd.train.config import differences
+from eekd.train.config import Config, Student, Teacher, differences
 from eekd.train.random_state import random_state, set_random_state
 from eekd.train.signals import signals
 from eekd.user_code import is_file_name, own_name
 
 FORMAT = 1
-# In the folder of a phase: the files of the user's own that hold the method and the network, as they were.
-SOURCES = {"method": "method.py", "model": "model.py"}
 KEEP = 2
 SYNC = 10  # seconds: how much training a power cut may cost, where a kill costs what the last checkpoint lacks
 # Settings that leave the bits of a phase as they are, or that its `setup` knows by their content.
@@ -74,6 +74,13 @@ _NO_BITS = {
     "non_finite",
     "skip_budget",
     "verify_loss",
+}
+
+
+_DEFAULTS = {
+    field.name: list(field.default) if isinstance(field.default, tuple) else field.default
+    for kind in (Teacher, Student, Config)
+    for field in dataclasses.fields(kind)
 }
 
 
@@ -226,51 +233,50 @@ def run_identity(name: str, session, phase, snapshots: list[str] | None = None) 
     own, _ = session.normalization(phase)
     more = {"normalization": own} if own else {}
     if is_file_name(phase.model):
-        settings["model"], file = own_name(phase.model), Path(phase.model.rpartition(":")[0])
-        more["model"] = {"file": str(file), "sha256": sha256_of(file)}
+        settings["model"] = own_name(phase.model)
+        more["model"] = described(Path(phase.model.rpartition(":")[0]))
     known = {"phase": name, "images": session.data.fingerprint, "settings": settings, "snapshots": snapshots}
     return known | {"bank": session.bank and session.bank.sha256} | more
 
 
+def setups_in(run: Path) -> Iterator[tuple[Path, dict]]:
+    """The folders of a run's phases that have begun, and what each was begun with; damaged files are left to others."""
+    places = "teacher", "students/*", "seed-*/teacher", "seed-*/students/*"
+    for folder in (folder for place in places for folder in run.glob(place)):
+        checkpoints = sorted(folder.glob("checkpoints/*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in (folder / "snapshots.json", folder / "student.json", *checkpoints):
+            with suppress(FileNotFoundError, ValueError):
+                if setup := setup_of(read_json(path)):
+                    yield folder, setup
+                    break
+
+
 def check_identity(path: Path, record: dict, identity: dict) -> None:
-    """ValueError unless what `path` holds was made with this identity."""
+    """ValueError unless what `path` holds was made with this identity.
+
+    A setting that there was not yet, and that has its default now, is no difference.
+    """
+    known = record["setup"].get("settings", {})
     for name, (was, now) in differences({"": record["setup"]}, {"": identity}).items():
         _, what, *key = name.split(".")
         if what in SOURCES and key == ["file"]:  # it may move
             continue
+        if what == "settings" and key and key[0] not in known and now == _DEFAULTS.get(key[0]):
+            continue
         old = name == ".settings.model" and is_file_name(was) and own_name(was) == now
         if old or (name == ".model" and was is None):  # written before the network's file was hashed
             continue
-        if what in SOURCES and key == ["sha256"]:
+        if what in SOURCES and key and key[0] in ("sha256", "neighbours"):
+            if key == ["neighbours"]:  # written before they were hashed
+                continue
             phase = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-            raise ValueError(
-                f"{identity[what]['file']} must be what it was when {path} was written, got another content: "
-                f"{phase / SOURCES[what]} is a copy of what it was"
-            )
+            file, copy, place = Path(identity[what]["file"]), phase / SOURCES[what], ".".join(key[1:])
+            if place:
+                file, copy = file.parent / place, phase / what / place
+            got = "another content" if was and now else "none" if was else "one that was not imported"
+            kept = f": {copy} is a copy of what it was" * bool(was)
+            raise ValueError(f"{file} must be what it was when {path} was written, got {got}{kept}")
         raise ValueError(f"{path} was written with {name.strip('.') or 'setup'} {was!r}, and cannot go on with {now!r}")
-
-
-def check_code(folder: Path, record: dict) -> None:
-    """ValueError or FileNotFoundError unless the network of a phase is made by the code that made it in training."""
-    known = record["setup"].get("model")
-    if not isinstance(known, dict):
-        return
-    file, copy = Path(known["file"]), folder / SOURCES["model"]
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}, which makes the network in {folder}, is missing: {copy} is a copy of it")
-    if sha256_of(file) != known["sha256"]:
-        raise ValueError(
-            f"{file} must be what it was when the network in {folder} was trained, got another content: {copy} is a "
-            "copy of what it was"
-        )
-
-
-def check_copies(folder: Path, record: dict) -> None:
-    """ValueError or FileNotFoundError for a copy that `KeepSources` made and that was damaged or removed."""
-    for what, name in SOURCES.items():
-        known = record["setup"].get(what)
-        if isinstance(known, dict) and known.get("sha256"):
-            read_checked(folder / name, known["sha256"])
 
 
 class KeepSources(Callback):
@@ -278,7 +284,9 @@ class KeepSources(Callback):
 
     def __init__(self, folder: Path, model: str, method: Path | None = None):
         files = {"model": Path(model.rpartition(":")[0]) if is_file_name(model) else None, "method": method}
-        self.copies = {folder / SOURCES[what]: file.read_bytes() for what, file in files.items() if file}
+        self.copies = {}
+        for what, file in files.items():
+            self.copies |= copies(folder, what, file) if file else {}
 
     def write(self) -> None:
         for path, content in self.copies.items():

@@ -10,9 +10,10 @@ from eekd import models, parallel
 from eekd.bank import LogitBank
 from eekd.io.files import write_json_atomic
 from eekd.io.lock import locked
+from eekd.kept_code import check_code, stand_in
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.snapshots.features import LastFeatures
-from eekd.train.checkpoints import check_code
+from eekd.train.checkpoints import setups_in
 from eekd.train.config import Config, differences, located
 from eekd.train.findings import findings
 from eekd.train.import_checkpoints import check_checkpoints, import_teacher, with_checkpoints
@@ -138,6 +139,8 @@ def prepare(config: Config, run: str | Path | None = None) -> Session:
     folder of a run that is resumed, which may already hold copies of config.checkpoints.
     """
     config = located(config)
+    for phase, setup in setups_in(Path(run)) if run else ():
+        stand_in(phase, setup)
     imported = run and Path(run, "teacher", TEACHER_RECORD).exists()
     if config.checkpoints and not imported:
         config = with_checkpoints(config)
@@ -146,14 +149,20 @@ def prepare(config: Config, run: str | Path | None = None) -> Session:
     earlier = Path(config.teacher_run) if config.teacher_run else None
     if earlier:
         settings = read_settings(earlier)
+        for phase, setup in setups_in(earlier):
+            stand_in(phase, setup)
         if settings.seeds > 1:
             raise ValueError(
                 f"teacher_run must be the run of one seed, such as {earlier / f'seed-{settings.seed}'}, "
                 f"got {earlier}, which holds {settings.seeds}"
             )
         config = dataclasses.replace(config, teacher=settings.teacher)
+        if config.interpolation == "auto":  # its images
+            config = dataclasses.replace(config, interpolation=settings.interpolation)
     asked_for(config)
     session = Session(config)
+    if (kind := session.config.interpolation) not in (config.interpolation, "bilinear"):
+        session.notes.append(f"Images are resized by {kind}, as the weights were trained (interpolation).")
     methods, networks = [method_of(name) for name in config.students], {}
     trained = {config.teacher: not (earlier or config.checkpoints), config.student: bool(config.students)}
     for phase, is_trained in trained.items():
@@ -161,7 +170,7 @@ def prepare(config: Config, run: str | Path | None = None) -> Session:
         networks[phase] = network = models.build(**session.spec(phase))
         _, said = session.normalization(phase)
         started = is_trained and session.start(phase)
-        resized = is_trained and resized_otherwise(phase, config.interpolation)
+        resized = is_trained and resized_otherwise(phase, session.config.interpolation)
         for sentence in (started and started.load(network, len(session.data.classes)), said, resized):
             if sentence:
                 session.notes.append(f"The {type(phase).__name__.lower()} {sentence}")

@@ -15,13 +15,14 @@
         metrics.jsonl metrics.csv        a line per epoch (below)
         checkpoints/                     the state of a phase in progress (eekd.train.checkpoints); gone at its end
         snapshots.json                   what the snapshots know (below); written last, so it marks a finished teacher
-        model.py                         the file of a network of the user's own, as it was; students have theirs
+        model.py model/                  the file of a network of the user's own, as it was, and the neighbours that
+                                         it imports; students have theirs
       students/WEIGHTING/     one folder per student: ce, last, uniform, attention, ...
         student.safetensors              weights at the end of the last epoch
         student.json                     provenance (below); written last, so it marks a finished student
         attention.safetensors            the attention's own weights, where the weighting is attention
         criterion.safetensors            what else was trained by a method of the user's own
-        method.py                        the file of a method of the user's own, as it was
+        method.py method/                the file of a method of the user's own, as it was, and its neighbours
         metrics.jsonl metrics.csv checkpoints/
       **/non-finite-STEP.*, loss-differs.*   what was wrong with a step or a loss (eekd.train.evidence)
       .lock                   held by the process that trains

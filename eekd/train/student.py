@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from eekd import parallel
 from eekd.data import Loader
 from eekd.info import commit
-from eekd.io.files import read_checked, read_json, sha256_of, write_json_atomic
+from eekd.io.files import read_checked, read_json, write_json_atomic
 from eekd.io.tensors import save_tensors
+from eekd.kept_code import check_copies, described
 from eekd.method import weightings
 from eekd.method.losses import EEKDLoss
 from eekd.snapshots import read_entries, read_manifest
 from eekd.snapshots.features import LastFeatures
 from eekd.train.checked import student_names
-from eekd.train.checkpoints import KeepSources, check_copies, check_identity, delete_checkpoints, run_identity
+from eekd.train.checkpoints import KeepSources, check_identity, delete_checkpoints, run_identity
 from eekd.train.config import Config
 from eekd.train.metrics import RunningMeans, accuracy, evaluate
 from eekd.train.run_folder import FORMAT, finite, metrics_of, read_metrics, read_record
@@ -167,7 +168,7 @@ class Method:
     @property
     def source(self) -> dict:
         """What a record says of the file."""
-        return {"file": self.file and str(self.file), "sha256": self.file and sha256_of(self.file)}
+        return described(self.file)
 
 
 def method_of(method: "str | Callable | type[StudentTrainer]") -> Method:
@@ -294,7 +295,7 @@ def read_student(folder: Path) -> dict:
         read_checked(folder / ATTENTION, record["attention_sha256"])
     if record.get("criterion_sha256"):
         read_checked(folder / CRITERION, record["criterion_sha256"])
-    check_copies(folder, record)
+    check_copies(folder, record["setup"])
     read_metrics(folder, record)
     return record
 

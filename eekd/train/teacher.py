@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from eekd import parallel
 from eekd.data import Loader
 from eekd.io.files import read_checked, read_json, write_json_atomic
+from eekd.kept_code import check_copies
 from eekd.snapshots import MANIFEST, SnapshotEnsemble, SnapshotRecorder, read_manifest
 from eekd.train.callbacks import Callback
-from eekd.train.checkpoints import KeepSources, check_copies, check_identity, delete_checkpoints, run_identity
+from eekd.train.checkpoints import KeepSources, check_identity, delete_checkpoints, run_identity
 from eekd.train.config import Config
 from eekd.train.run_folder import FORMAT, finite, metrics_of, read_metrics, read_record
 from eekd.train.session import Progress, Session, quiet
@@ -96,7 +97,7 @@ def read_teacher(folder: Path) -> dict:
     record = read_record(folder / RECORD, "setup", "val", "test", "metrics")
     for entry in read_manifest(folder)["snapshots"]:
         read_checked(folder / entry["file"], entry["sha256"])
-    check_copies(folder, record)
+    check_copies(folder, record["setup"])
     read_metrics(folder, record)
     return record
 
