@@ -1,6 +1,7 @@
 """Models that others wrote: their outputs, inputs, classifiers and wrappers work, or are refused in one sentence."""
 
 import copy
+import gc
 import pickle
 from collections import namedtuple
 from types import SimpleNamespace
@@ -330,6 +331,38 @@ def test_a_model_nobody_wrapped_is_not_noticed(two_processes):
     for _ in range(2):
         same(LastFeatures(net)(rows()), net, rows())
     assert other.module is not net
+
+
+def taught(net, **options):
+    criterion = EEKDLoss(student_dim=5, snapshot_dim=5, **options)
+    logits, features = LastFeatures(net)(rows())
+    return criterion, (logits, logits.detach()[None], torch.zeros(6).long(), features, features.detach()[None])
+
+
+@pytest.mark.bad_input
+def test_attention_trained_outside_the_wrapper_of_its_student_is_noticed(two_processes):
+    student = nn.parallel.DistributedDataParallel(Net())
+    criterion, batch = taught(student)
+    told = "^EEKDLoss must run inside DistributedDataParallel or FSDP, as its student does, for nothing averages"
+    with pytest.raises(RuntimeError, match=told):
+        criterion(*batch)
+    with torch.no_grad():  # to validate by
+        criterion(*batch)
+    wrapped = nn.parallel.DistributedDataParallel(criterion)
+    for _ in range(3):
+        wrapped(*batch)[0].backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=told):  # past its own
+        wrapped.module(*batch), wrapped.module(*batch)
+    criterion.check_wrapper = False
+    criterion(*batch)
+    criterion, batch = taught(student, weighting="uniform")  # which has nothing to train
+    criterion(*batch)
+
+
+def test_attention_of_a_student_that_nobody_wrapped_is_not_noticed(two_processes):
+    gc.collect()
+    criterion, batch = taught(Net())
+    criterion(*batch)
 
 
 # from the command line

@@ -1,10 +1,13 @@
 """The student's loss: how the snapshots are weighted, and `ensemble_kd`, or `sparse_ensemble_kd`, with the weights."""
 
+import gc
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from eekd import parallel
 from eekd.method import weightings
 from eekd.method.attention import SnapshotAttention
 from eekd.method.topk import TopKLogits
@@ -33,6 +36,11 @@ class EEKDLoss(nn.Module):
     The measurements are detached and stay on the device: "loss" is L alone, to compare weightings;
     "attention_loss" is -log p_y; "weights" (M,) is the mean weight of each snapshot; "weight_entropy" is the
     mean entropy of a row's weights, from 0 to log M. Each is computed when it is first read.
+
+    Attributes:
+        check_wrapper: whether to raise RuntimeError if a student is wrapped in DistributedDataParallel or FSDP and the
+            attention is trained outside of one. Set it to False if you average its gradients over the processes
+            yourself.
 
     Raises ValueError for options out of range, missing features for "attention", missing labels for "confidence",
     and a single class, which leaves nothing to learn; else what `ensemble_kd` raises.
@@ -74,6 +82,7 @@ class EEKDLoss(nn.Module):
             self.attention = SnapshotAttention(student_dim, snapshot_dim, embed_dim, normalize, scale)  # pyright: ignore
         self.weighting = entry.name
         self.detach_query = detach_query
+        self.check_wrapper, self._looks = True, 0
         self.options = {
             "temperature": temperature,
             "alpha": alpha,
@@ -105,6 +114,8 @@ class EEKDLoss(nn.Module):
             name = "student_features" if student_features is None else "snapshot_features"
             raise ValueError(f"{name} must be given, for weighting {self.weighting!r} compares features")
         else:
+            if not torch.compiler.is_compiling():
+                self._check_wrapper()
             if self.detach_query:
                 student_features = student_features.detach()
             query, keys = self.attention(student_features, snapshot_features)
@@ -121,6 +132,29 @@ class EEKDLoss(nn.Module):
         loss = result.loss + result.attention_loss if learns_by_label else result.loss
         known = {"loss": result.loss.detach(), "attention_loss": result.attention_loss.detach()}
         return loss, Measurements(known, result.weights)
+
+    def _check_wrapper(self) -> None:
+        """RuntimeError where the attention is trained outside what averages the student's gradients."""
+        if (
+            not self.check_wrapper
+            or parallel.world_size() == 1
+            or DistributedDataParallel._active_ddp_module is not None
+            or not (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()))
+        ):
+            return
+        self._looks += 1
+        if self._looks & (self._looks - 1):  # to look is slow
+            return
+        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+        kinds = DistributedDataParallel, FullyShardedDataParallel, FSDPModule
+        wrappers = [found for found in gc.get_objects() if issubclass(type(found), kinds)]
+        around = [found for found in wrappers if any(module is self for module in found.modules())]
+        if wrappers and all(isinstance(found, DistributedDataParallel) for found in around):
+            raise RuntimeError(
+                "EEKDLoss must run inside DistributedDataParallel or FSDP, as its student does, for nothing averages "
+                "the attention's gradients outside: wrap it too, or wrap Distilled(student, ensemble, loss) as one"
+            )
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in {"weighting": self.weighting, **self.options}.items())

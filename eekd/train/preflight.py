@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from eekd import parallel
 from eekd.data import Batch
 from eekd.io.files import first_line
+from eekd.method.losses import EEKDLoss
 from eekd.models.normalization import Renormalize
 from eekd.snapshots.features import LastFeatures
 from eekd.snapshots.wrappers import logits_of
@@ -149,6 +150,9 @@ def _outputs(session: Session, teacher: nn.Module, method: Method, batch: Batch)
 
 def _step(trainer, batch: TaughtBatch) -> None:
     trainer.trained.train()
+    for module in trainer.trained.modules():
+        if isinstance(module, EEKDLoss):  # which another run of this process may have wrapped for its students
+            module.check_wrapper = False
     trainer.compute_loss(batch)[0].backward()
 
 
