@@ -120,7 +120,7 @@ def test_recipes_are_those_of_the_papers():
         assert (phase.epochs, phase.batch_size, phase.lr, phase.weight_decay) == (100, 256, 0.1, 1e-4)
         assert [m * phase.epochs for m in phase.milestones] == [30, 60, 90] and not phase.nesterov
     assert (deit.mixup, deit.cutmix, deit.label_smoothing, deit.erasing, deit.ema) == (0.8, 1.0, 0.1, 0.25, 0.99996)
-    assert (deit.lr, deit.batch_size, deit.epochs, deit.arguments()) == (1e-3, 1024, 300, {"drop_path_rate": 0.1})
+    assert (deit.lr, deit.epochs, deit.repeats, deit.arguments()) == (1e-3, 300, 3, {"drop_path_rate": 0.1})
 
 
 def test_choices_agree_with_the_modules_that_take_them():

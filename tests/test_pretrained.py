@@ -256,7 +256,8 @@ def test_timms_own_weights_come_with_their_normalisation(timm_model, tmp_path, c
         "The teacher starts from timm's weights of test_resnet, fc made anew for 2 classes (there was none)." in printed
     )
     mean, std = (", ".join(f"{x:.3g}" for x in numbers) for numbers in (cfg.mean, cfg.std))
-    assert f"The teacher starts from weights for images resized by {cfg.interpolation}, got bilinear: --int" in printed
+    assert "Images are resized by bicubic, as the weights were trained (interpolation)." in printed
+    assert json.loads((out / "config.json").read_text())["interpolation"] == "bicubic"
     assert f"The teacher sees images normalised by mean {mean} and std {std} (timm's of test_resnet)." in printed
     manifest = json.loads((out / "teacher/manifest.json").read_text())
     assert manifest["spec"]["normalization"]["own"] == {"mean": list(cfg.mean), "std": list(cfg.std)}
@@ -322,6 +323,44 @@ def test_images_are_resized_by_the_interpolation_that_was_asked_for(tmp_path):
         assert accuracy == pytest.approx(read_json(run / "students/ce/student.json")["test"]["accuracy"])
         found[kind] = data.fingerprint
     assert found["bilinear"] != found["bicubic"]
+
+
+def test_weights_say_how_images_are_resized_unless_it_is_asked_for(timm_model, weights, tmp_path):
+    timms = {"model": "timm:test_resnet", "weights": "timm", "mean": "data", "std": "data"}
+    assert Session(config()).config.interpolation == "bilinear"
+    assert Session(config(student=timms)).config.interpolation == "bicubic"
+    assert Session(config(teacher=timms)).config.interpolation == "bicubic"
+    assert Session(config(student=timms, students=())).config.interpolation == "bilinear"  # nobody is trained
+    for name, content in (
+        ("config.json", {"pretrained_cfg": {"interpolation": "bicubic"}}),
+        ("preprocessor_config.json", {"image_mean": [0.5], "image_std": [0.5], "resample": 3}),
+        ("student.json", {"preprocessing": {"interpolation": "bicubic"}}),
+    ):
+        (path := tmp_path / name).write_text(json.dumps(content))
+        assert Session(config(student={"weights": weights})).config.interpolation == "bicubic", name
+        path.unlink()
+    session = prepare(config(student=timms, interpolation="bilinear"))
+    assert session.data.interpolation == "bilinear"
+    assert "The student starts from weights for images resized by bicubic, got bilinear: --i" in str(session.notes)
+
+
+@pytest.mark.bad_input
+def test_networks_whose_weights_want_different_views_are_refused(timm_model, weights, tmp_path):
+    timms = {"model": "timm:test_resnet", "weights": "timm", "mean": "data", "std": "data"}
+    (tmp_path / "config.json").write_text(json.dumps({"preprocessing": {"interpolation": "bilinear"}}))
+    asked = config(teacher=timms, student={"weights": weights})
+    told = "want bicubic for teacher.model timm:test_resnet and bilinear for student.model resnet8_w4: --interpolation"
+    with pytest.raises(ValueError, match=f"^interpolation must be given, for all networks see the same views.* {told}"):
+        prepare(asked)
+    assert prepare(dataclasses.replace(asked, interpolation="bicubic")).data.interpolation == "bicubic"
+
+
+def test_a_students_images_are_those_of_its_teachers_run(timm_model, tmp_path):
+    timms = {"model": "timm:test_resnet", "weights": "timm", "mean": "data", "std": "data"}
+    run = train(config(interpolation="bilinear", students=()), tmp_path / "teacher")
+    session = prepare(config(teacher_run=str(run), student=timms))
+    assert session.config.interpolation == "bilinear"
+    assert "The student starts from weights for images resized by bicubic, got bilinear" in str(session.notes)
 
 
 def test_images_in_memory_are_resized_by_it_too():

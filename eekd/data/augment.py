@@ -77,8 +77,13 @@ def crop(images: Tensor, index: Tensor, *, kind: str, seed: int, view: int) -> T
 
 def random_flip(images: Tensor, index: Tensor, *, seed: int, view: int) -> Tensor:
     """Images (B, C, H, W), each mirrored left to right with probability 1/2."""
-    flip = random_below(2, seed, view, FLIP, index).bool()
-    return torch.where(flip[:, None, None, None], images.flip(3), images)
+    flipped = flipped_rows(index, seed=seed, view=view)
+    return torch.where(flipped[:, None, None, None], images.flip(3), images)
+
+
+def flipped_rows(index: Tensor, *, seed: int, view: int) -> Tensor:
+    """Which (B,) bool of the samples `index` `random_flip` mirrors."""
+    return random_below(2, seed, view, FLIP, index).bool()
 
 
 def pad_crop(images: Tensor, top: Tensor, left: Tensor, pad: int) -> Tensor:

@@ -1,9 +1,10 @@
 """Batches of normalised images on the device; order and augmentation depend on (seed, epoch, sample) only."""
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -13,6 +14,7 @@ from .augment import (
     ORDER,
     augment,
     crop,
+    flipped_rows,
     flips,
     random_bits,
     random_erase,
@@ -50,7 +52,9 @@ class Loader:
     In training images are cropped (`augment`), changed by `auto_augment` ("trivial" or "rand", by the workers),
     flipped, partly erased with probability `erasing`, and mixed by `mixup` and `cutmix`, the parameters of their
     Beta distributions: see eekd.data.policies and eekd.data.mixing. Mixed or smoothed labels are (B, C), with C from
-    `classes`.
+    `classes`. With `repeats` R an epoch takes every R-th sample of the shuffled split, and each batch shows its samples
+    in R views: view V of the epoch becomes the views R V to R V + R - 1. Source: Hoffer et al., "Augment Your Batch"
+    (2020).
 
     Rank r of `world_size` takes every world_size-th sample from the r-th on. The k-th batches of all ranks together are
     the k-th batch of one loader with world_size times the batch size, `rows(k)` samples. Every rank has the same number
@@ -82,6 +86,7 @@ class Loader:
         cutmix: float = 0.0,
         label_smoothing: float = 0.0,
         classes: int | None = None,
+        repeats: int = 1,
     ):
         if not isinstance(split, Split):
             raise TypeError(f"split is a {type(split).__name__}, wanted a Split such as load(...).train")
@@ -107,6 +112,10 @@ class Loader:
         self.views = None if views is None else check_int("views", views, 1)
         self.view_seed = seed if view_seed is None else check_int("view_seed", view_seed)
         self.batch_size = check_int("batch_size", batch_size, 1)
+        self.repeats = check_int("repeats", repeats, 1) if train else 1
+        if batch_size % self.repeats or (views is not None and self.repeats > 1):
+            got = f"batches of {batch_size}" if views is None else "a bank's views"
+            raise ValueError(f"repeats must divide batch_size, and be 1 with views, got {repeats} with {got}")
         self.world_size = check_int("world_size", world_size, 1)
         self.rank = check_int("rank", rank, 0)
         check_int("workers", workers, 0)
@@ -133,7 +142,7 @@ class Loader:
                 pillow()
             self._work = []  # of the epoch: (view, samples of a batch), each batch for one process
             self._decoder = DataLoader(
-                _Decoder(split.images, split.labels, self.view_seed, self.augment, policy),
+                _Decoder(split, self._fill.cpu(), self.view_seed, self.augment, policy, self.shown.get("erasing", 0.0)),
                 batch_size=None,
                 sampler=self._work,
                 num_workers=workers,
@@ -157,28 +166,46 @@ class Loader:
         self.first = check_int("batches", batches, 0)
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self.split), self.world_size * self.batch_size)
+        full, rest = divmod(self._samples, self._whole)
         return full + (not self.drop_last and rest >= (self.world_size if self.train else 1))
 
+    @property
+    def _samples(self) -> int:
+        """How many different samples an epoch shows."""
+        return len(self.split) // self.repeats
+
+    @property
+    def _whole(self) -> int:
+        """How many different samples a full batch of all ranks together holds."""
+        return self.world_size * (self.batch_size // self.repeats)
+
     def rows(self, batch: int) -> int:
-        """How many samples the batches of that number hold on all ranks together."""
-        whole = self.world_size * self.batch_size
-        return min(whole, len(self.split) - batch * whole)
+        """How many images the batches of that number hold on all ranks together."""
+        return self.repeats * min(self._whole, self._samples - batch * self._whole)
 
     def indices(self, device: str | torch.device = "cpu") -> tuple[Tensor, ...]:
         """The samples of each of the epoch's batches that are not skipped, as `Batch.index` will name them."""
+        return tuple(part.repeat(self.repeats) for part in self._parts(device))
+
+    def _parts(self, device: str | torch.device) -> tuple[Tensor, ...]:
+        """The different samples of each of the epoch's batches."""
         if self.train and self.mixes:
-            order = self._together(shuffled(self._pairs(self.view)[0], self.seed, self.epoch, ORDER)).to(device)
+            order = shuffled(self._pairs(self.view * self.repeats)[0], self.seed, self.epoch, ORDER)
+            order = self._together(order[: self._samples]).to(device)
         else:
             order = torch.arange(len(self.split), device=device)
             if self.train:
-                order = random_bits(self.seed, self.epoch, ORDER, order).argsort(stable=True)
-        parts = order[self.rank :: self.world_size].split(self.batch_size)
+                order = random_bits(self.seed, self.epoch, ORDER, order).argsort(stable=True)[: self._samples]
+        parts = order[self.rank :: self.world_size].split(self.batch_size // self.repeats)
         return (*parts, order[:0])[self.first : len(self)]  # the last one of none is beyond the end, mostly
 
     def __iter__(self) -> Iterator[Batch]:
-        indices = self.indices("cpu" if self._decoder is not None else self.device)
-        return self.replay([(self.view, index) for index in indices])
+        parts, first = self._parts("cpu" if self._decoder is not None else self.device), self.view * self.repeats
+        batches = self.replay([(first + i, index) for index in parts for i in range(self.repeats)])
+        if self.repeats == 1:
+            return batches
+        each = zip(*[batches] * self.repeats, strict=True)  # the views of the same samples
+        return (Batch(*map(torch.cat, zip(*views, strict=True))) for views in each)
 
     def replay(self, work: Sequence[tuple[int, Tensor]]) -> Iterator[Batch]:
         """A batch for each (view, index) of `work`: the samples `index` (B,) int64 augmented as that view."""
@@ -190,7 +217,7 @@ class Loader:
 
     def _pairs_of(self, view: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The samples in pairs, and everyone's partner by kind of device."""
-        paired = pairs(len(self.split), seed=self.view_seed, view=view)
+        paired = pairs(len(self.split), seed=self.view_seed, view=view // self.repeats)
         partner = partners(paired)
         return paired, {"cpu": partner, self.device.type: partner.to(self.device)}
 
@@ -200,9 +227,8 @@ class Loader:
 
     def _together(self, order: Tensor) -> Tensor:
         """The order with neighbours on one rank, each taking every world_size-th sample, and the same batches."""
-        whole = self.world_size * self.batch_size
-        full = len(order) // whole * whole
-        parts = order[:full].view(-1, self.world_size, self.batch_size).transpose(1, 2)
+        full = len(order) // self._whole * self._whole
+        parts = order[:full].view(-1, self.world_size, self.batch_size // self.repeats).transpose(1, 2)
         return torch.cat([parts.reshape(-1), order[full:]])
 
     def _needed(self, view: int, index: Tensor) -> Tensor:
@@ -213,28 +239,28 @@ class Loader:
         return both if self._twice else both.unique()
 
     def _gathered(self, work: tuple[int, Tensor]) -> tuple[Tensor, Tensor]:
-        """Images in memory, cropped and mirrored."""
+        """Images in memory, cropped, mirrored and partly erased."""
         view, index = work
-        index = index.to(self.device)
-        return augment(self._images[index], index, kind=self.augment, seed=self.view_seed, view=view), index
+        index, known = index.to(self.device), dict(seed=self.view_seed, view=view)
+        images = augment(self._images[index], index, kind=self.augment, **known)
+        if probability := self.shown.get("erasing"):
+            images = random_erase(images, index, self._fill, probability, **known)
+        return images, index
 
     def _decoded(self, work: list[tuple[int, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images that the workers made, mirrored."""
-        self._work[:] = [(view, index.cpu()) for view, index in work]
+        """Images that the workers made."""
+        self._work[:] = [(view, index.cpu().numpy()) for view, index in work]  # a tensor would travel as a file
         made = zip(work, self._decoder, strict=True)  # pyright: ignore[reportArgumentType]
-        for (view, _), (index, images, faults) in made:
+        for (_, index), (images, faults) in made:
             if isinstance(images, Exception):
                 raise images
             if self._encoded is not None:
                 self._encoded.bad.note(faults)
-            index, images = (x.to(self.device, non_blocking=True) for x in (index, images))
-            yield random_flip(images, index, seed=self.view_seed, view=view) if flips(self.augment) else images, index
+            yield images.to(self.device, non_blocking=True), index.to(self.device)
 
     def _batch(self, images: Tensor, present: Tensor, index: Tensor, view: int) -> Batch:
         """The samples `index` in view `view`, of the images of the samples `present`, which are the same or more."""
         known, labels, others, share = dict(seed=self.view_seed, view=view), self._labels[index], None, None
-        if probability := self.shown.get("erasing"):
-            images = random_erase(images, present, self._fill, probability, **known)
         if self.mixes:
             partner = self._partner(view, index)
             if self._twice:
@@ -251,39 +277,55 @@ class Loader:
 
 
 class _Decoder(Dataset):
-    """Makes a batch of images, cropped and changed by a policy; an error is returned in their place.
+    """Makes the images of a batch as a view shows them before they are mixed; an error is returned in their place.
 
     Raised in a worker, it would come with the worker's traceback in its text.
     """
 
-    def __init__(self, images: Encoded | Tensor, labels: Tensor, seed: int, kind: str, policy: str):
-        self.images, self.labels, self.seed, self.kind, self.policy = images, labels, seed, kind, policy
+    def __init__(self, split: Split, fill: Tensor, seed: int, kind: str, policy: str, erasing: float):
+        self.images, self.labels, self.fill = split.images, split.labels, fill
+        self.seed, self.kind, self.policy, self.erasing = seed, kind, policy, erasing
 
-    def __getitem__(self, work: tuple[int, Tensor]) -> tuple[Tensor, Tensor | Exception, list[str]]:
+    def __getitem__(self, work: tuple[int, np.ndarray]) -> tuple[Tensor | Exception, list[str]]:
         view, index = work
         try:
-            return index, *self._shown(index, dict(seed=self.seed, view=view))
+            return self._shown(torch.from_numpy(index), dict(seed=self.seed, view=view))
         except (ImportError, OSError, ValueError) as error:
-            return index, error, []
+            return error, []
 
     def _shown(self, index: Tensor, known: dict) -> tuple[Tensor, list[str]]:
-        """The images (B, C, S, S) uint8 as the view shows them, and what was wrong with some."""
+        """The images (B, C, S, S) uint8, and what was wrong with some."""
         if isinstance(self.images, Tensor):
-            images, faults, decoded = self.images[index], [], False
+            images, faults, done = self.images[index], [], False
         else:
-            decoded = self.kind in ("none", "imagenet")  # then all is done to an image while it is Pillow's
-            images, faults = self._decoded(self.images, index, decoded, known)
-        if not decoded:
+            done = self.kind in ("none", "imagenet")  # then all is done to an image while it is Pillow's
+            images, faults = self._decoded(self.images, index, done, known)
+        if not done:
             images = apply_policy(crop(images, index, kind=self.kind, **known), index, self.policy, **known)
+            images = random_flip(images, index, **known) if flips(self.kind) else images
+        if self.erasing:
+            images = random_erase(images, index, self.fill, self.erasing, **known)
         return images, faults
 
     def _decoded(self, images: Encoded, index: Tensor, whole: bool, known: dict) -> tuple[Tensor, list[str]]:
-        """Images decoded and, where this is the `whole` of it, cropped and changed."""
-        chooses = resized_crop_choosers(index, **known) if self.kind == "imagenet" else [None] * len(index)
-        size, policy = images.image_size, self.policy if whole else "none"
-        by_policy = changes(index, policy, size, **known) if policy != "none" else [None] * len(index)
+        """Images decoded and, where this is the `whole` of it, cropped, changed and mirrored."""
+        none = [None] * len(index)
+        chooses = resized_crop_choosers(index, **known) if self.kind == "imagenet" else none
+        by_policy = none
+        if whole and self.policy != "none":
+            by_policy = changes(index, self.policy, images.image_size, **known)
+        if whole and flips(self.kind):
+            by_policy = [
+                partial(_mirrored, change) if flipped else change
+                for change, flipped in zip(by_policy, flipped_rows(index, **known).tolist(), strict=True)
+            ]
         decoded, faults = torch.empty(len(index), *images.shape[1:], dtype=torch.uint8), []
         for row, (i, choose, change) in enumerate(zip(index.tolist(), chooses, by_policy, strict=True)):
             decoded[row], said = images.decode_or_stand_in(i, self.labels, choose, change)
             faults += said
         return decoded, faults
+
+
+def _mirrored(change: Callable | None, image):
+    """A Pillow image changed and then mirrored left to right."""
+    return (image if change is None else change(image)).transpose(0)

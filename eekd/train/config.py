@@ -41,6 +41,7 @@ class Phase(Checked):
     mixup: float = 0.0  # A: an image's share in its mixture with another is drawn from Beta(A, A); 0: no mixup
     cutmix: float = 0.0  # the same, with a box of the other image; with mixup each image takes one of the two
     label_smoothing: float = 0.0  # probability that is spread over all classes
+    repeats: int = 1  # views of an image in a batch; an epoch then takes one of so many images
     ema: float = 0.0  # decay of a moving average of the weights, which is then validated and kept; 0: no average
     layer_decay: float = 1.0  # lr of a layer divided by the lr of the next layer; timm's models only
     grad_checkpointing: bool = False  # save memory: compute activations again in the backward, if the model supports it
@@ -62,6 +63,8 @@ class Phase(Checked):
         yield "mixup", 0 <= self.mixup <= MOST_BETA, f"from 0 to {MOST_BETA}"
         yield "cutmix", 0 <= self.cutmix <= MOST_BETA, f"from 0 to {MOST_BETA}"
         yield "label_smoothing", 0 <= self.label_smoothing < 1, "from 0 to below 1"
+        yield "repeats", self.repeats >= 1, "at least 1"
+        yield "repeats", self.batch_size % max(self.repeats, 1) == 0, f"a divisor of batch_size ({self.batch_size})"
         yield "ema", 0 <= self.ema < 1, "from 0 to below 1"
         yield "layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1"
         named = [word.partition("=") for word in self.model_args]
@@ -149,7 +152,8 @@ class Config(Checked):
     root: str | None = None  # the folder of the data's files; none: the usual places
     # resize images to this; none: their own size if most are squares of up to 64, else 224
     image_size: int | None = None
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # how images are resized
+    # how images are resized. auto: as the weights that networks start from were trained, else bilinear
+    interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
     channels: int | None = None  # 1: grey, 3: colour; none: 1 if all images of a sample are grey, else 3
     classes: str | None = None  # a file with the names of the classes in order, one per line; none: alphabetical order
     split: str | None = None  # names of the splits, if they are unusual: TRAIN or TRAIN,TEST or TRAIN,VAL,TEST
@@ -235,8 +239,10 @@ class Config(Checked):
 
     def reading(self) -> dict:
         """The arguments of `eekd.data.load`, besides name and root."""
-        names = "interpolation", "val_fraction", "train_limit", "streaming", "bad_images", "bad_image_budget"
-        return self.source() | {"seed": self.split_seed} | {name: getattr(self, name) for name in names}
+        names = "val_fraction", "train_limit", "streaming", "bad_images", "bad_image_budget"
+        kind = "bilinear" if self.interpolation == "auto" else self.interpolation
+        more = {"seed": self.split_seed, "interpolation": kind}
+        return self.source() | more | {name: getattr(self, name) for name in names}
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +19,7 @@ from eekd.io.state_dicts import bare_names, load_state, some, without_prefix
 from eekd.io.tensors import load_weights, weights_sha256
 from eekd.snapshots.features import classifier_of
 from eekd.snapshots.files import checkpoint_files
-from eekd.train.config import Phase
+from eekd.train.config import Config, Phase
 
 
 class Start(NamedTuple):
@@ -78,7 +81,8 @@ def _from_timm(phase: Phase, spec: dict) -> Start:
     sizes = {key: spec[key] for key in ("num_classes", "in_channels", "image_size")}
     generators = torch.random.get_rng_state()
     try:
-        network = models.from_timm(name, phase.arguments(), **sizes, pretrained=True)
+        with _without_retries():
+            network = models.from_timm(name, phase.arguments(), **sizes, pretrained=True)
     except Exception as error:  # of the hub, of the network, of the disk
         raise ValueError(
             f"{phase._prefix}weights timm needs the weights of {name} from the Hugging Face hub or its cache, and "
@@ -91,6 +95,35 @@ def _from_timm(phase: Phase, spec: dict) -> Start:
     state = {key: x for key, x in network.state_dict().items() if not (random and key.startswith(random))}
     sha256 = hashlib.sha256(safetensors.torch.save(state)).hexdigest()
     return Start(f"timm's weights of {name}", sha256, state)
+
+
+@contextmanager
+def _without_retries() -> Iterator[None]:
+    """Puts the hub's library offline while nothing connects to the hub, which it would find out in a minute.
+
+    A connection that is only slow stays as it is. Offline, the library still reads its cache.
+    """
+    try:
+        from huggingface_hub import constants
+        from huggingface_hub.utils import get_session
+    except ImportError:  # timm then says what it needs
+        yield
+        return
+    was = constants.HF_HUB_OFFLINE
+    for wait in (0.5, 1, 0):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            break
+        except Exception as error:  # of httpx, or of requests before it
+            if "Timeout" in type(error).__name__ or "Connect" not in type(error).__name__:
+                break
+            time.sleep(wait)
+    else:
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = was
 
 
 def normalization(phase: Phase, given: dict) -> tuple[dict | None, str | None]:
@@ -117,12 +150,41 @@ def normalization(phase: Phase, given: dict) -> tuple[dict | None, str | None]:
     return {"given": given, "own": own}, f"sees images normalised by {numbers} ({source})."
 
 
+def interpolation_of(config: Config) -> str:
+    """How the images of a run are resized: as asked for; else as its networks' weights want it; else bilinear.
+
+    All networks see the same views, so that a bank is exact. ValueError where two of them want different ones.
+    """
+    if config.interpolation != "auto":
+        return config.interpolation
+    phases = (config.teacher, *([config.student] if config.students else []))
+    wanted = {own: f"{phase._prefix}model {phase.model}" for phase in phases if (own := resized_by(phase))}
+    if len(wanted) > 1:
+        each = " and ".join(f"{own} for {model}" for own, model in wanted.items())
+        raise ValueError(
+            f"interpolation must be given, for all networks see the same views, and their weights want {each}: "
+            f"--interpolation {' or '.join(wanted)}"
+        )
+    return next(iter(wanted), "bilinear")
+
+
+def resized_by(phase: Phase) -> str | None:
+    """How the images were resized that the weights were trained on from which a network starts; None: not known."""
+    own = None
+    if "timm" in (phase.weights, phase.mean):
+        own = getattr(models.timm_config(phase.model.removeprefix("timm:")), "interpolation", None)
+    elif phase.weights:
+        stored = (found for found, _ in _stored_with(Path(phase.weights)))
+        numbers = {str(number): name for name, number in RESAMPLE.items()}  # as a Hugging Face processor has them
+        kinds = (str(found.get("interpolation") or numbers.get(str(found.get("resample")), "")) for found in stored)
+        own = next(filter(None, kinds), None)
+    return own if own in RESAMPLE else None
+
+
 def resized_otherwise(phase: Phase, interpolation: str) -> str | None:
-    """A sentence where timm's weights were trained on images that were resized otherwise."""
-    if phase.weights != "timm":
-        return None
-    own = models.timm_config(phase.model.removeprefix("timm:")).interpolation
-    if own in (interpolation, "random") or own not in RESAMPLE:
+    """A sentence where the weights were trained on images that were resized otherwise."""
+    own = resized_by(phase)
+    if own in (None, interpolation):
         return None
     return f"starts from weights for images resized by {own}, got {interpolation}: --interpolation {own} resizes so."
 
@@ -133,7 +195,16 @@ def _of_timm(name: str) -> dict | None:
 
 
 def stored_with(path: Path) -> tuple[dict, str] | None:
-    """The mean and std that lie beside a checkpoint, and in which file: eekd's, timm's or a Hugging Face processor."""
+    """The mean and std that lie beside a checkpoint, and in which file."""
+    for found, name in _stored_with(path):
+        for mean, std in (("mean", "std"), ("image_mean", "image_std")):
+            if _numbers(found.get(mean)) and _numbers(found.get(std)):
+                return {"mean": found[mean], "std": found[std]}, name
+    return None
+
+
+def _stored_with(path: Path) -> Iterator[tuple[dict, str]]:
+    """What lies beside a checkpoint and can say how its images were made: eekd's, timm's or a processor's."""
     folder = path if path.is_dir() else path.parent
     for name, places in (
         ("student.json", (("spec", "normalization", "own"), ("preprocessing",))),
@@ -148,10 +219,8 @@ def stored_with(path: Path) -> tuple[dict, str] | None:
             found = content
             for key in place:
                 found = found.get(key) if isinstance(found, dict) else None
-            for mean, std in (("mean", "std"), ("image_mean", "image_std")):
-                if isinstance(found, dict) and _numbers(found.get(mean)) and _numbers(found.get(std)):
-                    return {"mean": found[mean], "std": found[std]}, name
-    return None
+            if isinstance(found, dict):
+                yield found, name
 
 
 def _numbers(value) -> bool:

@@ -1,5 +1,6 @@
 """What the phases of a run share: settings, data, device, precision, and how processes share the work."""
 
+import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Sequence
@@ -15,10 +16,10 @@ from eekd.bank import LogitBank
 from eekd.data import ImageData, Loader, load
 from eekd.data.loader import SHOWN
 from eekd.io.files import read_json
+from eekd.kept_code import check_code
 from eekd.snapshots import SnapshotEnsemble
-from eekd.train.checkpoints import check_code
 from eekd.train.config import Config, Phase
-from eekd.train.pretrained import Start, normalization, read_start
+from eekd.train.pretrained import Start, interpolation_of, normalization, read_start
 from eekd.train.random_state import seed_generators
 from eekd.train.runtime import Runtime, chosen
 
@@ -49,6 +50,7 @@ class Session(Runtime):
 
     def __init__(self, config: Config, data: ImageData | None = None):
         device = _device(config.device)
+        config = dataclasses.replace(config, interpolation=interpolation_of(config))
         self.asked, self.config = config, (config := chosen(config, device))
         super().__init__(config.precision, config.channels_last, device)
         if config.deterministic:
@@ -132,7 +134,12 @@ class Session(Runtime):
         views = dict(views=self.bank.views, view_seed=self.bank.seed) if train and self.bank else {}
         augment = self.data.augment if self.config.augment == "auto" else self.config.augment
         each, processes = self.micro_batch(phase), parallel.world_size()
-        rest = len(images) % (each * processes)
+        repeats = phase.repeats if train else 1
+        if each % repeats:
+            raise ValueError(f"{phase._prefix}repeats must divide the {each} images of a process, got {repeats}")
+        if views and repeats > 1:
+            raise ValueError(f"{phase._prefix}repeats must be 1 with a bank, got {repeats}")
+        rest = len(images) // repeats % (each // repeats * processes)
         return Loader(
             images,
             batch_size=each,
@@ -145,6 +152,7 @@ class Session(Runtime):
             rank=parallel.rank(),
             world_size=processes,
             classes=len(self.data.classes),
+            repeats=repeats,
             **{name: getattr(phase, name) for name in (*SHOWN, "label_smoothing")},
             **views,
         )

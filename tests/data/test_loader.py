@@ -107,6 +107,53 @@ def test_evaluation_keeps_order_and_images():
     assert same(list(loader), list(Loader(split_of(), batch_size=30, train=False)))
 
 
+@pytest.mark.parametrize("mixed", [{}, {"mixup": 1.0, "classes": 10}])
+def test_each_sample_of_an_epoch_is_shown_in_several_views(mixed):
+    split = split_of()
+    loader, single = (
+        Loader(split, batch_size=12, augment="crop", seed=1, repeats=repeats, **mixed) for repeats in (3, 1)
+    )
+    assert len(loader) == 9 and sum(map(loader.rows, range(9))) == 99
+    shown = []
+    for epoch in (0, 2):
+        loader.set_epoch(epoch)
+        batches = list(loader)
+        assert [len(batch.labels) for batch in batches] == [12] * 8 + [3] == [loader.rows(k) for k in range(9)]
+        for batch, index in zip(batches, loader.indices(), strict=True):
+            assert torch.equal(batch.index, index) and torch.equal(*batch.index.view(3, -1)[:2])
+        samples = torch.cat([batch.index.view(3, -1)[0] for batch in batches])
+        assert len(samples.unique()) == 33
+        shown.append(set(samples.tolist()))
+        if not mixed:  # whose pairs are those of the epoch
+            first = batches[0].index.view(3, -1)[0]
+            for view, images in enumerate(batches[0].images.view(3, -1, *split.images.shape[1:])):
+                [wanted] = single.replay([(3 * epoch + view, first)])
+                assert torch.equal(images, wanted.images)
+    assert shown[0] != shown[1]
+
+
+def test_several_views_are_shared_by_ranks_and_skipped():
+    options = dict(augment="crop", seed=1, repeats=2, cutmix=1.0, classes=10)
+    whole = list(Loader(split_of(), batch_size=16, **options))
+    ranks = [list(Loader(split_of(), batch_size=8, rank=rank, world_size=2, **options)) for rank in (0, 1)]
+    for together, *parts in zip(whole, *ranks, strict=True):
+        views = zip(*(part.images.chunk(2) for part in parts), strict=True)
+        assert torch.equal(
+            torch.cat([torch.cat(view).sort(0).values for view in views]),
+            torch.cat([view.sort(0).values for view in together.images.chunk(2)]),
+        )
+    loader = Loader(split_of(), batch_size=16, **options)
+    loader.skip(2)
+    assert same(list(loader), whole[2:])
+
+
+@bad_input
+@pytest.mark.parametrize("more", [{"repeats": 0}, {"repeats": 3}, {"repeats": 2, "views": 2}])
+def test_views_that_do_not_fit_a_batch_are_refused(more):
+    with pytest.raises(ValueError, match="^repeats "):
+        Loader(split_of(), batch_size=8, **more)
+
+
 def test_drop_last():
     assert len(Loader(split_of(), batch_size=30)) == 4
     loader = Loader(split_of(), batch_size=30, drop_last=True)
