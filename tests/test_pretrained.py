@@ -290,6 +290,29 @@ def test_weights_of_timm_that_cannot_be_had_are_one_sentence(timm_model, monkeyp
         session.start(session.config.student)
 
 
+@pytest.mark.parametrize(
+    ("error", "offline"), [("ConnectError", True), ("ConnectTimeout", False), ("ReadTimeout", False), (None, False)]
+)
+def test_a_hub_that_nothing_connects_to_is_not_waited_for(error, offline, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    class Answer:
+        asked = 0
+
+        def head(self, url, timeout):
+            Answer.asked += 1
+            if error:
+                raise type(error, (Exception,), {})("no")
+
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Answer)
+    monkeypatch.setattr(pretrained.time, "sleep", lambda seconds: None)
+    was = hub.constants.HF_HUB_OFFLINE
+    with pytest.raises(KeyError), pretrained._without_retries():
+        assert hub.constants.HF_HUB_OFFLINE is (offline or was)
+        raise KeyError
+    assert hub.constants.HF_HUB_OFFLINE is was and Answer.asked == (3 if offline else 1)
+
+
 # Interpolation
 
 
