@@ -176,6 +176,7 @@ def test_parts_of_a_gpu(tmp_path, monkeypatch):
         "bench-triton",
         "tests-native",
         "tests-triton",
+        "tests-ops",
         "tests-rest",
     ]
     assert [*stages[5]] == ["tests-native", "tests-triton"]  # at once

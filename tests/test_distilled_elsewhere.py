@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import ENVIRONMENT, TORCHRUN
 from test_distilled import Net, batch, ensemble
-from test_distributed import ENVIRONMENT, TORCHRUN
 
 import eekd
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from killed import EVERY_STEP, Killed, killer, untimed
-from test_distributed import ENVIRONMENT, TORCHRUN
+from processes import ENVIRONMENT, TORCHRUN
 
 from eekd.bank.__main__ import main as bank
 from eekd.compare import __main__ as compare

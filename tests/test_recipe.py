@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from killed import EVERY_STEP, NETS, Killed, check_same, go_on, killer
+from processes import SMALL, assert_close, launch
 from recipes import config_of
-from test_distributed import SMALL, assert_close, launch
 
 from eekd.bank import LogitBank
 from eekd.bank import __main__ as bank

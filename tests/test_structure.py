@@ -64,14 +64,14 @@ def test_one_op_is_one_row(op, capsys):
     ]
     assert hasattr(torch.ops.eekd, f"{op}_fwd")
     if op in COMPOSED:
-        assert (ROOT / f"tests/test_{op}.py").is_file()
+        assert (ROOT / f"tests/ops/test_{op}.py").is_file()
         return
     assert f"{op}_fwd" in (ROOT / "csrc" / "eekd.h").read_text()
     for part, path in {
         "kernels": f"kernels/{op}.py",
         "csrc/cpu": f"csrc/cpu/{op}.cpp",
         "csrc/cuda": f"csrc/cuda/{op}.cu",
-        "tests": f"tests/test_{op}.py",
+        "tests/ops": f"tests/ops/test_{op}.py",
     }.items():
         others = [p for p in (ROOT / part).glob("*" + Path(path).suffix) if p.stem not in ("__init__", "bench", "tune")]
         assert (ROOT / path).is_file() or not others, f"{op} lacks {path}"

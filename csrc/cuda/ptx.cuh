@@ -1,4 +1,4 @@
-// What only the hardware can do: the one file of the CUDA kernels that tests/cuda_on_cpu replaces by plain C++.
+// What only the hardware can do: the one file of the CUDA kernels that tests/ops/cuda_on_cpu replaces by plain C++.
 #ifndef EEKD_PTX
 #define EEKD_PTX
 

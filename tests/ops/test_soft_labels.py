@@ -4,8 +4,8 @@ import numpy
 import pytest
 import torch
 from cases import DTYPES, INF, NAN, READINGS, SIZES, Calls, fusions, kd, readings, sizes, softened, spread, tensors
+from compiled import assert_compiled_agrees, compiled
 from numerics import assert_same_bits, check, check_by_differences, evaluate, exact
-from test_ensemble_kd import assert_compiled_agrees, compiled
 from torch.nn import functional as F
 
 from eekd import EEKDLoss, ensemble_kd, linear_ensemble_kd, top_k_logits

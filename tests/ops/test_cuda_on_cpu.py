@@ -19,27 +19,29 @@ from numerics import assert_same_bits, check, evaluate
 from test_ensemble_kd import (  # noqa: F401  these run here once more
     test_a_label_of_no_probability_in_fp32,
     test_a_label_on_a_masked_column,
-    test_a_nan_in_the_attention_is_never_a_finite_loss,
-    test_a_nan_that_is_read_is_never_a_finite_loss,
     test_a_row_of_nothing_but_masked_has_no_softmax,
-    test_any_call_is_accurate,
-    test_any_integer_may_be_the_ignored_label,
-    test_any_layout_gives_the_same_bits,
     test_columns_masked_in_some_snapshots,
     test_equals_the_formulas_of_the_method,
     test_every_embedding_width,
     test_half_precision_is_fp32_arithmetic_rounded_once,
-    test_ignored_rows_count_for_nothing_and_are_not_read,
     test_logits_of_ten_thousand,
-    test_offsets_beyond_32_bits,
     test_padded_vocabulary,
     test_rows_that_rise_or_fall_far_from_their_start,
     test_scores_far_apart,
-    test_snapshots_of_no_weight_are_not_read,
     test_student_and_snapshots_of_different_dtypes,
     test_temperature_and_alpha,
-    test_upstream_gradients_scale,
 )
+from test_ensemble_kd_gradients import test_upstream_gradients_scale  # noqa: F401  and these
+from test_ensemble_kd_memory import (  # noqa: F401  and these
+    test_a_nan_in_the_attention_is_never_a_finite_loss,
+    test_a_nan_that_is_read_is_never_a_finite_loss,
+    test_any_integer_may_be_the_ignored_label,
+    test_any_layout_gives_the_same_bits,
+    test_ignored_rows_count_for_nothing_and_are_not_read,
+    test_offsets_beyond_32_bits,
+    test_snapshots_of_no_weight_are_not_read,
+)
+from test_ensemble_kd_properties import test_any_call_is_accurate  # noqa: F401  and these
 from test_soft_labels import (  # noqa: F401  and these
     test_a_nan_among_soft_labels_is_never_a_finite_loss,
     test_a_one_hot_row_is_its_hard_label,
@@ -72,7 +74,7 @@ from eekd.kernels.outputs import allocate, wanted
 from eekd.ops.checks import DTYPES, MAX_SNAPSHOTS
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
-SOURCES = sorted((HERE.parents[1] / "csrc" / "cuda").glob("*.cu"))
+SOURCES = sorted((HERE.parents[2] / "csrc" / "cuda").glob("*.cu"))
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 COMPILE = [
     COMPILER,

@@ -6,9 +6,8 @@ import math
 import re
 
 import pytest
-import test_nonfinite
 import torch
-from test_nonfinite import NAN, after, assert_same, by_hand, faulty, start, taught
+from faults import NAN, after, assert_same, by_hand, faulty, start, taught
 
 from eekd.io.files import read_json
 from eekd.method import losses, weightings
@@ -20,8 +19,6 @@ from eekd.train.loss_check import LossCheck, differs
 from eekd.train.replay import replay
 from eekd.train.session import Session
 from eekd.train.watch import Watch
-
-mark, nets, run = test_nonfinite.mark, test_nonfinite.nets, test_nonfinite.run  # fixtures
 
 
 def inputs(rows=16, classes=10, snapshots=3, scale=3.0, dtype=torch.float32, seed=0, k=None) -> list:

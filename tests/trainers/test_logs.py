@@ -4,7 +4,7 @@ import sys
 import types
 
 import pytest
-from test_trainers import TINY, rows, small
+from runs import rows, small
 
 from eekd.io.files import read_json
 from eekd.train import __main__ as cli
@@ -61,12 +61,6 @@ class Mlflow(Service):
 
     def set_terminated(self, run, status):
         self.runs[run]["ends"].append(status)
-
-
-@pytest.fixture
-def tiny(tmp_path):
-    (tmp_path / "tiny.py").write_text(TINY)
-    return tmp_path / "tiny.py"
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 // The CUDA launchers, on the CPU, for ctypes.
-#include "../../csrc/eekd.h"
+#include "../../../csrc/eekd.h"
 
 extern "C" {
 
