@@ -117,7 +117,8 @@ def check_files(run: Path) -> None:
     for path in run.glob("**/student.json"):
         read_checked(path.parent / "student.safetensors", read_json(path)["sha256"])
     for path in run.glob("**/metrics.jsonl"):
-        assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] in ([], [1], [1, 2])
+        epochs = [json.loads(line)["epoch"] for line in path.read_text().splitlines()]
+        assert epochs == [*range(1, len(epochs) + 1)]
 
 
 def broken_off(run, out, step=6):

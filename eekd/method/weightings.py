@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from eekd.method.rivals import RIVALS
 from eekd.user_code import is_file_name, load, own_name
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ _ENTRIES = [
 ]
 _REGISTRY = {entry.name: entry for entry in _ENTRIES}
 _OWN = frozenset(_REGISTRY)
-_RESERVED = {"ce", "teacher", "page", "ink", "quiet", "faint", "early", "late"}  # students and colours of other things
+# Students, and colours of other things.
+_RESERVED = {"ce", *RIVALS, "teacher", "page", "ink", "quiet", "faint", "early", "late"}
 
 
 def register(

@@ -11,6 +11,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from eekd.method import weightings
+from eekd.method.rivals import RIVALS
 from eekd.user_code import is_file_name, own_name
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ else:
             return isinstance(value, str)
 
     class StudentName(str, metaclass=_Text):
-        """The annotation of a student's name: "ce" (no teacher), a weighting, or path/to/file.py:NAME."""
+        """The annotation of a student's name: "ce" (no teacher), a weighting, a rival, or path/to/file.py:NAME."""
 
 
 def student_names() -> tuple[str, ...]:
@@ -33,7 +34,8 @@ def student_names() -> tuple[str, ...]:
 def title_of(name: str) -> str:
     """What tables and plots call a network: a teacher, or a student by its name; other names as they are."""
     titles = {entry.name: entry.title for entry in weightings.registered()}
-    return {"ce": "CE only", **titles}.get(name, own_name(name))
+    rivals = {name: rival.title for name, rival in RIVALS.items()}
+    return {"ce": "CE only", **titles, **rivals}.get(name, own_name(name))
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -48,22 +50,23 @@ def word(value: str | bool) -> str:
     return str(value).lower() if isinstance(value, bool) else value
 
 
-def _wanted(value: Any, kind: Any) -> str | None:
+def wanted_of(value: Any, kind: Any) -> str | None:
     """What the annotation `kind` wants in place of `value`; None when the value will do."""
     args = get_args(kind)
     if kind is StudentName:
-        good = isinstance(value, str) and (value in student_names() or is_file_name(value))
-        return None if good else f"one of {', '.join(student_names())}, path/to/file.py:NAME"
+        known = choices(kind)
+        good = isinstance(value, str) and (value in known or is_file_name(value))
+        return None if good else f"one of {', '.join(known)}, path/to/file.py:NAME"
     if get_origin(kind) is Literal:
         known = any(type(value) is type(arg) and value == arg for arg in args)  # 1 is no true
         return None if known else f"one of {', '.join(map(word, args))}"
     if get_origin(kind) in (UnionType, Union):
-        wanted = [_wanted(value, k) for k in args]
+        wanted = [wanted_of(value, k) for k in args]
         return None if None in wanted else " or ".join(wanted)
     if get_origin(kind) is tuple:
         if not isinstance(value, tuple):
             return "a list"
-        return next((f"a list of: {w}" for w in (_wanted(v, args[0]) for v in value) if w), None)
+        return next((f"a list of: {w}" for w in (wanted_of(v, args[0]) for v in value) if w), None)
     if kind is float:
         good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         return None if good else "a finite number"
@@ -84,7 +87,7 @@ class Checked:
         kinds = get_type_hints(type(self))
         for name in (f.name for f in dataclasses.fields(self)):
             value = getattr(self, name)
-            if wanted := _wanted(value, kinds[name]):
+            if wanted := wanted_of(value, kinds[name]):
                 known = choices(kinds[name])
                 wrong = [v for v in (value if isinstance(value, tuple) else (value,)) if v not in known]
                 hint = next(filter(None, (nearest(v, map(word, known)) for v in wrong)), "")
@@ -100,6 +103,6 @@ class Checked:
 def choices(kind: Any) -> tuple:
     """The words that an annotation names anywhere."""
     if kind is StudentName:
-        return student_names()
+        return (*student_names(), *RIVALS)
     args = get_args(kind)
     return args if get_origin(kind) is Literal else tuple(c for a in args for c in choices(a))

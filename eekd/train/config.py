@@ -134,6 +134,7 @@ class Student(Phase):
     normalize: bool = True  # layer norm of the features before the attention's maps
     scale: float | None = None  # factor of query . key; none: 1/sqrt(embed_dim)
     detach_query: bool = True  # no gradient from the attention to the student's features
+    beta: float | None = None  # weight of what dkd, dist, fitnet, at and crd add to the loss; none: as published
 
     def _rules(self):
         yield from super()._rules()
@@ -141,6 +142,7 @@ class Student(Phase):
         yield "alpha", 0 <= self.alpha <= 1, "from 0 to 1"
         yield "embed_dim", self.embed_dim >= 1, "at least 1"
         yield "scale", self.scale is None or self.scale > 0, "above 0"
+        yield "beta", self.beta is None or self.beta >= 0, "at least 0"
 
 
 @dataclass(frozen=True)

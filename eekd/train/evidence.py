@@ -8,7 +8,7 @@ format, sha256           of the file of tensors
 phase, step, epoch, lr   which step it was (steps and epochs from 1)
 loss, found              what the loss became; name of the first bad tensor, or what differs
 spec, criterion          arguments of eekd.models.build and of EEKDLoss (null for cross-entropy)
-method                   name of a method of the user's own, whose loss replay does not know; else absent
+method                   name of a rival, or of a method of the user's own, whose loss replay does not know; else absent
 settings, made_with
 """
 

@@ -19,6 +19,7 @@ from eekd.train.watch import Found, Watch
 
 # Of a loss in fp16: the first scale, torch's own, and the least, at which a gradient of 1 is still a normal number.
 SCALES = 2.0**16, 2.0**-14
+REPLAYED = "eekd.train.trainer", "eekd.train.teacher", "eekd.train.student"  # modules of trainers with eekd's losses
 
 
 class NonFiniteGuard(Callback):
@@ -194,7 +195,7 @@ class NonFiniteGuard(Callback):
         taught = (given["snapshot_logits"], given.get("snapshot_features")) if given else part.teacher
         tensors |= snapshot_tensors(*taught) if taught else {}
         known |= {"found": watch.found and str(watch.found), "spec": trainer.session.spec(trainer.phase)}
-        if not type(trainer).__module__.startswith("eekd."):
+        if type(trainer).__module__ not in REPLAYED:
             known["method"] = type(trainer).__name__  # whose loss nobody else computes
         path = keep_evidence(self.folder, f"non-finite-{known['step']}", tensors, known, trainer.session, loss)
         return watch.found, part.index, path

@@ -75,9 +75,10 @@ def preflight(
         for method in methods:
             with _running(session, config.student):
                 outputs = None if method.weighting == "ce" else _outputs(session, teacher, method, batch)
-                speaker = outputs and Preview(outputs)
+                speaker = teacher if method.reads_maps else outputs and Preview(outputs)
                 trainer = method.trainer(session, speaker, method.weighting, name=method.name)
                 _check_logits(session, config.student, trainer.network, batch.images)
+                outputs = trainer.teacher(batch) if method.reads_maps else outputs
                 _step(trainer, TaughtBatch(*batch, outputs))
     finally:
         set_random_state(generators, session.device)

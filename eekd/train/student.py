@@ -19,6 +19,7 @@ from eekd.io.tensors import save_tensors
 from eekd.kept_code import check_copies, described
 from eekd.method import weightings
 from eekd.method.losses import EEKDLoss
+from eekd.method.rivals import RIVALS
 from eekd.snapshots import read_entries, read_manifest
 from eekd.snapshots.features import LastFeatures
 from eekd.train.checked import student_names
@@ -55,6 +56,7 @@ class StudentTrainer(Trainer):
 
     weighting: str = "attention"
     needs_features: bool | None = None
+    reads_maps = False  # whether the last snapshot itself must be there, for its feature maps
 
     def __init__(
         self,
@@ -81,8 +83,7 @@ class StudentTrainer(Trainer):
         if self.weighting == "ce":
             self.teacher = None
         elif folder:
-            loaders, features = (self.loader, self.val_loader), self.needs_features
-            self.teacher = load_teacher(session, folder, self._which, *loaders, features=features)
+            self.teacher = self.make_teacher(folder, self._which)
         if self.teacher:
             self._capture = LastFeatures(self.model, self.phase.layer, features=self.needs_features)
             if self.average:
@@ -92,6 +93,11 @@ class StudentTrainer(Trainer):
                 self._capture_alone.model = self.network
             if self.needs_features:
                 self.student_dim, self.teacher_dim = self._capture.dim, self.teacher.feature_dim
+
+    def make_teacher(self, folder: str | Path, which: Sequence[int] | None) -> Teacher:
+        """The snapshots in `folder`, or those of the indices `which`, as the batches need them."""
+        loaders, features = (self.loader, self.val_loader), self.needs_features
+        return load_teacher(self.session, folder, which, *loaders, features=features)
 
     def build_criterion(self) -> nn.Module | None:
         return EEKDLoss(self.weighting, **self.loss_options()) if self.teacher else None
@@ -166,19 +172,29 @@ class Method:
         return needs_features(self.weighting) if own is None else own
 
     @property
+    def reads_maps(self) -> bool:
+        return self.trainer.reads_maps
+
+    @property
     def source(self) -> dict:
         """What a record says of the file."""
         return described(self.file)
 
 
 def method_of(method: "str | Callable | type[StudentTrainer]") -> Method:
-    """The method that is "ce", a weighting's name, path/to/file.py:NAME, a weighting's function or a StudentTrainer.
+    """The method that is "ce", a weighting's or a rival's name, path/to/file.py:NAME, a function or a StudentTrainer.
+
+    A function is a weighting's; the rivals are those of eekd.method.rivals.
 
     The code of a file is run. ValueError for an unknown name, or one that belongs to eekd; TypeError for a NAME of
     another kind; else what eekd.user_code.load raises.
     """
     if method == "ce":
         return Method("ce", StudentTrainer, "ce")
+    if isinstance(method, str) and method in RIVALS:
+        from eekd.train.rivals import TRAINERS  # which stands on this module
+
+        return Method(method, TRAINERS[method], TRAINERS[method].weighting)
     if isinstance(method, str) and not is_file_name(method):
         name = weightings.get(method).name
         return Method(name, StudentTrainer, name)
@@ -190,7 +206,7 @@ def method_of(method: "str | Callable | type[StudentTrainer]") -> Method:
         file = Path(inspect.getsourcefile(own) or "") if inspect.isroutine(own) or inspect.isclass(own) else None
         file = file if file and file.is_file() else None  # a notebook has none
     if isinstance(own, type) and issubclass(own, StudentTrainer):
-        if name in student_names():
+        if name in (*student_names(), *RIVALS):
             raise ValueError(f"a method's name must be one that eekd does not use itself, got {name!r}")
         return Method(name, own, own.weighting, file)
     if not callable(own) or isinstance(own, type):

@@ -1,6 +1,6 @@
 """What the snapshots of a teacher say of the batches that a student sees, whoever computes it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import NamedTuple
 
@@ -10,7 +10,6 @@ from torch import Tensor
 from eekd.bank import LogitBank
 from eekd.data import Batch, Loader
 from eekd.method.topk import TopKLogits
-from eekd.snapshots import SnapshotEnsemble
 from eekd.train.metrics import PhaseTimer
 from eekd.train.session import Session
 
@@ -62,9 +61,9 @@ class Teacher:
 
 
 class RunningTeacher(Teacher):
-    """The snapshots of an ensemble, run on every batch."""
+    """The snapshots of an ensemble, or what else returns logits and features of M, run on every batch."""
 
-    def __init__(self, session: Session, ensemble: SnapshotEnsemble, val: Loader):
+    def __init__(self, session: Session, ensemble: Callable, val: Iterable[Batch]):
         self.session, self.ensemble = session, ensemble
         self.val = [_copied(self._run(batch)) for batch in val]
         self.feature_dim = None if self.val[0].features is None else self.val[0].features.shape[-1]
@@ -119,10 +118,10 @@ def load_teacher(
     running = RunningTeacher(session, session.load_snapshots(folder, which, features), val)
     if session.bank:
         return BankTeacher(session.bank, which, features, running.val)  # and frees the snapshots
-    return _remembered(running, loader) or running
+    return remembered(running, loader) or running
 
 
-def _remembered(teacher: RunningTeacher, loader: Loader) -> RememberedTeacher | None:
+def remembered(teacher: RunningTeacher, loader: Loader) -> RememberedTeacher | None:
     """The teacher, run once over the loader's images; None where these change, are shared out or are too many.
 
     Each output is computed in one fixed order before training, so that a resumed run has the same bits.

@@ -8,6 +8,7 @@ from rich.console import Console
 import eekd
 from eekd.bank import Flags, writer
 from eekd.bank.reader import DENSE, TOP_K, images_of, row_bytes
+from eekd.data import ImageData
 from eekd.data.loader import SHOWN
 from eekd.method.topk import ATOMS
 from eekd.snapshots import SnapshotEnsemble, read_manifest
@@ -18,11 +19,14 @@ from eekd.train.session import SPLIT, Session
 AHEAD = 4  # times the batch the teacher was trained with: without gradients that much fits
 
 
-def write_bank(flags: Flags, console: Console, rank: int = 0, world: int = 1) -> None:
-    """Writes the bank that `flags` describe, or what is missing of it, as one of `world` processes."""
+def write_bank(flags: Flags, console: Console, rank: int = 0, world: int = 1, data: ImageData | None = None) -> None:
+    """Writes the bank that `flags` describe, or what is missing of it, as one of `world` processes.
+
+    `data` are the run's images, where they are there already.
+    """
     run, out = Path(flags.teacher), Path(flags.out or Path(flags.teacher, "bank"))
     # Deterministic: a shard that is made again has the same bytes.
-    session = Session(dataclasses.replace(read_settings(run), bank=None, deterministic=True))
+    session = Session(dataclasses.replace(read_settings(run), bank=None, deterministic=True), data)
     check_data(session, run)
     config = session.config
     given = {name: getattr(flags, name) for name in SHOWN}

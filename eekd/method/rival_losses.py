@@ -1,0 +1,164 @@
+"""What the methods of others add to the cross-entropy, by their published formulas."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eekd.method.losses import Measurements
+from eekd.ops import ensemble_kd
+
+
+def dkd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, beta: float) -> Tensor:
+    """TCKD + β NCKD, the two parts of distillation, of the label and of the other classes.
+
+        TCKD = τ² KL(b(z) || b(s)),   b(x) = (softmax(x / τ)_y, 1 - softmax(x / τ)_y)
+        NCKD = τ² KL(softmax(z / τ) || softmax(s / τ)), both over the classes other than y
+
+    Logits (B, C), labels (B,) classes; the mean over the rows, float32.
+    Source: Zhao et al., "Decoupled Knowledge Distillation" (CVPR 2022), with their α = 1.
+    """
+    s, z = student_logits.float(), teacher_logits.float()
+    label = F.one_hot(labels, s.shape[1]).bool()
+
+    def of_others(x: Tensor) -> Tensor:
+        return x.masked_fill(label, -math.inf)
+
+    def in_two(x: Tensor) -> Tensor:
+        return torch.stack([x[label], temperature * (of_others(x) / temperature).logsumexp(1)], 1)
+
+    tckd, nckd = (ensemble_kd(part(s), part(z)[None], temperature=temperature).loss for part in (in_two, of_others))
+    return tckd + beta * nckd
+
+
+def dist_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """τ² (1 - mean_b ρ(q_b, p_b)) + τ² (1 - mean_c ρ(q_c, p_c)), of rows b and of columns c of probabilities.
+
+    q = softmax(s / τ), p = softmax(z / τ), both (B, C); ρ is Pearson's correlation.
+    Source: Huang et al., "Knowledge Distillation from A Stronger Teacher" (NeurIPS 2022), with β = γ.
+    """
+    q, p = ((x.float() / temperature).softmax(1) for x in (student_logits, teacher_logits))
+
+    def apart(a: Tensor, b: Tensor) -> Tensor:
+        a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
+        return 1 - F.cosine_similarity(a, b, dim=1).mean()
+
+    return temperature**2 * (apart(q, p) + apart(q.t(), p.t()))
+
+
+def attention_map(maps: Tensor) -> Tensor:
+    """Where the activations (B, C, H, W) are large: mean_c x_c², a vector (B, H W) of length 1."""
+    return F.normalize(maps.float().square().mean(1).flatten(1))
+
+
+def at_loss(student_maps: Sequence[Tensor], teacher_attention: Sequence[Tensor]) -> Tensor:
+    """Σ_j mean (Q(v_j) - Q(u_j))², where Q is `attention_map` and Q(u_j) is given.
+
+    Source: Zagoruyko and Komodakis, "Paying More Attention to Attention" (ICLR 2017), as Tian et al. (ICLR 2020)
+    compute it.
+    """
+    pairs = zip(student_maps, teacher_attention, strict=True)
+    return torch.stack([(attention_map(v) - q.float()).square().mean() for v, q in pairs]).sum()
+
+
+class Hint(nn.Module):
+    """mean (r(v) - u)², where r is a 1×1 convolution with batch norm and ReLU, which is learned.
+
+    Maps v (B, C, H, W) of the student, u (B, C', H, W) of the teacher.
+    Source: Romero et al., "FitNets: Hints for Thin Deep Nets" (ICLR 2015), with the regressor of Tian et al. (2020).
+    """
+
+    def __init__(self, student_channels: int, teacher_channels: int):
+        super().__init__()
+        convolution = nn.Conv2d(student_channels, teacher_channels, 1)
+        self.regressor = nn.Sequential(convolution, nn.BatchNorm2d(teacher_channels), nn.ReLU())
+
+    def forward(self, student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
+        return F.mse_loss(self.regressor(student_maps.float()), teacher_maps.float())
+
+
+class Contrast(nn.Module):
+    """Tells the teacher's features of an image from those of images of other classes, and the student's likewise.
+
+    With a = v̂ and memory of û, then with a = û and memory of v̂, where x̂ is a linear map of features to `width`
+    numbers, scaled to length 1:
+
+        h(x) = P(x) / (P(x) + m / N),   P(x) = exp(a · x / τ) / Z
+        loss = -mean_b (log h(x of the same image) + Σ log (1 - h(x of m others)))
+
+    The memory holds what each of the N training images was mapped to when it was last seen, and moves by
+    1 - `momentum`. The others are those of another class among `negatives` images, which are drawn once for a batch,
+    or among all where N is no more. Z is N times the mean of exp(a · x / τ) in the first batch.
+
+    Student's features (B, D), teacher's (B, D'), index (B,), places in `labels` (N,).
+    Source: Tian et al., "Contrastive Representation Distillation" (ICLR 2020), which draws for each image.
+    """
+
+    def __init__(
+        self,
+        student_dim: int,
+        teacher_dim: int,
+        labels: Tensor,
+        width: int = 128,
+        negatives: int = 16_384,
+        temperature: float = 0.07,
+        momentum: float = 0.5,
+    ):
+        super().__init__()
+        self.student, self.teacher = nn.Linear(student_dim, width), nn.Linear(teacher_dim, width)
+        self.negatives, self.temperature, self.momentum = negatives, temperature, momentum
+        bound = math.sqrt(3 / width)
+        for name in ("student_memory", "teacher_memory"):
+            self.register_buffer(name, torch.empty(len(labels), width).uniform_(-bound, bound))
+        self.register_buffer("z", torch.zeros(2))
+        self.register_buffer("labels", labels.clone(), persistent=False)
+
+    def forward(self, student_features: Tensor, teacher_features: Tensor, index: Tensor) -> Tensor:
+        count = len(self.labels)
+        v, u = F.normalize(self.student(student_features.float())), F.normalize(self.teacher(teacher_features.float()))
+        drawn = torch.arange(count, device=index.device)
+        if count > self.negatives:
+            drawn = torch.randint(count, (self.negatives,), device=index.device)
+        others = self.labels[drawn] != self.labels[index][:, None]  # (B, K)
+        m = others.sum(1).clamp(min=1)
+        loss = 0.0
+        for i, (anchor, memory) in enumerate(((v, self.teacher_memory), (u, self.student_memory))):
+            same = ((anchor * memory[index]).sum(1) / self.temperature).exp()
+            other = (anchor @ memory[drawn].t() / self.temperature).exp()
+            with torch.no_grad():
+                first = (same.sum() + (other * others).sum()) / (len(same) + others.sum()) * count
+                self.z[i] = torch.where(self.z[i] == 0, first, self.z[i])
+            z = self.z[i].clone()
+            noise = m / count
+            right = (same / z / (same / z + noise)).log()
+            wrong = -(other / z / noise[:, None]).log1p() * others
+            loss = loss - (right + wrong.sum(1)).mean()
+        self._remember(index, v, u)
+        return loss
+
+    @torch.no_grad()
+    def _remember(self, index: Tensor, v: Tensor, u: Tensor) -> None:
+        for memory, x in ((self.student_memory, v), (self.teacher_memory, u)):
+            memory[index] = F.normalize(self.momentum * memory[index] + (1 - self.momentum) * x)
+
+
+class LearnedAtOne(nn.Module):
+    """L of EEKD with weights w that minimise -log Σ_m w_m softmax(z_m)_y, at temperature 1, instead of that at τ.
+
+    `distil` is the EEKDLoss whose attention and options it takes; it is called as that is, and returns the same.
+    Source: this project's (docs/results/attention.md).
+    """
+
+    def __init__(self, distil: nn.Module):
+        super().__init__()
+        self.attention, self.options = distil.attention, distil.options
+
+    def forward(self, student_logits, snapshot_logits, labels, student_features, snapshot_features):
+        query, keys = self.attention(student_features.detach(), snapshot_features)
+        at_one = self.options | {"temperature": 1.0, "attention_objective": "label"}
+        learned = ensemble_kd(student_logits.detach(), snapshot_logits, labels, query=query, keys=keys, **at_one)
+        result = ensemble_kd(student_logits, snapshot_logits, labels, scores=learned.weights.log(), **self.options)
+        known = {"loss": result.loss.detach(), "attention_loss": learned.attention_loss.detach()}
+        return result.loss + learned.attention_loss, Measurements(known, learned.weights)
