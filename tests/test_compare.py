@@ -23,22 +23,12 @@ from eekd.compare import __main__ as cli
 from eekd.compare import page
 from eekd.compare.methods import METHODS, method
 from eekd.compare.runner import alone
-from eekd.compare.study import (
-    CONTRADICTED,
-    HOLDS,
-    MISSING,
-    UNDECIDED,
-    claims,
-    interval,
-    paired,
-    slope,
-    summarise,
-    together,
-    verdict,
-)
+from eekd.compare.study import claims, slope, summarise
+from eekd.compare.verdict import CONTRADICTED, HOLDS, MISSING, UNDECIDED, together, verdict
 from eekd.io.files import printable, read_json, sha256_of, write_json_atomic
 from eekd.snapshots import read_manifest
 from eekd.snapshots.manifest import stage_ends
+from eekd.statistics import interval, paired
 from eekd.train.config import Config
 
 ROOT = Path(__file__).parent.parent

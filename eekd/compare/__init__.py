@@ -10,6 +10,7 @@ asks for, so that methods share it; students read them from its logit bank.
         ordinary/ cyclic/     a teacher's run folder (eekd.train.run_folder) and, in it, bank/ and teacher.json
         sed-1/ sed-2/ …       the other independently trained teachers, with seeds S + 1000, S + 2000, …
         sed/                  the finished teachers, the ordinary one first, as one ensemble, and its bank/
+        soup/                 the mean of the ordinary teacher's last weights (eekd.compare.soup), and its bank/
         students/METHOD/      a student's folder and cell.json: format, method, epochs, seconds, threads
       study.json study.md *.svg         made from all finished cells (eekd.compare.study, eekd.compare.page)
 

@@ -1,22 +1,27 @@
 """The command line of the comparison: python -m eekd.compare [--methods NAME ...] [--seeds N] [--flag value ...]."""
 
 import dataclasses
+import functools
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from eekd import command
 
 if __name__ == "__main__":
     command.start()
 
-from eekd.compare.methods import METHODS, folder_of, method
-from eekd.io.files import in_words, printable
+from eekd.compare import screen
+from eekd.compare.methods import NEWEST, PAPER, folder_of, method
+from eekd.compare.tuning import trials
+from eekd.io.files import in_words, printable, read_json
 from eekd.train.config import Config, settled, switched
 from eekd.train.presets import preset
 from eekd.train.signals import signals
+from eekd.user_code import is_file_name
 
 try:
     import tyro
@@ -25,6 +30,9 @@ try:
     from eekd.train.flags import any_word
 except ImportError as error:
     raise SystemExit(f"python -m eekd.compare needs {error.name}: pip install 'eekd[train]'") from None
+
+if TYPE_CHECKING:
+    from eekd.train import Session
 
 DECIDED = ("seed", "students", "teacher_run", "checkpoints", "bank")  # settings that a comparison decides by itself
 VARIED = ("fusion", "attention_objective")  # and those of the student
@@ -38,10 +46,12 @@ class Flags:
     work on the same --out at the same time. The processes of torchrun share the seeds.
     """
 
-    methods: tuple[
-        str, ...
-    ] = ()  # names of eekd.compare.METHODS or path/to/file.py:NAME, NAME-online without a bank (None: all)
+    # names of eekd.compare.METHODS or path/to/file.py:NAME, NAME-online without a bank, NAME@alpha=0.9,lr=0.05 with
+    # other settings of the student (None: the methods of the paper)
+    methods: tuple[str, ...] = ()
     first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...; --seeds says how many (3)
+    tune: bool = False  # train variants of each method and choose by validation images: tuning.json
+    dry_run: bool = False  # time a few steps, say how long all will take, and stop
     views: int | None = None  # augmented views in a bank (None: 8, or 1 without augmentation)
     out: str | None = None  # the folder of the comparison (None: runs/compare-DATA)
     preset: str | None = None  # start from these settings (None: digits)
@@ -110,13 +120,19 @@ def parse(argv: list[str]) -> Flags:
         raise ValueError(f"views must be at least 1, got {flags.views}")
     if flags.first_seed < 0:
         raise ValueError(f"first_seed must be at least 0, got {flags.first_seed}")
-    names = tuple(dict.fromkeys(flags.methods or METHODS))
+    names = tuple(dict.fromkeys(flags.methods or PAPER))
     if len({*map(folder_of, names)}) < len(names):
         raise ValueError(f"methods must have different names, got {', '.join(names)}")
     for name in names:
         how, teacher = method(name), chosen.teacher
+        try:
+            how.student(chosen)
+        except ValueError as error:
+            raise ValueError(f"{error} in method {name!r}") from None
         if type(how.snapshots) is int and how.snapshots > teacher.epochs:
             raise ValueError(f"teacher.epochs must be at least {how.snapshots} for method {name}, got {teacher.epochs}")
+        if (how.newest or how.teacher == "soup") and teacher.snapshots < NEWEST:
+            raise ValueError(f"teacher.snapshots must be at least {NEWEST} for method {name}, got {teacher.snapshots}")
         if how.teacher == "cyclic":
             dataclasses.replace(teacher, schedule="cyclic")  # a ValueError where its cycles are not equal
         elif teacher.schedule == "cyclic":
@@ -125,40 +141,83 @@ def parse(argv: list[str]) -> Flags:
 
 
 def run(flags: Flags, typed: list[str]) -> Path:
-    """Makes the cells that are missing and writes study.json; returns its path."""
+    """Makes the cells that are missing and writes study.json, or tuning.json; returns its path.
+
+    With flags.dry_run nothing is made; the path is that of the folder.
+    """
     from eekd import parallel
+    from eekd.compare import study, tuning
     from eekd.compare.runner import Seed, keep_settings, kept_settings
-    from eekd.compare.study import gather
     from eekd.train import prepare
     from eekd.train.student import method_of
 
     rank, processes = parallel.rank_and_world_size()
-    out = Path(flags.out or f"runs/compare-{flags.settings.data_name}")
+    out = Path(flags.out or f"runs/{'tune' if flags.tune else 'compare'}-{flags.settings.data_name}")
     wanted = dataclasses.replace(flags.settings, seeds=1)
     if (out / "settings.json").exists():
         wanted = settled(wanted, kept_settings(out))
     for name in flags.methods:
         method_of(method(name).weighting)  # which a mistake in a user's file ends here
     console, session = Console(quiet=rank > 0, markup=False), prepare(wanted)
-    settings = session.config
+    if flags.tune:  # test images are not looked at
+        session.data = dataclasses.replace(session.data, test=session.data.val)
+    settings, seeds = session.config, range(flags.first_seed, flags.first_seed + flags.settings.seeds)
+    names = [trial for name in flags.methods for trial in trials(name)] if flags.tune else flags.methods
+    _try(session, names)
     augmented = session.loader("train", settings.student, train=True).varies
     views = flags.views or (8 if augmented else 1)
+    if flags.dry_run:
+        _show_plan(console, session, out, names, seeds, views)
+        return out
     keep_settings(out, settings, views, session.data.fingerprint)
     with console.status("") as status:
 
         def progress(phase, done, total, known):
             status.update(f"{phase}: epoch {known['epoch']} of {known['epochs']}, loss {known['train_loss']:.3f}")
 
-        def say(line):
-            console.print(printable(line), highlight=False, soft_wrap=True)
-
-        for seed in range(flags.first_seed, flags.first_seed + flags.settings.seeds)[rank::processes]:
+        for seed in seeds[rank::processes]:
             config = dataclasses.replace(settings, seed=seed)
-            Seed(out, config, flags.methods, views, augmented, session.data, say, progress).run()
+            say = functools.partial(screen.say, console)
+            Seed(out, config, names, views, augmented, session.data, say, progress).run()
     parallel.long_barrier()
-    path = gather(out, typed, augmented) if rank == 0 else out / "study.json"
-    console.print(f"everything is in {printable(path.parent)}", highlight=False, soft_wrap=True)
+    path = out / ("tuning.json" if flags.tune else "study.json")
+    if rank == 0 and flags.tune:
+        record = tuning.gather(out, typed, flags.methods, list(seeds))
+        screen.say(console, "chosen: --methods " + " ".join(record["chosen"].values()))
+    elif rank == 0:
+        screen.ending(console, read_json(study.gather(out, typed, augmented)))
+    screen.say(console, f"everything is in {out}")
     return path
+
+
+def _try(session: "Session", names: Sequence[str]) -> None:
+    """Runs a few images through what `prepare` does not know: other settings, rivals and methods of one's own."""
+    from eekd import models
+    from eekd.train import Session
+    from eekd.train.preflight import preflight
+    from eekd.train.student import method_of
+
+    teacher = models.build(**session.spec(session.config.teacher))
+    for name in names:
+        how = method(name)
+        if how.settings or how.rival or is_file_name(how.weighting):
+            config = dataclasses.replace(session.config, student=how.student(session.config))
+            try:
+                preflight(Session(config, session.data), [method_of(how.weighting)], teacher, False)
+            except ValueError as error:
+                raise ValueError(f"method {name}: {error}") from None
+
+
+def _show_plan(console: Console, session: "Session", out: Path, names: Sequence[str], seeds: range, views: int):
+    from eekd.compare.plan import plan
+
+    rows = plan(session, out, names, seeds, views)
+    total, students = screen.duration(sum(row["seconds"] for row in rows)), len(names) * len(seeds)
+    finished = sum(row["finished"] for row in rows if row["part"].startswith("student"))
+    said = (
+        f"It would take about {total} in one process: {len(seeds)} seeds x {len(names)} methods = {students} students"
+    )
+    screen.planned(console, rows, said + f", of which {finished} are finished." * bool(finished) + "." * (not finished))
 
 
 if __name__ == "__main__":

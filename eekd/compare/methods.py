@@ -1,15 +1,23 @@
 """The methods that can be compared."""
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
+from eekd.compare.variants import parts, titled, written
 from eekd.method import weightings
+from eekd.method.rivals import RIVALS, Rival
 from eekd.train.checked import nearest, title_of
-from eekd.train.config import Config
+from eekd.train.config import Config, Student
 from eekd.user_code import is_file_name, own_name
 
 FORMAT = 1
-KINDS = {"ordinary": "one training", "cyclic": "one training, cyclic schedule", "sed": "independent trainings"}
+KINDS = {
+    "ordinary": "one training",
+    "cyclic": "one training, cyclic schedule",
+    "sed": "independent trainings",
+    "soup": "one training, mean of its last weights",
+}
+NEWEST = 3  # snapshots that last-3 and soup take
 
 
 @dataclass(frozen=True)
@@ -18,11 +26,18 @@ class Method:
 
     title: str
     weighting: str  # or "ce", without a teacher
-    teacher: Literal["ordinary", "cyclic", "sed"] = "ordinary"
+    teacher: Literal["ordinary", "cyclic", "sed", "soup"] = "ordinary"
     snapshots: int | Literal["half"] | None = None  # M, or the one at half-time; None: teacher.snapshots
+    newest: int | None = None  # of these only so many, the last ones
     fusion: Literal["probability", "logit"] = "probability"
     objective: Literal["label", "kl"] = "label"  # of the attention
     online: bool = False  # the snapshots run in every step, in place of their logit bank
+    settings: dict[str, Any] = field(default_factory=dict)  # of the student, in place of those that all share
+
+    def student(self, config: Config) -> Student:
+        """The settings of its student; ValueError where they do not go together."""
+        known = {"fusion": self.fusion, "attention_objective": self.objective} | self.settings
+        return replace(config.student, **known)
 
     def epochs(self, config: Config) -> list[int]:
         """After which epochs of its teacher the snapshots were saved; [] where there is none."""
@@ -34,11 +49,31 @@ class Method:
         if self.snapshots == "half":
             return [max(1, total // 2)]
         m = self.snapshots or config.teacher.snapshots
-        return [total] * m if self.teacher == "sed" else stage_ends(total, m)
+        return [total] * m if self.teacher == "sed" else stage_ends(total, m)[-(self.newest or m) :]
+
+    @property
+    def rival(self) -> Rival | None:
+        """Its entry in eekd.method.rivals."""
+        return RIVALS.get(self.weighting)
+
+    @property
+    def taught(self) -> bool:
+        """Whether there is a teacher."""
+        return self.weighting != "ce"
+
+    @property
+    def runs(self) -> bool:
+        """Whether the snapshots run beside the student."""
+        return self.online or (self.rival is not None and self.rival.maps)
+
+    def banked(self, augmented: bool) -> bool:
+        """Whether the student needs a bank, which says to all but -online which augmentation there is to see."""
+        return self.taught and not self.runs or augmented and not self.online
 
 
 SWEEP = 2, 3, 10  # values of M beside 1, which is `last`, and teacher.snapshots
 
+# Those of the paper, by which its claims are judged.
 METHODS: dict[str, Method] = {
     "ce": Method(title_of("ce"), "ce"),
     "last": Method(title_of("last"), "last", snapshots=1),
@@ -54,23 +89,48 @@ METHODS: dict[str, Method] = {
     **{f"{name}-m{m}": Method(f"{title_of(name)}, M = {m}", name, snapshots=m)
        for m in SWEEP for name in ("uniform", "attention")},
 }  # fmt: skip
+PAPER = tuple(METHODS)
+
+METHODS |= {
+    "last-3": Method("uniform, last 3", "uniform", newest=NEWEST),
+    "soup": Method("KD (soup of the last 3)", "last", "soup", snapshots=1),
+    "ema": Method("KD (last), EMA of the student", "last", snapshots=1, settings={"ema": 0.99}),
+    **{name.replace("_", "-"): Method(rival.title, name, snapshots=None if rival.all_snapshots else 1,
+                                      settings=rival.settings) for name, rival in RIVALS.items()},
+}  # fmt: skip
 
 
 def method(name: str) -> Method:
     """The method of that name, or path/to/file.py:NAME; with -online appended, taught by snapshots that run.
 
-    A file is not run here. ValueError names the nearest.
+    NAME@SETTING=VALUE,… is a variant of it. A file is not run here. ValueError names the nearest, or what
+    `eekd.compare.variants.parts` does.
     """
+    name, settings = parts(name)
     base = name.removesuffix("-online")
     if base not in METHODS and base in weightings.names():  # registered since
         METHODS[base] = Method(title_of(base), base)
     if base not in METHODS and not is_file_name(base):
         raise ValueError(f"no method {name!r}{nearest(base, METHODS) or '; there are ' + ', '.join(METHODS)}")
     found = METHODS.get(base) or Method(title_of(base), base)
+    if settings:
+        found = replace(found, title=found.title + titled(settings), settings=found.settings | settings)
     return found if name == base else replace(found, title=f"{found.title}, online", online=True)
 
 
 def folder_of(name: str) -> str:
-    """The name of a method's folder: NAME of path/to/file.py:NAME, any other name as it is."""
+    """The name of a method's folder: NAME of path/to/file.py:NAME, other names as they are, equal variants alike."""
+    name, settings = parts(name)
     base = name.removesuffix("-online")
-    return own_name(base) + name[len(base) :]
+    return own_name(base) + name[len(base) :] + written(settings)
+
+
+def base_of(folder: str) -> str:
+    """The method that a folder's name is a variant of, or is."""
+    return folder.partition("@")[0].removesuffix("-online")
+
+
+def online(folder: str) -> str:
+    """The folder of the same method without a bank."""
+    base, at, settings = folder.partition("@")
+    return f"{base}-online{at}{settings}"

@@ -41,6 +41,7 @@ def page(record: dict, figures: str | None = None, more: str = "") -> str:
         "",
         *_setting(record),
         "",
+        *_advice(record),
         *_verdicts(record),
         "",
         "## Every method",
@@ -82,6 +83,11 @@ def _setting(record: dict) -> list[str]:
     ]
 
 
+def _advice(record: dict) -> list[str]:
+    text = record.get("advice", {}).get("text")
+    return [f"**{plain(text)}**", ""] if text else []
+
+
 def _verdicts(record: dict) -> list[str]:
     return [
         "| claim of the paper | here |",
@@ -91,13 +97,12 @@ def _verdicts(record: dict) -> list[str]:
 
 
 def _methods(record: dict) -> list[str]:
-    lines = [
-        "| method | name | M | validation, % | test, % | over CE, points | over uniform, points |",
-        "|---|---|--:|--:|--:|--:|--:|",
-    ]
+    over = [name for name in ("ce", "uniform", "last") if any(row.get(f"over_{name}") for row in record["methods"])]
+    heads = "".join(f" over {'CE' if name == 'ce' else name}, points |" for name in over)
+    lines = [f"| method | name | M | validation, % | test, % |{heads}", "|---|---|--:|--:|--:|" + "--:|" * len(over)]
     for row in record["methods"]:
         cells = [row["title"], f"`{row['name']}`", str(len(row["epochs"]) or ""), percent(row["val"]),
-                 percent(row["test"]), points(row["over_ce"]), points(row["over_uniform"])]  # fmt: skip
+                 percent(row["test"]), *(points(row.get(f"over_{name}")) for name in over)]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

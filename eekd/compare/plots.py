@@ -1,6 +1,7 @@
 """The plots of a comparison: every method, quality, number of snapshots and cost."""
 
 import io
+import re
 from pathlib import Path
 
 from eekd.compare.methods import KINDS
@@ -12,7 +13,7 @@ FIGURES = {
     "number": "accuracy and cost against the number of snapshots",
     "cost": "accuracy against cost, per method",
 }
-BLUE, RED, GREY = "#4477aa", "#cc3311", "#888888"
+BLUE, RED, GREY, GREEN = "#4477aa", "#cc3311", "#888888", "#228833"
 
 
 def points(value: dict | None) -> str:
@@ -31,7 +32,7 @@ def number(value: float | None, scale: float, spec: str) -> str:
 def series_of(record: dict, name: str) -> dict[int, dict]:
     """The rows of a sweep over M: `last` is M = 1."""
     rows = {row["name"]: row for row in record["methods"]}
-    found = [rows[key] for key in rows if key == name or key.startswith(f"{name}-m")]
+    found = [rows[key] for key in rows if re.fullmatch(rf"{name}(-m\d+)?", key)]
     found += [rows["last"]] if found and "last" in rows else []
     return {len(row["epochs"]): row for row in found}
 
@@ -93,9 +94,14 @@ def _draw_methods(record: dict, figure) -> None:
 def _draw_quality(record: dict, figure) -> None:
     axes = figure.subplots()
     methods = {row["name"]: row for row in record["methods"]}
-    names = {"ordinary": ("uniform", "attention"), "cyclic": ("cyclic-uniform", "cyclic-attention"), "sed": ("sed",)}
-    markers = {"uniform": "o", "attention": "s"}
-    colours = {"ordinary": GREY, "cyclic": BLUE, "sed": RED}
+    names = {
+        "ordinary": ("uniform", "attention"),
+        "cyclic": ("cyclic-uniform", "cyclic-attention"),
+        "sed": ("sed",),
+        "soup": ("soup",),
+    }
+    markers = {"uniform": "o", "attention": "s", "last": "^"}
+    colours = {"ordinary": GREY, "cyclic": BLUE, "sed": RED, "soup": GREEN}
     for row in record["ensembles"]:
         for name in names[row["kind"]]:
             if name in methods:

@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 
 from eekd.bank import Flags, LogitBank
-from eekd.compare.methods import FORMAT, Method, folder_of, method
+from eekd.compare.methods import FORMAT, NEWEST, Method, folder_of, method
+from eekd.compare.soup import soup
 from eekd.data import ImageData
 from eekd.io.files import write_json_atomic
 from eekd.io.lock import locked
@@ -30,6 +31,7 @@ from eekd.train.teacher import diagnose
 from eekd.train.write_bank import write_bank
 from eekd.user_code import is_file_name
 
+SOUP = Method("", "uniform", newest=NEWEST)  # whose weights are averaged
 APART = 1000  # between the seeds of independently trained teachers: more than there are seeds in a study
 
 
@@ -102,21 +104,21 @@ class Seed:
 
     def cell(self, folder: Path, name: str, how: Method) -> dict:
         """Trains the student of a method."""
-        student = dataclasses.replace(self.config.student, fusion=how.fusion, attention_objective=how.objective)
-        config = dataclasses.replace(self.config, student=student)
+        config = dataclasses.replace(self.config, student=how.student(self.config))
         run, which = None, None
-        # The bank says which augmentation there is to see, with labels alone too.
-        if how.weighting != "ce" or self.augmented and not how.online:
+        banked = how.banked(self.augmented)
+        if how.taught or banked:
             run = self.teacher(how.teacher)
-            config = config if how.online else dataclasses.replace(config, bank=str(self.bank(run)))
             which = picked(run, how, config)
+        if banked:
+            config = dataclasses.replace(config, bank=str(self.bank(run)))
         start, session = time.perf_counter(), Session(config, self.data)
 
         def progress(phase, *known):
             self.progress(f"seed {config.seed}, {name}", *known)
 
         with _whole(folder) as partial:
-            teacher = None if how.weighting == "ce" else run / "teacher"
+            teacher = run / "teacher" if how.taught else None
             known = train_student(
                 config, teacher, how.weighting, partial, which=which, session=session, progress=progress
             )
@@ -137,6 +139,11 @@ class Seed:
             with _whole(run) as partial:
                 merge([self.teacher("ordinary"), *others], partial / "teacher")
                 self.describe(partial, config, [total] * m, None, 0.0)
+        elif kind == "soup":
+            ordinary, start = self.teacher("ordinary"), time.perf_counter()
+            with _whole(run) as partial:
+                soup(Session(config, self.data), ordinary / "teacher", picked(ordinary, SOUP, config), partial)
+                self.describe(partial, config, [total], None, time.perf_counter() - start)
         elif kind == "cyclic":
             config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, schedule="cyclic"))
             self.train(run, config, stage_ends(total, m))
@@ -190,7 +197,7 @@ class Seed:
         if not (path / "manifest.json").exists():
             start = time.perf_counter()
             flags = Flags(teacher=str(run), views=self.views)
-            write_bank(flags, Console(file=io.StringIO()))
+            write_bank(flags, Console(file=io.StringIO()), data=self.data)
             seconds = time.perf_counter() - start
             write_json_atomic(run / "bank.json", {"format": FORMAT, "seconds": seconds})
             self.say(f"seed {self.config.seed}, bank of {run.name}: {seconds:.0f} s")
@@ -206,7 +213,9 @@ def cell_made(folder: Path, how: Method) -> dict | None:
     if not (folder / "cell.json").exists():
         return None
     cell = read_record(folder / "cell.json", "method", "epochs", "seconds", "threads")
-    for name, (was, got) in differences({"": cell["method"]}, {"": dataclasses.asdict(how)}).items():
+    made_by = dataclasses.asdict(Method("", "")) | cell["method"]  # with the defaults of what is newer than it
+    now = json.loads(json.dumps(dataclasses.asdict(how)))
+    for name, (was, got) in differences({"": made_by}, {"": now}).items():
         if name != ".title":
             raise ValueError(f"{folder} was made with {name.strip('.')} {was!r}, got {got!r}: choose another --out")
     return cell | {"method": dataclasses.asdict(how)}
@@ -217,7 +226,7 @@ def picked(run: Path, how: Method, config: Config) -> list[int] | None:
     if how.weighting == "ce":
         return None
     steps, wanted = [entry["step"] for entry in read_manifest(run / "teacher")["snapshots"]], how.epochs(config)
-    if how.teacher == "sed" or steps == wanted:
+    if how.teacher in ("sed", "soup") or steps == wanted:
         return None
     if missing := [epoch for epoch in wanted if epoch not in steps]:
         raise ValueError(

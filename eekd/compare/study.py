@@ -7,12 +7,14 @@
     cells                 seed, method, what student.json and the last line of metrics.jsonl say, seconds
     teachers              seed, kind, epochs of its snapshots, seconds, bank_seconds, val and test: each snapshot and
                           their uniform ensemble
-    methods               of each: settings, n, val and test (mean, std), over_ce, over_uniform and over_online
-                          (paired; the latter over the same method without a bank), weights and weight_entropy at the
-                          end (mean over seeds), seconds, cost
+    methods               of each: its entry, n, val and test (mean, std), over_ce, over_uniform, over_last and
+                          over_online (paired, test; the latter over the same method without a bank), val_over_ce,
+                          val_over_last, weights and weight_entropy at the end (mean over seeds), seconds, cost;
+                          where `last` is not compared, its best variant stands for it
     ensembles             of each kind of teacher: n, test (mean, std), members (mean test accuracy of each snapshot),
                           over_ordinary (paired)
     claims                of each: principle, claim, parts (text, points, verdict), verdict
+    advice                which method to take, by validation images (eekd.compare.verdict.advice)
 
 Accuracies are fractions of 1. A paired difference is taken seed by seed: n, mean, low and high, the ends of
 Student's interval mean ± t(0.975, n - 1) std / sqrt(n), null for n = 1. The intervals are not corrected for how
@@ -22,8 +24,9 @@ cost counts forwards of one image, with a training step as three of them and val
 
     teacher_training = 3 N E_t K    teaching = N E_s M, online    teaching_bank = N V M    student_training = 3 N E_s
 
-for N images, E epochs, K teachers, M snapshots and V views; gflops_online and gflops_bank weigh them by what one
-forward of teacher and student costs (torch.utils.flop_counter).
+for N images, E epochs, K teachers, M snapshots and V views; the curriculum runs one snapshot in a step, so its teaching
+is N E_s. gflops_online and gflops_bank weigh them by what one forward of teacher and student costs
+(torch.utils.flop_counter).
 """
 
 import json
@@ -35,16 +38,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eekd import models
 from eekd.compare import page
-from eekd.compare.methods import FORMAT, KINDS, METHODS, SWEEP, Method, folder_of, method
+from eekd.compare.methods import FORMAT, KINDS, METHODS, SWEEP, Method, base_of, folder_of, method, online
 from eekd.compare.runner import alone, cell_made
+from eekd.compare.verdict import CONTRADICTED, HOLDS, MISSING, advice, reference, together, verdict
 from eekd.info import environment
 from eekd.io.files import read_json, write_json_atomic
 from eekd.statistics import interval, mean_std, paired
 from eekd.train.config import Config
 from eekd.train.run_folder import finite, read_metrics, read_record
-from eekd.user_code import is_file_name
-
-HOLDS, CONTRADICTED, UNDECIDED, MISSING = "holds", "contradicted", "undecided", "not measured"
+from eekd.user_code import is_file_name, own_name
 
 
 def gather(out: Path, command: list[str], augmented: bool) -> Path:
@@ -81,19 +83,23 @@ def _by_table(paths) -> list[Path]:
     order = {name: place for place, name in enumerate(METHODS)}
 
     def place(path):
-        return order.get(path.parent.name.removesuffix("-online"), len(order)), path.parent.name
+        return order.get(base_of(path.parent.name), len(order)), path.parent.name
 
     return sorted((path for path in paths if _method(path.parent)), key=place)
 
 
 def _method(folder: Path) -> Method | None:
     """The method that a cell's folder is named after; a user's own is the one that the cell names. None for others."""
-    if folder.name.removesuffix("-online") in METHODS:
-        return method(folder.name)
-    known = read_record(folder / "cell.json", "method")["method"]
-    own = isinstance(known, dict) and is_file_name(known.get("weighting"))
-    name = own and known["weighting"] + "-online" * bool(known.get("online"))
-    return method(name) if own and folder_of(name) == folder.name else None
+    name = folder.name
+    if base_of(name) not in METHODS:
+        known = read_record(folder / "cell.json", "method")["method"]
+        if not isinstance(known, dict) or not is_file_name(known.get("weighting")):
+            return None
+        name = known["weighting"] + name.removeprefix(own_name(known["weighting"]))
+    try:
+        return method(name) if folder_of(name) == folder.name else None
+    except ValueError:
+        return None
 
 
 def _cell(folder: Path) -> dict:
@@ -122,22 +128,29 @@ def forward_flops(config: Config, cells: list[dict]) -> dict[str, int]:
     """Floating-point operations of one image's forward, of teacher and student."""
     found = {}
     for kind, phase in (("teacher", config.teacher), ("student", config.student)):
-        if not cells:
-            continue
-        spec = cells[0]["spec"] | {"name": phase.model}
-        network = models.build(**spec).eval()
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(torch.zeros(1, spec["in_channels"], spec["image_size"], spec["image_size"]))
-        found[kind] = counter.get_total_flops()
+        if cells:
+            data = {name: cells[0]["spec"][name] for name in ("num_classes", "in_channels", "image_size")}
+            found[kind] = flops_of({"name": phase.model, **data, "args": phase.arguments()})
     return found
 
 
+def flops_of(spec: dict) -> int:
+    """Floating-point operations of one image's forward by the network that eekd.models.build makes."""
+    network = models.build(**spec).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, spec["in_channels"], spec["image_size"], spec["image_size"]))
+    return counter.get_total_flops()
+
+
 def summarise(record: dict, config: Config, flops: dict[str, int]) -> dict:
-    """`methods`, `ensembles` and `claims`, from the cells and teachers of a record."""
+    """`methods`, `ensembles`, `claims` and `advice`, from the cells and teachers of a record."""
     by_name = {}
     for cell in record["cells"]:
         by_name.setdefault(cell["name"], {})[cell["seed"]] = cell
-    test = {name: {seed: cell["test"]["accuracy"] for seed, cell in cells.items()} for name, cells in by_name.items()}
+    val, test = (
+        {name: {seed: cell[split]["accuracy"] for seed, cell in cells.items()} for name, cells in by_name.items()}
+        for split in ("val", "test")
+    )
     scores = {
         kind: {
             teacher["seed"]: [member["accuracy"] for member in teacher["test"]["members"]]
@@ -147,22 +160,32 @@ def summarise(record: dict, config: Config, flops: dict[str, int]) -> dict:
         for kind in KINDS
     }
     ensemble = {kind: {seed: members[-1] for seed, members in found.items()} for kind, found in scores.items()}
+
+    def over(scores: dict, name: str, base: str) -> dict | None:
+        other = reference(val, base)
+        return None if other in (None, name) else paired(scores[name], scores[other])
+
     methods = []
     for name, cells in by_name.items():
         several = list(cells.values())
         first = several[0]
         how = Method(**first["method"])
+        another = how.settings.keys() & {"model", "model_args"}
+        own = flops | {"student": flops_of(first["spec"])} if another else flops
         methods.append({
             "name": name, **first["method"], "epochs": first["epochs"], "n": len(several),
-            "val": mean_std([cell["val"]["accuracy"] for cell in several]), "test": mean_std(list(test[name].values())),
+            "val": mean_std(list(val[name].values())), "test": mean_std(list(test[name].values())),
             "over_ce": paired(test[name], test.get("ce", {})) if name != "ce" else None,
             "over_uniform": paired(test[name], test.get("uniform", {})) if name != "uniform" else None,
-            "over_online": paired(test[name], test.get(f"{name}-online", {})),
+            "over_last": over(test, name, "last"),
+            "over_online": paired(test[name], test.get(online(name), {})),
+            "val_over_ce": over(val, name, "ce"),
+            "val_over_last": over(val, name, "last"),
             "weights": [mean(column) for column in zip(*(cell["weights"] for cell in several), strict=True)]
             if first["weights"] else None,
             "weight_entropy": mean(cell["weight_entropy"] for cell in several) if first["weight_entropy"] else None,
             "seconds": _seconds(how, first["epochs"], several, record),
-            "cost": cost(how, len(first["epochs"]), config, record["images"], record["views"], flops),
+            "cost": cost(how, len(first["epochs"]), config, record["images"], record["views"], own),
         })  # fmt: skip
     ensembles = [
         {"kind": kind, "n": len(found), "test": mean_std(list(found.values())),
@@ -170,26 +193,8 @@ def summarise(record: dict, config: Config, flops: dict[str, int]) -> dict:
          "over_ordinary": paired(found, ensemble["ordinary"]) if kind != "ordinary" else None}
         for kind, found in ensemble.items() if found
     ]  # fmt: skip
-    return {"flops": flops, "methods": methods, "ensembles": ensembles,
+    return {"flops": flops, "methods": methods, "ensembles": ensembles, "advice": advice(val),
             "claims": claims(test, ensemble, config, {row["name"]: row["cost"] for row in methods})}  # fmt: skip
-
-
-def verdict(difference: dict | None, above: bool) -> str:
-    """Whether a difference is above 0 (or, not above, below it), as claimed: decided by its interval alone."""
-    if difference is None:
-        return MISSING
-    low, high = difference["low"], difference["high"]
-    if low is None or low == high or low <= 0 <= high:  # equal differences of two or three seeds are chance
-        return UNDECIDED
-    return HOLDS if (low > 0) == above else CONTRADICTED
-
-
-def together(verdicts: list[str]) -> str:
-    """The verdict on a claim of several parts: contradicted by one, upheld only by all."""
-    for found in (CONTRADICTED, MISSING, UNDECIDED):
-        if found in verdicts:
-            return found
-    return HOLDS
 
 
 def cost(how: Method, snapshots: int, config: Config, images: int | None, views: int, flops: dict) -> dict | None:
@@ -198,13 +203,15 @@ def cost(how: Method, snapshots: int, config: Config, images: int | None, views:
         return None
     trainings = 0 if how.weighting == "ce" else config.teacher.snapshots if how.teacher == "sed" else 1
     training = 3 * images * config.teacher.epochs * trainings
-    student = 3 * images * config.student.epochs
-    online, bank = images * config.student.epochs * snapshots, images * views * snapshots
+    epochs = how.student(config).epochs
+    student = 3 * images * epochs
+    in_a_step = 1 if how.weighting == "curriculum" else snapshots
+    online, bank = images * epochs * in_a_step, images * views * snapshots
     found = {"teachers": trainings, "teacher_training": training, "teaching": online,
-             "teaching_bank": None if how.online else bank, "student_training": student}  # fmt: skip
+             "teaching_bank": None if how.runs else bank, "student_training": student}  # fmt: skip
     of_student = student * flops["student"]
     found["gflops_online"] = ((training + online) * flops["teacher"] + of_student) / 1e9
-    found["gflops_bank"] = None if how.online else ((training + bank) * flops["teacher"] + of_student) / 1e9
+    found["gflops_bank"] = None if how.runs else ((training + bank) * flops["teacher"] + of_student) / 1e9
     return found
 
 
@@ -214,7 +221,8 @@ def _seconds(how: Method, epochs: list[int], cells: list[dict], record: dict) ->
     if how.weighting == "ce":
         return found
     seeds = {cell["seed"] for cell in cells}
-    kinds = ("ordinary", *(f"sed-{i}" for i in range(1, len(epochs)))) if how.teacher == "sed" else (how.teacher,)
+    more = {"sed": [f"sed-{i}" for i in range(1, len(epochs))], "soup": ["soup"]}
+    kinds = ["ordinary", *more[how.teacher]] if how.teacher in more else [how.teacher]
     teachers = [t for t in record["teachers"] if t["seed"] in seeds]
     found["teachers"] = sum(t["seconds"] for t in teachers if t["kind"] in kinds) / len(seeds)
     banks = [
@@ -222,7 +230,7 @@ def _seconds(how: Method, epochs: list[int], cells: list[dict], record: dict) ->
         for t in teachers
         if t["kind"] == how.teacher and t["bank_seconds"] is not None and t["bank_snapshots"]
     ]
-    found["bank"] = None if how.online or not banks else mean(banks)
+    found["bank"] = None if how.runs or not banks else mean(banks)
     return found
 
 

@@ -1,0 +1,105 @@
+"""What differences over seeds decide: a claim, or which method to take."""
+
+from math import ceil, sqrt
+from statistics import mean, stdev
+
+from eekd.compare.methods import base_of
+from eekd.compare.plots import points
+from eekd.statistics import interval, paired
+
+HOLDS, CONTRADICTED, UNDECIDED, MISSING = "holds", "contradicted", "undecided", "not measured"
+REFERENCES = "ce", "last"  # which a method must be better than
+MOST_SEEDS = 10_000
+
+Scores = dict[str, dict[int, float]]  # accuracies by method and seed
+
+
+def verdict(difference: dict | None, above: bool) -> str:
+    """Whether a difference is above 0 (or, not above, below it), as claimed: decided by its interval alone."""
+    if difference is None:
+        return MISSING
+    low, high = difference["low"], difference["high"]
+    if low is None or low == high or low <= 0 <= high:  # equal differences of two or three seeds are chance
+        return UNDECIDED
+    return HOLDS if (low > 0) == above else CONTRADICTED
+
+
+def together(verdicts: list[str]) -> str:
+    """The verdict on a claim of several parts: contradicted by one, upheld only by all."""
+    for found in (CONTRADICTED, MISSING, UNDECIDED):
+        if found in verdicts:
+            return found
+    return HOLDS
+
+
+def seeds_needed(differences: list[float]) -> int | None:
+    """At how many seeds Student's 95 % interval would leave out 0, if mean and spread of the differences stay.
+
+    None where that is unknown, or more than MOST_SEEDS.
+    """
+    if len(differences) < 2 or not (middle := abs(mean(differences))) or not (spread := stdev(differences)):
+        return None
+    from scipy.special import stdtrit
+
+    n = max(2, ceil((1.96 * spread / middle) ** 2))  # a little less than it takes
+    while n <= MOST_SEEDS and stdtrit(n - 1, 0.975) * spread / sqrt(n) >= middle:
+        n += 1
+    return n if n <= MOST_SEEDS else None
+
+
+def reference(val: Scores, base: str) -> str | None:
+    """The method that stands for `base`: itself, else the variant of it with the highest mean; None without any."""
+    variants = [name for name in val if base_of(name) == base]
+    return base if base in val else max(variants, key=lambda name: mean(val[name].values()), default=None)
+
+
+def advice(val: Scores) -> dict:
+    """Which method to take by validation accuracies, over the seeds that all methods have.
+
+    `take` is, of the methods whose 95 % intervals over `ce` and over `last` lie above 0, of these two over the other,
+    the one with the highest mean, or None; where these are not compared, `reference` says what stands for them. Where
+    another has a higher mean, `best`, or none is taken, `against` is the method that it would have to be better than,
+    and `seeds` says about how many would decide. `text` says it in words. The intervals are not corrected for how many
+    methods there are.
+    """
+    seeds = sorted(set.intersection(*map(set, val.values()))) if val else []
+    found = {"take": None, "best": None, "against": None, "seeds": None, "n": len(seeds), "text": ""}
+    if len(val) < 2 or not seeds:
+        return found
+    val = {name: {seed: scores[seed] for seed in seeds} for name, scores in val.items()}
+    ranked = sorted(val, key=lambda name: -mean(val[name].values()))
+    references = [reference(val, base) for base in REFERENCES]
+
+    def rivals(name: str) -> list[str]:
+        others = [other for other in ranked if other != name]
+        return [other for other in others if other in references] or others
+
+    def leads(name: str, other: str) -> bool:
+        return verdict(paired(val[name], val[other]), True) == HOLDS
+
+    take = next((name for name in ranked if all(leads(name, other) for other in rivals(name))), None)
+    best, said = ranked[0], []
+    if take:
+        over = " and ".join(f"{_points(paired(val[take], val[other]))} over {other}" for other in rivals(take))
+        accuracy = mean(val[take].values())
+        said.append(f"For your data take {take}: {accuracy:.2%} of the validation images, {over} ({_seeds(seeds)}).")
+    if take != best:
+        against = take or next(other for other in rivals(best) if not leads(best, other))
+        differences = [val[best][seed] - val[against][seed] for seed in seeds]
+        needed = seeds_needed(differences)
+        enough = f"about {needed} seeds would decide" if needed else "seeds alone will hardly decide"
+        enough = "more seeds would tell it from chance" if len(seeds) < 2 else enough
+        said.append(
+            f"Undecided between {best} and {against}: {_points(interval(differences))} on validation images "
+            f"({_seeds(seeds)}); {enough}."
+        )
+        found |= {"against": against, "seeds": needed}
+    return found | {"take": take, "best": best, "text": " ".join(said)}
+
+
+def _seeds(seeds: list[int]) -> str:
+    return f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+
+
+def _points(difference: dict | None) -> str:
+    return f"{points(difference)} points"
