@@ -34,7 +34,7 @@ BENCHMARK = {
 
 
 def test_every_name_is_a_benchmark_model_but_a_few_small_ones():
-    assert set(models.names()) == set(BENCHMARK) | {"resnet8_w4", "resnet8_s2", "mlp64"}
+    assert set(models.names()) == set(BENCHMARK) | {"resnet8_w4", "resnet8_s2", "resnet8_s2_w4", "mlp64"}
 
 
 @pytest.mark.parametrize("name", BENCHMARK)

@@ -25,6 +25,7 @@ MODELS = {
     **{f"resnet{depth}": partial(resnet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
     "resnet8_w4": partial(resnet, 8, (4, 4, 8, 16)),
     "resnet8_s2": partial(resnet, 8, stride=2),
+    "resnet8_s2_w4": partial(resnet, 8, (4, 4, 8, 16), stride=2),
     "mlp64": partial(mlp, 64),
     "resnet8x4": partial(resnet, 8, (32, 64, 128, 256)),
     "resnet32x4": partial(resnet, 32, (32, 64, 128, 256)),

@@ -1,7 +1,7 @@
 """A run with every kind of student, and its settings."""
 
 import pytest
-from runs import TINY, WEIGHTINGS, small
+from small_runs import TINY, WEIGHTINGS, small
 
 from eekd.train import train
 

@@ -4,7 +4,7 @@ import sys
 import types
 
 import pytest
-from runs import rows, small
+from small_runs import rows, small
 
 from eekd.io.files import read_json
 from eekd.train import __main__ as cli

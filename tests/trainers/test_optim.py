@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from runs import small
+from small_runs import small
 
 from eekd.io.tensors import load_tensors
 from eekd.train import prepare, train

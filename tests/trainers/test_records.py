@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from runs import WEIGHTINGS, read, rows, small
+from small_runs import WEIGHTINGS, read, rows, small
 
 from eekd import models
 from eekd.io.files import sha256_of

@@ -5,7 +5,7 @@ import json
 import sys
 
 import pytest
-from runs import small
+from small_runs import small
 
 from eekd.train import prepare, train, train_student, train_teacher
 

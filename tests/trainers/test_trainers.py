@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from runs import WEIGHTINGS, read, rows, small
+from small_runs import WEIGHTINGS, read, rows, small
 
 from eekd import models
 from eekd.data import Loader

@@ -1,0 +1,100 @@
+"""The study of docs/results/study.md: which use of a teacher's experience helps a student.
+
+python results/glyphs.py --size 28 --classes 94 --faces 8 --out runs/glyphs94    # the data of two of the settings
+python results/evidence.py tune fashion-mlp --first-seed 100 --seeds 2           # evidence/NAME-tuning.json
+python results/evidence.py run fashion-mlp --seeds 10                            # evidence/NAME.json
+python results/evidence.py run fashion-mlp --first-seed 3 --seeds 1              # a part of it, beside others
+
+The rules, written before the first run:
+
+1. Settings. Two datasets, Fashion-MNIST reduced to 10,000 training images and the 94 classes of docs/results/glyphs.md;
+   for each a student of another family than the teacher's and one of the same. Images are not augmented, so that banks
+   are exact.
+2. Tuning. Every method has six trials (`eekd compare --tune`), τ with α or its own weight, over the seeds 100 and 101.
+   The trial of the highest mean validation accuracy is taken. All trials are kept. Students of independent teachers
+   take the trial of `uniform`, which they are but for their teachers.
+3. Seeds. Every method then has the seeds 0 to 9. A difference whose interval contains 0 stays undecided; no seeds are
+   added for a single method. Test images are read once, after the last epoch.
+4. Recipe. The recommended one is chosen by the validation accuracies of the tuning seeds and of the seeds 0 to 9, over
+   all settings. Its test differences over `last` are reported whatever they are.
+
+Networks of one dataset share teachers: those of the first setting are copied.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from eekd.compare.__main__ import main as compare
+from eekd.compare.methods import base_of, folder_of
+
+HERE = Path(__file__).parent
+KEPT, WORK = HERE / "evidence", HERE.parent / "runs" / "evidence"
+DATA = {
+    "fashion": ["--data", "fashion-mnist", "--train-limit", "10000"],
+    "glyphs": ["--data", str(HERE.parent / "runs" / "glyphs94")],
+}
+STUDENTS = {
+    "mlp": ["--student.model", "mlp64", "--student.epochs", "20", "--student.lr", "0.1"],
+    "resnet": ["--student.model", "resnet8_s2_w4", "--student.epochs", "20", "--student.lr", "0.1"],
+}
+SETTINGS = [f"{data}-{student}" for data in DATA for student in STUDENTS]
+ALL = ["--augment", "none", "--precision", "fp32", "--teacher.model", "resnet8_s2", "--teacher.epochs", "20"]
+ALL += ["--teacher.batch-size", "128", "--teacher.schedule", "cosine"]
+ALL += ["--student.batch-size", "128", "--student.schedule", "cosine"]
+METHODS = [
+    *("ce", "last", "half", "uniform", "linear_increase", "attention", "attention-tau1", "last-3", "soup"),
+    *("curriculum", "ema", "dkd", "dist", "crd", "cyclic-uniform", "cyclic-attention"),
+]
+OF_MAPS = ["fitnet", "at"]  # which a perceptron has none of
+
+
+def methods(setting: str) -> list[str]:
+    """All methods that are tuned: those that the setting's student can be taught by."""
+    return METHODS + OF_MAPS * setting.endswith("resnet")
+
+
+def chosen(setting: str) -> list[str]:
+    """The trial of every method that the tuning chose."""
+    record = json.loads((KEPT / f"{setting}-tuning.json").read_text())
+    trials = record["chosen"]
+    return [*trials.values(), trials["uniform"].replace("uniform", "sed")]
+
+
+def share(setting: str) -> None:
+    """Copies finished teachers and banks of the dataset's other setting."""
+    data, _, student = setting.partition("-")
+    other = next(name for name in STUDENTS if name != student)
+    for found in (WORK / f"{data}-{other}").glob("seed-*/*/teacher.json"):
+        to = WORK / setting / found.parent.relative_to(WORK / f"{data}-{other}")
+        if not to.exists():
+            shutil.copytree(found.parent, to)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("tune", "run"))
+    parser.add_argument("setting", choices=SETTINGS)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--only", nargs="+", help="of the methods only these")
+    args = parser.parse_args()
+    data, _, student = args.setting.partition("-")
+    names = methods(args.setting) if args.what == "tune" else chosen(args.setting)
+    names = [name for name in names if not args.only or base_of(folder_of(name)) in args.only]
+    share(args.setting)
+    out = WORK / (f"{args.setting}-tune" if args.what == "tune" else args.setting)
+    flags = [*DATA[data], *ALL, *STUDENTS[student], "--first-seed", str(args.first_seed), "--seeds", str(args.seeds)]
+    flags += ["--tune"] * (args.what == "tune") + ["--out", str(out), "--methods", *names]
+    if code := compare(flags):
+        return code
+    KEPT.mkdir(exist_ok=True)
+    kept = f"{args.setting}-tuning.json" if args.what == "tune" else f"{args.setting}.json"
+    shutil.copyfile(out / ("tuning.json" if args.what == "tune" else "study.json"), KEPT / kept)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
