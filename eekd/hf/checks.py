@@ -14,11 +14,8 @@ TOKENIZER = "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt"
 def check_trainer(trainer) -> None:
     """ValueError, one sentence, for settings under which the loss would be wrong or the method is not there yet."""
     args, model = trainer.args, trainer.model
-    plugin = getattr(trainer.accelerator.state, "dynamo_plugin", None)  # which `accelerate config` sets, too
-    compiled = bool(args.torch_compile) or str(getattr(plugin, "backend", "NO")).rpartition(".")[2] != "NO"
     settings = {
         "label_smoothing_factor": (args.label_smoothing_factor, 0, "the teachers' targets are smooth themselves"),
-        "torch_compile": (compiled, False, "the head is replaced while the student runs"),
         "use_liger_kernel": (getattr(args, "use_liger_kernel", False), False, "it replaces the model's own loss"),
         "compute_loss_func": (trainer.compute_loss_func, None, "the loss is this project's"),
         "deepspeed": (bool(trainer.is_deepspeed_enabled), False, "the attention's parameters stay outside its engine"),

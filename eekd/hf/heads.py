@@ -197,6 +197,13 @@ def replaced(module: nn.Module, forward) -> Iterator[None]:
             module.forward = own
 
 
+def body_of(model: nn.Module) -> nn.Module | None:
+    """What of a model stands below its head; None where that is no module of its own."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    body = getattr(model, "base_model", model)
+    return None if body is model else body
+
+
 def only(found: list[Tensor], name: str) -> Tensor:
     """What a layer was given; RuntimeError where it ran never, or more than once."""
     if len(found) != 1:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.models.auto import modeling_auto
@@ -12,7 +13,7 @@ from eekd import parallel
 from eekd.hf import checks
 from eekd.hf.checkpoints import checkpoint_folders
 from eekd.hf.config import EEKDArguments
-from eekd.hf.heads import accepted, replaced
+from eekd.hf.heads import accepted, body_of, replaced
 from eekd.hf.tasks import IGNORED, Classification, LanguageModelling, first_samples, model_inputs
 from eekd.hf.teachers import Teachers, read_model
 from eekd.hf.token_bank import TokenBank
@@ -117,11 +118,26 @@ class EEKDMixin:
                 fusion=args.fusion,
                 attention_objective=args.attention_objective,
             ).to(args.device)
+        self._eekd_compile(student)
         # Names of its own begin so, for subclasses of Trainer have many: TRL's have a _tokenizer.
         self._eekd_verified = False
         self._eekd_updated = True  # whether the next batch begins an update
         self._eekd_measured: dict[str, Tensor] = {}
         self._eekd_updates = 0
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        plugin = self.accelerator.state.dynamo_plugin
+        self._eekd_dynamo = plugin.to_kwargs() or getattr(self, "_eekd_dynamo", {})
+        plugin.backend = DynamoBackend.NO  # it would compile the student with its head, which every step replaces
+
+    def _eekd_compile(self, student: nn.Module) -> None:
+        """torch.compile of the student's body, where the settings ask for it."""
+        if "backend" not in self._eekd_dynamo:
+            return
+        if (body := body_of(student)) is None:
+            raise ValueError(f"torch_compile must be False for a {type(student).__name__}, whose head is not apart")
+        body.compile(**self._eekd_dynamo)
 
     def _eekd_tokenizer(self):
         return self.processing_class or getattr(self.data_collator, "tokenizer", None)

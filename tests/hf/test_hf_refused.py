@@ -39,10 +39,6 @@ def test_settings_out_of_range_are_refused(tmp_path):
             settings(tmp_path, **options)
     run = run_of("gpt2", tmp_path)
     refused("snapshots must be from 1 to 2", None, run, tmp_path, snapshots=3)
-    args = settings(tmp_path)
-    args.torch_compile = True  # as a flag it would set variables of the environment
-    with pytest.raises(ValueError, match="torch_compile must be False"):
-        EEKDTrainer(language_model(), args, teacher_checkpoints=run)
     refused("teacher_checkpoints, teachers or token_bank must be given, got none", None, None, tmp_path)
     refused("must be folders", None, tmp_path / "nowhere", tmp_path, error=FileNotFoundError)
     with pytest.raises(TypeError, match="args must be an EEKDConfig"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import (
+    CLASSES,
     ENVIRONMENT,
     TORCHRUN,
     Texts,
@@ -228,6 +229,26 @@ def test_an_optimizer_of_ones_own(tmp_path):
     trainer = EEKDTrainer(student, optimizers=(optimizer, schedule), **options)
     with pytest.raises(ValueError, match="optimizers must be"):
         trainer.train()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "roberta", "vit"])
+def test_a_compiled_student_learns_the_same(kind, tmp_path, monkeypatch):
+    for name in ("BACKEND", "MODE"):  # which a Trainer's settings change
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", {"BACKEND": "no", "MODE": "default"}[name])
+    run, (data, collator) = run_of(kind, tmp_path), data_for(kind)
+    data = Texts(classes=CLASSES) if kind == "roberta" else data
+    states, counted = [], torch._dynamo.utils.counters
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        torch._dynamo.reset()
+        counted.clear()
+        student = language_model() if kind == "gpt2" else classifier(kind)
+        options |= dict(data=data, collator=collator, max_steps=6, per_device_train_batch_size=4, eval_dataset=data)
+        trainer = trained(tmp_path, student, run, **options)
+        assert trainer.evaluate()["eval_loss"] > 0
+        states.append({**trainer.model.state_dict(), **trainer.criterion.state_dict()})
+        assert bool(counted["frames"]["ok"]) is ("torch_compile" in options)
+    compare(states[1], states[0], rtol=1e-4, atol=1e-5)
+    assert counted["stats"]["unique_graphs"] <= 8  # not one for each step
 
 
 def test_the_settings_are_read_from_a_command_line(tmp_path):
