@@ -1,6 +1,7 @@
 """Somebody else's checkpoints as the snapshots of a run's teacher."""
 
 import dataclasses
+import sys
 from pathlib import Path
 
 from torch import nn
@@ -14,24 +15,57 @@ from eekd.snapshots.files import checkpoint_files, checkpoint_sha256
 from eekd.snapshots.manifest import FORMAT as MANIFEST_FORMAT
 from eekd.train.checkpoints import KeepSources, check_identity, run_identity
 from eekd.train.config import Config
+from eekd.train.pretrained import stored_with
 from eekd.train.run_folder import FORMAT, METRICS, finite, metrics_of
 from eekd.train.session import Session
 from eekd.train.teacher import RECORD, diagnose, read_teacher
+
+CONFIG = "config.json"  # what a Hugging Face run says of its model
 
 
 def with_checkpoints(config: Config) -> Config:
     """The settings with the absolute path of every checkpoint, in their order, as the teacher's M snapshots."""
     files = tuple(str(file.absolute()) for file in checkpoint_files(config.checkpoints))
     teacher = dataclasses.replace(config.teacher, schedule="step", epochs=len(files), snapshots=len(files))
+    if teacher.mean is None and (found := stored_with(Path(files[-1]))):
+        own, _ = found
+        teacher = dataclasses.replace(teacher, mean=tuple(own["mean"]), std=tuple(own["std"]))
     return dataclasses.replace(config, checkpoints=files, teacher=teacher)
 
 
 def check_checkpoints(session: Session) -> nn.Module:
-    """The last checkpoint; ValueError or FileNotFoundError, one sentence, unless each fits the model of the teacher."""
+    """The last checkpoint; ValueError or FileNotFoundError, one sentence, unless each fits the model of the teacher.
+
+    And unless it has the classes of the data in their order, where it names them.
+    """
     network = models.build(**session.spec(session.config.teacher))
-    for path in session.config.checkpoints:
-        load_state(network, load_weights(path, entry=session.config.checkpoint_entry), path)
+    for path in map(Path, session.config.checkpoints):
+        _check_classes(path, list(session.data.classes))
+        _read(network, path, session.config.checkpoint_entry)
     return network
+
+
+def _read(network: nn.Module, path: Path, entry: str | None, sha256: str | None = None) -> None:
+    """Copies a checkpoint into the network. One of transformers is read by it, for files may have older names."""
+    own = getattr(sys.modules.get("transformers"), "PreTrainedModel", ())
+    if isinstance(network, own) and entry is None and (path.parent / CONFIG).is_file():
+        from eekd.hf.teachers import read_model
+
+        state = read_model(type(network), path.parent).state_dict()
+    else:
+        state = load_weights(path, sha256, entry=entry)
+    load_state(network, state, path)
+
+
+def _check_classes(path: Path, classes: list) -> None:
+    """ValueError where a Hugging Face run has the data's classes in another order."""
+    config = read_json(path.parent / CONFIG) if (path.parent / CONFIG).is_file() else {}
+    labels = config.get("id2label")
+    names = [str(labels.get(str(i))) for i in range(len(labels))] if isinstance(labels, dict) else []
+    wanted = [str(name) for name in classes]
+    if names != wanted and sorted(names) == sorted(wanted):
+        got, want = next((a, b) for a, b in zip(names, wanted, strict=True) if a != b)
+        raise ValueError(f"{path.parent} must have the data's classes in their order, got {got!r} for {want!r}")
 
 
 def import_teacher(session: Session, folder: Path) -> dict:
@@ -53,7 +87,7 @@ def import_teacher(session: Session, folder: Path) -> dict:
         network = models.build(**spec)
         for number, path in enumerate(map(Path, config.checkpoints), 1):
             sha256 = checkpoint_sha256(path)
-            load_state(network, load_weights(path, sha256, entry=config.checkpoint_entry), path)
+            _read(network, path, config.checkpoint_entry, sha256)
             file = f"snapshot-{number}.safetensors"
             own = save_tensors(folder / file, bare_names(network.state_dict()))
             entries.append({"file": file, "sha256": own, "step": number, "metrics": {}})
