@@ -12,7 +12,7 @@ The rules, written before the first run:
    are exact.
 2. Tuning. Every method has six trials (`eekd compare --tune`), τ with α or its own weight, over the seeds 100 and 101.
    The trial of the highest mean validation accuracy is taken. All trials are kept. Students of independent teachers
-   take the trial of `uniform`, which they are but for their teachers.
+   take the trial of `uniform`, and those of other numbers of snapshots that of their weighting.
 3. Seeds. Every method then has the seeds 0 to 9. A difference whose interval contains 0 stays undecided; no seeds are
    added for a single method. Test images are read once, after the last epoch.
 4. Recipe. The recommended one is chosen by the validation accuracies of the tuning seeds and of the seeds 0 to 9, over
@@ -48,6 +48,7 @@ METHODS = [
     *("ce", "last", "half", "uniform", "linear_increase", "attention", "attention-tau1", "last-3", "soup"),
     *("curriculum", "ema", "dkd", "dist", "crd", "cyclic-uniform", "cyclic-attention"),
 ]
+UNTUNED = {f"{of}-m{m}": of for m in (2, 10) for of in ("uniform", "attention")} | {"sed": "uniform"}  # tuned as
 OF_MAPS = ["fitnet", "at"]  # which a perceptron has none of
 
 
@@ -60,7 +61,7 @@ def chosen(setting: str) -> list[str]:
     """The trial of every method that the tuning chose."""
     record = json.loads((KEPT / f"{setting}-tuning.json").read_text())
     trials = record["chosen"]
-    return [*trials.values(), trials["uniform"].replace("uniform", "sed")]
+    return [*trials.values(), *(trials[of].replace(of, name, 1) for name, of in UNTUNED.items())]
 
 
 def share(setting: str) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, median, stdev
 
+import evidence_page
+
 from eekd.compare import page as comparison
 from eekd.statistics import paired
 from eekd.train import seeds as over_seeds
@@ -641,6 +643,8 @@ def main(argv: list[str]) -> int:
 
         def fill(match: re.Match) -> str:
             name, _, part = match[1].partition("/")
+            if name == "evidence":
+                return f"<!-- table:{match[1]} -->\n{evidence_page.PARTS[part]()}\n<!-- end -->"
             record, *more = (json.loads(file_of(one).read_text()) for one in name.split("+"))
             if more:
                 table = side_by_side([record, *more])

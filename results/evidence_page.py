@@ -1,0 +1,187 @@
+"""The tables and the plot of docs/results/study.md, from the records in results/evidence/.
+
+A record is the study.json of `eekd compare` for one setting, in which a method is called NAME or NAME@SETTING=VALUE.
+"""
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from eekd.compare.methods import base_of, method
+from eekd.compare.plots import points
+from eekd.compare.verdict import HOLDS, MISSING, seeds_needed, verdict
+from eekd.io.files import write_atomic
+from eekd.statistics import mean_std, paired
+
+FOLDER = Path(__file__).parent / "evidence"
+TITLES = {
+    "fashion-mlp": "Fashion-MNIST, ResNet to perceptron",
+    "fashion-resnet": "Fashion-MNIST, ResNet to ResNet",
+    "glyphs-mlp": "characters, ResNet to perceptron",
+    "glyphs-resnet": "characters, ResNet to ResNet",
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That the students of one method are above those of another, or not above."""
+
+    text: str
+    who: str
+    whom: str
+    above: bool = True
+
+
+CLAIMS = [
+    Claim("Attention teaches better than the last snapshot alone", "attention", "last"),
+    Claim("Attention teaches better than uniform weights", "attention", "uniform"),
+    Claim("Attention teaches better than linearly increasing weights", "attention", "linear_increase"),
+    Claim("Linearly increasing weights teach no better than uniform ones", "linear_increase", "uniform", False),
+    Claim("Snapshots of a cyclic schedule teach no better than ordinary ones", "cyclic-uniform", "uniform", False),
+    Claim("Independent teachers teach no better than snapshots", "sed", "uniform", False),
+    Claim("Independent teachers teach no better than snapshots with attention", "sed", "attention", False),
+    Claim("The half-way snapshot teaches better than the last", "half", "last"),
+    Claim("More snapshots teach better (attention, M = 10 above M = 2)", "attention-m10", "attention-m2"),
+    Claim("M = 5 is enough (attention, M = 10 not above M = 5)", "attention-m10", "attention", False),
+    Claim("EEKD is better than FitNet", "attention", "fitnet"),
+    Claim("EEKD is better than AT", "attention", "at"),
+    Claim("EEKD is better than CRD", "attention", "crd"),
+]
+
+
+def records() -> dict[str, dict]:
+    """The record of every setting that there is one of."""
+    files = {setting: FOLDER / f"{setting}.json" for setting in TITLES}
+    return {setting: json.loads(file.read_text()) for setting, file in files.items() if file.exists()}
+
+
+def scores(record: dict, split: str = "test") -> dict[str, dict[int, float]]:
+    """Accuracies by method and seed."""
+    found = {}
+    for cell in record["cells"]:
+        found.setdefault(base_of(cell["name"]), {})[cell["seed"]] = cell[split]["accuracy"]
+    return found
+
+
+def differences(record: dict, who: str, whom: str, split: str = "test") -> list[float]:
+    """who - whom for each seed that both have."""
+    found = scores(record, split)
+    those = found.get(whom, {})
+    return [value - those[seed] for seed, value in found.get(who, {}).items() if seed in those]
+
+
+def methods() -> str:
+    """Each method's test accuracy over `last`, in every setting."""
+    known = {setting: scores(record) for setting, record in records().items()}
+    names = list(dict.fromkeys(name for found in known.values() for name in found))
+    lines = [
+        "| method | name | " + " | ".join(TITLES[setting] for setting in known) + " |",
+        "|---|---|" + "--:|" * len(known),
+    ]
+    for name in names:
+        cells = []
+        for found in known.values():
+            if name not in found:
+                cells.append("")
+            elif name == "last":
+                accuracy = mean_std(list(found[name].values()))
+                cells.append(f"{100 * accuracy['mean']:.2f} ± {100 * accuracy['std']:.2f} %")
+            else:
+                difference = paired(found[name], found["last"])
+                bold = "**" if verdict(difference, True) == HOLDS else ""
+                cells.append(f"{bold}{points(difference)}{bold}")
+        lines.append(f"| {method(name).title} | `{name}` | " + " | ".join(cells) + " |")
+    seeds = {setting: len(record["seeds"]) for setting, record in records().items()}
+    said = ", ".join(f"{count} ({TITLES[setting]})" for setting, count in seeds.items())
+    return "\n".join([*lines, "", f"Seeds: {said}. Bold: the interval lies above 0."])
+
+
+def claims() -> str:
+    """What the differences say of each claim, in every setting, and how many seeds would decide what is open."""
+    known = records()
+    lines = ["| claim | " + " | ".join(TITLES[setting] for setting in known) + " |", "|---|" + "---|" * len(known)]
+    for claim in CLAIMS:
+        cells = []
+        for record in known.values():
+            found = scores(record)
+            difference = paired(found.get(claim.who, {}), found.get(claim.whom, {}))
+            said = verdict(difference, claim.above)
+            if said == MISSING:
+                cells.append(said)
+                continue
+            needed = seeds_needed(differences(record, claim.who, claim.whom)) if said == "undecided" else None
+            more = f"; about {needed} seeds would decide" if needed else ""
+            cells.append(f"**{said}**: {points(difference)}{more}")
+        lines.append(f"| {claim.text} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tuned() -> str:
+    """What the tuning chose for each method, in every setting."""
+    files = {setting: FOLDER / f"{setting}-tuning.json" for setting in TITLES}
+    known = {setting: json.loads(file.read_text()) for setting, file in files.items() if file.exists()}
+    names = list(dict.fromkeys(name for record in known.values() for name in record["chosen"]))
+    lines = ["| method | " + " | ".join(TITLES[setting] for setting in known) + " |", "|---|" + "---|" * len(known)]
+    for name in names:
+        cells = []
+        for record in known.values():
+            trials = {trial["name"]: trial for trial in record["trials"]}
+            trial = trials.get(record["chosen"].get(name))
+            settings = ", ".join(f"{key} {value:g}" for key, value in trial["settings"].items()) if trial else ""
+            cells.append(f"{settings} ({100 * trial['mean']:.2f} %)".strip() if trial else "")
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def made() -> str:
+    """The commands, devices and versions of the records."""
+    lines = ["| setting | seeds | device | torch | commit | seconds of a student, mean |", "|---|--:|---|---|---|--:|"]
+    for setting, record in records().items():
+        env, commits = record["environment"], ", ".join(commit[:9] for commit in record["commits"])
+        seconds = f"{mean(cell['seconds'] for cell in record['cells']):.0f}"
+        lines.append(
+            f"| {TITLES[setting]} | {len(record['seeds'])} | {env['cpu']} | {env['torch']} | {commits} | {seconds} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(path: Path) -> None:
+    """Gain over `last` against the cost of a teacher, its bank and the student, each setting in its own panel."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "eekd", "svg.fonttype": "none", "font.size": 9}
+    import matplotlib.pyplot as plt
+
+    known = records()
+    figure, panels = plt.subplots(len(known), figsize=(8, 3.2 * len(known)), squeeze=False, layout="constrained")
+    for axes, (setting, record) in zip(panels[:, 0], known.items(), strict=True):
+        rows = {base_of(row["name"]): row for row in record["methods"]}
+        unit = rows["last"]["cost"]["gflops_online"]
+        placed = {}
+        for name, row in rows.items():
+            found = paired(scores(record)[name], scores(record)["last"])
+            cost = row["cost"]["gflops_online" if row["cost"]["gflops_bank"] is None else "gflops_bank"] / unit
+            x = placed.setdefault(round(cost, 1), [])  # those of equal cost stand beside each other
+            x.append((name, cost, 100 * found["mean"], 100 * (found["low"] or 0), 100 * (found["high"] or 0)))
+        for several in placed.values():
+            for place, (name, cost, middle, low, high) in enumerate(sorted(several, key=lambda row: row[2])):
+                at = cost * (1 + 0.06 * (place - len(several) / 2))
+                ahead = "#228833" if low > 0 else "#cc3311" if high < 0 else "#888888"
+                axes.plot([at, at], [low, high], color=ahead, lw=1.2)
+                axes.plot(at, middle, "o", color=ahead, ms=4)
+                axes.annotate(name, (at, high), xytext=(0, 3), textcoords="offset points", rotation=90, fontsize=7,
+                              ha="center", va="bottom")  # fmt: skip
+        axes.axhline(0, color="#4477aa", lw=1)
+        axes.set_xscale("log")
+        axes.margins(y=0.35)
+        axes.set(title=TITLES[setting], ylabel="points over last", xlabel="operations of all it takes, last = 1")
+    data = io.BytesIO()
+    figure.savefig(data, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    write_atomic(path, data.getvalue())
+
+
+PARTS = {"methods": methods, "claims": claims, "tuned": tuned, "made": made}
