@@ -148,40 +148,46 @@ def made() -> str:
 
 
 def plot(path: Path) -> None:
-    """Gain over `last` against the cost of a teacher, its bank and the student, each setting in its own panel."""
+    """Gain over `last`, each setting in its own panel, and what each method costs beside the names."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams |= {"svg.hashsalt": "eekd", "svg.fonttype": "none", "font.size": 9}
     import matplotlib.pyplot as plt
 
-    known = records()
-    figure, panels = plt.subplots(len(known), figsize=(8, 3.2 * len(known)), squeeze=False, layout="constrained")
-    for axes, (setting, record) in zip(panels[:, 0], known.items(), strict=True):
-        rows = {base_of(row["name"]): row for row in record["methods"]}
-        unit = rows["last"]["cost"]["gflops_online"]
-        placed = {}
-        for name, row in rows.items():
-            found = paired(scores(record)[name], scores(record)["last"])
-            cost = row["cost"]["gflops_online" if row["cost"]["gflops_bank"] is None else "gflops_bank"] / unit
-            x = placed.setdefault(round(cost, 1), [])  # those of equal cost stand beside each other
-            x.append((name, cost, 100 * found["mean"], 100 * (found["low"] or 0), 100 * (found["high"] or 0)))
-        for several in placed.values():
-            for place, (name, cost, middle, low, high) in enumerate(sorted(several, key=lambda row: row[2])):
-                at = cost * (1 + 0.06 * (place - len(several) / 2))
-                ahead = "#228833" if low > 0 else "#cc3311" if high < 0 else "#888888"
-                axes.plot([at, at], [low, high], color=ahead, lw=1.2)
-                axes.plot(at, middle, "o", color=ahead, ms=4)
-                axes.annotate(name, (at, high), xytext=(0, 3), textcoords="offset points", rotation=90, fontsize=7,
-                              ha="center", va="bottom")  # fmt: skip
-        axes.axhline(0, color="#4477aa", lw=1)
-        axes.set_xscale("log")
-        axes.margins(y=0.35)
-        axes.set(title=TITLES[setting], ylabel="points over last", xlabel="operations of all it takes, last = 1")
+    known, costs, gains = records(), {}, {}
+    for record in known.values():
+        unit = next(row["cost"] for row in record["methods"] if base_of(row["name"]) == "last")
+        for row in record["methods"]:
+            name, cost = base_of(row["name"]), row["cost"]
+            costs.setdefault(name, []).append(_operations(cost) / _operations(unit))
+            gains.setdefault(name, []).append(mean(differences(record, name, "last")))
+    order = sorted(costs, key=lambda name: (-round(mean(costs[name]), 1), mean(gains[name])))
+    size = {"figsize": (3 + 2.5 * len(known), 1 + 0.2 * len(order)), "layout": "constrained"}
+    figure, panels = plt.subplots(1, len(known), sharey=True, squeeze=False, **size)
+    for axes, (setting, record) in zip(panels[0], known.items(), strict=True):
+        for place, name in enumerate(order):
+            if name == "last" or not (found := paired(scores(record).get(name, {}), scores(record)["last"])):
+                continue
+            low, high = (100 * (found[end] or 0) for end in ("low", "high"))
+            colour = "#228833" if low > 0 else "#cc3311" if high < 0 else "#888888"
+            axes.plot([low, high], [place] * 2, color=colour, lw=1.2)
+            axes.plot(100 * found["mean"], place, "o", color=colour, ms=4)
+        axes.axvline(0, color="#4477aa", lw=1)
+        axes.set(title=TITLES[setting].replace(", ", "\n"), xlabel="points over last")
+        axes.grid(alpha=0.3, axis="x")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].set_yticks(range(len(order)), [f"{name}   {mean(costs[name]):.2f}" for name in order])
+    panels[0, 0].set_ylabel("method, and operations of all it takes (last: 1)")
     data = io.BytesIO()
     figure.savefig(data, format="svg", metadata={"Date": None})
     plt.close(figure)
     write_atomic(path, data.getvalue())
+
+
+def _operations(cost: dict) -> float:
+    """Of a teacher's training, its bank, or its running beside the student, and the student's training."""
+    return cost["gflops_online"] if cost["gflops_bank"] is None else cost["gflops_bank"]
 
 
 PARTS = {"methods": methods, "claims": claims, "tuned": tuned, "made": made}
