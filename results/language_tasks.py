@@ -32,27 +32,28 @@ def chapters() -> dict[tuple[str, str], list[str]]:
 
 
 class Text:
-    """The next token: perplexity."""
+    """The next token: perplexity. The teacher is trained on more text, which the students do not see."""
 
-    metric, a_teacher_each = "perplexity", True
+    metric = "perplexity"
 
     def __init__(self, settings: dict):
         self.settings, self.block = settings, settings["block"]
         texts = ["\n".join(verses) for verses in chapters().values()]
         random.Random(0).shuffle(texts)
-        parts, start = {}, 0
-        for name in PARTS:
-            parts[name] = texts[start : start + settings["chapters"][name]]
-            start += settings["chapters"][name]
+        parts = {name: [texts.pop() for _ in range(count)] for name, count in settings["chapters"].items()}
         bpe = ByteLevelBPETokenizer()
         bpe.train_from_iterator(
-            parts["train"], vocab_size=settings["vocabulary"], special_tokens=["<end>"], show_progress=False
+            parts["train"] + parts["more"],
+            vocab_size=settings["vocabulary"],
+            special_tokens=["<end>"],
+            show_progress=False,
         )
         self.data = {}
         for name, texts in parts.items():
             ids = torch.tensor([i for text in texts for i in [*bpe.encode(text).ids, 0]])
             rows = ids[: len(ids) // self.block * self.block].view(-1, self.block)
             self.data[name] = [{"input_ids": row, "labels": row} for row in rows]
+        self.teachers = self.data["train"] + self.data["more"]
         self.named = {"data_collator": transformers.default_data_collator}
 
     def model(self, whose: str) -> nn.Module:
@@ -64,8 +65,8 @@ class Text:
         )  # fmt: skip
         return transformers.LlamaForCausalLM(config)
 
-    def tokens(self, part: str) -> int:
-        return len(self.data[part]) * self.block
+    def tokens(self, rows: list[dict]) -> int:
+        return len(rows) * self.block
 
     def score(self, evaluated: dict) -> float:
         return math.exp(evaluated["eval_loss"])
@@ -96,7 +97,7 @@ class Stored(nn.Module):
 class Books:
     """Which book is a verse from, of those of at least 20 chapters: accuracy."""
 
-    metric, a_teacher_each = "accuracy", False
+    metric = "accuracy"
 
     def __init__(self, settings: dict):
         self.settings = settings
@@ -119,6 +120,7 @@ class Books:
                 for verse in draw.sample(verses, min(settings["verses"][name], len(verses))):
                     ids = tokenizer(verse, truncation=True, max_length=settings["longest"])["input_ids"]
                     self.data[name].append({"input_ids": ids, "label": label, "index": len(self.data[name])})
+        self.teachers = self.data["train"]
         self.named = {
             "data_collator": transformers.DataCollatorWithPadding(tokenizer),
             "compute_metrics": lambda said: {"accuracy": (said.predictions.argmax(1) == said.label_ids).mean()},
@@ -139,8 +141,8 @@ class Books:
             module.requires_grad_(False)
         return model
 
-    def tokens(self, part: str) -> int:
-        return sum(len(row["input_ids"]) for row in self.data[part])
+    def tokens(self, rows: list[dict]) -> int:
+        return sum(len(row["input_ids"]) for row in rows)
 
     def score(self, evaluated: dict) -> float:
         return float(evaluated["eval_accuracy"])

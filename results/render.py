@@ -273,7 +273,7 @@ def online(record: dict) -> str:
         [
             *table,
             "",
-            f"{what}, {len(record['seeds'])} seeds; in brackets Student's 95 % interval of the "
+            f"{what}, {len(record['seeds'])} seeds; in brackets Student's 95 % interval of "
             f"paired differences. {provenance(record, record['commits'])}",
         ]
     )
@@ -327,11 +327,11 @@ def language(record: dict, name: str) -> str:
         f"{title_of(c['name'])} {c['tokens_per_second']:,.0f} and {c['memory'] / 2**20:,.0f} MiB"
         for c in task["speeds"]
     )
-    count, each = len(known["ce"]), "" if task["a_teacher_each"] else " of the students, of one teacher"
+    count = len(known["ce"])
     words = (
-        f"Mean ± std over {count} seeds{each}; in brackets Student's 95 % interval of the paired differences. Tokens "
-        "are those of a second of processor time. Students read stored outputs of the snapshots, which took "
-        f"{seconds:.0f} s and {size / 2**20:,.0f} MiB. With running snapshots: {running}."
+        f"Mean ± std over {count} seeds of the students, all of one teacher; in brackets Student's 95 % interval of "
+        "the paired differences. Tokens are those of a second of processor time. Students read stored outputs of the "
+        f"snapshots, which took {seconds:.0f} s and {size / 2**20:,.0f} MiB. With running snapshots: {running}."
     )
     lines += ["", words, ""]
     versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
