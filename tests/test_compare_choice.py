@@ -13,7 +13,9 @@ from scipy import stats
 from eekd.compare import __main__ as cli
 from eekd.compare import page, plan
 from eekd.compare.methods import METHODS, PAPER, folder_of, method
+from eekd.compare.plots import standing
 from eekd.compare.screen import duration
+from eekd.compare.study import summarise
 from eekd.compare.tuning import axes, trials
 from eekd.compare.variants import SHARED
 from eekd.compare.verdict import advice, reference, seeds_needed
@@ -321,6 +323,19 @@ def test_the_best_variant_stands_for_a_reference_that_is_not_compared():
     found = advice(val | {"uniform": {seed: 0.85 + seed / 1e4 for seed in range(6)}})
     assert found["take"] == "uniform" and "over last@temperature=2 and" in found["text"]
     assert advice(val)["take"] == "last@temperature=2"
+
+
+def test_the_best_variant_stands_for_its_method_in_claims_and_plots(out):
+    record = read_json(out / "study.json")
+    names = {"ema": "half@lr=0.05", "crd": "half@lr=0.2", "last": "last", "ce": "ce"}
+    record["cells"] = [cell | {"name": names[cell["name"]]} for cell in record["cells"] if cell["name"] in names]
+    val = {cell["name"]: cell["val"]["accuracy"] for cell in record["cells"]}
+    best = max(("half@lr=0.05", "half@lr=0.2"), key=val.get)
+    test = {cell["name"]: cell["test"]["accuracy"] for cell in record["cells"]}
+    found = summarise(record, Config.from_json(json.dumps(record["config"])), record["flops"])
+    [part] = next(row for row in found["claims"] if "half-way" in row["claim"])["parts"]
+    assert part["difference"]["mean"] == pytest.approx(test[best] - test["last"])
+    assert standing(found)["half"]["name"] == best and standing(found)["last"]["name"] == "last"
 
 
 def test_methods_without_references_are_compared_with_each_other():

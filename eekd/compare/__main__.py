@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from eekd.train import Session
 
 DECIDED = ("seed", "students", "teacher_run", "checkpoints", "bank")  # settings that a comparison decides by itself
+NUMBERS = ("temperature", "alpha", "beta", "lr")  # settings of the student that fit any network
 VARIED = ("fusion", "attention_objective")  # and those of the student
 
 
@@ -197,10 +198,12 @@ def _try(session: "Session", names: Sequence[str]) -> None:
     from eekd.train.preflight import preflight
     from eekd.train.student import method_of
 
-    teacher = models.build(**session.spec(session.config.teacher))
+    teacher, tried = models.build(**session.spec(session.config.teacher)), []
     for name in names:
         how = method(name)
-        if how.settings or how.rival or is_file_name(how.weighting):
+        what = how.weighting, {setting: x for setting, x in how.settings.items() if setting not in NUMBERS}
+        if (what[1] or how.rival or is_file_name(how.weighting)) and what not in tried:
+            tried.append(what)
             config = dataclasses.replace(session.config, student=how.student(session.config))
             try:
                 preflight(Session(config, session.data), [method_of(how.weighting)], teacher, False)

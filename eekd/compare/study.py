@@ -10,7 +10,7 @@
     methods               of each: its entry, n, val and test (mean, std), over_ce, over_uniform, over_last and
                           over_online (paired, test; the latter over the same method without a bank), val_over_ce,
                           val_over_last, weights and weight_entropy at the end (mean over seeds), seconds, cost;
-                          where `last` is not compared, its best variant stands for it
+                          where `last` is not compared, its variant of the highest val stands for it, and so on
     ensembles             of each kind of teacher: n, test (mean, std), members (mean test accuracy of each snapshot),
                           over_ordinary (paired)
     claims                of each: principle, claim, parts (text, points, verdict), verdict
@@ -175,8 +175,8 @@ def summarise(record: dict, config: Config, flops: dict[str, int]) -> dict:
         methods.append({
             "name": name, **first["method"], "epochs": first["epochs"], "n": len(several),
             "val": mean_std(list(val[name].values())), "test": mean_std(list(test[name].values())),
-            "over_ce": paired(test[name], test.get("ce", {})) if name != "ce" else None,
-            "over_uniform": paired(test[name], test.get("uniform", {})) if name != "uniform" else None,
+            "over_ce": over(test, name, "ce"),
+            "over_uniform": over(test, name, "uniform"),
             "over_last": over(test, name, "last"),
             "over_online": paired(test[name], test.get(online(name), {})),
             "val_over_ce": over(val, name, "ce"),
@@ -193,8 +193,11 @@ def summarise(record: dict, config: Config, flops: dict[str, int]) -> dict:
          "over_ordinary": paired(found, ensemble["ordinary"]) if kind != "ordinary" else None}
         for kind, found in ensemble.items() if found
     ]  # fmt: skip
+    costs = {row["name"]: row["cost"] for row in methods}
+    standing = {base: name for base in METHODS if (name := reference(val, base))}
+    test, costs = ({base: found[name] for base, name in standing.items()} for found in (test, costs))
     return {"flops": flops, "methods": methods, "ensembles": ensembles, "advice": advice(val),
-            "claims": claims(test, ensemble, config, {row["name"]: row["cost"] for row in methods})}  # fmt: skip
+            "claims": claims(test, ensemble, config, costs)}  # fmt: skip
 
 
 def cost(how: Method, snapshots: int, config: Config, images: int | None, views: int, flops: dict) -> dict | None:

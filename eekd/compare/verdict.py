@@ -3,7 +3,6 @@
 from math import ceil, sqrt
 from statistics import mean, stdev
 
-from eekd.compare.methods import base_of
 from eekd.compare.plots import points
 from eekd.statistics import interval, paired
 
@@ -49,7 +48,7 @@ def seeds_needed(differences: list[float]) -> int | None:
 
 def reference(val: Scores, base: str) -> str | None:
     """The method that stands for `base`: itself, else the variant of it with the highest mean; None without any."""
-    variants = [name for name in val if base_of(name) == base]
+    variants = [name for name in val if name.partition("@")[0] == base]
     return base if base in val else max(variants, key=lambda name: mean(val[name].values()), default=None)
 
 
