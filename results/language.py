@@ -48,9 +48,9 @@ SETTINGS = {
         "temperature": 1.0, "alpha": 0.5,
     },
     "books": {
-        "verses": {"train": 60, "val": 15, "test": 50}, "longest": 48,
-        "teacher": {"frozen": 3, "batch": 16, "epochs": 3, "lr": 1e-4},
-        "student": {"layers": 2, "width": 128, "batch": 32, "epochs": 6, "lr": 1e-3},
+        "verses": {"train": 80, "val": 10, "test": 50}, "longest": 48,
+        "teacher": {"frozen": 3, "batch": 16, "epochs": 3, "lr": 3e-4},
+        "student": {"layers": 2, "width": 128, "batch": 32, "epochs": 5, "lr": 2e-3},
         "temperature": 2.0, "alpha": 0.5,
     },
 }  # fmt: skip
