@@ -313,7 +313,7 @@ def _follow(
     INSIDE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """What soft labels y add up over columns: kernels.ensemble_kd._follow has the sums, here in a tuple."""
+    """What soft labels y add up over columns: kernels.rows.follow has the sums, here in a tuple."""
     given = target != 0
     log_q = tl.zeros_like(s)
     if CE:
@@ -391,7 +391,7 @@ def columns(
 ):
     """Sums kl (R), means and moved (R, M) of kernels.rows.visit; hard_top, hard_sum; z_top, z_sum of finish.
 
-    For SOFT also the sum of the labels (R) and what kernels.ensemble_kd._follow sums; else zeros.
+    For SOFT also the sum of the labels (R) and what kernels.rows.follow sums; else zeros.
     """
     w = _elements(w_all, m, M)
     i = tl.arange(0, BLOCK)

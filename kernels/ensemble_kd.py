@@ -25,11 +25,9 @@ from .rows import (
     absorb_targets,
     attend,
     finish,
-    finite,
-    inverse,
+    follow,
     log2,
     log2_softmax,
-    mixture,
     read_labels,
     read_target,
     scaled,
@@ -72,34 +70,6 @@ def _statistics(
 
 
 @triton.jit
-def _follow(
-    s, z, target, w, used, k, hard_top, z_top, z_sum, LOGIT: tl.constexpr, CE: tl.constexpr, SHARES: tl.constexpr
-):
-    """What soft labels y add up over columns, in log2: Σ y log softmax(s) and Σ y log p (R), and shares (R, M).
-
-    The first, and of a mixture the second, lacks what their sums take off. The shares are Σ y w_m (1 - p_m / p), of a
-    mixture Σ y z_m.
-    """
-    given = target != 0
-    log_q = tl.zeros_like(hard_top)
-    if CE:
-        log_q = tl.sum(tl.where(given, target * scaled(s, hard_top[:, None], LOG2E), 0.0), 1)
-    if LOGIT:
-        log_p = scaled(mixture(z, w, used), z_top[:, None], k)
-        share = z
-    else:
-        line = scaled(z, z_top[:, :, None], k) + tl.where(used, log2(w * inverse(z_sum)), float("-inf"))[:, :, None]
-        most = tl.max(line, 1)
-        log_p = most + log2(tl.sum(tl.exp2(line - finite(most)[:, None, :]), 1))
-        share = w[:, :, None] - tl.exp2(line - log_p[:, None, :])
-    shares = tl.zeros_like(w)
-    if SHARES:
-        follows = used[:, :, None] & (given & (log_p != float("-inf")))[:, None, :]
-        shares = tl.sum(tl.where(follows, target[:, None, :] * share, 0.0), 2)
-    return log_q, tl.sum(tl.where(given, target * log_p, 0.0), 1), shares
-
-
-@triton.jit
 def _visit(
     s,
     z,
@@ -122,7 +92,7 @@ def _visit(
     MEANS: tl.constexpr,
     MOVED: tl.constexpr,
 ):
-    """The sums of kernels.rows.visit over columns, d loss / d s (R, N), and for SOFT the sums of `_follow`."""
+    """The sums of kernels.rows.visit over columns, d loss / d s (R, N), and for SOFT those of kernels.rows.follow."""
     log_q = log2_softmax(s, s_top, soft_sum, k)
     q = softmax(s, s_top, soft_sum, k)
     kl, means, moved, p = visit(log_q, z, w, used, k, z_top, z_sum, LOGIT, MEANS, MOVED)
@@ -136,7 +106,7 @@ def _visit(
     log_p = tl.zeros_like(kl)
     shares = tl.zeros_like(w)
     if SOFT:
-        log_q, log_p, shares = _follow(s, z, target, w, used, k, hard_top, z_top, z_sum, LOGIT, CE, MEANS and not MOVED)
+        log_q, log_p, shares = follow(s, z, target, w, used, k, hard_top, z_top, z_sum, LOGIT, CE, MEANS and not MOVED)
     return kl, means, moved, d, log_q, log_p, shares
 
 

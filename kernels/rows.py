@@ -272,6 +272,34 @@ def visit(log_q, z, w, used, k, z_top, z_sum, LOGIT: tl.constexpr, MEANS: tl.con
 
 
 @triton.jit
+def follow(
+    s, z, target, w, used, k, hard_top, z_top, z_sum, LOGIT: tl.constexpr, CE: tl.constexpr, SHARES: tl.constexpr
+):
+    """What soft labels y add up over columns, in log2: Σ y log softmax(s) and Σ y log p (R), and shares (R, M).
+
+    The first, and of a mixture the second, lacks what their sums take off. The shares are Σ y w_m (1 - p_m / p), of a
+    mixture Σ y z_m.
+    """
+    given = target != 0
+    log_q = tl.zeros_like(hard_top)
+    if CE:
+        log_q = tl.sum(tl.where(given, target * scaled(s, hard_top[:, None], LOG2E), 0.0), 1)
+    if LOGIT:
+        log_p = scaled(mixture(z, w, used), z_top[:, None], k)
+        share = z
+    else:
+        line = scaled(z, z_top[:, :, None], k) + tl.where(used, log2(w * inverse(z_sum)), float("-inf"))[:, :, None]
+        most = tl.max(line, 1)
+        log_p = most + log2(tl.sum(tl.exp2(line - finite(most)[:, None, :]), 1))
+        share = w[:, :, None] - tl.exp2(line - log_p[:, None, :])
+    shares = tl.zeros_like(w)
+    if SHARES:
+        follows = used[:, :, None] & (given & (log_p != float("-inf")))[:, None, :]
+        shares = tl.sum(tl.where(follows, target[:, None, :] * share, 0.0), 2)
+    return log_q, tl.sum(tl.where(given, target * log_p, 0.0), 1), shares
+
+
+@triton.jit
 def write_columns(
     o_d_student, d, row, i, shift, classes, inside, C, VECTOR: tl.constexpr, SHIFTED: tl.constexpr, INSIDE: tl.constexpr
 ):
@@ -366,7 +394,7 @@ def finish(
 ):
     """What is O(M) per row, of the sums of its columns and of the snapshots' logits z_y (R, M) at its label.
 
-    For SOFT z_y are the shares of kernels.ensemble_kd._follow, which has label_sum and log_p (R) too.
+    For SOFT z_y are the shares of `follow`, which has label_sum and log_p (R) too.
     """
     inverse_tau = 1.0 / tau
     kl = kl * LN2  # the sums are of log2

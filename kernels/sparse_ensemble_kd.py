@@ -2,7 +2,8 @@
 
 Traffic of a row in elements: reads C of the student and K of each snapshot, and writes C, where the student's row stays
 on chip; reads the student twice where it is streamed. The K columns are gathered from cache, and read twice where they
-do not fit a tile. The op eekd_triton::sparse_ensemble_kd_fwd has the signature of eekd::sparse_ensemble_kd_fwd.
+do not fit a tile. Soft labels are one more line, read as often as the student's. The op
+eekd_triton::sparse_ensemble_kd_fwd has the signature of eekd::sparse_ensemble_kd_fwd.
 
 Over 350 lines, for a kernel and its launch are read together.
 """
@@ -22,10 +23,13 @@ from .rows import (
     attend,
     finish,
     finite,
+    follow,
+    inverse,
     log2,
     log2_softmax,
     powers,
     read_labels,
+    read_target,
     scaled,
     snapshot_rows,
     softmax,
@@ -68,10 +72,10 @@ def _mark(words, word, bit, begin, W: tl.constexpr):
 
 
 @triton.jit
-def _rest(
+def _chosen(
     s, word, bit, p_indices, first, shift, keep, K, MARKED: tl.constexpr, KP: tl.constexpr, UNROLLED: tl.constexpr
 ):
-    """The columns s (R, N) of the row's memory from `first`, those of its indices replaced by -inf.
+    """Which of the columns s (R, N) of the row's memory from `first` are of its indices.
 
     Each index sets one bit of N / 32 words, which costs K / 32 comparisons a column instead of K. The bits of the first
     MARKED indices are given. A loop over more of them would keep s from being read ahead, unless it is unrolled.
@@ -88,7 +92,7 @@ def _rest(
             word, bit = _bits(p_indices, begin, shift - first, keep, K, MARKED)
             words = _mark(words, word, bit, 0, W)
     chosen = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-    return tl.where(tl.reshape(chosen, s.shape) != 0, float("-inf"), s)
+    return tl.reshape(chosen, s.shape) != 0
 
 
 @triton.jit
@@ -109,14 +113,22 @@ def _top(p_student, p_snapshot, p_indices, j, y, keep, used, C, K, VECTOR: tl.co
 
 
 @triton.jit
+def _follow_student(s, target, hard_top):
+    """Σ y log2 softmax(s) (R), less what the logarithm of its sum takes off."""
+    return tl.sum(tl.where(target != 0, target * scaled(s, hard_top[:, None], LOG2E), 0.0), 1)
+
+
+@triton.jit
 def _visit_top(
     o_d_student,
     s,
     z,
     c,
     exists,
+    labels,
     row,
     y,
+    label_sum,
     w,
     used,
     k,
@@ -129,20 +141,35 @@ def _visit_top(
     z_top,
     z_sum,
     C,
+    label_stride,
     LOGIT: tl.constexpr,
     CE: tl.constexpr,
+    SOFT: tl.constexpr,
     MEANS: tl.constexpr,
     MOVED: tl.constexpr,
 ):
-    """The sums of kernels.rows.visit over these of the K columns; writes their part of d_student."""
+    """The sums of kernels.rows.visit over these of the K columns; writes their part of d_student.
+
+    For SOFT also Σ y log p and the shares of kernels.rows.follow.
+    """
     log_q = log2_softmax(s, s_top, soft_sum, k)
     kl, means, moved, p = visit(log_q, z, w, used, k, z_top, z_sum, LOGIT, MEANS, MOVED)
+    log_p = tl.zeros_like(kl)
+    shares = tl.zeros_like(w)
+    if SOFT:
+        target = tl.load((labels + row * label_stride)[:, None] + c, mask=exists, other=0.0).to(s.dtype)
+        _, log_p, shares = follow(s, z, target, w, used, k, hard_top, z_top, z_sum, LOGIT, False, MEANS and not MOVED)
+    else:
+        target = (c == y[:, None]).to(s.dtype)
     if o_d_student is not None:
         d = kd * (softmax(s, s_top, soft_sum, k) - p)
         if CE:
-            d += ce * (softmax(s, hard_top, hard_sum, LOG2E) - (c == y[:, None]).to(s.dtype))
+            every = softmax(s, hard_top, hard_sum, LOG2E)
+            if SOFT:
+                every *= label_sum[:, None]
+            d += ce * (every - target)
         tl.store((o_d_student + row * C)[:, None] + c, d.to(o_d_student.dtype.element_ty), mask=exists)
-    return kl, means, moved
+    return kl, means, moved, log_p, shares
 
 
 @triton.jit
@@ -169,6 +196,24 @@ def _visit_rest(log_q, z, w, used, k, z_top, z_sum, LOGIT: tl.constexpr, MEANS: 
     if MOVED and not LOGIT:
         moved = tl.where(used, each * r[:, None] / z_sum, 0.0)
     return p * r, means, moved, p
+
+
+@triton.jit
+def _follow_rest(z, target, w, used, k, z_top, z_sum, LOGIT: tl.constexpr, SHARES: tl.constexpr):
+    """kernels.rows.follow of one column: z (R, M), target (R). Written out, as `_visit_rest` is."""
+    if LOGIT:
+        log_p = scaled(tl.sum(tl.where(used, w * z, 0.0), 1), z_top, k)
+        share = z
+    else:
+        line = scaled(z, z_top, k) + tl.where(used, log2(w * inverse(z_sum)), float("-inf"))
+        most = tl.max(line, 1)
+        log_p = most + log2(tl.sum(tl.exp2(line - finite(most)[:, None]), 1))
+        share = w - tl.exp2(line - log_p[:, None])
+    shares = tl.zeros_like(w)
+    if SHARES:
+        follows = used & ((target != 0) & (log_p != float("-inf")))[:, None]
+        shares = tl.where(follows, target[:, None] * share, 0.0)
+    return tl.where(target != 0, target * log_p, 0.0), shares
 
 
 @triton.jit(do_not_specialize=["snapshot_strides"])
@@ -199,6 +244,7 @@ def sparse_rows_kernel(
     tail_stride,
     tail_row_stride,
     indices_stride,
+    label_stride,
     scores_stride,
     query_stride,
     key_stride,
@@ -213,6 +259,7 @@ def sparse_rows_kernel(
     BY_KL: tl.constexpr,
     BY_LABEL: tl.constexpr,
     CE: tl.constexpr,
+    SOFT: tl.constexpr,
     SUM: tl.constexpr,
     COUNT_BLOCK: tl.constexpr,
     ON_CHIP: tl.constexpr,
@@ -241,7 +288,10 @@ def sparse_rows_kernel(
     inside = row < B
     tau = tl.full([], temperature, ACC)
     k = LOG2E / tau
-    keep, y, valid, scale = read_labels(labels, count, row, inside, row_scale, ignore_index, B, C, COUNT_BLOCK, ACC)
+    by_class = labels
+    if SOFT:
+        by_class = None
+    keep, y, valid, scale = read_labels(by_class, count, row, inside, row_scale, ignore_index, B, C, COUNT_BLOCK, ACC)
     ce = tl.full([], alpha, ACC)
     beta = 1.0 - ce
     if labels is None:
@@ -281,14 +331,17 @@ def sparse_rows_kernel(
     WHOLE: tl.constexpr = ON_CHIP and KP <= KBLOCK
     if WHOLE:  # before the student's columns, whose layout is then the one that the compiler spreads
         top, z, c, exists, place, wrong = _top(p_student, p_snapshot, p_indices, j, y, keep, used, C, K, KVECTOR, ACC)
-    if CE:
+    if CE and not SOFT:
         s_y = tl.load(p_student + y, mask=valid, other=0.0).to(ACC)
 
-    # statistics of the student: of all its columns at 1, and at τ of those in the bucket
+    # statistics of the student: of all its columns at 1, and at τ of those in the bucket; sums of soft labels likewise
     hard_top = tl.full([R], float("-inf"), ACC)
     hard_sum = tl.zeros([R], ACC)
     rest_top = hard_top
     rest_sum = hard_sum
+    label_sum = hard_sum
+    label_rest = hard_sum
+    label_log_q = hard_sum
     i = tl.arange(0, BLOCK)
     end = C
     if SHIFTED:
@@ -298,14 +351,26 @@ def sparse_rows_kernel(
         s, classes = _student(p_vectors, i, bound, shift, keep, C, SHIFTED, ACC)
         if CE:
             hard_top, hard_sum = absorb(hard_top, hard_sum, s, LOG2E, 1)
-        rest = _rest(s, word, bit, p_indices, 0, shift, keep, K, MARKED, KP, UNROLLED)
+        chosen = _chosen(s, word, bit, p_indices, 0, shift, keep, K, MARKED, KP, UNROLLED)
+        if SOFT:
+            target = read_target(labels, y, row, 0, i, classes, inside, label_stride, VECTOR, False, True, ACC)
+            label_sum = tl.sum(target, 1)
+            label_rest = tl.sum(tl.where(chosen, 0.0, target), 1)
+            if CE:
+                label_log_q = _follow_student(s, target, hard_top)
+        rest = tl.where(chosen, float("-inf"), s)
         rest_top, rest_sum = absorb(rest_top, rest_sum, rest, k, 1)
     else:
         for first in tl.range(0, end, BLOCK, num_stages=STAGES):
             s, classes = _student(p_vectors, first + i, bound, shift, keep, C, SHIFTED, ACC)
             if CE:
                 hard_top, hard_sum = absorb(hard_top, hard_sum, s, LOG2E, 1)
-            rest = _rest(s, word, bit, p_indices, first, shift, keep, K, MARKED, KP, UNROLLED)
+            chosen = _chosen(s, word, bit, p_indices, first, shift, keep, K, MARKED, KP, UNROLLED)
+            if SOFT:
+                target = read_target(labels, y, row, first, i, classes, inside, label_stride, VECTOR, False, True, ACC)
+                label_sum += tl.sum(target, 1)
+                label_rest += tl.sum(tl.where(chosen, 0.0, target), 1)
+            rest = tl.where(chosen, float("-inf"), s)
             rest_top, rest_sum = absorb(rest_top, rest_sum, rest, k, 1)
 
     # statistics of the K columns, to which the bucket's are added: its logarithm is nowhere rounded as a logit
@@ -340,16 +405,25 @@ def sparse_rows_kernel(
     log_q = rest_top - finite(s_top) + log2(rest_sum) - log2(soft_sum)
     q = tl.exp2(rest_top - finite(s_top)) * rest_sum / soft_sum
     kl, means, moved, p = _visit_rest(log_q, z_rest, w, used, k, z_top, z_sum, LOGIT, BY_KL or BY_LABEL, BY_KL)
+    log_p = tl.zeros([R], ACC)
+    shares = tl.zeros([R, MP], ACC)
+    if SOFT:
+        log_p, shares = _follow_rest(z_rest, label_rest, w, used, k, z_top, z_sum, LOGIT, BY_LABEL)
 
-    if o_d_student is not None:
+    WRITES: tl.constexpr = o_d_student is not None
+    if WRITES or (SOFT and CE and not ON_CHIP):
         # The columns of the bucket, in wide stores that pass over others: the K columns and the label's are written
         # after a barrier.
         soft = tl.where(rest_sum == 0, 0.0, scale * beta * tau * (q - p) / rest_sum)[:, None]
         hard = d_ce / hard_sum[:, None]
+        if SOFT:
+            hard *= label_sum[:, None]
         if ON_CHIP:
             d = soft * powers(rest, rest_top, k, 1)
             if CE:
                 d += hard * powers(s, hard_top, LOG2E, 1)
+                if SOFT:
+                    d -= d_ce * target
             d = tl.where(keep[:, None], d, 0.0)
             write_columns(o_d_student, d, row, i, shift, classes, inside, C, VECTOR, SHIFTED, False)
         else:
@@ -358,24 +432,33 @@ def sparse_rows_kernel(
                 d = soft * powers(s, rest_top, k, 1)
                 if CE:
                     d += hard * powers(s, hard_top, LOG2E, 1)
-                d = tl.where(keep[:, None], d, 0.0)
-                write_columns(o_d_student, d, row, first + i, shift, classes, inside, C, VECTOR, SHIFTED, False)
+                    if SOFT:
+                        target = read_target(
+                            labels, y, row, first, i, classes, inside, label_stride, VECTOR, False, True, ACC
+                        )
+                        label_log_q += _follow_student(s, target, hard_top)
+                        d -= d_ce * target
+                if WRITES:
+                    d = tl.where(keep[:, None], d, 0.0)
+                    write_columns(o_d_student, d, row, first + i, shift, classes, inside, C, VECTOR, SHIFTED, False)
         tl.debug_barrier()
-        if CE:
+        if CE and not SOFT:
             d = soft * powers(s_y[:, None], rest_top, k, 1) + hard * powers(s_y[:, None], hard_top, LOG2E, 1) - d_ce
             at = (o_d_student + row * C + y)[:, None]
             tl.store(at, d.to(o_d_student.dtype.element_ty), mask=(valid & (place < 0))[:, None])
 
     # the K columns
     if WHOLE:
-        more_kl, more_means, more_moved = _visit_top(
+        more_kl, more_means, more_moved, more_log_p, more_shares = _visit_top(
             o_d_student,
             top,
             z,
             c,
             exists,
+            labels,
             row,
             y,
+            label_sum,
             w,
             used,
             k,
@@ -388,27 +471,33 @@ def sparse_rows_kernel(
             z_top,
             z_sum,
             C,
+            label_stride,
             LOGIT,
             CE,
+            SOFT,
             BY_KL or BY_LABEL,
             BY_KL,
         )
         kl += more_kl
         means += more_means
         moved += more_moved
+        log_p += more_log_p
+        shares += more_shares
     else:
         for first in range(0, K, KBLOCK):
             top, z, c, exists, _, _ = _top(
                 p_student, p_snapshot, p_indices, first + j, y, keep, used, C, K, KVECTOR, ACC
             )
-            more_kl, more_means, more_moved = _visit_top(
+            more_kl, more_means, more_moved, more_log_p, more_shares = _visit_top(
                 o_d_student,
                 top,
                 z,
                 c,
                 exists,
+                labels,
                 row,
                 y,
+                label_sum,
                 w,
                 used,
                 k,
@@ -421,21 +510,29 @@ def sparse_rows_kernel(
                 z_top,
                 z_sum,
                 C,
+                label_stride,
                 LOGIT,
                 CE,
+                SOFT,
                 BY_KL or BY_LABEL,
                 BY_KL,
             )
             kl += more_kl
             means += more_means
             moved += more_moved
+            log_p += more_log_p
+            shares += more_shares
 
     z_y = tl.zeros([R, MP], ACC)
     ce_loss = tl.zeros([R], ACC)
-    if labels is not None:
-        chosen = (place >= 0)[:, None]
-        z_y = tl.load(p_snapshot + place[:, None], mask=used & chosen, other=0.0).to(ACC)
-        z_y = tl.where(used & (chosen == 0), z_rest, z_y)
+    if SOFT:
+        z_y = shares
+        if CE:
+            ce_loss = LN2 * (label_sum * log2(hard_sum) - label_log_q)
+    elif labels is not None:
+        kept = (place >= 0)[:, None]
+        z_y = tl.load(p_snapshot + place[:, None], mask=used & kept, other=0.0).to(ACC)
+        z_y = tl.where(used & (kept == 0), z_rest, z_y)
         if CE:
             ce_loss = LN2 * (log2(hard_sum) - scaled(s_y, hard_top, LOG2E))
     finish(
@@ -450,8 +547,8 @@ def sparse_rows_kernel(
         means,
         moved,
         z_y,
-        None,
-        None,
+        label_sum,
+        log_p,
         ce_loss,
         w,
         used,
@@ -474,7 +571,7 @@ def sparse_rows_kernel(
         key_row_stride,
         M,
         labels is not None,
-        False,
+        SOFT,
         LOGIT,
         BY_KL,
         SUM,
@@ -490,9 +587,12 @@ SCHEMA = (
 )
 
 
-def by_rule(classes: int, kept: int, itemsize: int) -> launch.Launch:
-    """How the student's rows are cut: as the dense op's of one snapshot, for as many numbers are kept of a column."""
-    cut = launch.by_rule_of_tiles(classes, 1, itemsize)
+def by_rule(classes: int, kept: int, itemsize: int, soft: bool = False) -> launch.Launch:
+    """How the student's rows are cut: as the dense op's of one snapshot, for as many numbers are kept of a column.
+
+    Soft labels are one number more.
+    """
+    cut = launch.by_rule_of_tiles(classes, 2 if soft else 1, itemsize)
     if cut.on_chip:
         return cut._replace(rows=min(cut.rows, max(1, 512 // cut.block)), block=max(cut.block, 32))
     return cut._replace(maxnreg=FOR_THREE if kept <= 64 and itemsize == 2 else cut.maxnreg)
@@ -525,8 +625,14 @@ def plan(
     stacked = snapshots[0].dim() == 3
     m = snapshots[0].shape[0] if stacked else len(snapshots)
     size, wide = student.element_size(), loss.dtype == torch.float64
+    soft = labels is not None and labels.is_floating_point()
+    lines = (student, labels) if soft else (student,)
     vector, shifted = alignment(
-        classes, size, [student.data_ptr() // size], [student.stride(0)] if rows > 1 else [classes], []
+        classes,
+        min(x.element_size() for x in lines),
+        [x.data_ptr() // x.element_size() for x in lines],
+        [x.stride(0) for x in lines] if rows > 1 else [classes],
+        [],
     )
     strides = [z.stride(-2) for z in snapshots] if rows > 1 else [kept]
     if stacked and m > 1:
@@ -534,7 +640,7 @@ def plan(
     size_kept = snapshots[0].element_size()
     pointers = [z.data_ptr() // size_kept for z in snapshots]
     kvector = alignment(kept, size_kept, pointers, [], strides).vector
-    cut = cut or by_rule(classes + (vector - 1 if shifted else 0), kept, 8 if wide else size)
+    cut = cut or by_rule(classes + (vector - 1 if shifted else 0), kept, 8 if wide else size, soft)
     threads, whole, padded = 32 * cut.num_warps, next_power_of_2(kept), next_power_of_2(m)
 
     def at_most(numbers):
@@ -563,6 +669,8 @@ def plan(
         tail_stride=tail.stride(0),
         tail_row_stride=tail.stride(1),
         indices_stride=indices.stride(0),
+        label_stride=labels.stride(0) if soft else 0,
+        SOFT=soft,
         VECTOR=vector,
         SHIFTED=shifted,
         KVECTOR=kvector,

@@ -103,14 +103,15 @@ def tensors(
     x = {"student_logits": normal(rows, classes, scale=2), "snapshot_logits": normal(snapshots, rows, classes, scale=3)}
     if labels:
         x["labels"] = torch.randint(classes, (rows,), generator=generator).to(device)
-    if soft:
-        x["labels"] = softened(x["labels"], classes).to(dtype)
     if attention == "scores":
         x["scores"] = normal(rows, snapshots)
     elif attention == "query":
         x["query"] = normal(rows, width)
         x["keys"] = normal(snapshots, rows, width)
-    return sparse(x, k, temperature=temperature)
+    x = sparse(x, k, temperature=temperature)
+    if soft:
+        x["labels"] = softened(x["labels"], classes).to(dtype)
+    return x
 
 
 def softened(labels: Tensor, classes: int) -> Tensor:
@@ -124,13 +125,13 @@ def softened(labels: Tensor, classes: int) -> Tensor:
 def sparse(x: dict[str, Tensor], k: int | None = None, *, temperature: float = 5.0, seed: int = 0) -> dict[str, Tensor]:
     """The arguments of sparse_ensemble_kd that keep k classes of each row of x, the labels of even rows among them.
 
-    Without k, x as it is.
+    Soft labels are of any class. Without k, x as it is.
     """
     if k is None:
         return x
     z = x["snapshot_logits"]
     order = torch.rand(z.shape[1:], generator=torch.Generator().manual_seed(seed))
-    if "labels" in x:
+    if "labels" in x and x["labels"].dim() == 1:
         rows = torch.arange(len(order))
         order[rows, x["labels"].cpu().clamp(min=0)] = 2.0 - 3 * (rows % 2)
     indices = order.argsort(1, descending=True)[:, :k].to(z.device)

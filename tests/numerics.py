@@ -68,6 +68,9 @@ def check(x: dict, **options) -> dict[str, Tensor]:
     counted = max(1, len(student) if every else int((labels != options.get("ignore_index", -100)).sum()))
     rows = counted if reduction == "mean" else 1
     logits = max([z.nan_to_num(0, 0, 0).abs().max().item() for z in x["snapshot_logits"] if z.numel()], default=0)
+    mass = 1.0  # of soft labels
+    if every and labels is not None:
+        mass = max([1.0, *labels.double().nan_to_num(0).abs().sum(1).tolist()])
     for name, value in got.items():
         assert value.shape == truth[name].shape and value.dtype == torchs[name].dtype, name
         attention = name in ("d_scores", "d_query", "d_keys")
@@ -75,13 +78,14 @@ def check(x: dict, **options) -> dict[str, Tensor]:
         logarithm = max(1, log(student.shape[1])) if name == "loss" else 1
         terms = max(0.01, through_target * squared * logarithm, attention * logits / 100, attention / rows)
         if name == "attention_loss":
-            terms = 1
+            terms = mass
         if name == "d_student_logits":
             terms = max(terms, temperature * probability / rows)
         if name in ("loss", "attention_loss") and reduction == "sum":
             terms *= counted
         upstream = 1.0
         if attention and every and labels is not None:  # a sum over all classes, whose rounding the upstream multiplies
+            terms *= mass
             upstream = max(1.0, *(float(torch.as_tensor(g).abs().max()) for g in options.get("upstream", (1.0,))))
         floor = terms * upstream * ATOL[got["loss"].dtype]
         assert_close(name, value.double(), torchs[name].double(), truth[name].double(), ATOL[value.dtype], floor)

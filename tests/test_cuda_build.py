@@ -26,7 +26,7 @@ SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 ON_CHIP, STREAMED = ("0_1", "2_1", "0_2", "2_2"), ("0_0", "1_0", "2_0")
 ELEMENTS = ("float", "__half", "__nv_bfloat16")
 FEW, FUSIONS = (1, 2, 3, 4, 5, 8), ("probability", "logit")
-# Of soft labels, which keep all lines or none.
+# Of soft labels, of which dense rows keep all lines or none.
 SOFT = {
     "rows_kernel d Any 0_0 soft": (128, 256),
     "rows_kernel f Any 0_0 soft": (128, 64),
@@ -35,6 +35,8 @@ SOFT = {
         for elements in ELEMENTS
         for variant in ("0_1", "2_1", *STREAMED)
     },
+    "sparse_rows_kernel d Any 0 soft": (128, 128),
+    **{f"sparse_rows_kernel f {elements} {keeps} soft": (128, 0) for elements in ELEMENTS for keeps in (0, 1)},
 }
 LIMITS = {
     "rows_kernel d Any 0_0": (128, 64),
@@ -63,12 +65,12 @@ def kernel(symbol: str) -> str:
     if few:
         return f"few_rows_kernel {'float' if few[1] else few[2]} {few[3]} {FUSIONS[int(few[4])]}"
     elements = r"I([df])(?:NS_3(Any)E|(f)|\d+(__\w+?))L"
-    row = re.search(rf"(sparse_)?rows_kernel{elements}(?:NS\w*?OrderE(\d)ELNS\w*?KeepE(\d)ELb(\d)E|b(\d)E)", symbol)
+    row = re.search(rf"(sparse_)?rows_kernel{elements}(?:NS\w*?OrderE(\d)ELNS\w*?KeepE(\d)EL|b(\d)EL)b(\d)E", symbol)
     if row:
-        sparse, numbers, *elements, order, keep, soft, keeps = row.groups()
+        sparse, numbers, *elements, order, keep, keeps, soft = row.groups()
         elements = "float" if elements[1] else elements[0] or elements[2]
-        variant = f"{order}_{keep}" + " soft" * (soft == "1")
-        return f"{sparse or ''}rows_kernel {numbers} {elements} {keeps or variant}"
+        name = f"{sparse or ''}rows_kernel {numbers} {elements} {keeps or f'{order}_{keep}'}"
+        return name + " soft" * (soft == "1")
     other = re.search(r"(sum_kernel|count_kernel|scale_kernel)(?:I([df])E)?", symbol)
     return " ".join(part for part in other.groups() if part)
 

@@ -238,6 +238,15 @@ def test_soft_labels_compile(tmp_path, classes, snapshots, fusion):
     assert stack <= SPILLED and kernel.metadata.shared <= SHARED_LIMIT[90] * 1024
 
 
+@pytest.mark.parametrize("snapshots, classes, kept", [(5, 1001, 64), (5, 32000, 64), (2, 2500, 15)])
+@pytest.mark.parametrize("fusion", ["probability", "logit"])
+def test_sparse_soft_labels_compile(tmp_path, snapshots, classes, kept, fusion):
+    launched = arguments(snapshots, classes, torch.bfloat16, fusion, "label", kept=kept, soft=True)
+    kernel = compiled(90, launched)
+    stack, _ = facts(kernel, tmp_path)
+    assert stack <= SPILLED and kernel.metadata.shared <= SHARED_LIMIT[90] * 1024
+
+
 @pytest.mark.parametrize("capability", list(SHARED_LIMIT))
 def test_the_backward_compiles_well(tmp_path, capability):
     def empty(*size, dtype=torch.float32):

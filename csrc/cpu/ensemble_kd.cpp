@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "../eekd.h"
@@ -33,7 +34,8 @@ struct Stats {
   SoftmaxSum<T> target[kMaxSnapshots];  // probability: one per used snapshot; logit: [0] is the mixture's
   T mean[kMaxSnapshots];                // logit: Σ_c 2^(k (mixture - its max)) z_m
   SoftmaxSum<T> soft, hard;             // the student at τ and at 1
-  T label_sum;                          // Σ_c y of soft labels
+  T label_sum;                          // of soft labels Σ_c y
+  T label_logits[kMaxSnapshots];        // of several tiles, logit: Σ_c y z_m
 };
 
 template <class T>
@@ -42,7 +44,8 @@ struct Sums {
   T moved[kMaxSnapshots];  // probability: Σ_c p_m r;  logit: Σ_c p r z_m
   // Of soft labels: Σ_c y log2 of the student at 1 and of p, less the logarithms of their sums (p: of a mixture's).
   T log_q, log_p;
-  T by_labels[kMaxSnapshots];  // what they move the attention by: Σ_c y w_m (1 - p_m / p);  logit: Σ_c y (E z_m - z_m)
+  // What they move the attention by: Σ_c y w_m (1 - p_m / p);  logit, of one tile: Σ_c (Σ y p - y) z_m
+  T by_labels[kMaxSnapshots];
 };
 
 // What turns a tile's lines into probabilities and gradients, known once the row's statistics are.
@@ -52,19 +55,6 @@ struct Scales {
   T soft, hard;             // 1 / Σ exp;  the CE's coefficient / Σ exp
   T log_ratio;              // log2 of the student's sum, less log2 of the mixture's (logit)
 };
-
-// The sum of f(i, left) over the vectors that begin at i, with as many elements left, in four parts: one would wait
-// for itself at every addition.
-template <class T, class F>
-[[gnu::always_inline]] inline T total(int n, F f) {
-  constexpr int w = Simd<T>::width;
-  Vec<T> part[4] = {};
-  int i = 0;
-  for (; i + 4 * w <= n; i += 4 * w)
-    for (int u = 0; u < 4; ++u) part[u] += f(i + u * w, w);
-  for (; i < n; i += w) part[0] += f(i, n - i);
-  return sum<T>((part[0] + part[1]) + (part[2] + part[3]));
-}
 
 // to = x^power of a line, power from 1 to 8; returns its sum.
 template <int power, class T>
@@ -90,6 +80,12 @@ T to_the(int power, const T* x, T* to, int n) {
     case 7: return to_the<7>(x, to, n);
     default: return to_the<8>(x, to, n);
   }
+}
+
+// f(std::true_type()) or f(std::false_type())
+template <class F>
+void choose(bool x, F f) {
+  x ? f(std::true_type()) : f(std::false_type());
 }
 
 // The work on one row at a time. A line is kTile numbers, of which each function uses those of the tile.
@@ -184,7 +180,7 @@ class Kernel {
         mix(b, tile, w);
         stats.target[0].max = k * largest<T>(load(mixture));
         exponentiate(mixture, target + kTile, n, k, Find::both, stats.target[0]);
-        if (by_label || by_kl) weigh_logits(b, tile, w, stats.mean);
+        if (by_kl || (by_label && !(soft_labels && a.classes <= kTile))) weigh_logits(b, tile, w, stats);
       } else {
         exponentiate(mixture, target + kTile, n, k, find, stats.target[0]);
       }
@@ -213,6 +209,7 @@ class Kernel {
     std::fill_n(stats.mean, snapshots, T(0));
     stats.soft = stats.hard = SoftmaxSum<T>::none();
     stats.label_sum = 0;
+    std::fill_n(stats.label_logits, snapshots, T(0));
   }
   void add(Stats<T>& row, const Stats<T>& tile, const Weights<T>& w) const {
     if (a.fusion == Fusion::probability) {
@@ -227,7 +224,9 @@ class Kernel {
     }
     merge(row.soft, tile.soft, T(1));
     if (has_ce) merge(row.hard, tile.hard, T(1));
-    if (soft_labels) row.label_sum += tile.label_sum;
+    if (!soft_labels) return;
+    row.label_sum += tile.label_sum;
+    for (int j = 0; by_label && j < w.used; ++j) row.label_logits[j] += tile.label_logits[j];
   }
 
   Scales<T> scales(const Weights<T>& w, const Stats<T>& stats) const {
@@ -251,14 +250,13 @@ class Kernel {
     const int64_t first = tile * kTile;
     const bool direct = a.d_student && a.student.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32);
     T* d = direct ? static_cast<T*>(a.d_student) + b * a.classes + first : hard;
-    const T* mixture = mixed + first;
-    if (a.fusion == Fusion::probability)
-      out.kl = has_ce ? combine<Fusion::probability, true>(n, whole, w.used, stats, s, mixture, d)
-                      : combine<Fusion::probability, false>(n, whole, w.used, stats, s, mixture, d);
-    else
-      out.kl = has_ce ? combine<Fusion::logit, true>(n, whole, w.used, stats, s, mixture, d)
-                      : combine<Fusion::logit, false>(n, whole, w.used, stats, s, mixture, d);
-    if (soft_labels) follow_labels(b, tile, whole, w, stats, s, d, out);
+    if (soft_labels && a.classes > kTile) read_labels(b, tile);  // else fill() has
+    choose(a.fusion == Fusion::probability, [&](auto probability) {
+      choose(has_ce, [&](auto ce) {
+        choose(soft_labels,
+               [&](auto follows) { combine<probability, ce, follows>(b, tile, whole, w, stats, s, d, out); });
+      });
+    });
     if (a.d_student) {
       if (direct) std::memcpy(d + whole, hard + whole, (n - whole) * sizeof(T));
       if (has_ce && a.labels && a.labels[b] >= first && a.labels[b] < first + n)
@@ -320,8 +318,11 @@ class Kernel {
       attention_loss = T(-kLn2) * log_p;
       const bool possible = log_p != -std::numeric_limits<T>::infinity();  // else weights get no gradient
       for (int j = 0; by_label && j < w.used; ++j) {
-        g[j] = possible ? sums.by_labels[j] / tau : T(0);
-        de[j] = possible ? row_scale * sums.by_labels[j] : T(0);
+        T moved = sums.by_labels[j];
+        if (!probability && a.classes > kTile)
+          moved = label_sum * (stats.mean[j] / stats.target[0].sum) - stats.label_logits[j];
+        de[j] = possible ? row_scale * moved : T(0);
+        g[j] = possible ? moved / tau : T(0);
       }
       if (by_label && !probability) softmax_grad(w.w, g, row_scale, de, w.used);
     }
@@ -384,73 +385,24 @@ class Kernel {
     for (int i = n; i % Simd<T>::width; ++i) labels[i] = 0;
   }
 
-  // A tile's share of what soft labels y add up, and of d_student, where combine() has left the rest. Not inline, for
-  // the code of hard labels is to stay as it was.
-  [[gnu::noinline]] void follow_labels(int64_t b, int64_t tile, int whole, const Weights<T>& w, const Stats<T>& stats,
-                                       const Scales<T>& s, T* d, Sums<T>& out) {
-    const int n = size(tile);
-    if (a.classes > kTile) read_labels(b, tile);  // else fill() has
-    const T ce = row_scale * static_cast<T>(a.alpha);
-    out.log_q = !has_ce ? T(0) : total<T>(n, [&](int i, int) {
-      const Vec<T> y = load(labels + i), product = y * scaled(load(student + i), T(kLog2e), stats.hard.max);
-      if (i < whole)
-        store_to(d + i, load_from<T>(d + i) - y * ce);
-      else
-        store(hard + i, load(hard + i) - y * ce);
-      return y != 0 ? product : Vec<T>{};
-    });
-    if (a.fusion == Fusion::probability)
-      follow_probabilities(b, tile, w, stats, s, out);
-    else
-      follow_logits(b, tile, w, stats, out);
-  }
-  // The line of the student becomes y / p.
-  void follow_probabilities(int64_t b, int64_t tile, const Weights<T>& w, const Stats<T>& stats, const Scales<T>& s,
-                            Sums<T>& out) {
-    constexpr int v = Simd<T>::width;
-    constexpr T least = std::numeric_limits<T>::min();
-    const int n = size(tile);
-    T rare_log_p = 0, rare[kMaxSnapshots] = {};  // of columns whose p is too small for a number
-    out.log_p = total<T>(n, [&](int i, int) {
-      Vec<T> y = load(labels + i), p = {};
-      for (int j = 0; j < w.used; ++j) p += load(target + j * kTile + i) * s.target[j];
-      const auto tiny = (y != 0) & (p < least);
-      if (__builtin_expect(any(tiny), false)) {
-        for (int u = 0; u < v; ++u)
-          if (tiny[u]) rare_log_p += follow_tiny(b, tile * kTile + i + u, labels[i + u], w, stats, rare);
-        y = tiny ? Vec<T>{} : y;
-        store(labels + i, y);
-      }
-      store(student + i, y != 0 ? y / p : Vec<T>{});
-      return y != 0 ? y * (log2(p) + (p - p)) : Vec<T>{};  // NaN stays NaN
-    });
-    out.log_p += rare_log_p;
-    for (int j = 0; by_label && j < w.used; ++j)
-      out.by_labels[j] = rare[j] + total<T>(n, [&](int i, int) {
-        return load(labels + i) * w.w[j] - load(student + i) * (load(target + j * kTile + i) * s.target[j]);
-      });
+  // Of the columns of a tile whose p is too small for a number: Σ y log2 p, and what they move the attention by.
+  [[gnu::noinline]] T follow_all_tiny(int64_t b, int64_t tile, const Weights<T>& w, const Stats<T>& stats,
+                                      const Scales<T>& s, T* moves) {
+    T log_p = 0;
+    for (int i = 0; i < size(tile); ++i) {
+      T p = 0;
+      for (int j = 0; j < w.used; ++j) p += target[j * kTile + i] * s.target[j];
+      if (labels[i] != 0 && p < kLeast) log_p += follow_tiny(b, tile * kTile + i, labels[i], w, stats, moves);
+    }
+    return log_p;
   }
   // y log2 p of a column, which moves the attention by what it adds.
-  [[gnu::noinline]] T follow_tiny(int64_t b, int64_t c, T y, const Weights<T>& w, const Stats<T>& stats, T* moves) {
+  T follow_tiny(int64_t b, int64_t c, T y, const Weights<T>& w, const Stats<T>& stats, T* moves) {
     T l[kMaxSnapshots];
     for (int j = 0; j < w.used; ++j) l[j] = std::fma(read<T>(a.snapshot[w.id[j]], b, c), k, -stats.target[j].max);
     const T nll = mixture_nll(w.w, stats.target, l, w.used);
     for (int j = 0; j < w.used; ++j) moves[j] += y * (w.w[j] - l[j]);
     return -y * T(kLog2e) * nll;
-  }
-  void follow_logits(int64_t b, int64_t tile, const Weights<T>& w, const Stats<T>& stats, Sums<T>& out) {
-    const int n = size(tile);
-    const auto weighted = [&](int i, Vec<T> x) {
-      const Vec<T> y = load(labels + i), product = y * x;
-      return y != 0 ? product : Vec<T>{};
-    };
-    const T* mixture = mixed + tile * kTile;
-    out.log_p = total<T>(n, [&](int i, int) { return weighted(i, scaled(load(mixture + i), k, stats.target[0].max)); });
-    for (int j = 0; by_label && j < w.used; ++j)
-      with_elements_of(a.snapshot[w.id[j]], b, tile, [&](auto z) {
-        const T mean = stats.mean[j] / stats.target[0].sum;
-        out.by_labels[j] = total<T>(n, [&](int i, int left) { return weighted(i, mean - load_from<T>(z + i, left)); });
-      });
   }
 
   // The mixture Σ_m w_m z_m of a tile.
@@ -479,30 +431,55 @@ class Kernel {
     });
   }
 
-  // d = d_student, but what is beyond `whole` in `hard`. For the attention by KL, soft is r (probability) or p r
-  // (logit).
-  template <Fusion fusion, bool ce>
-  T combine(int n, int whole, int used, const Stats<T>& stats, const Scales<T>& s, const T* mixture, T* d) {
+  // The sums of a tile, but `moved`, and d = d_student, but what is beyond `whole` in `hard`. For the attention by KL,
+  // soft is r (probability) or p r (logit). Soft labels leave y / p, or Σ y p - y, in the line of the student.
+  template <bool probability, bool ce, bool follows>
+  void combine(int64_t b, int64_t tile, int whole, const Weights<T>& w, const Stats<T>& stats, const Scales<T>& s, T* d,
+               Sums<T>& out) {
+    const int n = size(tile), used = w.used;
     const T kd = row_scale * beta * tau, student_max = stats.soft.max, soft_scale = kd * s.soft;
     const T log_sum = s.log_ratio, mixture_max = stats.target[0].max, k = this->k;
-    Vec<T> kl = {};
+    const T hard_max = stats.hard.max, label_scale = row_scale * static_cast<T>(a.alpha);
+    const T* mixture = mixed + tile * kTile;
+    Vec<T> kl = {}, label_log_q = {}, label_log_p = {};
+    typename Simd<T>::IntVec tiny = {};
     const auto column = [&](int i, Vec<T> p) __attribute__((always_inline)) {
-      Vec<T> r;
-      if constexpr (fusion == Fusion::probability)
-        r = log2(max(p, splat(std::numeric_limits<T>::min()))) - scaled(load(student + i), k, student_max) + log_sum;
+      const Vec<T> student_logits = load(student + i);
+      Vec<T> log_p;
+      if constexpr (probability)
+        log_p = log2(max(p, splat(kLeast)));
       else
-        r = scaled(load(mixture + i), k, mixture_max) - scaled(load(student + i), k, student_max) + log_sum;
+        log_p = scaled(load(mixture + i), k, mixture_max);
+      Vec<T> r = log_p - scaled(student_logits, k, student_max) + log_sum;
       r = p > 0 ? r : Vec<T>{};
       const Vec<T> pr = p * r;
       kl += pr;
       Vec<T> x = load(soft + i) * soft_scale - p * kd;
       if constexpr (ce) x += load(hard + i) * s.hard;
+      if constexpr (follows) {
+        const Vec<T> y = load(labels + i);
+        auto given = y != 0;
+        if constexpr (ce) {
+          const Vec<T> log_q = y * scaled(student_logits, T(kLog2e), hard_max);
+          label_log_q += given ? log_q : Vec<T>{};
+          x -= y * label_scale;
+        }
+        if constexpr (probability) {
+          tiny |= given & (p < kLeast);
+          given &= ~(p < kLeast);  // NaN is given
+          log_p += p - p;          // and stays NaN
+          if (by_label) store(student + i, given ? y / p : Vec<T>{});
+        }
+        if (!probability && by_label) store(student + i, stats.label_sum * p - y);
+        const Vec<T> weighted = y * log_p;
+        label_log_p += given ? weighted : Vec<T>{};
+      }
       i < whole ? store_to(d + i, x) : store(hard + i, x);
-      if (by_kl) store(soft + i, fusion == Fusion::probability ? r : pr);
+      if (by_kl) store(soft + i, probability ? r : pr);
     };
     constexpr int v = Simd<T>::width;
     int i = 0;
-    if constexpr (fusion == Fusion::probability) {
+    if constexpr (probability) {
       for (; i + 4 * v <= n; i += 4 * v) {
         Vec<T> p[4] = {};
         for (int j = 0; j < used; ++j)
@@ -517,7 +494,30 @@ class Kernel {
     } else {
       for (; i < n; i += v) column(i, load(target + kTile + i) * s.target[0]);
     }
-    return sum<T>(kl);
+    out.kl = sum<T>(kl);
+    if constexpr (!follows) return;
+    out.log_q = sum<T>(label_log_q);
+    out.log_p = sum<T>(label_log_p);
+    if constexpr (!probability) {
+      for (int j = 0; by_label && a.classes <= kTile && j < used; ++j)
+        with_elements_of(a.snapshot[w.id[j]], b, tile, [&](auto z) {
+          out.by_labels[j] = total<T>(n, [&](int i, int left) {
+            const Vec<T> excess = load(student + i), product = excess * load_from<T>(z + i, left);
+            return excess != 0 ? product : Vec<T>{};
+          });
+        });
+      return;
+    }
+    for (int j = 0; by_label && j < used; ++j)
+      out.by_labels[j] = total<T>(n, [&](int i, int) {
+        const Vec<T> ratio = load(student + i);
+        const Vec<T> moves = load(labels + i) * w.w[j] - ratio * (load(target + j * kTile + i) * s.target[j]);
+        return ratio != 0 ? moves : Vec<T>{};
+      });
+    if (any(tiny)) {
+      if (!by_label) std::fill_n(out.by_labels, used, T(0));
+      out.log_p += follow_all_tiny(b, tile, w, stats, s, out.by_labels);
+    }
   }
 
   // Σ_c f z, of a line f and logits z. A masked z meets f = 0.
@@ -527,10 +527,17 @@ class Kernel {
       return load(line + i) * max(load_from<T>(z + i, left), splat(std::numeric_limits<T>::lowest()));
     });
   }
-  void weigh_logits(int64_t b, int64_t tile, const Weights<T>& w, T* mean) const {
+  void weigh_logits(int64_t b, int64_t tile, const Weights<T>& w, Stats<T>& stats) const {
     const int n = size(tile);
     for (int j = 0; j < w.used; ++j)
-      with_elements_of(a.snapshot[w.id[j]], b, tile, [&](auto z) { mean[j] = weighted(z, n, target + kTile); });
+      with_elements_of(a.snapshot[w.id[j]], b, tile, [&](auto z) {
+        stats.mean[j] = weighted(z, n, target + kTile);
+        if (soft_labels && by_label)
+          stats.label_logits[j] = total<T>(n, [&](int i, int left) {
+            const Vec<T> y = load(labels + i), product = y * load_from<T>(z + i, left);
+            return y != 0 ? product : Vec<T>{};
+          });
+      });
   }
 
   // d_query = Σ_m de_m key_m,  d_key_m = de_m query.
@@ -550,6 +557,7 @@ class Kernel {
   }
 
  protected:
+  static constexpr T kLeast = std::numeric_limits<T>::min();
   const EnsembleKD& a;
   const int snapshots;
   const bool soft_labels, has_ce;
@@ -575,7 +583,10 @@ template <class T>
 void narrow_rows(const EnsembleKD& a, int64_t begin, int64_t end, bool ce) {
   constexpr int64_t lanes = NarrowKernel<T>::lanes;
   NarrowKernel<T> kernel(a, ce);
-  for (int64_t b = begin; b < end; b += lanes) kernel.run(b, static_cast<int>(std::min(lanes, end - b)));
+  choose(a.label_weights.data, [&](auto soft) {
+    for (int64_t b = begin; b < end; b += lanes)
+      kernel.template run<soft>(b, static_cast<int>(std::min(lanes, end - b)));
+  });
 }
 
 template <class T>

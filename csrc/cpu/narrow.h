@@ -82,7 +82,9 @@ class NarrowKernel : Kernel<T> {
     labels = mixed_exp + length;
   }
 
-  // Rows [b, b + count), at most one per lane. A line holds C vectors; lanes without a row hold zeros.
+  // Rows [b, b + count), at most one per lane, with soft labels or not. A line holds C vectors; lanes without a row
+  // hold zeros.
+  template <bool follows>
   void run(int64_t b, int count) {
     rows = count;
     const bool probability = a.fusion == Fusion::probability;
@@ -124,13 +126,17 @@ class NarrowKernel : Kernel<T> {
     // The columns: KL, what moves the attention, and d_student in the line `hard`. Logarithms to base 2.
     const V kd = splat(row_scale * beta * tau), soft_scale = kd / soft_sum;
     V hard_scale = splat(row_scale * T(a.alpha)) / hard_sum;
-    if (soft_labels) {
+    if constexpr (follows) {
       read(a.label_weights, b, classes, alive, labels);
       V sum[4] = {};  // each of few numbers, for exactness
       for (int c = 0; c < classes; ++c) sum[c % 4] += load(labels + c * lanes);
       label_sum = (sum[0] + sum[1]) + (sum[2] + sum[3]);
       hard_scale *= label_sum;
+      label_log_q = label_log_p = V{};
+      std::fill_n(by_labels, used, V{});
     }
+    const V label_scale = splat(row_scale * T(a.alpha));
+    Mask tiny = {};
     V kl = {}, mean[kMaxSnapshots], moved[kMaxSnapshots];
     for (int j = 0; j < used; ++j) mean[j] = moved[j] = V{};
     const auto column = [&](int i, V p) __attribute__((always_inline)) {
@@ -141,8 +147,32 @@ class NarrowKernel : Kernel<T> {
       kl += p * r;
       V d = load(soft + i) * soft_scale - p * kd;
       if (has_ce) d += load(hard + i) * hard_scale;
+      if constexpr (follows) {
+        const V y = load(labels + i);
+        Mask given = y != 0;
+        if (has_ce) {
+          const V weighted = y * scaled_by<T>(load(student + i), T(kLog2e), hard_top);
+          label_log_q += given ? weighted : V{};
+          d -= y * label_scale;
+        }
+        if (probability) {
+          tiny |= given & (p < std::numeric_limits<T>::min());
+          given &= ~(p < std::numeric_limits<T>::min());  // NaN is given
+        }
+        const V weighted = y * (probability ? log_p + (p - p) : log_p);  // NaN stays NaN
+        label_log_p += given ? weighted : V{};
+        if (by_label && probability) {
+          const V ratio = given ? y / p : V{}, counted = given ? y : V{};
+          for (int j = 0; j < used; ++j)
+            by_labels[j] += counted * w[id[j]] - ratio * (load(target + j * length + i) * scale[j]);
+        }
+        for (int j = 0; by_label && !probability && j < used; ++j) {
+          const V excess = label_sum * p - y, weighted = excess * load(target + j * length + i);
+          by_labels[j] += excess != 0 ? weighted : V{};
+        }
+      }
       store(hard + i, d);
-      if (!by_kl && (probability || !by_label)) return;
+      if (!by_kl && (follows || probability || !by_label)) return;
       for (int j = 0; j < used; ++j) {
         const V z = load(target + j * length + i);
         if (probability) {
@@ -170,7 +200,7 @@ class NarrowKernel : Kernel<T> {
     } else {
       for (; i < size(); i += lanes) column(i, load(mixed_exp + i) * scale[0]);
     }
-    if (soft_labels) follow_labels(b, hard_top, scale, top, total, mean);
+    if (follows && any(tiny)) follow_all_tiny(b, scale, top, total);
     finish(b, kl * T(kLn2), hard_top, hard_sum, top, total, mean, moved);
   }
 
@@ -251,42 +281,14 @@ class NarrowKernel : Kernel<T> {
       if (!alive[r]) Base::write_zeros(b + r);
   }
 
-  // What soft labels y add up: label_log_q and label_log_p, Σ_c y log2 of the student at 1 and of p, less the
-  // logarithms of their sums (p: of a mixture's), and what they move the attention by. `hard` gets their part of
-  // d_student.
-  [[gnu::noinline]] void follow_labels(int64_t b, V hard_top, const V* scale, const V* top, const V* total,
-                                       const V* mean) {
-    const bool probability = a.fusion == Fusion::probability;
-    const V ce = splat(row_scale * T(a.alpha));
-    label_log_q = label_log_p = V{};
-    std::fill_n(by_labels, used, V{});
+  // Of the columns where p is too small for a number: what their soft labels add to label_log_p and by_labels.
+  [[gnu::noinline]] void follow_all_tiny(int64_t b, const V* scale, const V* top, const V* total) {
     for (int i = 0; i < size(); i += lanes) {
-      V y = load(labels + i);
-      if (has_ce) {
-        const V product = y * scaled_by<T>(load(student + i), T(kLog2e), hard_top);
-        label_log_q += y != 0 ? product : V{};
-        store(hard + i, load(hard + i) - y * ce);
-      }
-      if (probability) {
-        V p = {};
-        for (int j = 0; j < used; ++j) p += load(target + j * length + i) * scale[j];
-        const Mask tiny = (y != 0) & (p < std::numeric_limits<T>::min());
-        if (any(tiny)) {
-          follow_tiny(b, i / lanes, tiny, y, top, total);
-          y = tiny ? V{} : y;
-        }
-        label_log_p += y != 0 ? y * log2_of(p) : V{};
-        const V ratio = y != 0 ? y / p : V{};
-        for (int j = 0; by_label && j < used; ++j)
-          by_labels[j] += y * w[id[j]] - ratio * (load(target + j * length + i) * scale[j]);
-      } else {
-        const V product = y * scaled_by<T>(load(mixed + i), k, top[0]);
-        label_log_p += y != 0 ? product : V{};
-        for (int j = 0; by_label && j < used; ++j) {
-          const V weighted = y * (mean[j] - load(target + j * length + i));
-          by_labels[j] += y != 0 ? weighted : V{};
-        }
-      }
+      const V y = load(labels + i);
+      V p = {};
+      for (int j = 0; j < used; ++j) p += load(target + j * length + i) * scale[j];
+      const Mask tiny = (y != 0) & (p < std::numeric_limits<T>::min());
+      if (any(tiny)) follow_tiny(b, i / lanes, tiny, y, top, total);
     }
   }
   // Of the column c in the lanes where p is too small for a number.
@@ -462,7 +464,9 @@ class NarrowKernel : Kernel<T> {
   Mask alive;                   // the lanes with a row that is not ignored
   Mask weighed[kMaxSnapshots];  // of id[0, used): those in which it has weight
   V w[kMaxSnapshots], log2_w[kMaxSnapshots];
-  V label_sum, label_log_q, label_log_p, by_labels[kMaxSnapshots];  // of soft labels
+  // Of soft labels y: their sum, Σ_c y log2 of the student at 1 and of p, less the logarithms of their sums (p: of a
+  // mixture's), and what they move the attention by, Σ_c y w_m (1 - p_m / p), or for logit fusion Σ_c (Σ y p - y) z_m.
+  V label_sum, label_log_q, label_log_p, by_labels[kMaxSnapshots];
 };
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "../eekd.h"
@@ -28,13 +29,12 @@ class SparseKernel {
         at_once(k < kNarrow && a.classes * Simd<T>::width <= kInCache ? Simd<T>::width : 1),
         tiles(static_cast<int>((a.classes + kTile - 1) / kTile)),
         stride((k + 1 + Simd<T>::width - 1) / Simd<T>::width * Simd<T>::width),
-        has_ce(a.labels && a.alpha > 0),
+        soft_labels(a.label_weights.data),
+        has_ce(has_labels(a) && a.alpha > 0),
         tau(static_cast<T>(a.temperature)),
         soft_scale(static_cast<T>(kLog2e / a.temperature)),
         ce(has_ce ? static_cast<T>(a.row_scale) * static_cast<T>(a.alpha) : T(0)),
-        ahead(a.rows * a.classes < kInCache ? 0
-              : tiles == 1                  ? a.student.stride
-                                            : kTile),
+        ahead(ahead_of(a.student)),
         dense(a) {
     struct alignas(64) Block {
       T x[64 / sizeof(T)];
@@ -42,15 +42,17 @@ class SparseKernel {
     static thread_local std::vector<Block> scratch;  // of a few rows per thread, kept between calls
     static thread_local std::vector<int64_t> whole;
     const int64_t lines = tiles == 1 ? at_once : 1, block = at_once * stride;
-    const int64_t size = (1 + 2 * lines) * kTile + (a.snapshots + 2) * block;
+    const int64_t size = (2 + 2 * lines) * kTile + (a.snapshots + 3) * block;
     scratch.resize(std::max<size_t>(scratch.size(), (size * sizeof(T) + 63) / 64));
     whole.resize(std::max<size_t>(whole.size(), at_once * (2 + k + tiles)));
     line = scratch.data()->x;
-    soft = line + kTile;
+    labels = line + kTile;
+    soft = labels + kTile;
     hard = soft + lines * kTile;
     student = hard + lines * kTile;
     d_student = student + block;
-    target = d_student + block;
+    weight = d_student + block;
+    target = weight + block;
     column = whole.data();
     order = column + at_once;
     end = order + at_once * k;
@@ -59,6 +61,7 @@ class SparseKernel {
     dense.ignore_index = -1;  // for a column may have the number that is ignored
     dense.student = {nullptr, stride, sizeof(T) == 8 ? DType::f64 : DType::f32};
     for (int m = 0; m < a.snapshots; ++m) dense.snapshot[m] = dense.student;
+    if (soft_labels) dense.label_weights = dense.student;
   }
 
   // Rows [begin, stop); returns the place of an index that is not a class, or -1.
@@ -75,6 +78,7 @@ class SparseKernel {
       dense.student.data = from(student, b, stride);
       for (int m = 0; m < a.snapshots; ++m) dense.snapshot[m].data = from(target + m * at_once * stride, b, stride);
       if (a.labels) dense.labels = from(column, b, 1);
+      if (soft_labels) dense.label_weights.data = from(weight, b, stride);
       if (a.d_student) dense.d_student = from(d_student, b, k + 1);
       ensemble_kd_rows<T>(dense, b, b + rows, false);
       for (int r = 0; r < rows; ++r) spread(b + r, r);
@@ -87,6 +91,11 @@ class SparseKernel {
   template <class E>
   static E* from(E* p, int64_t b, int64_t stride) {
     return reinterpret_cast<E*>(reinterpret_cast<uintptr_t>(p) - b * stride * sizeof(E));
+  }
+
+  // From an element to the one in its place in the next row or tile, or 0 where all is in cache.
+  int64_t ahead_of(const Matrix& x) const {
+    return a.rows * a.classes < kInCache ? 0 : tiles == 1 ? x.stride : int64_t{kTile};
   }
 
   bool ignored(int64_t b) const { return a.labels && a.labels[b] == a.ignore_index; }
@@ -105,11 +114,14 @@ class SparseKernel {
     sort(index, r);
 
     rest[r] = all[r] = SoftmaxSum<T>::none();
+    label_sum[r] = log_q[r] = weight[r * stride + k] = 0;
     for (int tile = 0; tile < tiles; ++tile) {
       SoftmaxSum<T> outside, whole;
       visit(b, r, tile, index, tiles == 1 ? Find::both : Find::stats, outside, whole);
       merge(rest[r], outside, T(1));
+      const T before = all[r].max;
       if (has_ce) merge(all[r], whole, T(1));
+      if (soft_labels) add_labels(b, r, tile, index, before);
     }
     columns[k] = tau * T(kLn2) * (rest[r].max + std::log2(rest[r].sum));
 
@@ -156,6 +168,30 @@ class SparseKernel {
     if (find == Find::both && outside.sum == 0) std::fill_n(soft_of(r), n, T(0));
   }
 
+  // A tile of soft labels y: their share of Σ y and of Σ y log2 of the student at 1, less the logarithm of its sum; and
+  // the weights of the K + 1 columns. `before` is the student's maximum without this tile.
+  [[gnu::noinline]] void add_labels(int64_t b, int r, int tile, const int64_t* index, T before) {
+    const int n = size(tile);
+    T* columns = weight + r * stride;
+    read_line(a.label_weights, b, int64_t{tile} * kTile, n, labels, ahead_of(a.label_weights));
+    for (int i = n; i % Simd<T>::width; ++i) labels[i] = 0;
+    if (has_ce) {
+      constexpr T none = -std::numeric_limits<T>::infinity();
+      const T max = all[r].max == none ? T(0) : all[r].max;
+      if (before != none) log_q[r] -= label_sum[r] * (max - before);
+      with_elements(a.student.data, a.student.dtype, b * a.student.stride + int64_t{tile} * kTile, [&](auto s) {
+        log_q[r] += total<T>(n, [&](int i, int left) {
+          const Vec<T> y = load(labels + i), product = y * scaled(load_from<T>(s + i, left), T(kLog2e), max);
+          return y != 0 ? product : Vec<T>{};
+        });
+      });
+    }
+    const auto sum_of_labels = [&] { return total<T>(n, [&](int i, int) { return load(labels + i); }); };
+    label_sum[r] += sum_of_labels();
+    each(index, r, tile, [&](int64_t j, int64_t c) { columns[j] = std::exchange(labels[c], T(0)); });
+    columns[k] += sum_of_labels();
+  }
+
   // What the K + 1 columns left out: the CE, and the gradient of all classes.
   void spread(int64_t b, int r) {
     if (column[r] < 0) {
@@ -163,14 +199,18 @@ class SparseKernel {
       if (a.d_student) std::memset(static_cast<char*>(a.d_student) + b * a.classes * element, 0, a.classes * element);
       return;
     }
-    if (has_ce)
-      static_cast<T*>(a.loss)[b] +=
-          ce * T(kLn2) * (std::log2(all[r].sum) - std::fma(read<T>(a.student, b, a.labels[b]), T(kLog2e), -all[r].max));
+    const T sum_of_labels = soft_labels ? label_sum[r] : T(1);
+    if (has_ce) {
+      const T log_of_labels =
+          soft_labels ? log_q[r] : std::fma(read<T>(a.student, b, a.labels[b]), T(kLog2e), -all[r].max);
+      static_cast<T*>(a.loss)[b] += ce * T(kLn2) * (sum_of_labels * std::log2(all[r].sum) - log_of_labels);
+    }
     if (!a.d_student) return;
     const int64_t* index = s.indices + b * s.indices_stride;
     const T* d_columns = d_student + r * (k + 1);
     const bool empty = rest[r].sum == 0;
-    const T of_rest = empty ? T(0) : d_columns[k] / rest[r].sum, of_all = has_ce ? ce / all[r].sum : T(0);
+    const T of_rest = empty ? T(0) : d_columns[k] / rest[r].sum,
+            of_all = has_ce ? ce * sum_of_labels / all[r].sum : T(0);
     SoftmaxSum<T> outside = rest[r], whole = all[r];
     if (empty) outside.max = 0;
     for (int tile = 0; tile < tiles; ++tile) {
@@ -183,7 +223,12 @@ class SparseKernel {
         store(d + i, has_ce ? x + load(d + i) * of_all : x);
       }
       each(index, r, tile, [&](int64_t j, int64_t c) { d[c] += d_columns[j]; });
-      if (has_ce && a.labels[b] >= first && a.labels[b] < first + n) d[a.labels[b] - first] -= ce;
+      if (has_ce && soft_labels) {
+        with_elements(a.label_weights.data, a.label_weights.dtype, b * a.label_weights.stride + first, [&](auto y) {
+          for (int i = 0; i < n; i += Simd<T>::width) store(d + i, load(d + i) - load_from<T>(y + i, n - i) * ce);
+        });
+      }
+      if (has_ce && a.labels && a.labels[b] >= first && a.labels[b] < first + n) d[a.labels[b] - first] -= ce;
       write_line(a.d_student, b * a.classes + first, a.student.dtype, n, d);
       if (ahead) prefetch_to_write(a.d_student, b * a.classes + first + n, a.student.dtype, n);
     }
@@ -193,14 +238,17 @@ class SparseKernel {
   const EnsembleKD& a;
   const int k, at_once, tiles;
   const int64_t stride;  // of the rows of columns, in whole vectors
-  const bool has_ce;
+  const bool soft_labels, has_ce;
   const T tau, soft_scale, ce;
-  const int64_t ahead;              // from a logit to the one in its place in the next row or tile, or 0
-  EnsembleKD dense;                 // of the K + 1 columns
-  T *line, *soft, *hard;            // lines; rows of one tile keep theirs between the visits
-  T *student, *d_student, *target;  // columns of at_once rows; target of M times as many
-  int64_t *column, *order, *end;    // per row: of the label; the indices by tile
+  const int64_t ahead;                                      // of the student's logits
+  EnsembleKD dense;                                         // of the K + 1 columns
+  T *line, *labels;                                         // lines
+  T *soft, *hard;                                           // lines; rows of one tile keep theirs between the visits
+  T *student, *d_student;                                   // columns of at_once rows
+  T *weight, *target;                                       // columns: soft labels; the snapshots, M times as many
+  int64_t *column, *order, *end;                            // per row: of the label; the indices by tile
   SoftmaxSum<T> rest[Simd<T>::width], all[Simd<T>::width];  // the student outside `indices` at τ, and altogether at 1
+  T label_sum[Simd<T>::width], log_q[Simd<T>::width];       // of soft labels, as add_labels has them
 };
 
 template <class T>

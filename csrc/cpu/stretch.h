@@ -19,6 +19,19 @@ constexpr int64_t kInCache = 1 << 18;  // logits that the cache of a core holds
 
 enum class Find { stats, lines, both };
 
+// The sum of f(i, left) over the vectors that begin at i, with as many elements left, in four parts: one would wait
+// for itself at every addition.
+template <class T, class F>
+[[gnu::always_inline]] inline T total(int n, F f) {
+  constexpr int w = Simd<T>::width;
+  Vec<T> part[4] = {};
+  int i = 0;
+  for (; i + 4 * w <= n; i += 4 * w)
+    for (int u = 0; u < 4; ++u) part[u] += f(i + u * w, w);
+  for (; i < n; i += w) part[0] += f(i, n - i);
+  return sum<T>((part[0] + part[1]) + (part[2] + part[3]));
+}
+
 template <class T, class S>
 T max_of(const S* x, int n) {
   Vec<T> most = load_from<T>(x, n);

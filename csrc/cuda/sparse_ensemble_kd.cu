@@ -9,6 +9,8 @@
 // The first visit of the classes gives the statistics of the student's tail and of the CE, the second writes the
 // gradient of the tail. Between them the K + 1 columns, which a thread for each turns into p, log p - log q and the
 // gradient of its class, a warp for each snapshot into statistics and sums. Everything is added in a fixed order.
+//
+// Soft labels are one more line, read in both visits.
 
 #include <algorithm>
 #include <type_traits>
@@ -23,6 +25,7 @@ struct Launch {
   bool keeps;   // the student's row in shared memory
   int segment;  // classes that have a bit at once, a whole number for each thread
   int threads, rows_per_block, shared;
+  bool soft;  // labels
 };
 
 template <class T>
@@ -30,13 +33,14 @@ struct SparseRow : Row<T> {
   SoftmaxSum<T> tail;  // of the student at τ
   T rest;              // S_K, less the student's largest
   T d_tail;            // of the tail's classes, times exp((s_c - tail.max) / τ)
+  T label_rest;        // of soft labels, Σ y outside `indices`
   int column;          // of the label
   bool bad;            // an index is no class
 };
 
 // Where the parts of a row lie in shared memory, in bytes.
 struct Layout {
-  int statistics, kl, tile, bits, line, size;
+  int statistics, sums, tile, bits, line, size;
 };
 template <class T>
 __host__ __device__ Layout layout(const Launch& l, int line_bytes) {
@@ -44,16 +48,16 @@ __host__ __device__ Layout layout(const Launch& l, int line_bytes) {
   const int warps = l.threads / 32;
   Layout at;
   at.statistics = round(sizeof(SparseRow<T>));
-  at.kl = at.statistics + round(3 * warps * sizeof(SoftmaxSum<T>));
-  at.tile = at.kl + round(warps * sizeof(T));
-  at.bits = at.tile + round(2 * l.threads * sizeof(T));
+  at.sums = at.statistics + round(3 * warps * sizeof(SoftmaxSum<T>));
+  at.tile = at.sums + round((l.soft ? 5 : 1) * warps * sizeof(T));
+  at.bits = at.tile + round((l.soft ? 4 : 2) * l.threads * sizeof(T));
   at.line = at.bits + l.segment / 8;
   at.size = at.line + (l.keeps ? round(line_bytes + 15) : 0);
   return at;
 }
 
 // One row. E is the type of the student's logits, or Any; those of snapshots are found at run time.
-template <class T, class E, bool keeps>
+template <class T, class E, bool keeps, bool soft>
 struct Kernel : RowKernel<T> {
   using RowKernel<T>::a, RowKernel<T>::group, RowKernel<T>::b, RowKernel<T>::row_scale, RowKernel<T>::has_ce;
   using RowKernel<T>::by_kl, RowKernel<T>::by_label, RowKernel<T>::beta, RowKernel<T>::tau, RowKernel<T>::k;
@@ -67,11 +71,13 @@ struct Kernel : RowKernel<T> {
   const Layout at;
   SparseRow<T>& row;
   SoftmaxSum<T>* const statistics;  // [tail, hard, mixture][warp]
-  T* const kl;                      // [warp]
+  T* const sums;                    // [slot][warp]
   T *const tile_p, *const tile_r;   // of as many columns as threads
+  T *const tile_y, *const tile_l;   // likewise of soft labels: their weights, and log2 p where p is tiny
   unsigned* const bits;
   const char* line;  // the student's row
   int marked = -1;   // the first class of the segment whose bits are set
+  enum Slot { kl, label_sum, label_rest, label_log_q, label_log_p };
 
   __device__ Kernel(const SparseEnsembleKD& sparse, Group group, int64_t b, const Launch& l, char* shared, T row_scale)
       : RowKernel<T>(sparse.kd, group, b, *reinterpret_cast<SparseRow<T>*>(shared), row_scale),
@@ -84,9 +90,11 @@ struct Kernel : RowKernel<T> {
         at(layout<T>(l, 0)),
         row(*reinterpret_cast<SparseRow<T>*>(shared)),
         statistics(reinterpret_cast<SoftmaxSum<T>*>(shared + at.statistics)),
-        kl(reinterpret_cast<T*>(shared + at.kl)),
+        sums(reinterpret_cast<T*>(shared + at.sums)),
         tile_p(reinterpret_cast<T*>(shared + at.tile)),
         tile_r(tile_p + l.threads),
+        tile_y(tile_r + l.threads),
+        tile_l(tile_y + l.threads),
         bits(reinterpret_cast<unsigned*>(shared + at.bits)),
         line(static_cast<const char*>(a.student.data) + b * a.student.stride * bytes_of(a.student.dtype)) {}
 
@@ -97,6 +105,10 @@ struct Kernel : RowKernel<T> {
     return c >= 0 && c < classes ? static_cast<int>(c) : 0;
   }
   __device__ T student(int c) const { return load<T, E>(line, a.student.dtype, c); }
+
+  __device__ T label(int c) const {
+    return load<T, Any>(a.label_weights.data, a.label_weights.dtype, b * a.label_weights.stride + c);
+  }
 
   // Column c of used snapshot j, of all and of their mixture.
   __device__ T z(int j, int c) const {
@@ -151,6 +163,12 @@ struct Kernel : RowKernel<T> {
     }
   }
 
+  // The soft labels y of classes, 0 beyond the last.
+  __device__ void read_labels(int c, T (&y)[width]) const {
+#pragma unroll
+    for (int u = 0; u < width; ++u) y[u] = c + u * step() < classes ? label(c + u * step()) : T(0);
+  }
+
   // Bit u: whether class c + u step() is in `indices`; c counts from the segment's first.
   __device__ unsigned taken(int c) const {
     if (!apart()) return bits[c / 32] >> c % 32 & ((1u << width) - 1);
@@ -182,17 +200,39 @@ struct Kernel : RowKernel<T> {
     if (group.lane() == 0) statistics[slot * group.warps() + group.warp()] = s;
   }
 
+  // The sum of a slot: each warp gives a number, and after a barrier a thread adds them up.
+  __device__ void give(Slot slot, T x) {
+    x = warp_sum(x);
+    if (group.lane() == 0) sums[slot * group.warps() + group.warp()] = x;
+  }
+  __device__ T total(Slot slot) const {
+    T sum = 0;
+    for (int i = 0; i < group.warps(); ++i) sum += sums[slot * group.warps() + i];
+    return sum;
+  }
+
   // Softmax statistics of the classes, and of the columns.
   __device__ void find_statistics() {
     SoftmaxSum<T> tail = SoftmaxSum<T>::none(), hard = tail, mixture = tail;
-    visit([&](int, T(&x)[width], unsigned taken) {
+    [[maybe_unused]] T all_labels = 0, rest = 0;
+    visit([&](int c, T(&x)[width], unsigned taken) {
       if (has_ce) absorb(hard, x, T(kLog2e));
+      if constexpr (soft) {
+        T y[width];
+        read_labels(c, y);
+#pragma unroll
+        for (int u = 0; u < width; ++u) all_labels += y[u], rest += taken >> u & 1 ? T(0) : y[u];
+      }
 #pragma unroll
       for (int u = 0; u < width; ++u) x[u] = taken >> u & 1 ? -kInf : x[u];
       absorb(tail, x, k);
     });
     add_up(0, tail, k);
     add_up(1, hard, T(kLog2e));
+    if constexpr (soft) {
+      give(label_sum, all_labels);
+      give(label_rest, rest);
+    }
     if (!probability) {
       for (int c = group.thread; c <= columns; c += group.threads) absorb(mixture, {mixed(c)}, k);
       add_up(2, mixture, k);
@@ -225,6 +265,7 @@ struct Kernel : RowKernel<T> {
       row.tail = statistics[0];
       row.hard = statistics[group.warps()];
       if (!probability) row.target[0] = statistics[2 * group.warps()];
+      if constexpr (soft) row.label_sum = total(label_sum), row.label_rest = total(label_rest);
       merge(row.soft, row.tail, k);
       row.rest = row.tail.max - finite(row.soft.max) + tau * log(row.tail.sum);
       for (int j = 0; j < (probability ? row.used : 1); ++j)
@@ -238,14 +279,16 @@ struct Kernel : RowKernel<T> {
     const T inverse = 1 / tau, student_max = finite(row.soft.max), log_soft = log(row.soft.sum);
     const T target_max = finite(row.target[0].max), log_target = log(row.target[0].sum);  // logit
     const T soft_scale = 1 / row.soft.sum, d_kl = row_scale * beta * tau;
-    const T ce = row_scale * static_cast<T>(a.alpha), hard_scale = has_ce ? ce / row.hard.sum : T(0);
-    const int64_t y = has_ce ? a.labels[b] : -1;
-    const bool attends = by_kl || (by_label && !probability);
+    const T ce = row_scale * static_cast<T>(a.alpha), hard_scale = hard_scale_of(ce);
+    const int64_t y = has_ce && !soft ? a.labels[b] : -1;
+    const bool attends = by_kl || (by_label && (soft || !probability));
     for (int j = group.warp(); j < row.used; j += group.warps()) {  // each warp has its own
       if (group.lane() == 0) row.mean[j] = 0;
       if (group.lane() == 16) row.moved[j] = 0;
+      if (soft && group.lane() == 0) row.label[j] = 0;
     }
     T sum = 0;
+    [[maybe_unused]] T sum_of_log_p = 0;
     for (int done = 0; done <= columns; done += group.threads) {
       const int c = done + group.thread;
       if (c <= columns) {
@@ -265,10 +308,21 @@ struct Kernel : RowKernel<T> {
         tile_p[group.thread] = p;
         tile_r[group.thread] = r;
         T d = d_kl * (soft_scale * fast_exp2(s * k) - p);
+        T of_label = i == y ? ce : T(0);
+        if constexpr (soft) {
+          const T weight = c < columns ? label(i) : row.label_rest;
+          of_label = weight * ce;
+          tile_y[group.thread] = weight;
+          if (weight != 0) {  // 0 times -inf is 0
+            const bool tiny = probability && p < std::numeric_limits<T>::min();
+            const T log2_p = tiny ? tile_l[group.thread] = log2_of_tiny(c) : T(0);
+            sum_of_log_p += weight * (tiny ? T(kLn2) * log2_p : probability ? log(p) : x * inverse);
+          }
+        }
         if (c == columns) {
           row.d_tail = row.tail.sum == 0 ? T(0) : d / row.tail.sum;
         } else if (a.d_student) {
-          if (has_ce) d += hard_scale * fast_exp2(s * T(kLog2e)) - (i == y ? ce : T(0));
+          if (has_ce) d += hard_scale * fast_exp2(s * T(kLog2e)) - of_label;
           store<E>(a.d_student, a.student.dtype, b * a.classes + i, d);
         }
       }
@@ -277,6 +331,7 @@ struct Kernel : RowKernel<T> {
       for (int j = group.warp(); j < row.used; j += group.warps()) {
         const T max = finite(row.target[probability ? j : 0].max);
         T share = 0, share_moved = 0;
+        [[maybe_unused]] T share_label = 0;
         for (int i = group.lane(); i < min(group.threads, columns + 1 - done); i += 32) {
           const T p = tile_p[i], r = tile_r[i], x = z(j, done + i) - max;
           if (probability) {
@@ -285,6 +340,20 @@ struct Kernel : RowKernel<T> {
             share += p * x;
             share_moved += p * r * x;
           }
+          if constexpr (soft) {
+            const T weight = tile_y[i];
+            if (weight == 0) continue;
+            if (!probability)
+              share_label += weight * x;
+            else if (!(p < std::numeric_limits<T>::min()))  // or NaN
+              share_label += weight * (row.w[j] - row.scale[j] * fast_exp2(x * k) / p);
+            else if (tile_l[i] != -kInf)
+              share_label += weight * (row.w[j] - fast_exp2(x * k + log2(row.scale[j]) - tile_l[i]));
+          }
+        }
+        if constexpr (soft) {
+          share_label = warp_sum(share_label);
+          if (group.lane() == 0) row.label[j] += share_label;
         }
         const T both = warp_sums(share, share_moved);
         if (group.lane() == 0) row.mean[j] += both;
@@ -292,27 +361,51 @@ struct Kernel : RowKernel<T> {
       }
       group.sync();
     }
-    sum = warp_sum(sum);
-    if (group.lane() == 0) kl[group.warp()] = sum;
+    give(kl, sum);
+    if constexpr (soft) give(label_log_p, sum_of_log_p);
     group.sync();
     if (group.thread == 0) {
-      row.kl = 0;
-      for (int i = 0; i < group.warps(); ++i) row.kl += kl[i];
+      row.kl = total(kl);
+      if constexpr (soft) row.log_p = total(label_log_p);
       for (int j = 0; probability && j < row.used; ++j) row.moved[j] /= row.target[j].sum;
     }
     group.sync();
   }
 
-  // The gradient of the classes outside `indices`.
+  // log2 p of a column where p is too small for a number. Rare.
+  __device__ T log2_of_tiny(int c) const {
+    T most = -kInf, sum = 0;
+#pragma unroll 1
+    for (int j = 0; j < row.used; ++j) {
+      const T l = (z(j, c) - finite(row.target[j].max)) * k + log2(row.scale[j]), larger = l > most ? l : most;
+      sum = sum * fast_exp2(most - finite(larger)) + fast_exp2(l - finite(larger));
+      most = larger;
+    }
+    return most + log2(sum);
+  }
+
+  // Of the gradient of the CE: what Σ exp is divided by and the coefficient times.
+  __device__ T hard_scale_of(T ce) const { return !has_ce ? T(0) : (soft ? ce * row.label_sum : ce) / row.hard.sum; }
+
+  // The gradient of the classes outside `indices`, and Σ y (s - its largest) of soft labels.
   __device__ void differentiate_tail() {
     const T tail_max = finite(row.tail.max), d_tail = row.d_tail, student_max = finite(row.soft.max);
-    const T ce = row_scale * static_cast<T>(a.alpha), hard_scale = has_ce ? ce / row.hard.sum : T(0);
-    const int64_t y = has_ce ? a.labels[b] : -1;
+    const T ce = row_scale * static_cast<T>(a.alpha), hard_scale = hard_scale_of(ce);
+    const int64_t y = has_ce && !soft ? a.labels[b] : -1;
+    [[maybe_unused]] T log_q = 0;
     visit([&](int c, T(&x)[width], unsigned taken) {
+      [[maybe_unused]] T weight[width];
+      if constexpr (soft) {
+        read_labels(c, weight);
+#pragma unroll
+        for (int u = 0; u < width; ++u) log_q += weight[u] != 0 ? weight[u] * (x[u] - student_max) : T(0);
+        if (!a.d_student) return;
+      }
 #pragma unroll
       for (int u = 0; u < width; ++u) {
         T d = d_tail * fast_exp2((x[u] - tail_max) * k);
-        if (has_ce) d += hard_scale * fast_exp2((x[u] - student_max) * T(kLog2e)) - (c + u * step() == y ? ce : T(0));
+        const T of_label = soft ? weight[u] * ce : c + u * step() == y ? ce : T(0);
+        if (has_ce) d += hard_scale * fast_exp2((x[u] - student_max) * T(kLog2e)) - of_label;
         x[u] = d;
       }
       const int64_t at = b * a.classes + c;
@@ -330,6 +423,11 @@ struct Kernel : RowKernel<T> {
         if (!(taken >> u & 1) && c + u * step() < classes)
           store<E>(a.d_student, a.student.dtype, at + u * step(), x[u]);
     });
+    if constexpr (soft) {
+      give(label_log_q, log_q);
+      group.sync();
+      if (group.thread == 0) row.log_q = total(label_log_q);
+    }
   }
 
   __device__ void run() {
@@ -344,13 +442,14 @@ struct Kernel : RowKernel<T> {
     }
     find_statistics();
     differentiate_columns();
-    if (a.d_student) differentiate_tail();
-    this->finish([&](int j, int64_t y) { return j < row.used ? z(j, row.column) : student(static_cast<int>(y)); });
+    if (a.d_student || (soft && has_ce)) differentiate_tail();
+    this->template finish<soft>(
+        [&](int j, int64_t y) { return j < row.used ? z(j, row.column) : student(static_cast<int>(y)); });
   }
 };
 
-template <class T, class E, bool keeps>
-__global__ void __launch_bounds__(kMaxThreads, std::is_same_v<T, double> ? 2 : 3)
+template <class T, class E, bool keeps, bool soft>
+__global__ void __launch_bounds__(kMaxThreads, std::is_same_v<T, double> || soft ? 2 : 3)
     sparse_rows_kernel(const __grid_constant__ SparseEnsembleKD a, Launch l, bool mean, const int* count) {
   static_assert(sizeof(SparseEnsembleKD) + sizeof(Launch) <= 4096 - 64, "what a kernel's parameters may take");
   char* const shared = shared_memory();
@@ -360,7 +459,7 @@ __global__ void __launch_bounds__(kMaxThreads, std::is_same_v<T, double> ? 2 : 3
   if (b >= a.kd.rows) return;
   const Group group{static_cast<int>(threadIdx.x) % l.threads, l.threads, 0, 1};
   char* const own = shared + row_in_block * (l.shared / l.rows_per_block);
-  Kernel<T, E, keeps> kernel(a, group, b, l, own, scale_of_row(a.kd, b, scale));
+  Kernel<T, E, keeps, soft> kernel(a, group, b, l, own, scale_of_row(a.kd, b, scale));
   if (ignored(a.kd, b))
     kernel.write_zeros(0, a.kd.classes);
   else
@@ -372,6 +471,7 @@ __global__ void __launch_bounds__(kMaxThreads, std::is_same_v<T, double> ? 2 : 3
 template <class T>
 Launch launch(const EnsembleKD& a, int itemsize, const Device& device) {
   Launch l{};
+  l.soft = a.label_weights.data;
   l.threads = a.classes <= kWarpColumns ? 32 : a.classes <= 4096 ? 128 : kMaxThreads;
   const int64_t stretch = l.threads * kWidth, whole = (a.classes + stretch - 1) / stretch * stretch;
   l.keeps = itemsize && a.classes * itemsize < device.shared;
@@ -399,19 +499,27 @@ Launch launch(const EnsembleKD& a, int itemsize, const Device& device) {
 template <class T, class E>
 cudaError_t launch_rows(const SparseEnsembleKD& a, bool mean, const int* count, cudaStream_t stream) {
   constexpr bool any = std::is_same_v<E, Any>;
-  constexpr auto streams = sparse_rows_kernel<T, E, false>, keeps = sparse_rows_kernel<T, E, !any>;
+  static constexpr decltype(&sparse_rows_kernel<T, E, false, false>) kernels[2][2] = {
+      // [keeps][soft]
+      {sparse_rows_kernel<T, E, false, false>, sparse_rows_kernel<T, E, false, true>},
+      {sparse_rows_kernel<T, E, !any, false>, sparse_rows_kernel<T, E, !any, true>}};
   const auto prepare = [](Device& d) {
-    for (auto kernel : {streams, keeps})
-      if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared))
+    for (const auto& those : kernels)
+      for (auto kernel : those)
+        if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared))
+          return error;
+    for (auto kernel : kernels[1])
+      if (cudaError_t error = any ? cudaSuccess
+                                  : cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                                         cudaSharedmemCarveoutMaxShared))
         return error;
-    if (any) return cudaSuccess;
-    return cudaFuncSetAttribute(keeps, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    return cudaSuccess;
   };
   Device device;
   if (cudaError_t error = device_in_use(device, prepare)) return error;
   const Launch l = launch<T>(a.kd, any ? 0 : sizeof(E), device);
   const int64_t blocks = (a.kd.rows + l.rows_per_block - 1) / l.rows_per_block;
-  return launch_kernel(l.keeps ? keeps : streams, blocks, 1, l.threads * l.rows_per_block, l.shared, stream, a, l, mean,
+  return launch_kernel(kernels[l.keeps][l.soft], blocks, 1, l.threads * l.rows_per_block, l.shared, stream, a, l, mean,
                        count);
 }
 

@@ -153,7 +153,7 @@ def is_soft(labels) -> bool:
 
 
 def checked_hard_or_soft_labels(labels, rows: int, classes: int, device: torch.device) -> Tensor:
-    """Class indices (rows), or soft labels (rows, classes)."""
+    """Class indices (rows), or soft labels (rows, classes) of any strides."""
     soft = is_soft(labels)
     if isinstance(labels, Tensor) and (labels.dim() == 2) != soft:
         wanted = f"integer class indices ({rows},) or floating-point weights ({rows}, {classes})"
@@ -164,7 +164,7 @@ def checked_hard_or_soft_labels(labels, rows: int, classes: int, device: torch.d
     check_floating("labels", labels)
     if labels.requires_grad and torch.is_grad_enabled():
         raise ValueError("labels must not require gradients, for they are targets; detach them")
-    return unit_stride(labels)
+    return labels
 
 
 def in_one_dimension(name: str, x, before: Sequence[str], rows: Sequence[int], after: Sequence[str]):

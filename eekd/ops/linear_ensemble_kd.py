@@ -58,8 +58,8 @@ def linear_ensemble_kd(
         snapshot_hidden: (M, N, H_m), or M tensors (N, H_m) of any widths; 1 <= M <= 64. No gradient.
         snapshot_weights: M heads (V, H_m), or one (V, H_m) that all share. No gradient. If heads have different numbers
             of classes, all are cut to the smallest number V, so that padded vocabularies agree.
-        labels: (N) integers below V, or None for pure distillation. Soft labels (N, V) are refused, because this op
-            keeps tensors of that size out of memory.
+        labels: (N) integers below V; or (N, V) soft labels, read a chunk at a time and never copied whole; or None for
+            pure distillation.
         student_bias: (V).
         snapshot_biases: M tensors (V), or one (V) that all share. No gradient.
         scores: (N, M) attention scores, or log-weights; None gives all snapshots the same weight.
@@ -99,7 +99,7 @@ def linear_ensemble_kd(
     _check_numbers(logit_scale, softcap, memory_budget)
     device, rows = student_hidden.device, len(student_hidden)
     if labels is not None:
-        labels = checks.checked_labels(labels, rows, device)  # no soft ones: (N, V) is what must not be in memory
+        labels = checks.checked_hard_or_soft_labels(labels, rows, classes, device)
     denominator = _checked_denominator(denominator, reduction, device)
 
     grad = torch.is_grad_enabled()
@@ -151,14 +151,15 @@ def _forward(
         wants_hidden = wants_weight = wants_bias = wants_scores = False
     wants_student = wants_hidden or wants_weight or wants_bias
 
-    kept = None if labels is None else (labels != ignore_index).nonzero()[:, 0]
+    soft = checks.is_soft(labels)
+    kept = None if labels is None or soft else (labels != ignore_index).nonzero()[:, 0]
     if kept is not None and len(kept) == rows:
         kept = None
     counted = rows if kept is None else len(kept)
     one_head = len(snapshot_weights) == 1 and len(snapshot_biases) <= 1
     fused = one_head and logit_fusion and softcap is None and count > 1
     # Probabilities can be mixed one snapshot after another, unless the attention needs all logits again.
-    mixed = not fused and not logit_fusion and count > 1 and not (kl_objective and wants_scores)
+    mixed = not fused and not logit_fusion and count > 1 and not ((kl_objective or soft) and wants_scores)
     row_bytes = classes * dtype.itemsize
     held = 1 if fused else count
     size = _chunk(counted, row_bytes * (held + 2), memory_budget, device.type)
@@ -188,7 +189,7 @@ def _forward(
     for start in chunks:
         index = slice(start, start + size) if kept is None else kept[start : start + size]
         take = (lambda x, index=index: x[index]) if kept is None else (lambda x, index=index: x.index_select(0, index))
-        part, y = take(student_hidden).to(dtype), None if labels is None else take(labels)
+        part, y = take(student_hidden).to(dtype), None if labels is None else checks.unit_stride(take(labels))
         e = None if scores is None else take(scores)
         n = len(part)
         s, z = logits[0, :n], logits[1:, :n]
@@ -209,7 +210,7 @@ def _forward(
             s, (z,), y, own, None, None, temperature, alpha, logit_fusion, kl_objective, 0, ignore_index,
             wants_student, attends,
         )  # fmt: skip
-        if mixed and y is not None:
+        if mixed and y is not None and not soft:
             part_attention = -log_p_y.logsumexp(1)
         loss[index], attention_loss[index] = part_loss, part_attention
         weights[index] = w.float() if fused or mixed else part_weights
@@ -409,18 +410,27 @@ def _read(w: Tensor, hidden: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _mix(w: Tensor, hidden, heads, softcap, temperature: float, y: Tensor | None, out: Tensor) -> Tensor | None:
-    """Logits whose softmax at τ is p, in `out`: τ log Σ_m w_m softmax(z_m / τ). Returns log(w_m p_m(y)), (N, M)."""
+    """Logits whose softmax at τ is p, in `out`: τ log Σ_m w_m softmax(z_m / τ). Returns log(w_m p_m(y)), (N, M).
+
+    For soft labels, of which every class may have weight, the sum is one of logarithms, and nothing is returned.
+    """
     z, log_w, found = torch.empty_like(out), w.log(), []
+    soft = checks.is_soft(y)
     for m, x in enumerate(hidden):
         heads[m](x, softcap, out=z)
         z.div_(temperature).sub_(z.logsumexp(1, keepdim=True) - log_w[:, m, None])
+        if soft:
+            torch.logaddexp(out, z, out=out) if m else out.copy_(z)
+            continue
         if y is not None:
             found.append(z.gather(1, y[:, None])[:, 0])
         if m:
             out += z.exp_()
         else:
             torch.exp(z, out=out)
-    out.log_().mul_(temperature)
+    if not soft:
+        out.log_()
+    out.mul_(temperature)
     return torch.stack(found, 1) if found else None
 
 
@@ -428,6 +438,8 @@ def _through_target(s: Tensor, z: Tensor, y, temperature: float, alpha: float, k
     """The gradient that the attention gets through the fused logits z (N, V), written over them; s is kept."""
     log_p = z.div_(temperature).log_softmax(1)
     p = log_p.exp()
+    if not kl_objective and checks.is_soft(y):
+        return p.mul_(y.sum(1, keepdim=True, dtype=p.dtype)).sub_(y).div_(temperature)
     if not kl_objective:
         return p.scatter_add_(1, y[:, None], p.new_full((len(y), 1), -1)).div_(temperature)
     difference = torch.where(p == 0, 0, log_p - (s / temperature).log_softmax(1))

@@ -48,9 +48,8 @@ def sparse_ensemble_kd(
         snapshot_tail: (M, B) float32 or float64, tail_m above at the same τ; -inf if K = C. No gradient.
         indices: (B, K) int64 or int32, the same for all snapshots. The classes of a row must be distinct, which is not
             checked.
-        labels: (B) integers, (B, C) soft labels, or None. In attention_loss a label outside the row's `indices`, or its
-            part of a soft label, counts as the bucket's. Soft labels are computed by the formulas in plain torch, with
-            autograd.
+        labels: (B) integers, (B, C) soft labels of all classes, or None. In attention_loss a label outside the row's
+            `indices`, or its part of a soft label, counts as the bucket's.
         scores: (B, M) attention scores.
         query: (B, D), with keys instead of scores.
         keys: (M, B, D).

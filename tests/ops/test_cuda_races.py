@@ -14,7 +14,7 @@ from test_cuda_on_cpu import COMPILE, HERE, SOURCES, Emulator
 
 pytestmark = pytest.mark.slow
 
-# What a row is: a warp, a block, a cluster, streamed; of few snapshots and of many; sparse.
+# What a row is: a warp, a block, a cluster, streamed; of few snapshots and of many; sparse. Labels hard and soft.
 CASES = [
     ("H100", (5, 5, 10), torch.float32),
     ("H100", (2, 5, 1000), torch.bfloat16),
@@ -74,11 +74,12 @@ def use(emulator, monkeypatch):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_access_is_ordered(emulator, monkeypatch, case):
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_every_access_is_ordered(emulator, monkeypatch, case, soft):
     use(emulator, monkeypatch)
     device, size, dtype = case
     for seed, (fusion, objective) in enumerate(READINGS, 1):
-        x = tensors(*size, dtype=dtype)
+        x = tensors(*size, dtype=dtype, soft=soft)
         assert not emulator.races(device, x, seed, fusion=fusion, attention_objective=objective)
 
 

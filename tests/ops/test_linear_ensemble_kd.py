@@ -15,24 +15,25 @@ LEAVES = ("student_hidden", "student_weight", "student_bias", "scores")
 
 
 def inputs(n=13, h=6, widths=(5, 7, 4), v=11, *, shared=False, dtype=torch.float64, device="cpu", seed=0, **parts):
-    """Arguments by name; `parts` leaves some out, or asks for labels that are ignored."""
+    """Arguments by name; `parts` leaves some out, or asks for labels that are ignored, or soft."""
     torch.manual_seed(seed)
 
     def make(*shape, scale=1.0):
         return (scale * torch.randn(*shape, dtype=torch.float64)).to(device, dtype)
 
     count = len(widths)
+    labels = torch.rand(n, v).softmax(1) if parts.get("soft") else torch.randint(v, (n,))
     x = {
         "student_hidden": make(n, h),
         "student_weight": make(v, h),
         "snapshot_hidden": [make(n, w) for w in widths],
         "snapshot_weights": make(v, widths[0]) if shared else [make(v, w) for w in widths],
-        "labels": torch.randint(v, (n,), device=device),
+        "labels": labels.to(device),
         "student_bias": make(v),
         "snapshot_biases": make(v) if shared else [make(v) for _ in widths],
         "scores": make(n, count),
     }
-    if parts.get("ignored", True):
+    if parts.get("ignored", True) and not parts.get("soft"):
         x["labels"][1::4] = -100
     return {name: value for name, value in x.items() if parts.get(name, True)}
 
@@ -79,9 +80,10 @@ readings = pytest.mark.parametrize(("fusion", "objective"), READINGS)
 @readings
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_equals_the_formula(backend, device, fusion, objective, shared, reduction):
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_equals_the_formula(backend, device, fusion, objective, shared, reduction, soft):
     widths = (5, 5, 5) if shared else (5, 7, 4)
-    x = inputs(widths=widths, shared=shared, device=device)
+    x = inputs(widths=widths, shared=shared, device=device, soft=soft)
     options = {"fusion": fusion, "attention_objective": objective, "reduction": reduction, "temperature": 2.0}
     upstream = (1.3, 0.7) if reduction != "none" else tuple(torch.rand(2, 13, dtype=torch.float64, device=device))
     check(x, upstream=upstream, alpha=0.3, **options)
@@ -128,8 +130,10 @@ def test_logits_are_not_rounded_to_16_bits():
 @readings
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_chunks_give_the_same_as_one(fusion, objective, shared, dtype):
-    x = inputs(70, 6, (5, 5, 5), 40, shared=shared, dtype=dtype)
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+@pytest.mark.parametrize("scores", [False, True], ids=["uniform", "scores"])
+def test_chunks_give_the_same_as_one(fusion, objective, shared, dtype, soft, scores):
+    x = inputs(70, 6, (5, 5, 5), 40, shared=shared, dtype=dtype, soft=soft, scores=scores)
     options = {"fusion": fusion, "attention_objective": objective}
     small, whole = (check(x, memory_budget=budget, **options) for budget in (1, 1 << 30))
     for name, value in small.items():
@@ -277,6 +281,33 @@ def test_the_logits_of_all_rows_are_never_in_memory(monkeypatch):
     assert max(largest) <= 3 * 32 * 500
 
 
+@pytest.mark.parametrize("labels", DTYPES, ids=str)
+@pytest.mark.parametrize("budget", [1, None])
+@readings
+def test_soft_labels_of_any_dtype_and_strides(fusion, objective, budget, labels):
+    x = inputs(40, 6, (5, 5), 11, soft=True, dtype=torch.float32)
+    x["labels"] = x["labels"].to(labels).t().contiguous().t()
+    x["labels"][3:6] = torch.nn.functional.one_hot(torch.arange(3), 11)
+    check(x, fusion=fusion, attention_objective=objective, memory_budget=budget)
+
+
+def test_soft_labels_of_no_probability_in_fp32():
+    x = inputs(40, 6, (5, 5), 11, soft=True, dtype=torch.float32, scores=False)
+    x["snapshot_biases"] = [torch.arange(11.0) * -40] * 2
+    got = check(x, memory_budget=1)  # snapshots mixed one after another
+    assert got["loss"].isfinite() and got["attention_loss"] > 100
+
+
+@pytest.mark.parametrize("scores", [False, True], ids=["uniform", "scores"])
+@pytest.mark.parametrize("fusion", ["probability", "logit"])
+def test_soft_labels_are_never_copied_whole(fusion, scores):
+    x = inputs(400, 8, (8, 8), 500, dtype=torch.float32, soft=True, scores=scores)
+    x["labels"] = x["labels"].double().t().contiguous().t()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        evaluate(linear_ensemble_kd, x, memory_budget=4 * 500 * 4 * 32, fusion=fusion)
+    assert 0 < max(event.cpu_memory_usage for event in profile.events() if not event.cpu_children) < 400 * 500 * 4
+
+
 @pytest.mark.bad_input
 @pytest.mark.parametrize(("change", "error", "said"), [
     ({"student_hidden": torch.zeros(13)}, ValueError, "student_hidden must be a tensor of 2 dimensions"),
@@ -294,6 +325,8 @@ def test_the_logits_of_all_rows_are_never_in_memory(monkeypatch):
     ({"scores": torch.zeros(13, 2)}, ValueError, r"scores must have shape \(13, 3\), got \(13, 2\)"),
     ({"labels": torch.zeros(12, dtype=torch.int64)}, ValueError, "labels must have shape"),
     ({"labels": torch.full((13,), 11)}, RuntimeError, "label"),
+    ({"labels": torch.zeros(13, 12)}, ValueError, r"labels must have shape \(13, 11\), got \(13, 12\)"),
+    ({"labels": torch.zeros(13)}, TypeError, r"indices \(13,\) or floating-point weights \(13, 11\), got"),
     ({"temperature": 0}, ValueError, "temperature must be a positive number"),
     ({"softcap": -1.0}, ValueError, "softcap must be a positive number or None, got -1.0"),
     ({"logit_scale": 0}, ValueError, "logit_scale must be a number other than 0, got 0"),

@@ -3,14 +3,34 @@
 import numpy
 import pytest
 import torch
-from cases import DTYPES, INF, NAN, READINGS, SIZES, Calls, fusions, kd, readings, sizes, softened, spread, tensors
+from cases import (
+    DTYPES,
+    INF,
+    NAN,
+    READINGS,
+    SIZES,
+    Calls,
+    fusions,
+    kd,
+    readings,
+    sizes,
+    softened,
+    sparse,
+    spread,
+    tensors,
+)
 from compiled import assert_compiled_agrees, compiled
 from numerics import assert_same_bits, check, check_by_differences, evaluate, exact
 from torch.nn import functional as F
 
-from eekd import EEKDLoss, ensemble_kd, linear_ensemble_kd, top_k_logits
+from eekd import EEKDLoss, ensemble_kd, sparse_ensemble_kd, top_k_logits
 
-DENSE = [size for size in SIZES if len(size) == 3]
+# Of all classes, or of K whose number is less than a vector, or not.
+dense_or_sparse = pytest.mark.parametrize("k", [None, 3, 40], ids=["dense", "sparse3", "sparse40"])
+
+
+def some_of(classes, k):
+    return k and min(k, classes)
 
 
 def formulas(x, temperature, alpha, fusion, objective):
@@ -53,36 +73,36 @@ def test_equals_the_formulas_of_soft_labels(backend, device, fusion, objective):
         torch.testing.assert_close(got[name].cpu(), value, rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@sizes((10, 3, 7), (10, 3, 1000), (5, 3, 2500))
+@sizes((10, 3, 7), (10, 3, 1000), (5, 3, 2500), (10, 3, 7, 2), (10, 3, 1000, 40), (5, 3, 2500, 40))
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_alpha_of_one_is_the_cross_entropy_of_torch(backend, device, size, reduction):
     x = tensors(*size, device=device, soft=True)
     s = x["student_logits"].clone().requires_grad_()
     expected = F.cross_entropy(s, x["labels"], reduction=reduction)
-    out = evaluate(ensemble_kd, x, alpha=1, reduction=reduction)
+    out = evaluate(kd, x, alpha=1, reduction=reduction)
     torch.testing.assert_close(out["loss"], expected.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(out["d_student_logits"], torch.autograd.grad(expected.sum(), s)[0], rtol=1e-4, atol=1e-6)
 
 
-@sizes((65, 5, 10), (9, 17, 100), (9, 5, 129), (5, 3, 5000), (1, 2, 20000))
+@sizes((65, 5, 10), (9, 17, 100), (9, 5, 129), (5, 3, 5000), (1, 2, 20000), (65, 5, 10, 3), (5, 3, 2500, 200))
 @readings
 def test_a_one_hot_row_is_its_hard_label(backend, device, size, fusion, objective):
     hard = tensors(*size, device=device)
     soft = hard | {"labels": F.one_hot(hard["labels"], size[2]).float()}
     options = {"fusion": fusion, "attention_objective": objective, "reduction": "none"}
-    a, b = evaluate(ensemble_kd, soft, **options), evaluate(ensemble_kd, hard, **options)
+    a, b = evaluate(kd, soft, **options), evaluate(kd, hard, **options)
     for name in a:
         largest = b[name].abs().max().item()
         torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=2e-6 * max(1, largest))
 
 
-@sizes(*DENSE)
+@sizes(*SIZES)
 @readings
 def test_soft_labels_of_every_shape(backend, device, size, fusion, objective):
     check(tensors(*size, device=device, soft=True), fusion=fusion, attention_objective=objective)
 
 
-@sizes((10, 5, 100), (3, 3, 1500))
+@sizes((10, 5, 100), (3, 3, 1500), (10, 5, 100, 20), (3, 3, 1500, 140))
 @pytest.mark.parametrize("labels", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @readings
@@ -93,14 +113,14 @@ def test_soft_labels_of_every_dtype(backend, device, size, labels, dtype, fusion
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@sizes(*(size for size in DENSE if size[0] and size[2] <= 2500))
+@sizes(*(size for size in SIZES if size[0] and size[2] <= 2500))
 def test_soft_labels_on_every_instruction_set(isa, dtype, size):
     x = tensors(*size, dtype=dtype, soft=True)
     for fusion, objective in READINGS:
         check(x, fusion=fusion, attention_objective=objective)
 
 
-@sizes((10, 4, 100), (4, 4, 1100))
+@sizes((10, 4, 100), (4, 4, 1100), (10, 4, 100, 20), (4, 4, 1100, 140))
 @pytest.mark.parametrize("temperature", [0.25, 1, 2.5, 20])
 @pytest.mark.parametrize("alpha", [0, 0.1, 1])
 @fusions
@@ -108,34 +128,34 @@ def test_temperature_and_alpha_of_soft_labels(backend, device, size, temperature
     check(tensors(*size, device=device, soft=True), temperature=temperature, alpha=alpha, fusion=fusion)
 
 
-@pytest.mark.parametrize("rows", [2049, 20003])
+@sizes((2049, 2, 3), (20003, 2, 3), (2049, 2, 3, 2))
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_many_rows_of_soft_labels(backend, device, rows, reduction):
-    check(tensors(rows, 2, 3, device=device, soft=True), reduction=reduction)
+def test_many_rows_of_soft_labels(backend, device, size, reduction):
+    check(tensors(*size, device=device, soft=True), reduction=reduction)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_a_row_of_no_label_is_a_row(backend, device, reduction):
-    x = tensors(4, 3, 10, device=device, soft=True)
+@dense_or_sparse
+def test_a_row_of_no_label_is_a_row(backend, device, k, reduction):
+    x = tensors(4, 3, 10, some_of(10, k), device=device, soft=True)
     x["labels"][1] = 0
     x["labels"][2] = -100  # the ignored label is one of hard labels
     got = check(x, reduction=reduction)
     if reduction == "none":
         assert got["attention_loss"][1] == 0 and (got["d_scores"][1] == 0).all() and got["loss"][1] > 0
         assert got["loss"][2] != 0
-    torch.testing.assert_close(
-        evaluate(ensemble_kd, x)["loss"], evaluate(ensemble_kd, x, reduction="none")["loss"].mean()
-    )
+    torch.testing.assert_close(evaluate(kd, x)["loss"], evaluate(kd, x, reduction="none")["loss"].mean())
 
 
-@sizes((10, 4, 100), (4, 4, 1100))
+@sizes((10, 4, 100), (4, 4, 1100), (10, 4, 100, 30), (4, 4, 1100, 140))
 @readings
 def test_padded_vocabulary_of_soft_labels(backend, device, size, fusion, objective):
-    x = tensors(*size, device=device, soft=True)
+    x = tensors(*size[:3], device=device, soft=True)
     padding = torch.arange(size[2], device=device) % 7 == 3
     padding[900:] = True
     x["student_logits"][:, padding] = x["snapshot_logits"][:, :, padding] = -INF
     x["labels"][:, padding] = 0
+    x = sparse(x, *size[3:])
     padded = check(x, fusion=fusion, attention_objective=objective)
     assert padded["loss"].isfinite() and (padded["d_student_logits"][:, padding] == 0).all()
 
@@ -154,24 +174,46 @@ def test_weight_on_a_masked_column(backend, device, classes, fusion, objective):
         assert (got["d_scores"][1] == 0).all() and got["d_scores"].isfinite().all()
 
 
-@pytest.mark.parametrize("classes", [10, 100, 1500])
+@pytest.mark.parametrize("classes, k", [(10, 4), (100, 40), (1500, 40), (1500, 140)])
 @readings
-def test_soft_labels_of_no_probability_in_fp32(backend, device, classes, fusion, objective):
+def test_sparse_weight_on_masked_columns(backend, device, classes, k, fusion, objective):
+    x = tensors(6, 3, classes, k, device=device, soft=True)
+    x["labels"][:] = softened(torch.tensor([0, 1]), classes)[1].to(device)  # weight on every class
+    inside, outside = x["indices"][:, 1], torch.zeros(6, classes, device=device).scatter(1, x["indices"], 1).argmin(1)
+    x["student_logits"][0, inside[0]] = x["student_logits"][1, outside[1]] = -INF
+    x["snapshot_logits"][:, 2, 1] = x["snapshot_tail"][:, 3] = -INF
+    x["snapshot_logits"][1, 4, 1] = x["snapshot_tail"][2, 4] = -INF  # in one snapshot alone
+    got = check(x, fusion=fusion, attention_objective=objective, reduction="none")
+    if objective == "label":
+        assert got["loss"].isinf().tolist() == [True, True] + [False] * 4
+        masked = [False, False, True, True, fusion == "logit", False]
+        assert got["attention_loss"].isinf().tolist() == masked and got["d_scores"].isfinite().all()
+
+
+@pytest.mark.parametrize("classes", [10, 100, 1500])
+@dense_or_sparse
+@readings
+def test_soft_labels_of_no_probability_in_fp32(backend, device, classes, k, fusion, objective):
     x = tensors(9, 4, classes, device=device, soft=True)
     at = torch.arange(9, device=device)
     for m, depth in enumerate((1000, 1001, 900, 5000)):
         x["snapshot_logits"][m, at, (7 * at + m // 2) % classes] -= depth
         x["snapshot_logits"][m, at, 3 * at % classes] -= 800
     x["labels"] = x["labels"] + 0.01
+    x = sparse(x, some_of(classes, k), temperature=1.0)
+    if k:
+        x["snapshot_tail"][:, 1::2] -= 1000
     check(x, temperature=1.0, fusion=fusion, attention_objective=objective, reduction="none")
 
 
 @pytest.mark.parametrize("classes", [100, 1500])
+@dense_or_sparse
 @fusions
-def test_soft_labels_of_logits_of_ten_thousand(backend, device, classes, fusion):
+def test_soft_labels_of_logits_of_ten_thousand(backend, device, classes, k, fusion):
     x = tensors(9, 4, classes, device=device, soft=True)
     for name in ("student_logits", "snapshot_logits"):
         x[name] = torch.where(x[name] > 0, 1e4, -1e4) + x[name]
+    x = sparse(x, k)
     options = {"fusion": fusion, "reduction": "none"}
     got, truth = evaluate(kd, x, **options), exact(x, **options)
     for name, value in got.items():
@@ -179,9 +221,10 @@ def test_soft_labels_of_logits_of_ten_thousand(backend, device, classes, fusion)
 
 
 @pytest.mark.parametrize("classes", [13, 1030])
+@dense_or_sparse
 @readings
-def test_any_layout_of_soft_labels(backend, device, classes, fusion, objective):
-    x = tensors(6, 3, classes, device=device, soft=True)
+def test_any_layout_of_soft_labels(backend, device, classes, k, fusion, objective):
+    x = tensors(6, 3, classes, some_of(classes, k), device=device, soft=True)
     options = {"fusion": fusion, "attention_objective": objective}
     expected, y = evaluate(kd, x, **options), x["labels"]
     for labels in (spread(y), y.t().contiguous().t(), torch.stack((y, y), 1)[:, 0], y.repeat_interleave(2, 1)[:, ::2]):
@@ -195,34 +238,40 @@ def test_any_layout_of_soft_labels(backend, device, classes, fusion, objective):
 
 
 @pytest.mark.parametrize("classes", [10, 1000, 2500])
+@dense_or_sparse
 @fusions
-def test_a_nan_among_soft_labels_is_never_a_finite_loss(backend, device, classes, fusion):
+def test_a_nan_among_soft_labels_is_never_a_finite_loss(backend, device, classes, k, fusion):
+    k = some_of(classes, k)
     for column in (0, 3, -1):
-        x = tensors(3, 2, classes, device=device, soft=True)
+        x = tensors(3, 2, classes, k, device=device, soft=True)
         x["labels"][1, column] = NAN
-        out = evaluate(ensemble_kd, x, fusion=fusion, reduction="none")
+        out = evaluate(kd, x, fusion=fusion, reduction="none")
         assert out["loss"].isnan().tolist() == [False, True, False]
         assert out["attention_loss"].isnan().tolist() == [False, True, False]
-        x = tensors(3, 2, classes, device=device, soft=True)
-        x["snapshot_logits"][1, 1, column] = NAN
-        out = evaluate(ensemble_kd, x, fusion=fusion, reduction="none")
+        x = tensors(3, 2, classes, k, device=device, soft=True)
+        x["snapshot_logits"][1, 1, column % 3] = NAN
+        out = evaluate(kd, x, fusion=fusion, reduction="none")
         assert out["loss"].isnan().tolist() == out["attention_loss"].isnan().tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("classes", [10, 1500])
+@dense_or_sparse
 @readings
-def test_soft_labels_do_not_read_snapshots_of_no_weight(backend, device, classes, fusion, objective):
-    x = tensors(5, 3, classes, device=device, soft=True)
+def test_soft_labels_do_not_read_snapshots_of_no_weight(backend, device, classes, k, fusion, objective):
+    x = tensors(5, 3, classes, some_of(classes, k), device=device, soft=True)
     x["scores"][:, 1] = x["scores"][2, 0] = -INF
     without = evaluate(kd, x, fusion=fusion, attention_objective=objective)
     x["snapshot_logits"][1] = x["snapshot_logits"][0, 2] = NAN
+    if k:
+        x["snapshot_tail"][1] = x["snapshot_tail"][0, 2] = NAN
     assert_same_bits(evaluate(kd, x, fusion=fusion, attention_objective=objective), without)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@dense_or_sparse
 @readings
-def test_gradcheck_of_soft_labels(backend, device, reduction, fusion, objective):
-    x = tensors(5, 2, 4, device=device, dtype=torch.float64, attention="query", width=1, soft=True)
+def test_gradcheck_of_soft_labels(backend, device, reduction, k, fusion, objective):
+    x = tensors(5, 2, 4, some_of(4, k), device=device, dtype=torch.float64, attention="query", width=1, soft=True)
     student, attention = ["student_logits"], ["query", "keys"]
     options = {"fusion": fusion, "attention_objective": objective, "reduction": reduction, "alpha": 0.3}
     checks = {"loss": student, "attention_loss": attention} if objective == "label" else {"loss": student + attention}
@@ -231,17 +280,18 @@ def test_gradcheck_of_soft_labels(backend, device, reduction, fusion, objective)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@dense_or_sparse
 @readings
-def test_upstream_gradients_of_soft_labels(backend, device, dtype, reduction, fusion, objective):
+def test_upstream_gradients_of_soft_labels(backend, device, dtype, reduction, k, fusion, objective):
     for attention in ("scores", "query"):
-        x = tensors(10, 3, 100, device=device, dtype=dtype, attention=attention, soft=True)
+        x = tensors(10, 3, 100, k, device=device, dtype=dtype, attention=attention, soft=True)
         upstream = (0.37, -2.5)
         if reduction == "none":
             upstream = tuple(g * torch.arange(10.0, device=device) for g in upstream)
         check(x, upstream=upstream, reduction=reduction, fusion=fusion, attention_objective=objective)
 
 
-@sizes((64, 3, 1000), (3, 3, 5000), (1, 2, 100000))
+@sizes((64, 3, 1000), (3, 3, 5000), (1, 2, 100000), (64, 3, 1000, 50), (3, 3, 5000, 200))
 @readings
 def test_threads_do_not_change_the_bits_of_soft_labels(kernels, threads, size, fusion, objective):
     x = tensors(*size, soft=True)
@@ -253,21 +303,25 @@ def test_threads_do_not_change_the_bits_of_soft_labels(kernels, threads, size, f
         assert_same_bits(out, outs[0])
 
 
+@dense_or_sparse
 @readings
-def test_soft_labels_compile_whole(backend, device, fusion, objective):
+def test_soft_labels_compile_whole(backend, device, k, fusion, objective):
     step, fast, _ = compiled(dynamic=True)
     for rows in (5, 9):
-        x = tensors(rows, 3, 20, device=device, soft=True)
+        x = tensors(rows, 3, 20, some_of(20, k), device=device, soft=True)
         assert_compiled_agrees(step, fast, x, fusion=fusion, attention_objective=objective)
         assert_compiled_agrees(step, fast, x | {"student_logits": x["student_logits"].half()}, fusion=fusion)
 
 
+@dense_or_sparse
 @fusions
-def test_opcheck_of_soft_labels(device, fusion):
-    x = tensors(4, 3, 5, device=device, soft=True)
+def test_opcheck_of_soft_labels(device, k, fusion):
+    x = tensors(4, 3, 5, some_of(5, k), device=device, soft=True)
     options = 5.0, 0.5, fusion == "logit", False, 1, -100, True, True
-    given = x["student_logits"], [x["snapshot_logits"]], x["labels"], x["scores"], None, None
-    torch.library.opcheck(torch.ops.eekd.ensemble_kd_fwd.default, (*given, *options))
+    few = (x["snapshot_tail"], x["indices"]) if k else ()
+    op = torch.ops.eekd.sparse_ensemble_kd_fwd if k else torch.ops.eekd.ensemble_kd_fwd
+    given = x["student_logits"], [x["snapshot_logits"]], *few, x["labels"], x["scores"], None, None
+    torch.library.opcheck(op.default, (*given, *options))
     meta = kd(**{name: value.to("meta") for name, value in x.items()}, reduction="none")
     for a, b in zip(meta, kd(**x, reduction="none"), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
@@ -334,22 +388,20 @@ def test_rows_that_are_not_those_of_the_student(name, says):
 # The ops of few classes, and of heads
 
 
-@pytest.mark.parametrize("k", [5, 30])
 @readings
-def test_sparse_soft_labels(backend, device, k, fusion, objective):
-    x = tensors(10, 3, 30, k, device=device) | {"labels": tensors(10, 3, 30, device=device, soft=True)["labels"]}
-    got = check(x, fusion=fusion, attention_objective=objective, reduction="none")
-    if k == 30:
-        dense = tensors(10, 3, 30, device=device, soft=True)
-        expected = evaluate(kd, dense, fusion=fusion, attention_objective=objective, reduction="none")
-        for name in expected:
-            torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5)
+def test_sparse_soft_labels_of_all_classes_are_ensemble_kd(backend, device, fusion, objective):
+    dense = tensors(10, 3, 30, device=device, soft=True)
+    options = {"fusion": fusion, "attention_objective": objective, "reduction": "none"}
+    got, expected = evaluate(sparse_ensemble_kd, sparse(dense, 30), **options), evaluate(ensemble_kd, dense, **options)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
-def test_heads_refuse_soft_labels():
-    with pytest.raises(TypeError, match="labels must be integer class indices, got torch.float32"):
-        linear_ensemble_kd(torch.randn(4, 3), torch.randn(9, 3), torch.randn(2, 4, 3), [torch.randn(9, 3)] * 2,
-                           torch.rand(4, 9))  # fmt: skip
+@dense_or_sparse
+def test_kernels_compute_soft_labels(kernels, device, k):
+    with Calls() as calls:
+        kd(**tensors(5, 3, 50, k, device=device, soft=True))
+    assert [name for name, _ in calls.own] == ["sparse_ensemble_kd_fwd" if k else "ensemble_kd_fwd"]
 
 
 # What is refused, and numbers
