@@ -121,7 +121,7 @@ class Encoded:
         box = left, top, left + width, top + height
         image = image.resize(size, resample=RESAMPLE[self.interpolation], box=box)
         image = image if change is None else change(image)
-        return torch.from_numpy(np.array(image)).view(*size, self.channels).permute(2, 0, 1)
+        return torch.from_numpy(np.stack([np.asarray(band) for band in image.split()]))
 
     def decode_or_stand_in(
         self, i: int, labels: Tensor, choose: Box | None = None, change: Callable | None = None

@@ -27,6 +27,7 @@ from .mixing import mix, pairs, partners, shuffled, soft_labels
 from .opened import check_int
 from .policies import POLICIES, apply_policy, changes, pillow
 
+_CACHED = 1 << 17  # numbers that a core's cache holds
 SHOWN = ("auto_augment", "erasing", "mixup", "cutmix")  # arguments that decide what a view shows, beside augment
 
 
@@ -272,8 +273,21 @@ class Loader:
             others = self._labels[partner]
         if self.mixes or self.smoothing:
             labels = soft_labels(labels, self.classes, self.smoothing, others, share)
-        # Two kernels, since a fused multiply-add would round differently from one device to another.
-        return Batch(images.float().sub_(self._mean).mul_(self._scale), labels, index)
+        return Batch(self._normalised(images), labels, index)
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """Images (B, C, S, S) uint8 as float32, less the mean, over std: the same bits on every device."""
+        # Two operations, since a fused multiply-add would round otherwise.
+        if images.device.type != "cpu":
+            return images.float().sub_(self._mean).mul_(self._scale)
+        # By NumPy, in one thread, in parts that a cache holds: torch's threads would wait for cores that workers use.
+        normalised, mean, scale = torch.empty(images.shape), self._mean.numpy(), self._scale.numpy()
+        step = max(1, _CACHED // max(images[:1].numel(), 1))
+        for part, pixels in zip(normalised.split(step), images.split(step), strict=True):
+            out = part.numpy()
+            np.subtract(pixels.numpy(), mean, out=out)
+            np.multiply(out, scale, out=out)
+        return normalised
 
 
 class _Decoder(Dataset):

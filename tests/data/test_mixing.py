@@ -84,6 +84,9 @@ def test_a_rectangle_is_erased_in_so_many_images(device):
     index, fill = torch.arange(2000, device=device), torch.tensor([7, 8, 9], dtype=torch.uint8, device=device)
     x = torch.zeros(2000, 3, 32, 32, dtype=torch.uint8, device=device)
     erased = random_erase(x, index, fill, 0.25, seed=0, view=0)
+    assert x.device.type == "cpu" or torch.equal(
+        erased.cpu(), random_erase(x.cpu(), index.cpu(), fill.cpu(), 0.25, seed=0, view=0)
+    )
     hit = (erased != 0).all(1)
     assert torch.equal(erased, torch.where(hit[:, None], fill[:, None, None], x))
     share = hit.flatten(1).float().mean(1)
