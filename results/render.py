@@ -372,11 +372,13 @@ def throughput(record: dict) -> str:
 
 def beside(record: dict) -> str:
     """Seconds and accuracy of plain distillation by others' losses, and by eekd."""
-    lines = _head("", "s per epoch", "test accuracy, %")
+    lines, config = _head("", "s per epoch", "test accuracy, %"), record["config"]
     for name, runs in record["beside"].items():
         seconds = median(second for run in runs for second in run["seconds"])
         lines.append(_row(name, f"{seconds:.2f}", spread([run["test"] for run in runs], 100)))
-    return "\n".join([*lines, "", f"{len(runs)} seeds of preset `{record['preset']}`, fp32. {provenance(record)}"])
+    size = f"{config['train_limit']:,} images, {config['student']['epochs']} epochs"
+    words = f"{len(runs)} seeds of preset `{record['preset']}`, with {size}, fp32"
+    return "\n".join([*lines, "", f"{words}. {provenance(record)}"])
 
 
 def glyphs(record: dict) -> str:

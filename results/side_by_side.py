@@ -1,6 +1,6 @@
 """Plain distillation as others train it beside eekd: seconds per epoch and accuracy. results/side-by-side.json.
 
-python results/side_by_side.py                                        # the preset fashion-mnist-cpu
+python results/side_by_side.py                       # the preset fashion-mnist-cpu, shortened: some minutes
 python results/side_by_side.py --preset digits --epochs 2 --seeds 1 --json /tmp/side-by-side.json    # a try
 
 Four students of one teacher, from the same weights, with the same images in the same order, optimizer and learning
@@ -101,18 +101,18 @@ CONTENDERS: dict[str, Callable[[Session, Path], dict]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="fashion-mnist-cpu")
-    parser.add_argument("--epochs", type=int, help="of teacher and students (default: the preset's)")
-    parser.add_argument("--train-limit", type=int, help="images to train on (default: the preset's)")
+    parser.add_argument("--epochs", type=int, default=5, help="of teacher and students")
+    parser.add_argument("--train-limit", type=int, default=6000, help="images to train on, at most")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path, default=Path(__file__).with_name("side-by-side.json"))
     args = parser.parse_args()
     config = preset(args.preset)
     changes = dict(augment="crop", precision="fp32", device="cpu", seeds=1)
-    changes["train_limit"] = args.train_limit or config.train_limit
-    if args.epochs:
-        many = {"epochs": args.epochs, "snapshots": min(config.teacher.snapshots, args.epochs)}
-        changes["teacher"] = dataclasses.replace(config.teacher, **many)
-        changes["student"] = dataclasses.replace(config.student, epochs=args.epochs)
+    if config.data != "digits":  # which has fewer
+        changes["train_limit"] = args.train_limit
+    many = {"epochs": args.epochs, "snapshots": min(config.teacher.snapshots, args.epochs)}
+    changes["teacher"] = dataclasses.replace(config.teacher, **many)
+    changes["student"] = dataclasses.replace(config.student, epochs=args.epochs)
     config, rows = dataclasses.replace(config, **changes), {name: [] for name in CONTENDERS}
     for seed in range(args.seeds):
         session = prepare(dataclasses.replace(config, seed=seed))

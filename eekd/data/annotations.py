@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
@@ -12,21 +14,15 @@ from eekd.io.files import printable
 
 from .formats import read_bytes
 from .registry import Found, Reading
+from .tables import UNLABELLED_CLASS
 from .walk import TABLES, Passed, counted, entries, images_in, is_image, plural, split_of
 
 _LABELS = (
-    "label",
-    "labels",
-    "class",
-    "class_name",
-    "classname",
-    "category",
-    "target",
-    "label_name",
-    "species",
-    "breed",
-)
+    "label", "labels", "class", "class_name", "classname", "category", "target", "label_name", "species", "breed",
+)  # fmt: skip
 _SPLIT_COLUMNS = ("split", "set", "subset", "partition", "usage", "dataset")
+_MARKS = {f"is_{name}": name for name in ("train", "val", "valid", "validation", "test")}  # as fastai's is_valid
+_TRUE, _FALSE = ("1", "true", "1.0", "yes"), ("0", "false", "0.0", "no")
 _TRIED = 50  # rows that tell which column holds what
 
 
@@ -45,25 +41,30 @@ class Images:
     """The images in a folder, found by what a table calls them."""
 
     def __init__(self, base: Path, paths: Iterable[str]):
-        self.base, self.named = base, defaultdict(list)
+        self.base, self.named, self.folded = base, defaultdict(list), defaultdict(list)
         for path in paths:
             parts = Path(path).relative_to(base).parts
-            self.named[parts[-1]].append((parts, path))
-            self.named[PurePosixPath(parts[-1]).stem].append((parts, path))
+            for name in {parts[-1], PurePosixPath(parts[-1]).stem}:
+                self.named[name].append((parts, path))
+                self.folded[name.casefold()].append((parts, path))
 
     def find(self, text: str) -> str | None:
         """The path of the image that `text` names: by its path, the end of it, or its name without ending.
 
-        ValueError where several images are called so.
+        Where no name is the same, capitals do not count. ValueError where several images are called so.
         """
         parts = PurePosixPath(text.strip().replace("\\", "/")).parts
         parts = tuple(part for part in parts if part not in ("/", "."))
         if not parts or ".." in parts:
             return None
         best, most = [], 0
-        for known, path in self.named.get(parts[-1], ()):
+        exact = self.named.get(parts[-1])
+        for known, path in exact or self.folded.get(parts[-1].casefold(), ()):
             same = 1  # the name itself
-            while same < min(len(parts), len(known)) and parts[-same - 1] == known[-same - 1]:
+            while same < min(len(parts), len(known)) and (
+                parts[-same - 1] == known[-same - 1]
+                or (not exact and parts[-same - 1].casefold() == known[-same - 1].casefold())
+            ):
                 same += 1
             if same >= min(len(parts), len(known), 2) and same >= most:
                 best, most = [*(best if same == most else []), path], same
@@ -80,30 +81,37 @@ def read_table(path: Path, columns: int = 2) -> Table:
     ending = path.suffix.lower()
     try:
         text = read_bytes(path).decode("utf-8-sig")
-        if ending in (".json", ".jsonl"):
+        if ending in (".json", ".jsonl", ".ndjson"):
             return _from_json(path, text)
-        if ending == ".txt" and "\t" not in text:
+        if re.match(r"sep=[,;|\t]\r?\n", text):  # which Excel reads
+            text = text.partition("\n")[2]
+        first = text.partition("\n")[0]
+        if ending == ".txt" and "\t" not in text and (len(first.split()) > 1 or not re.search("[,;|]", first)):
             rows = [line.rsplit(None, 1) for line in text.splitlines() if line.strip()]
         else:
-            first = text.partition("\n")[0]
-            delimiter = "\t" if ending == ".txt" else max(",;\t|", key=first.count)
+            delimiter = max(",;\t|", key=first.count)
             rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if any(row)]
     except (csv.Error, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} must be a table in UTF-8: {error}") from None
     if not rows or len(rows[0]) < columns:
-        raise ValueError(f"{path} must have a path and a label in each row, got {len(rows)} rows")
+        got = f"{', '.join(map(printable, rows[0]))!r:.100} in row 1" if rows else "0 rows"
+        raise ValueError(f"{path} must have a path and a label in each row, got {got}")
     if odd := next((number for number, row in enumerate(rows, 1) if len(row) != len(rows[0])), None):
         raise ValueError(f"{path} must have {len(rows[0])} columns in each row, got {len(rows[odd - 1])} in row {odd}")
     return Table(path, [], rows)
 
 
 def _from_json(path: Path, text: str) -> Table:
-    if path.suffix.lower() == ".jsonl":
-        value = [json.loads(line) for line in text.splitlines() if line.strip()]
-    else:
+    try:
         value = json.loads(text)
+    except json.JSONDecodeError:  # an object in each line, whatever the ending
+        value = [json.loads(line) for line in text.splitlines() if line.strip()]
+    if isinstance(value, dict) and path.suffix.lower() != ".json":  # of one line
+        value = [value]
     if isinstance(value, dict) and isinstance(value.get("labels"), list):  # as StyleGAN's dataset.json has them
         value = value["labels"]
+    if isinstance(value, dict) and value and all(isinstance(names, list) for names in value.values()):
+        value = [[name, label] for label, names in value.items() for name in names]
     if isinstance(value, dict):
         value = [[name, label] for name, label in value.items()]
     if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
@@ -112,11 +120,14 @@ def _from_json(path: Path, text: str) -> Table:
     else:
         columns, rows = ["0", "1"], value
     plain = isinstance(rows, list) and all(
-        isinstance(row, list) and len(row) == len(columns) and all(x is None or isinstance(x, str | int) for x in row)
+        isinstance(row, list)
+        and len(row) == len(columns)
+        and all(x is None or isinstance(x, str | int | float) for x in row)
         for row in rows
     )
     if not plain or not rows:
-        raise ValueError(f"{path} must be a list of objects of path and label, or an object of path: label")
+        wanted = "a list of objects of path and label, or an object of path: label or of label: [paths]"
+        raise ValueError(f"{path} must be {wanted}")
     return Table(path, [str(name) for name in columns], [["" if x is None else str(x) for x in row] for row in rows])
 
 
@@ -155,11 +166,17 @@ def _column(table: Table, name: str, setting: str) -> int:
     return table.columns.index(name)
 
 
-def _split_column(table: Table) -> int | None:
-    for number, name in enumerate(table.columns):
-        if name.lower() in _SPLIT_COLUMNS and all(split_of(value) for value in set(table.column(number))):
-            return number
-    return None
+def _split_column(table: Table) -> tuple[int | None, list[str | None]]:
+    """The column that tells the splits, and the split of each row."""
+    for number, name in enumerate(map(str.lower, table.columns)):
+        column = [value.strip().lower() for value in table.column(number)]
+        if name in _SPLIT_COLUMNS and all(map(split_of, set(column))):
+            return number, [split_of(value) for value in column]
+        if name in _MARKS and set(column) <= {*_TRUE, *_FALSE}:
+            part = split_of(_MARKS[name])
+            other = "test" if part == "train" else "train"
+            return number, [part if value in _TRUE else other for value in column]
+    return None, []
 
 
 def _labels(table: Table, taken: set[int | None], asked: str | None) -> list[str] | None:
@@ -184,6 +201,20 @@ def _labels(table: Table, taken: set[int | None], asked: str | None) -> list[str
     return None
 
 
+def _classes_of(file: Path, labels: list[str]) -> list[str]:
+    """Labels as names of classes: 1.0, as a table with gaps has it, is 1. ValueError where they are measurements."""
+    labels = [label.strip() for label in labels]
+    numbers = [label for label in labels if re.fullmatch(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", label.lower())]
+    if len(numbers) < len(labels) or all(map(str.isdecimal, numbers)):
+        return labels
+    if all(re.fullmatch(r"-?\d+(\.0*)?", label) for label in numbers):
+        return [label.partition(".")[0] for label in labels]
+    distinct = len(set(labels))
+    if distinct > max(len(labels) / 2, 10):
+        raise ValueError(f"{file} must have classes as labels, got {distinct} different numbers such as {labels[0]}")
+    return labels
+
+
 def ordered(labels: Iterable[str]) -> list[str]:
     """Classes in order: by number where all are whole numbers, else by the alphabet."""
     distinct = set(labels)
@@ -201,47 +232,57 @@ def read_annotations(files: dict[str, Path], reading: Reading, base: Path | None
     base = base or reading.root or files["train"].parent
     if not base.is_dir():
         raise ValueError(f"root must be the folder of the images in {files['train']}, got {base}")
-    passed, found, said = Passed(), {}, []
+    passed, said = Passed(), []
+    found: dict[str, dict[str, str]] = {}  # of each part: the label of each path
     images = Images(base, images_in(base, passed))
     for part, file in files.items():
         table = _with_header(read_table(file, 2 if part == "train" else 1), images)
         place = _image_column(table, images, reading.image_column)
-        names = ", ".join(map(printable, table.columns))
+        names = ", ".join(map(printable, table.columns[:12])) + ", ..." * (len(table.columns) > 12)
         if place is None:
             raise ValueError(f"{file} names no image below {base} in its columns {names}: --root says where they are")
-        split = _split_column(table)
+        split, splits = _split_column(table)
         labels = _labels(table, {place, split}, reading.label_column)
         if labels is None or not any(labels):
             if part != "train":
                 passed.phrases.append(f"{printable(file.name)}, which has no labels")
                 continue
             raise ValueError(f"{file} has the columns {names}: --label-column says which is the label")
-        missing = []
+        labels, missing, again = _classes_of(file, labels), [], 0
         for number, (name, label) in enumerate(zip(table.column(place), labels, strict=True), 1):
-            path, label = images.find(name), label.strip()
+            path = images.find(name)
             if path is None:
                 missing.append(name)
                 continue
-            if not label:
+            if label.lower() in ("", "nan"):
                 raise ValueError(f"{file} has no label for {name!r}, in row {number}")
-            own = split_of(table.rows[number - 1][split]) if split is not None else part
-            found.setdefault(own, []).append((path, label))
+            own = found.setdefault(splits[number - 1] if splits else part, {})
+            if (known := own.get(path, label)) != label:
+                raise ValueError(f"{file} has two labels for {name!r}, {known!r} and {label!r} in row {number}")
+            again += path in own
+            own[path] = label
         if missing and not reading.skip_bad:
             raise ValueError(f"{file} names {counted(missing, 'image')} that {base} lacks")
         if missing:
             passed.phrases.append(f"{counted(missing, 'row')} of {printable(file.name)} whose images are missing")
+        if again:
+            passed.phrases.append(f"{plural(again, 'row')} of {printable(file.name)} that name an image again")
         said.append(f"{printable(file.name)} names the images in {printable(table.columns[place])}.")
     if "train" not in found:
         raise ValueError(f"{files['train']} names no image to train on, but {', '.join(found)}")
-    classes = ordered(label for _, label in found["train"])
+    classes = ordered(found["train"].values())
+    if {"-1", "0"} <= set(classes):
+        warnings.warn(UNLABELLED_CLASS.format(files["train"], [*found["train"].values()].count("-1")), stacklevel=2)
     number = {name: k for k, name in enumerate(classes)}
     parts = {}
     for part, pairs in found.items():
-        if strange := next((label for _, label in pairs if label not in number), None):
+        if part != "train" and (both := pairs.keys() & found["train"].keys()):
+            warnings.warn(f"{files['train']}: {plural(len(both), 'image')} of {part} are in train too", stacklevel=2)
+        if strange := next((label for label in pairs.values() if label not in number), None):
             raise ValueError(
                 f"{files.get(part, files['train'])} has the label {strange!r} in {part}, which train has not"
             )
-        parts[part] = [path for path, _ in pairs], [number[label] for _, label in pairs]
+        parts[part] = list(pairs), [number[label] for label in pairs.values()]
     return Found(parts, classes, base=base, said=said, left_out=passed.all())
 
 
@@ -276,7 +317,7 @@ def labels_beside(
                 labels = _among(classes, table, number, found)
             else:
                 labels = _labels(
-                    table._replace(rows=list(found.values())), {number, _split_column(table)}, label_column
+                    table._replace(rows=list(found.values())), {number, _split_column(table)[0]}, label_column
                 )
                 if labels and not all(labels):
                     labels = None

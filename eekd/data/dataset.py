@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -231,6 +232,8 @@ def load(
         keep = keep[stratified(labels[keep], train_limit, seed)]
     if not len(keep):
         raise ValueError(f"val_fraction is {val_fraction}, which leaves no image for training")
+    if "val" not in given and val_fraction and not len(parts["val"][1]):
+        raise ValueError(f"val_fraction is {val_fraction}, which leaves no image for validation, of {len(keep):,}")
     parts["train"] = _subset(whole, keep)
 
     left_out, missing = list(opened.left_out), []
@@ -238,9 +241,10 @@ def load(
         present = set(parts[part][1].tolist())
         if absent := [classes[k] for k in range(len(classes)) if k not in present]:
             missing.append(f"no image to {purpose} on is in {counted(absent, 'class')}")
-    folded = Counter(name.strip().casefold() for name in classes)
-    if alike := [name for name in classes if len(name) > 2 and folded[name.strip().casefold()] > 1]:  # not a and A
-        missing.append(f"only case or spaces tell {counted(alike, 'class')} apart")
+    folded = Counter(map(_folded, classes))
+    if alike := [name for name in classes if folded[_folded(name)] > 1 and (len(name) > 2 or not name.isascii())]:
+        accents = " (or how accents are written)" * any(not name.isascii() for name in alike)
+        missing.append(f"only case or spaces{accents} tell {counted(alike, 'class')} apart")  # not a and A
     if left_out or missing:
         left_out = [f"left out are {'; '.join(left_out)}"] if left_out else []
         warnings.warn(f"{printable(name)}: {'; '.join(left_out + missing)}", stacklevel=2)
@@ -260,6 +264,10 @@ def load(
     return ImageData(
         name, classes, augment, **splits, interpolation=interpolation, decisions=tuple(said), contents=opened.contents
     )
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).strip().casefold()
 
 
 def stratified(labels: Tensor, count: int, seed: int) -> Tensor:

@@ -1,7 +1,9 @@
 """Folders of images: which of them are splits, which are classes, and what lies there besides."""
 
 import difflib
+import os
 import unicodedata
+from collections import defaultdict
 from pathlib import Path
 
 from eekd.io.files import printable
@@ -79,6 +81,7 @@ def _read_folder(path: Path, reading: Reading) -> Found:
             continue
         if part == "train":
             classes = found[2]
+            said += _inner_folders(folder, found[0])
         parts[part] = found[:2]
         if folder != path:
             said.append(
@@ -146,12 +149,33 @@ def _refuse_unknown_splits(path: Path, folders: dict[str, Path], reading: Readin
         )
 
 
+def _inner_folders(folder: Path, files: list[str]) -> list[str]:
+    """A sentence where images of a class lie in several folders, which could be meant as classes."""
+    inner, start = defaultdict(set), len(str(folder)) + 1
+    for path in files:
+        parts = path[start:].split("/", 2)
+        if len(parts) == 3:
+            inner[parts[0]].add(parts[1])
+    if several := [f"{name}: {', '.join(sorted(names)[:3])}" for name, names in inner.items() if len(names) > 1]:
+        return [f"Folders inside of a class are no classes, as in {counted(several, 'class', 2)}."]
+    return []
+
+
 def _labelled(folder: Path, part: str, classes: list[str], passed: Passed, reading: Reading):
     """Paths, labels and classes of a split; None where its images have no labels, and it is not the training data."""
     below, files = entries(folder)
     loose = [entry for entry in files if is_image(entry.name)]
     filled: dict[str, list[str]] = {}
+    real, above = {}, {os.path.realpath(folder), *map(str, Path(folder).resolve().parents)}
     for entry in below:
+        if (place := os.path.realpath(entry.path)) in above:
+            passed.phrases.append(f"{printable(entry.name)}, a link to a folder that it is in")
+            continue
+        if (twin := real.setdefault(place, entry.name)) != entry.name:
+            raise ValueError(f"{folder} has two classes in one folder: {twin} and {entry.name} both are {place}")
+        if os.path.isfile(os.path.join(entry.path, "pyvenv.cfg")):
+            passed.phrases.append(f"{printable(entry.name)}, an environment of Python")
+            continue
         filled[entry.name] = sorted(images_in(entry.path, passed))
         if not filled[entry.name]:
             passed.empty.append(f"{folder.name}/{entry.name}")

@@ -25,6 +25,7 @@ _OTHERS = {
     b"%!PS": "PostScript",
     b"%PDF": "PDF",
 }
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}  # ISO 14496-12, ftyp
 
 
 def open_image(data: bytes, name: str):
@@ -116,7 +117,9 @@ def _pillow():
 def _damaged(data: bytes, name: str, error: Exception) -> ValueError:
     head = data[:40].lstrip().lower()
     what = next((what for start, what in _OTHERS.items() if head.startswith(start.lower())), type(error).__name__)
-    what = "it is empty" if not data else what
+    if data[4:8] == b"ftyp" and data[8:12] in _BRANDS:
+        what = f"{_BRANDS[data[8:12]]}, which is not read: convert it"
+    what = "it is empty" if not data else "it is cut off" if "truncated" in str(error).lower() else what
     if type(error).__name__ == "DecompressionBombError":
         what = "DecompressionBombError: it has more pixels than Pillow reads"
     return ValueError(f"{name} is damaged or no image ({what})")

@@ -15,6 +15,7 @@ from .augment import SPLIT, random_bits
 from .registry import SPLITS, Found, Reading
 from .walk import counted, is_leftover, split_of
 
+UNLABELLED_CLASS = "{}: -1 is read as a class, of {:,} images; if it means that there is no label, take these rows out"
 _LABELS = ("label", "fine_label", "labels", "target", "class")
 _IMAGES = ("image", "img")
 _HUB_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -175,7 +176,8 @@ def _label_column(source: str, features, image: str, reading: Reading) -> str:
     plain = [
         name
         for name in others
-        if isinstance(features[name], Value) and re.match("u?int|string|large_string|bool", features[name].dtype)
+        if isinstance(features[name], Value)
+        and re.match("u?int|string|large_string|bool|float|double", features[name].dtype)
     ]
     for candidates in (classes, plain):
         if len(candidates) == 1:
@@ -206,6 +208,8 @@ def _read(source: str, found, reading: Reading, folders: Sequence) -> Found:
             said.append(f"{len(cells):,} of the {count:,} images of {name} are kept in memory.")
         else:
             cells, labels = split[image], list(split[label])
+        if {type(y) for y in labels} == {float} and all(y == y // 1 for y in labels):  # as a table with gaps has them
+            labels = [int(y) for y in labels]
         if not {type(y) for y in labels} <= {int, str, bool}:
             raise ValueError(f"{source} has mixed or missing values in {label}, wanted integers or strings")
         if labels and set(labels) != {-1}:  # as the hub hides the labels of a test set
@@ -218,6 +222,8 @@ def _read(source: str, found, reading: Reading, folders: Sequence) -> Found:
     if len({type(y) for y in values}) > 1:
         raise ValueError(f"{source} has mixed or missing values in {label}, wanted integers or strings")
     names = getattr(features[label], "names", None)
+    if not names and -1 in values and 0 in values:
+        warnings.warn(UNLABELLED_CLASS.format(source, raw["train"][1].count(-1)), stacklevel=2)
     number = {y: i for i, y in enumerate(range(len(names)) if names else sorted(values))}
     parts = {}
     for part, (cells, labels) in raw.items():

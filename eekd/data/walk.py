@@ -11,12 +11,13 @@ from eekd.io.files import printable
 
 from .images import ENDINGS
 
-TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl")
+TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson")
 # Files that nobody takes for images, and that stand beside images often.
 _PAPERS = {*TABLES, ".xml", ".md", ".yaml", ".yml", ".html", ".pdf", ".log", ".ini", ".db", ".py", ".mat", ".parquet"}
 _LEFTOVERS = {
     "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db",
-    "ehthumbs.db", "desktop.ini", "icon\r", "__pycache__",
+    "ehthumbs.db", "desktop.ini", "icon\r", "__pycache__", "wandb", "mlruns", "lightning_logs", "node_modules",
+    "site-packages",
 }  # fmt: skip
 _SPLITS = {"train": "train|training", "val": "val|valid|validation|dev", "test": "test|testing|eval|evaluation"}
 UNLABELLED = {"images", "image", "imgs", "unknown", "unlabeled", "unlabelled", "all", "none", "data", "dummy", "files"}
@@ -24,7 +25,7 @@ _FILLERS = {"set", "data", "dataset", "images", "image", "imgs", "img", "split",
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file or folder of this name is hidden, or left behind by a system or an editor."""
+    """Whether a file or folder of this name is hidden, or left behind by a system, an editor or another program."""
     return name.startswith((".", "~$")) or name.endswith("~") or name.lower() in _LEFTOVERS
 
 
@@ -61,7 +62,9 @@ class Passed:
 
     def count(self, entry: os.DirEntry) -> None:
         ending = os.path.splitext(entry.name)[1].lower()
-        if ending not in _PAPERS:
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            self.dangling += 1
+        elif ending not in _PAPERS:
             self.endings[ending or "no ending"] += 1
 
     def all(self) -> list[str]:

@@ -231,6 +231,48 @@ def test_classes_that_differ_in_case_only_are_named(tmp_path):
     assert len(data.classes) == 3 and "only case or spaces tell 2 classes (Cat, cat) apart" in warning
 
 
+def test_names_that_differ_in_how_accents_are_written_are_named(tmp_path):
+    _, warning = read(put(tmp_path, *several("caf\u00e9", "cafe\u0301", "dog")))
+    assert "only case or spaces (or how accents are written) tell 2 classes" in warning
+
+
+def test_a_link_to_a_folder_above_is_no_class(tmp_path):
+    put(tmp_path / "data", *several("cat", "dog"))
+    (tmp_path / "data/loop").symlink_to(tmp_path / "data")
+    data, warning = read(tmp_path / "data")
+    assert data.classes == ("cat", "dog") and "left out are loop, a link to a folder that it is in" in warning
+
+
+@bad_input
+def test_two_names_of_one_folder_are_refused(tmp_path):
+    put(tmp_path / "data", *several("cat", "dog"))
+    (tmp_path / "data/kitten").symlink_to(tmp_path / "data/cat")
+    with pytest.raises(ValueError, match="data has two classes in one folder: cat and kitten both are .*data/cat$"):
+        load(str(tmp_path / "data"))
+
+
+def test_what_other_programs_leave_behind_is_no_class(tmp_path):
+    put(tmp_path, *several("cat", "dog"), "wandb/run/media.png", "lightning_logs/a.png", "node_modules/x/icon.png")
+    put(tmp_path, "env/lib/logo.png")
+    (tmp_path / "env/pyvenv.cfg").write_text("")
+    data, warning = read(tmp_path)
+    assert data.classes == ("cat", "dog") and warning.endswith("left out are env, an environment of Python")
+
+
+def test_folders_inside_of_a_class_are_told(tmp_path):
+    data, _ = read(put(tmp_path, *several("animal/cat", "animal/dog", "thing/car")))
+    told = "Folders inside of a class are no classes, as in 1 class (animal: cat, dog)."
+    assert data.classes == ("animal", "thing") and told in data.decisions
+
+
+@bad_input
+def test_too_few_images_to_validate_on_are_refused(tmp_path):
+    put(tmp_path, *several("cat", "dog", each=2))
+    with pytest.raises(ValueError, match="^val_fraction is 0.1, which leaves no image for validation, of 3$"):
+        load(str(tmp_path))
+    assert sizes(read(tmp_path, val_fraction=0)[0]) == (3, 0, 1)
+
+
 def test_names_that_are_no_text(tmp_path):
     """As unzip makes them of another encoding."""
     put(tmp_path, *several("dog"))

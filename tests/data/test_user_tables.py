@@ -150,6 +150,75 @@ def test_images_elsewhere(tmp_path):
     check(read(file, root=str(tmp_path / "far"), memory_budget=0)[0])
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("l.csv", "sep=;\npath;label\n" + "".join(f"{p};{y}\n" for p, y in zip(PATHS, LABELS, strict=True))),
+        ("l.csv", "\ufeffpath\tlabel\r\n" + "".join(f"{p}\t{y}\r\n" for p, y in zip(PATHS, LABELS, strict=True))),
+        ("l.txt", "".join(f"{p},{y}\n" for p, y in zip(PATHS, LABELS, strict=True))),
+        ("l.json", json.dumps({"cat": PATHS[::2], "dog": PATHS[1::2]})),
+        ("l.json", "\n".join(json.dumps({"file": p, "y": y}) for p, y in zip(PATHS, LABELS, strict=True))),
+        ("l.ndjson", "\n".join(json.dumps({"file": p, "y": y}) for p, y in zip(PATHS, LABELS, strict=True))),
+        ("l.csv", "".join(f"{p.upper()},{y}\n" for p, y in zip(PATHS, LABELS, strict=True))),
+    ],
+    ids=["Excel's first line", "tabs", "txt with commas", "by class", "lines", "ndjson", "capitals"],
+)
+def test_tables_of_other_habits(tmp_path, name, text):
+    put(tmp_path, *PATHS)
+    (tmp_path / name).write_text(text)
+    check(read(tmp_path / name, memory_budget=0)[0])
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (["0.0", "2.0", "10.0"], ("0", "2", "10")),
+        (["1", "2", "3"], ("1", "2", "3")),
+        (["True", "False", "True"], ("False", "True")),
+        (["0.5", "1.0", "1.5"], ("0.5", "1.0", "1.5")),
+        (["-1", "1", "1"], ("-1", "1")),
+    ],
+)
+def test_labels_that_are_numbers(tmp_path, labels, classes):
+    put(tmp_path, *PATHS)
+    rows = [(path, labels[k % 3]) for k, path in enumerate(PATHS)]
+    assert read(table(tmp_path, "l.csv", rows))[0].classes == classes
+    text = json.dumps([{"image": path, "label": json.loads(y.lower())} for path, y in rows])
+    (tmp_path / "l.json").write_text(text)
+    assert read(tmp_path / "l.json")[0].classes == classes
+
+
+def test_labels_that_may_be_none_are_named(tmp_path):
+    put(tmp_path, *PATHS)
+    rows = [(path, (-1, 0, 1)[k % 3]) for k, path in enumerate(PATHS)]
+    data, warning = read(table(tmp_path, "l.csv", rows))
+    assert data.classes == ("-1", "0", "1") and "l.csv: -1 is read as a class, of 7 images; if it means" in warning
+
+
+@pytest.mark.parametrize(
+    ("column", "parts"), [("is_valid", (15, 0, 5)), ("is_test", (15, 0, 5)), ("is_train", (5, 0, 15))]
+)
+@pytest.mark.parametrize("truth", [("1", "0"), ("True", "False")])
+def test_a_column_of_truths_tells_the_splits(tmp_path, column, parts, truth):
+    put(tmp_path, *PATHS)
+    rows = [(path, y, truth[k >= 5]) for k, (path, y) in enumerate(zip(PATHS, LABELS, strict=True))]
+    data, _ = read(table(tmp_path, "l.csv", rows, ("path", "label", column)), val_fraction=0)
+    assert sizes(data) == parts
+
+
+def test_images_named_again_are_said(tmp_path):
+    put(tmp_path, *PATHS)
+    rows = [*zip(PATHS, LABELS, strict=True), (PATHS[0], "cat"), (PATHS[1], "dog")]
+    data, warning = read(table(tmp_path, "l.csv", rows), memory_budget=0)
+    check(data)
+    assert "left out are 2 rows of l.csv that name an image again" in warning
+    split = ["train"] * 20 + ["test"] * 2
+    file = table(
+        tmp_path, "l.csv", [(*row, part) for row, part in zip(rows, split, strict=True)], ("p", "label", "split")
+    )
+    assert "l.csv: 2 images of test are in train too" in read(file)[1]
+
+
 def test_missing_images_can_be_left_out(tmp_path):
     put(tmp_path, *PATHS)
     (tmp_path / PATHS[3]).unlink()
@@ -169,6 +238,15 @@ def test_missing_images_can_be_left_out(tmp_path):
         ([("../secret.png", "cat"), ("images/000.png", "dog")], "names 1 image .../secret.png. that"),
         ([("/etc/passwd", "cat"), ("images/000.png", "dog")], "names 1 image ./etc/passwd. that"),
         ([], "must have a path and a label in each row, got 0 rows"),
+        (
+            [(PATHS[0], "cat"), (PATHS[1], "dog"), (PATHS[0], "dog")],
+            "two labels for 'images/000.png', 'cat' and 'dog' in ",
+        ),
+        (
+            [(path, f"{k * 1.7:.3f}") for k, path in enumerate(PATHS)],
+            "classes as labels, got 20 different numbers such as",
+        ),
+        ([(PATHS[0], "cat"), (PATHS[1], "nan")], "has no label for 'images/001.png', in row 2"),
     ],
 )
 def test_a_wrong_table_is_refused(tmp_path, rows, said):
