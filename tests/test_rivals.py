@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import math
+import subprocess
 
 import pytest
 import torch
 import torch.nn.functional as F
 from killed import EVERY_STEP, Killed, check_same, go_on, killer
+from processes import ENVIRONMENT, TORCHRUN
 from torch import nn
 
 from eekd.bank.__main__ import main as bank
@@ -256,6 +258,19 @@ def test_resumed_to_the_bit(run, tmp_path, steps):
         train(session.config, tmp_path / "run", session=session, progress=kill)
     assert go_on(tmp_path / "run", session, kill) == len(steps) - 1
     check_same(run, tmp_path / "run")
+
+
+def test_under_torchrun(run, tmp_path):
+    """Two processes keep the same weights; CRD, whose memory each would have for itself, is refused."""
+    command = [*TORCHRUN, "--nproc-per-node", "2", "-m", "eekd.train", "student", "--teacher", run, "--out", "two"]
+    flags = "--device cpu --precision fp32 --student.model resnet8_s2 --student.epochs 2 --student.batch-size 40"
+    more = [*flags.split(), "--check-replicas", "1", "--students"]
+    for names, code in (([name for name in RIVALS if name != "crd"], 0), (["crd"], 2)):
+        words = map(str, [*command, *more, *names])
+        done = subprocess.run([*words], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+        assert (done.returncode == 0) == (code == 0), done.stderr
+    assert "error: crd must be trained by one process, got 2\n" in done.stderr
+    assert {path.name for path in (tmp_path / "two/students").iterdir()} == RIVALS.keys() - {"crd"}
 
 
 def test_maps_are_remembered_where_images_do_not_vary(run, tmp_path):

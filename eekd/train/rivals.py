@@ -100,7 +100,7 @@ class DKD(Added):
 
 
 class DIST(Added):
-    """Adds β `dist_loss`."""
+    """Adds β `dist_loss`; its columns are those of the rows that one process sees at once."""
 
     rival = "dist"
 
