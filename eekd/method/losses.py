@@ -12,7 +12,7 @@ from eekd.method import weightings
 from eekd.method.attention import SnapshotAttention
 from eekd.method.topk import TopKLogits
 from eekd.ops import ensemble_kd, sparse_ensemble_kd
-from eekd.ops.checks import as_number, in_one_dimension, is_soft
+from eekd.ops.checks import as_number, in_one_dimension
 
 
 class EEKDLoss(nn.Module):
@@ -106,8 +106,11 @@ class EEKDLoss(nn.Module):
                     "for a single logit z give the classes (0, z)"
                 )
             if student_logits.ndim > 2:
-                batch = student_logits, snapshot_logits, labels, student_features, snapshot_features
-                student_logits, snapshot_logits, labels, student_features, snapshot_features = _as_rows(*batch)
+                rows, student_logits = student_logits.shape[:-1], student_logits.flatten(0, -2)
+                named = dict(student_features=student_features, snapshot_features=snapshot_features)
+                snapshot_logits, labels, student_features, snapshot_features = in_one_dimension(
+                    rows, snapshot_logits=snapshot_logits, labels=labels, **named
+                )
         if self.attention is None:
             by = {"scores": weightings.log_weights(self.weighting, snapshot_logits, labels)}
         elif student_features is None or snapshot_features is None:
@@ -158,24 +161,6 @@ class EEKDLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in {"weighting": self.weighting, **self.options}.items())
-
-
-def _as_rows(student_logits, snapshot_logits, labels, student_features, snapshot_features):
-    """What EEKDLoss.forward takes, of rows in several dimensions, with all rows in one."""
-    rows = student_logits.shape[:-1]
-
-    def flat(name, x, before, after):
-        return in_one_dimension(name, x, before, rows, after)
-
-    if isinstance(snapshot_logits, (list, tuple)):
-        snapshot_logits = [flat("snapshot_logits", z, "", "C") for z in snapshot_logits]
-    return (
-        student_logits.flatten(0, -2),
-        flat("snapshot_logits", snapshot_logits, "M", "C"),
-        flat("labels", labels, "", "C" if is_soft(labels) else ""),
-        flat("student_features", student_features, "", "D"),
-        flat("snapshot_features", snapshot_features, "M", "D"),
-    )
 
 
 class Measurements(Mapping):

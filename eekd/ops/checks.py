@@ -167,15 +167,35 @@ def checked_hard_or_soft_labels(labels, rows: int, classes: int, device: torch.d
     return labels
 
 
-def in_one_dimension(name: str, x, before: Sequence[str], rows: Sequence[int], after: Sequence[str]):
-    """A tensor (*before, *rows, *after) as (*before, B, *after), a view where its strides allow one."""
-    if not isinstance(x, Tensor):
-        return x  # for others to refuse
-    first, last = len(before), len(before) + len(rows)
-    if x.dim() != last + len(after) or x.shape[first:last] != rows:
-        wanted = ", ".join((*before, *map(str, rows), *after))
-        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(x.shape)}")
-    return x.flatten(first, last - 1)
+_BESIDE_ROWS = {  # what stands before and after the rows
+    "snapshot_logits": ("M", "C"), "snapshot_tail": ("M", ""), "indices": ("", "K"), "labels": ("", ""),
+    "scores": ("", "M"), "query": ("", "D"), "keys": ("M", "D"),
+    "student_features": ("", "D"), "snapshot_features": ("M", "D"),
+}  # fmt: skip
+
+
+def in_one_dimension(rows: Sequence[int], columns: str = "C", **arguments) -> list:
+    """Arguments (*before, *rows, *after) as (*before, B, *after), views where their strides allow one."""
+
+    def flat(name, x, before, after):
+        if not isinstance(x, Tensor):
+            return x  # for others to refuse
+        first, last = len(before), len(before) + len(rows)
+        if x.dim() != last + len(after) or x.shape[first:last] != rows:
+            wanted = ", ".join((*before, *map(str, rows), *after))
+            raise ValueError(f"{name} must have shape ({wanted}), got {tuple(x.shape)}")
+        return x.flatten(first, last - 1)
+
+    found = []
+    for name, x in arguments.items():
+        before, after = _BESIDE_ROWS[name]
+        if name == "snapshot_logits":
+            after = columns
+        elif name == "labels" and is_soft(x):
+            after = "C"
+        several = name == "snapshot_logits" and isinstance(x, (list, tuple))
+        found.append([flat(name, z, "", after) for z in x] if several else flat(name, x, before, after))
+    return found
 
 
 def checked_attention(query, keys, rows: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -98,24 +98,12 @@ def distil(student_logits, snapshot_logits, tail, indices, labels, attention, op
 def _distil_in_one_dimension(student, snapshots, tail, indices, labels, attention, options) -> EnsembleKD:
     """`distil` of rows in any number of dimensions, student_logits (..., C): as (B, C), and back."""
     rows, (scores, query, keys) = student.shape[:-1], attention
-
-    def flat(name, x, before="", after=""):
-        return checks.in_one_dimension(name, x, before, rows, after)
-
-    columns = "C" if indices is None else "K"
-    if isinstance(snapshots, (list, tuple)):
-        snapshots = [flat("snapshot_logits", z, "", columns) for z in snapshots]
-    else:
-        snapshots = flat("snapshot_logits", snapshots, "M", columns)
-    loss, weights, attention_loss = distil(
-        student.flatten(0, -2),
-        snapshots,
-        flat("snapshot_tail", tail, "M"),
-        flat("indices", indices, "", "K"),
-        flat("labels", labels, "", "C" if checks.is_soft(labels) else ""),
-        (flat("scores", scores, "", "M"), flat("query", query, "", "D"), flat("keys", keys, "M", "D")),
-        options,
+    named = dict(snapshot_logits=snapshots, snapshot_tail=tail, indices=indices, labels=labels)
+    snapshots, tail, indices, labels, *attention = checks.in_one_dimension(
+        rows, "C" if indices is None else "K", **named, scores=scores, query=query, keys=keys
     )
+    student = student.flatten(0, -2)
+    loss, weights, attention_loss = distil(student, snapshots, tail, indices, labels, attention, options)
     if loss.dim():
         loss, attention_loss = loss.unflatten(0, rows), attention_loss.unflatten(0, rows)
     return EnsembleKD(loss, weights.unflatten(0, rows), attention_loss)
