@@ -8,11 +8,11 @@ from eekd.hf.callback import SCHEDULE
 from eekd.io.files import read_json
 from eekd.io.state_dicts import some
 from eekd.ops.checks import MAX_SNAPSHOTS
+from eekd.snapshots import files
 from eekd.snapshots.manifest import stage_ends
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
-INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def checkpoint_folders(paths: str | Path | Sequence[str | Path], snapshots: int | None = None) -> list[Path]:
@@ -22,10 +22,7 @@ def checkpoint_folders(paths: str | Path | Sequence[str | Path], snapshots: int 
     snapshots. Any other folder is a checkpoint itself. A list keeps its order. FileNotFoundError or ValueError, one
     sentence, names what is missing.
     """
-    given = [paths] if isinstance(paths, str | Path) else list(paths) if isinstance(paths, Sequence) else []
-    if not given or not all(isinstance(path, str | Path) and str(path) for path in given):
-        raise ValueError(f"teacher_checkpoints must be a folder or a list of at least one, got {paths!r}")
-    folders = [folder for path in given for folder in _in_run(Path(path))]
+    folders = [folder for path in files.as_paths("teacher_checkpoints", paths) for folder in _in_run(path)]
     if snapshots is not None:
         if not 1 <= snapshots <= len(folders):
             raise ValueError(f"snapshots must be from 1 to {len(folders)}, the checkpoints there are, got {snapshots}")
@@ -42,42 +39,42 @@ def checkpoint_folders(paths: str | Path | Sequence[str | Path], snapshots: int 
 def _in_run(path: Path) -> list[Path]:
     if not path.is_dir():
         raise FileNotFoundError(f"teacher_checkpoints must be folders, got {path}, which is missing or a file")
-    numbers = {int(match[1]): folder for folder in path.iterdir() if folder.is_dir()
-               and (match := re.fullmatch(r"checkpoint-(\d+)", folder.name))}  # fmt: skip
     if not (path / SCHEDULE).is_file():
-        return [numbers[step] for step in sorted(numbers)] or [path]
+        numbered = [inside for inside in path.iterdir() if re.fullmatch(r"checkpoint-\d+", inside.name)]
+        return sorted(filter(Path.is_dir, numbered), key=files.natural) or [path]
     steps = read_json(path / SCHEDULE).get("steps", [])
-    if lacking := [step for step in steps if step not in numbers]:
+    if lacking := [step for step in steps if not (path / f"checkpoint-{step}").is_dir()]:
         raise FileNotFoundError(
             f"{path} must hold the snapshots of steps {some(steps)}, got none of {some(lacking)}: its run has not "
             "ended, or they were deleted"
         )
-    return [numbers[step] for step in steps]
+    return [path / f"checkpoint-{step}" for step in steps]
 
 
 def check_weights(folder: Path) -> None:
     """An error where the weights of a checkpoint, or some of its shards, are not there."""
-    if any((folder / name).is_file() for name in WEIGHTS):
+    file = weights_file(folder)
+    if file is not None:
+        shards = set(read_json(file).get("weight_map", {}).values()) if file.suffix == ".json" else ()
+        if lacking := sorted(shard for shard in shards if not (folder / shard).is_file()):
+            raise FileNotFoundError(
+                f"{folder} must hold the shards that {file.name} names, got none of {some(lacking)}"
+            )
         return
-    for name in INDICES:
-        if (index := folder / name).is_file():
-            shards = set(read_json(index).get("weight_map", {}).values())
-            if lacking := sorted(shard for shard in shards if not (folder / shard).is_file()):
-                raise FileNotFoundError(f"{folder} must hold the shards that {name} names, got none of {some(lacking)}")
-            return
     inside = [path.name for path in folder.iterdir()]
     hint = ""
     if any(name.startswith("pytorch_model_fsdp") for name in inside):
         hint = f"; `accelerate merge-weights {folder}/pytorch_model_fsdp_0 {folder}` makes one of the shards of FSDP"
     elif "zero_to_fp32.py" in inside:
         hint = f"; `python {folder}/zero_to_fp32.py {folder} {folder}` makes them of the shards of ZeRO"
-    raise FileNotFoundError(f"{folder} must hold {WEIGHTS[0]}, its shards or an adapter, got {some(inside)}{hint}")
+    raise FileNotFoundError(
+        f"{folder} must hold {files.WEIGHTS[0]}, its shards or an adapter, got {some(inside)}{hint}"
+    )
 
 
-def weights_file(folder: Path) -> Path:
+def weights_file(folder: Path) -> Path | None:
     """The file, or the index of several, that holds a checkpoint's weights; of an adapter its own."""
-    names = sorted((*WEIGHTS, *INDICES), key=lambda name: not name.startswith("adapter"))
-    return next(folder / name for name in names if (folder / name).is_file())
+    return files.weights_file(folder, (*ADAPTER_WEIGHTS, *files.WEIGHTS))
 
 
 def adapter_config(folder: Path) -> dict | None:

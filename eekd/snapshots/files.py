@@ -10,7 +10,7 @@ from eekd.io.files import sha256_of
 from eekd.io.state_dicts import some
 from eekd.io.tensors import weights_sha256
 
-# The weights in a folder that save_pretrained, Trainer or accelerate wrote.
+# The weights in a folder that save_pretrained, Trainer or accelerate wrote, as transformers looks for them.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".tar", ".index.json")
 BESIDE = re.compile(r"^(optimizer|scheduler|scaler|rng|random_states|training_args|trainer_state|\.)")  # no weights
@@ -26,16 +26,26 @@ def checkpoint_files(paths: str | Path | Sequence[str | Path], folders: bool = F
 
     Raises ValueError where there is none, FileNotFoundError for a path that does not exist.
     """
-    given = [paths] if isinstance(paths, str | Path) else list(paths) if isinstance(paths, Sequence) else []
-    if not given or not all(isinstance(path, str | Path) and str(path) for path in given):
-        raise ValueError(f"paths must be a file, a folder or a list of at least one, got {paths!r}")
-    given = [Path(path) for path in given]
+    given = as_paths("paths", paths)
     if given == sorted(given, key=str) != sorted(given, key=natural):
         names = some(path.name for path in given)
         warnings.warn(
             f"checkpoints are in the order of letters: {names}; is the last the finished model?", stacklevel=3
         )
     return [file for path in given for file in (_in_folder(path, folders) if path.is_dir() else [_existing(path)])]
+
+
+def as_paths(name: str, paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    """One path or a list of them as a list; ValueError for anything else, and for an empty list."""
+    given = [paths] if isinstance(paths, str | Path) else list(paths) if isinstance(paths, Sequence) else []
+    if not given or not all(isinstance(path, str | Path) and str(path) for path in given):
+        raise ValueError(f"{name} must be a file, a folder or a list of at least one, got {paths!r}")
+    return [Path(path) for path in given]
+
+
+def weights_file(folder: Path, names: Sequence[str] = WEIGHTS) -> Path | None:
+    """The file, or the index of several, from which transformers reads the weights in a folder; None without one."""
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def natural(path: Path) -> list:
@@ -60,7 +70,7 @@ def _existing(path: Path) -> Path:
 
 def _one(folder: Path, folders: bool) -> Path | None:
     """The checkpoint that the folder is; None where it is none, or holds several."""
-    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    weights = weights_file(folder)
     if folders and (weights or (folder / "config.json").is_file()):
         return folder
     return weights
