@@ -17,8 +17,8 @@ from eekd.kept_code import check_code
 from eekd.models.normalization import Renormalize
 from eekd.snapshots import SnapshotEnsemble
 from eekd.snapshots.wrappers import logits_of
+from eekd.train.metrics import Calibration
 from eekd.train.run_folder import read_settings
-from eekd.train.teacher import BINS
 
 
 def data_of(student: Student, folder: str | Path | None = None, data: str | None = None, root=None) -> ImageData:
@@ -102,40 +102,29 @@ def evaluate(
         networks["teacher"] = teacher.to(student.device).eval()
     classes = len(student.classes)
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    outputs: dict[str, list[Tensor]] = {name: [] for name in networks}
-    labels, first = [], None
-    for images, y in batches(student, data, split, batch_size):
+    calibrations = {name: Calibration(1, torch.device(student.device)) for name in networks}
+    first = None
+    for images, labels in batches(student, data, split, batch_size):
         first = images[:1] if first is None else first
-        labels.append(y)
         for name, network in networks.items():
-            outputs[name].append(logits_of(network(images)).double().log_softmax(-1))
+            logits = logits_of(network(images))
+            predicted = calibrations[name].add(logits.double().log_softmax(-1)[None], labels)
+            if name == "student":
+                cells = (labels * classes + predicted[0]).cpu()
+                confusion.view(-1).index_add_(0, cells, torch.ones_like(cells))
     if first is None:
         raise ValueError(f"the split {split} of {data.name} must hold images, and holds none")
-    y = torch.cat(labels)
-    found: dict = {"images": len(y), "student": None, "teacher": None}
+    found: dict = {"images": int(confusion.sum()), "student": None, "teacher": None}
     times = latencies(networks, first, seconds)
     for name, network in networks.items():
-        found[name] = _measured(torch.cat(outputs[name]), y) | {
+        measured = calibrations[name].all()[0]
+        found[name] = {key: measured[key] for key in ("accuracy", "nll", "ece")} | {
             "parameters": sum(p.numel() for p in network.parameters()),
             "bytes": sum(x.nbytes for x in network.state_dict().values()),
             "latency": times[name],
         }
-    predicted = torch.cat(outputs["student"]).argmax(1)
-    confusion.view(-1).index_add_(0, (y * classes + predicted).cpu(), torch.ones(len(y), dtype=torch.int64))
     found["per_class"] = {
         name: {"images": sum(row), "accuracy": row[number] / sum(row) if sum(row) else None}
         for number, (name, row) in enumerate(zip(student.classes, confusion.tolist(), strict=True))
     }
     return found | {"confusion": confusion.tolist()}
-
-
-def _measured(log_probabilities: Tensor, labels: Tensor) -> dict[str, float]:
-    confidence, predicted = log_probabilities.exp().max(1)
-    hits = (predicted == labels).double()
-    place = (confidence * BINS).long().clamp(max=BINS - 1)
-    gap = torch.zeros(BINS, dtype=torch.float64, device=labels.device).index_add_(0, place, confidence - hits)
-    return {
-        "accuracy": hits.mean().item(),
-        "nll": -log_probabilities.gather(1, labels[:, None]).mean().item(),
-        "ece": gap.abs().sum().item() / len(labels),
-    }

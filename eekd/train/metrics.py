@@ -78,6 +78,50 @@ class RunningMeans:
         return {name: every[name] for name in every.sums}
 
 
+class Calibration:
+    """Accuracy, likelihood and expected calibration error of several predictors of the same images.
+
+        ece = sum_bins count/N |accuracy - confidence|,    15 equal bins of the confidence
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks", 2017.
+    """
+
+    BINS = 15
+
+    def __init__(self, predictors: int, device: torch.device):
+        self.likelihood = torch.zeros(predictors, dtype=torch.float64, device=device)
+        # Sums of confidence, hits, ones.
+        self.bins = torch.zeros(3, predictors, self.BINS, dtype=torch.float64, device=device)
+
+    def add(self, log_probabilities: Tensor, labels: Tensor) -> Tensor:
+        """Counts a batch, fp64 (predictors, B, C); returns the predicted classes (predictors, B)."""
+        rows = torch.arange(len(labels), device=labels.device)
+        self.likelihood += log_probabilities[:, rows, labels].sum(1)
+        confidence, predicted = log_probabilities.exp().max(-1)
+        place = F.one_hot((confidence * self.BINS).long().clamp_(max=self.BINS - 1), self.BINS).double()
+        values = torch.stack([confidence, (predicted == labels).double(), torch.ones_like(confidence)])
+        self.bins += torch.einsum("kmb,mbn->kmn", values, place)
+        return predicted
+
+    def reduce(self) -> None:
+        """Adds up what all processes counted, which call together."""
+        self.likelihood, self.bins = map(parallel.all_reduce_sum, (self.likelihood, self.bins))
+
+    def all(self) -> list[dict]:
+        """Of each predictor accuracy, nll, ece and reliability: confidence, accuracy and count of each bin."""
+        found = []
+        for likelihood, (confidence, hits, count) in zip(self.likelihood, self.bins.unbind(1), strict=True):
+            sums = {"accuracy": hits.sum(), "nll": -likelihood, "ece": (hits - confidence).abs().sum()}
+            bins = {"confidence": _means(confidence, count), "accuracy": _means(hits, count)}
+            means = {name: (x / count.sum()).item() for name, x in sums.items()}  # NaN where there are no images
+            found.append(means | {"reliability": bins | {"count": count.long().tolist()}})
+        return found
+
+
+def _means(sums: Tensor, count: Tensor) -> list[float | None]:
+    return [x / n if n else None for x, n in zip(sums.tolist(), count.tolist(), strict=True)]
+
+
 class PhaseTimer:
     """Seconds spent in named stretches of code: by CUDA events, read at the end, or by the clock of a CPU.
 

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from eekd import parallel
 from eekd.data import Loader
@@ -16,12 +15,12 @@ from eekd.snapshots import MANIFEST, SnapshotEnsemble, SnapshotRecorder, read_ma
 from eekd.train.callbacks import Callback
 from eekd.train.checkpoints import KeepSources, check_identity, delete_checkpoints, run_identity
 from eekd.train.config import Config
+from eekd.train.metrics import Calibration
 from eekd.train.run_folder import FORMAT, finite, metrics_of, read_metrics, read_record
 from eekd.train.session import Progress, Session, quiet
 from eekd.train.standard import standard_callbacks
 from eekd.train.trainer import Trainer
 
-BINS = 15
 RECORD = "snapshots.json"
 
 
@@ -104,42 +103,21 @@ def read_teacher(folder: Path) -> dict:
 
 @torch.no_grad()
 def diagnose(session: Session, ensemble: SnapshotEnsemble, loader: Loader) -> dict:
-    """Accuracy, likelihood and calibration of each snapshot and of their mean, and how often two disagree.
-
-    The expected calibration error is sum_bins count/N |accuracy - confidence| over 15 equal bins of the
-    confidence (Guo et al., "On Calibration of Modern Neural Networks", 2017).
-    """
+    """Accuracy, likelihood and calibration of each snapshot and of their mean, and how often two disagree."""
     m, device = len(ensemble), session.device
-    likelihood = torch.zeros(m + 1, dtype=torch.float64, device=device)
-    bins = torch.zeros(3, m + 1, BINS, dtype=torch.float64, device=device)  # sums of confidence, hits, ones
+    calibration = Calibration(m + 1, device)
     differ = torch.zeros(m, m, dtype=torch.int64, device=device)
     for images, labels, _ in loader:
         logits, _ = session.run(ensemble, images)
         each = logits.double().log_softmax(-1)
-        both = torch.cat([each, each.logsumexp(0, keepdim=True) - math.log(m)])  # (M + 1, B, C)
-        likelihood += both[:, torch.arange(len(labels), device=device), labels].sum(1)
-        confidence, predicted = both.exp().max(-1)
-        place = F.one_hot((confidence * BINS).long().clamp_(max=BINS - 1), BINS).double()
-        values = torch.stack([confidence, (predicted == labels).double(), torch.ones_like(confidence)])
-        bins += torch.einsum("kmb,mbn->kmn", values, place)
+        mean = each.logsumexp(0, keepdim=True) - math.log(m)
+        predicted = calibration.add(torch.cat([each, mean]), labels)
         differ += (predicted[:m, None] != predicted[None, :m]).sum(-1)
-    likelihood, bins, differ = (parallel.all_reduce_sum(x) for x in (likelihood, bins, differ))
-    count = bins[2].sum(1)
-    accuracy, ece = bins[1].sum(1) / count, (bins[1] - bins[0]).abs().sum(1) / count
+    calibration.reduce()
+    found = calibration.all()
     names = [f"snapshot {i}" for i in range(1, m + 1)] + ["ensemble"]
+    images = sum(found[0]["reliability"]["count"])
     return {
-        "members": [
-            {"name": name, "accuracy": accuracy[i].item(), "nll": -likelihood[i].item() / count[i].item(),
-             "ece": ece[i].item(), "reliability": _reliability(*bins[:, i].tolist())}
-            for i, name in enumerate(names)
-        ],
-        "disagreement": (differ / count[0]).tolist(),
-    }  # fmt: skip
-
-
-def _reliability(confidence: list[float], hits: list[float], count: list[float]) -> dict[str, list]:
-    return {
-        "confidence": [c / n if n else None for c, n in zip(confidence, count, strict=True)],
-        "accuracy": [h / n if n else None for h, n in zip(hits, count, strict=True)],
-        "count": [int(n) for n in count],
+        "members": [{"name": name} | member for name, member in zip(names, found, strict=True)],
+        "disagreement": (parallel.all_reduce_sum(differ) / images).tolist(),
     }
