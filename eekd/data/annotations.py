@@ -8,6 +8,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
+from reprlib import repr  # a damaged file must not become a page of error
 from typing import NamedTuple
 
 from eekd.io.files import printable
@@ -72,7 +73,7 @@ class Images:
             exact = self.base.joinpath(*parts)
             best = [path for path in best if Path(path) in (exact, *(exact.with_suffix(Path(p).suffix) for p in best))]
             if len(best) != 1:
-                raise ValueError(f"{self.base} holds several images called {text!r}")
+                raise ValueError(f"{self.base} must hold one image called {text!r}, got several")
         return best[0] if best else None
 
 
@@ -127,7 +128,7 @@ def _from_json(path: Path, text: str) -> Table:
     )
     if not plain or not rows:
         wanted = "a list of objects of path and label, or an object of path: label or of label: [paths]"
-        raise ValueError(f"{path} must be {wanted}")
+        raise ValueError(f"{path} must be {wanted}, got {repr(value)}")
     return Table(path, [str(name) for name in columns], [["" if x is None else str(x) for x in row] for row in rows])
 
 
@@ -240,14 +241,16 @@ def read_annotations(files: dict[str, Path], reading: Reading, base: Path | None
         place = _image_column(table, images, reading.image_column)
         names = ", ".join(map(printable, table.columns[:12])) + ", ..." * (len(table.columns) > 12)
         if place is None:
-            raise ValueError(f"{file} names no image below {base} in its columns {names}: --root says where they are")
+            raise ValueError(
+                f"{file} must name images below {base}, got none in its columns {names}: --root says where they are"
+            )
         split, splits = _split_column(table)
         labels = _labels(table, {place, split}, reading.label_column)
         if labels is None or not any(labels):
             if part != "train":
                 passed.phrases.append(f"{printable(file.name)}, which has no labels")
                 continue
-            raise ValueError(f"{file} has the columns {names}: --label-column says which is the label")
+            raise ValueError(f"{file} must have a column label, got {names}: --label-column says which it is")
         labels, missing, again = _classes_of(file, labels), [], 0
         for number, (name, label) in enumerate(zip(table.column(place), labels, strict=True), 1):
             path = images.find(name)
@@ -255,10 +258,10 @@ def read_annotations(files: dict[str, Path], reading: Reading, base: Path | None
                 missing.append(name)
                 continue
             if label.lower() in ("", "nan"):
-                raise ValueError(f"{file} has no label for {name!r}, in row {number}")
+                raise ValueError(f"{file} must have a label for {name!r}, got none in row {number}")
             own = found.setdefault(splits[number - 1] if splits else part, {})
             if (known := own.get(path, label)) != label:
-                raise ValueError(f"{file} has two labels for {name!r}, {known!r} and {label!r} in row {number}")
+                raise ValueError(f"{file} must have one label for {name!r}, got {known!r} and {label!r} in row {number}")
             again += path in own
             own[path] = label
         if missing and not reading.skip_bad:
@@ -269,7 +272,7 @@ def read_annotations(files: dict[str, Path], reading: Reading, base: Path | None
             passed.phrases.append(f"{plural(again, 'row')} of {printable(file.name)} that name an image again")
         said.append(f"{printable(file.name)} names the images in {printable(table.columns[place])}.")
     if "train" not in found:
-        raise ValueError(f"{files['train']} names no image to train on, but {', '.join(found)}")
+        raise ValueError(f"{files['train']} must name images to train on, got {', '.join(found)}")
     classes = ordered(found["train"].values())
     if {"-1", "0"} <= set(classes):
         warnings.warn(UNLABELLED_CLASS.format(files["train"], [*found["train"].values()].count("-1")), stacklevel=2)

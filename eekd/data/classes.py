@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from reprlib import repr  # a damaged file must not become a page of error
 
 import torch
 
@@ -24,7 +25,7 @@ def read_classes(classes: str | os.PathLike | Sequence[str]) -> tuple[str, ...]:
             raise ValueError(f"{where} must be a list of class names as JSON: {error}") from None
         classes = [name for name in classes if name != ""] if isinstance(classes, list) else classes
     if not isinstance(classes, Sequence) or not all(isinstance(name, str) and name for name in classes) or not classes:
-        raise ValueError(f"{where} must be a list of class names, one a line")
+        raise ValueError(f"{where} must be a list of class names, one a line, got {repr(classes)}")
     if twice := [name for name, count in Counter(classes).items() if count > 1]:
         raise ValueError(f"{where} must name each class once, got {twice[0]!r} twice")
     return tuple(classes)
@@ -40,7 +41,7 @@ def _text(path: str | os.PathLike) -> str:
 def reordered(found: Found, classes: tuple[str, ...]) -> Found:
     """The data set with labels that are places in `classes`; ValueError where a class of it is not among them."""
     if strange := [name for name in found.classes if name not in classes]:
-        raise ValueError(f"classes must name all classes of the data, and lack {counted(strange, 'class')}")
+        raise ValueError(f"classes must name all classes of the data, got none of {counted(strange, 'class')}")
     place = torch.tensor([classes.index(name) for name in found.classes])
     return found._replace(parts={part: (x, place[y]) for part, (x, y) in found.parts.items()}, classes=classes)
 

@@ -184,19 +184,21 @@ def load(
     ImportError if an optional package is missing.
     """
     if not isinstance(name, str) or not name:
-        raise TypeError(f"name is {name!r}, wanted the name or path of a dataset")
+        raise TypeError(f"name must be the name or path of a dataset, got {name!r}")
     if not isinstance(val_fraction, int | float) or not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction is {val_fraction!r}, wanted a number from 0 to below 1")
+        raise ValueError(f"val_fraction must be a number from 0 to below 1, got {val_fraction!r}")
     check_int("seed", seed)
     check_int("bad_image_budget", bad_image_budget, 0)
     if train_limit is not None:
         check_int("train_limit", train_limit, 1)
     if interpolation not in RESAMPLE:
-        raise ValueError(f"interpolation is {interpolation!r}, wanted {' or '.join(RESAMPLE)}")
+        raise ValueError(f"interpolation must be {' or '.join(RESAMPLE)}, got {interpolation!r}")
     if bad_images not in ("stop", "skip"):
-        raise ValueError(f"bad_images is {bad_images!r}, wanted stop or skip")
+        raise ValueError(f"bad_images must be stop or skip, got {bad_images!r}")
     if streaming and train_limit is None:
-        raise ValueError("streaming needs train_limit, how many training images to keep in memory")
+        raise ValueError(
+            "train_limit must be the number of training images to keep in memory where streaming is, got None"
+        )
     opened = open_data(
         name,
         root,
@@ -228,12 +230,12 @@ def load(
         said.append(f"{val_fraction:.0%} of the training images are held out to validate on (val_fraction).")
     if train_limit is not None:
         if not len(classes) <= train_limit <= len(keep):
-            raise ValueError(f"train_limit is {train_limit}, wanted {len(classes)} (classes) to {len(keep)}")
+            raise ValueError(f"train_limit must be from {len(classes)} (classes) to {len(keep)}, got {train_limit}")
         keep = keep[stratified(labels[keep], train_limit, seed)]
     if not len(keep):
-        raise ValueError(f"val_fraction is {val_fraction}, which leaves no image for training")
+        raise ValueError(f"val_fraction must leave an image for training, got {val_fraction}")
     if "val" not in given and val_fraction and not len(parts["val"][1]):
-        raise ValueError(f"val_fraction is {val_fraction}, which leaves no image for validation, of {len(keep):,}")
+        raise ValueError(f"val_fraction must leave an image of {len(keep):,} for validation, got {val_fraction}")
     parts["train"] = _subset(whole, keep)
 
     left_out, missing = list(opened.left_out), []

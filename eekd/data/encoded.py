@@ -93,15 +93,15 @@ class Encoded:
         if isinstance(item, dict):
             item = item.get("bytes") or item.get("path")
         if not item:
-            raise ValueError(f"image {row} is empty")
+            raise ValueError(f"image {row} must be bytes or the path of a file, got nothing")
         if not isinstance(item, bytes | str):
-            raise ValueError(f"image {row} is of type {type(item).__name__}, wanted bytes or the path of a file")
+            raise ValueError(f"image {row} must be bytes or the path of a file, got a {type(item).__name__}")
         if isinstance(item, bytes):
             return item, f"image {row}"
         if self.folders is not None:
             places = [folder / item for folder in self.folders if (folder / item).is_relative_to(folder)]
             if not places or ".." in Path(item).parts:
-                raise ValueError(f"image {row} is {item!r}, wanted bytes or a path in {self.folders[0]}")
+                raise ValueError(f"image {row} must be bytes or a path in {self.folders[0]}, got {item!r}")
             item = str(places[0])
         return read_bytes(item), item
 

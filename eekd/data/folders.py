@@ -14,7 +14,7 @@ from .tables import is_saved, read_parquet, read_saved
 from .walk import TABLES, UNLABELLED, Passed, counted, entries, holds_images, images_in, is_image, is_leftover, split_of
 
 _PACKED = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
-_WANTED = "wanted CLASS/*.png, train/CLASS/*.png, parquet, or a table of paths and labels"
+_WANTED = "must be CLASS/*.png, train/CLASS/*.png, parquet, or a table of paths and labels"
 
 
 def read_path(path: Path, reading: Reading) -> Found:
@@ -26,7 +26,7 @@ def read_path(path: Path, reading: Reading) -> Found:
         if ending in TABLES:
             return read_annotations({"train": path}, reading)
         advice = ": unpack it and give the folder" if ending in _PACKED else ""
-        raise ValueError(f"{path} is no data set that can be read{advice}; {_WANTED}")
+        raise ValueError(f"{path} {_WANTED}, got a file {path.suffix or 'without an ending'}{advice}")
     if is_saved(path):
         return read_saved(path, reading)
     if _has_parquet(path) and not holds_images(path):
@@ -111,7 +111,7 @@ def _splits(path: Path, reading: Reading) -> tuple[dict[str, Path], list[str]]:
             name for name in others if holds_images(folders[name])
         ]
     if candidates and not others:
-        raise ValueError(f"{path} has {', '.join(f'{name}/' for name in folders)} and no train/; {_WANTED}")
+        raise ValueError(f"{path} {_WANTED}, got {', '.join(f'{name}/' for name in folders)} and no train/")
     _refuse_unknown_splits(path, folders, reading)
     return {}, []
 
@@ -193,7 +193,7 @@ def _labelled(folder: Path, part: str, classes: list[str], passed: Passed, readi
             "--data FILE.csv"
         )
     if not filled:
-        raise ValueError(f"{folder} holds no images, wanted {folder}/CLASS/*.png")
+        raise ValueError(f"{folder} must hold images as {folder}/CLASS/*.png, got none")
     if part == "train":
         classes = list(filled)
         places = {name: number for number, name in enumerate(classes)}

@@ -121,10 +121,10 @@ def parse_idx(data: bytes, source: str) -> Tensor:
     """
     start = 4 + 4 * (data[3] if len(data) > 3 else 0)
     if data[:3] != b"\0\0\x08" or not 8 <= start <= min(20, len(data)):
-        raise ValueError(f"{source} is no idx file of bytes: it starts with {data[:4].hex()}, not 000008")
+        raise ValueError(f"{source} must be an idx file of bytes, which starts with 000008, got {data[:4].hex()}")
     shape = np.frombuffer(data[4:start], ">u4").tolist()
     if not math.prod(shape) or math.prod(shape) != len(data) - start:
-        raise ValueError(f"{source} holds {len(data) - start} bytes of data, but its header says {shape}")
+        raise ValueError(f"{source} must hold bytes of shape {shape}, as its header says, got {len(data) - start}")
     return torch.from_numpy(np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy())
 
 
@@ -132,9 +132,9 @@ def read_idx_pair(images: Path, labels: Path, num_classes: int) -> tuple[Tensor,
     """Images (N, 1, S, S) uint8 and labels (N,) int64 from the two idx files of MNIST and its heirs."""
     x, y = (parse_idx(read_bytes(path), str(path)) for path in (images, labels))
     if x.ndim != 3 or x.shape[1] != x.shape[2]:
-        raise ValueError(f"{images} has shape {list(x.shape)}, wanted [images, side, side]")
+        raise ValueError(f"{images} must have shape [images, side, side], got {list(x.shape)}")
     if y.shape != x.shape[:1]:
-        raise ValueError(f"{labels} has shape {list(y.shape)}, wanted one label for each of {len(x)} images")
+        raise ValueError(f"{labels} must have one label for each of {len(x)} images, got shape {list(y.shape)}")
     return x.unsqueeze(1), check_labels(y.tolist(), num_classes, str(labels))
 
 
@@ -146,7 +146,7 @@ def parse_cifar_binary(data: bytes, source: str, label_bytes: int, num_classes: 
     """
     record = label_bytes + CIFAR_BYTES
     if not data or len(data) % record:
-        raise ValueError(f"{source} holds {len(data)} bytes, wanted a positive multiple of {record}")
+        raise ValueError(f"{source} must hold a positive multiple of {record} bytes, got {len(data)}")
     records = torch.from_numpy(np.frombuffer(data, np.uint8).reshape(-1, record).copy())
     labels = check_labels(records[:, label_bytes - 1].tolist(), num_classes, source)
     return records[:, label_bytes:].reshape(-1, *CIFAR_SHAPE), labels
@@ -169,7 +169,7 @@ def check_labels(labels: list[int], num_classes: int, source: str) -> Tensor:
     low, high = min(labels), max(labels)
     if low < 0 or high >= num_classes:
         low, high = (min(max(y, -(10**40)), 10**40) for y in (low, high))  # Python writes out no number without end
-        raise ValueError(f"{source} has labels from {low} to {high}, wanted 0 to {num_classes - 1}")
+        raise ValueError(f"{source} must have labels from 0 to {num_classes - 1}, got {low} to {high}")
     return torch.tensor(labels)
 
 
@@ -288,5 +288,5 @@ def read_pickle(data: bytes, source: str) -> dict:
         reason = str(error) if isinstance(error, pickle.UnpicklingError) else type(error).__name__
         raise ValueError(f"{source} is no pickle of plain values and arrays of bytes: {reason}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{source} holds a {type(value).__name__}, wanted a dict")
+        raise ValueError(f"{source} must hold a dict, got a {type(value).__name__}")
     return value

@@ -55,7 +55,7 @@ def decode_image(data: bytes, name: str, mode: str):
     except Exception as error:
         raise _damaged(data, name, error) from None
     if not image:
-        raise ValueError(f"{name} has 32 bits a pixel, wanted 8 or 16")
+        raise ValueError(f"{name} must have 8 or 16 bits a pixel, got 32")
     return image
 
 

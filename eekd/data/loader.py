@@ -90,11 +90,11 @@ class Loader:
         repeats: int = 1,
     ):
         if not isinstance(split, Split):
-            raise TypeError(f"split is a {type(split).__name__}, wanted a Split such as load(...).train")
+            raise TypeError(f"split must be a Split such as load(...).train, got a {type(split).__name__}")
         kinds = ("augment", augment, AUGMENTATIONS), ("auto_augment", auto_augment, POLICIES)
         for name, value, known in kinds:
             if value not in known:
-                raise ValueError(f"{name} is {value!r}, wanted one of {', '.join(known)}")
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         if not 0 <= erasing <= 1 or not 0 <= label_smoothing < 1 or not min(mixup, cutmix) >= 0:
             raise ValueError(
                 "erasing must be from 0 to 1, label_smoothing from 0 to below 1, mixup and cutmix at least 0, got "
@@ -121,9 +121,9 @@ class Loader:
         self.rank = check_int("rank", rank, 0)
         check_int("workers", workers, 0)
         if rank >= world_size:
-            raise ValueError(f"rank is {rank}, wanted less than world_size, which is {world_size}")
+            raise ValueError(f"rank must be below world_size, {world_size}, got {rank}")
         if train and not len(self):
-            raise ValueError(f"{len(split)} samples make no batch of {batch_size} on {world_size} ranks")
+            raise ValueError(f"split must hold a batch of {batch_size} on {world_size} ranks, got {len(split)} samples")
         self.device = torch.device(device)
         self._pairs = lru_cache(2)(self._pairs_of)
         self.set_epoch(0)

@@ -52,7 +52,7 @@ def _fashion_mnist(reading: Reading) -> Found:
         for kind in ("images-idx3", "labels-idx1"):
             plain, packed = (root / f"{prefix}-{kind}-ubyte{suffix}" for suffix in ("", ".gz"))
             if not plain.is_file() and not packed.is_file():
-                raise FileNotFoundError(f"{root} has no fashion-mnist: {plain.name} (or .gz) is not in it")
+                raise FileNotFoundError(f"{root} must hold fashion-mnist, got no {plain.name} (or .gz) in it")
             paths.append(plain if plain.is_file() else packed)
         parts[part] = formats.read_idx_pair(*paths, len(_FASHION))
     return Found(parts, _FASHION, "crop")
@@ -134,5 +134,5 @@ def _cifar(name: str, reading: Reading) -> Found:
                 parts = {"train": (images, labels), "test": parts[-1]}
                 return Found(parts, spec.classes(members, place), "crop-flip")
     raise FileNotFoundError(
-        f"{root} has no {name}: wanted {', '.join(files)} (.bin or not), or {' or '.join(spec.places)}"
+        f"{root} must hold {name}: {', '.join(files)} (.bin or not), or {' or '.join(spec.places)}, got none of them"
     )

@@ -58,10 +58,10 @@ def open_data(
     if image_size is not None:
         check_int("image_size", image_size, 1)
     if channels not in (None, 1, 3):
-        raise ValueError(f"channels is {channels!r}, wanted 1 or 3")
+        raise ValueError(f"channels must be 1 or 3, got {channels!r}")
     root = None if root is None else Path(root).expanduser()
     if root and not root.exists():
-        raise FileNotFoundError(f"root is {root}, which does not exist")
+        raise FileNotFoundError(f"root must be a folder, got {root}, which does not exist")
     bad = bad or BadImages()
     reading = Reading(
         root=root,
@@ -79,7 +79,7 @@ def open_data(
     parts, augment, said = _encoded(found, image_size, channels, bad)
     classes = tuple(found.classes)
     if len(classes) < 2:
-        raise ValueError(f"{name} has the classes {', '.join(classes)}, wanted at least two")
+        raise ValueError(f"{name} must have at least two classes, got {', '.join(classes)}")
     listed = ", ".join(map(printable, classes[:8])) + ", ..." * (len(classes) > 8)
     said = [*found.said, *said, f"{len(classes)} classes, {order_of(classes, reading.classes)}: {listed}."]
     counts = {part: labels.bincount(minlength=len(classes)).tolist() for part, (_, labels) in found.parts.items()}
@@ -89,7 +89,7 @@ def open_data(
 def _read_split(split: str | Sequence[str]) -> tuple[str, ...]:
     names = tuple(name.strip() for name in (split.split(",") if isinstance(split, str) else split))
     if not 1 <= len(names) <= 3 or not all(names) or len(set(names)) < len(names):
-        raise ValueError(f"split is {split!r}, wanted TRAIN, TRAIN,TEST or TRAIN,VAL,TEST, each another")
+        raise ValueError(f"split must be TRAIN, TRAIN,TEST or TRAIN,VAL,TEST, each another, got {split!r}")
     return names
 
 
@@ -100,7 +100,7 @@ def _encoded(
     images = found.parts["train"][0]
     if isinstance(images, Tensor):
         if channels not in (None, images.shape[1]):
-            raise ValueError(f"channels is {channels}, wanted {images.shape[1]}, which these images have")
+            raise ValueError(f"channels must be {images.shape[1]}, which these images have, got {channels}")
         size = image_size or images.shape[3]
         augment = found.augment or ("imagenet" if size > 64 else "crop" if images.shape[1] == 1 else "crop-flip")
         return dict(found.parts), augment, [f"Size {size} x {size}: {'as asked for' if image_size else 'their own'}."]
@@ -125,7 +125,7 @@ def _files(found: Found) -> list[str] | None:
 def check_int(name: str, value, low: int | None = None) -> int:
     """`value`, or a TypeError or ValueError naming it where it is not an integer of at least `low`."""
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}, wanted an integer")
+        raise TypeError(f"{name} must be an integer, got {value!r}")
     if low is not None and value < low:
-        raise ValueError(f"{name} is {value}, wanted at least {low}")
+        raise ValueError(f"{name} must be at least {low}, got {value}")
     return value

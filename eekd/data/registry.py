@@ -128,10 +128,13 @@ def validate(name: str, found: Found) -> Found:
                 raise ValueError(f"{name} must have images (N, C, S, S) uint8 in {part}, got {got}")
             shapes.add(tuple(images.shape[1:]))
         elif isinstance(images, Encoded):
-            raise TypeError(f"{name} must have images as a tensor, or a sequence of paths or bytes, in {part}")
+            raise TypeError(
+                f"{name} must have images as a tensor, or a sequence of paths or bytes, in {part}, got Encoded"
+            )
         parts[part] = images, labels.long().cpu()
-    if shapes and not all(isinstance(images, Tensor) for images, _ in parts.values()):
-        raise TypeError(f"{name} must have images as tensors in all parts, or in none")
+    tensors = [part for part, (images, _) in parts.items() if isinstance(images, Tensor)]
+    if len(tensors) not in (0, len(parts)):
+        raise TypeError(f"{name} must have images as tensors in all parts or in none, got them in {', '.join(tensors)}")
     if len(shapes) > 1:
         raise ValueError(f"{name} must have images of one shape, got {' and '.join(map(str, sorted(shapes)))}")
     return found._replace(parts=parts)

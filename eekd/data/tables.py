@@ -141,7 +141,9 @@ def _splits(source: str, found, reading: Reading) -> tuple[dict[str, str], list[
         if "train" not in chosen and len(found) == 1:
             chosen = {"train": next(iter(found))}
         if "train" not in chosen:
-            raise ValueError(f"{source} has the splits {', '.join(found)}: --split TRAIN,TEST names those to read")
+            raise ValueError(
+                f"{source} must have a split train, got {', '.join(found)}: --split TRAIN,TEST names those to read"
+            )
     return chosen, [name for name in found if name not in chosen.values()]
 
 
@@ -157,7 +159,7 @@ def _image_column(source: str, features, reading: Reading) -> str:
     if len(images) == 1 or named:
         return images[0] if len(images) == 1 else named[0]
     raise ValueError(
-        f"{source} has the columns {', '.join(features)}, wanted image and label: "
+        f"{source} must have the columns image and label, got {', '.join(features)}: "
         "--image-column names that of the images"
     )
 
@@ -183,7 +185,7 @@ def _label_column(source: str, features, image: str, reading: Reading) -> str:
         if len(candidates) == 1:
             return candidates[0]
     raise ValueError(
-        f"{source} has the columns {', '.join(features)}, wanted image and label: "
+        f"{source} must have the columns image and label, got {', '.join(features)}: "
         "--label-column names that of the labels"
     )
 
@@ -211,7 +213,7 @@ def _read(source: str, found, reading: Reading, folders: Sequence) -> Found:
         if {type(y) for y in labels} == {float} and all(y == y // 1 for y in labels):  # as a table with gaps has them
             labels = [int(y) for y in labels]
         if not {type(y) for y in labels} <= {int, str, bool}:
-            raise ValueError(f"{source} has mixed or missing values in {label}, wanted integers or strings")
+            raise ValueError(f"{source} must have integers or strings in {label}, got mixed or missing values")
         if labels and set(labels) != {-1}:  # as the hub hides the labels of a test set
             raw[part] = cells, labels
         else:
@@ -220,7 +222,7 @@ def _read(source: str, found, reading: Reading, folders: Sequence) -> Found:
         raise ValueError(f"{source} has no labels in {label} of {chosen['train']}: --label-column names another")
     values = set(raw["train"][1])
     if len({type(y) for y in values}) > 1:
-        raise ValueError(f"{source} has mixed or missing values in {label}, wanted integers or strings")
+        raise ValueError(f"{source} must have integers or strings in {label}, got mixed or missing values")
     names = getattr(features[label], "names", None)
     if not names and -1 in values and 0 in values:
         warnings.warn(UNLABELLED_CLASS.format(source, raw["train"][1].count(-1)), stacklevel=2)
