@@ -228,9 +228,9 @@ def test_two_processes_and_a_kill_give_what_one_gave_undisturbed(record, tmp_pat
 
 @bad_input
 @pytest.mark.parametrize("changed, wanted", [
-    (dict(flags=f"{SMALL} --student.lr 0.05"), "was made with student.lr 0.1, got 0.05: choose another --out"),
-    (dict(flags=f"{SMALL} --student.milestones 0.5"), "was made with student.milestones [0.3, 0.6, 0.9], got [0.5]"),
-    (dict(flags=SMALL.replace("--views 2", "--views 3")), "was made with views 2, got 3"),
+    (dict(flags=f"{SMALL} --student.lr 0.05"), "student.lr must be 0.1, with which "),
+    (dict(flags=f"{SMALL} --student.milestones 0.5"), "student.milestones must be [0.3, 0.6, 0.9], with which "),
+    (dict(flags=SMALL.replace("--views 2", "--views 3")), "views must be 2, with which "),
     (dict(names="uniform-m4"), "no method 'uniform-m4'; did you mean 'uniform-m"),
     (dict(names="attentoin"), "no method 'attentoin'; did you mean 'attention'?"),
     (dict(names="attention-m10"), "teacher.epochs must be at least 10 for method attention-m10, got 4"),
@@ -259,7 +259,7 @@ def test_a_snapshot_that_was_not_kept_and_a_method_that_changed(tmp_path, capsys
     assert "keeps no snapshot of epochs [1], which this method wants" in capsys.readouterr().err
     monkeypatch.setitem(METHODS, "last", METHODS["half"])
     assert compare(tmp_path, names="last", seeds=1) == 2
-    assert "was made with snapshots 1, got 'half': choose another --out" in capsys.readouterr().err
+    assert "snapshots must be 1, with which " in capsys.readouterr().err
 
 
 @bad_input

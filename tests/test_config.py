@@ -215,7 +215,7 @@ def test_bad_values(kind, name, value, wanted):
     (lambda: Config(teacher_run="runs/x", students=()), "at least one when teacher_run"),
     (lambda: preset("digit"), "did you mean 'digits'"),
     (lambda: preset("cifar100-crd:resnet56-resnet21"), "did you mean 'cifar100-crd:resnet56-resnet20'"),
-    (lambda: preset("zzz"), "there are glyphs, digits"),
+    (lambda: preset("zzz"), "preset must be one of glyphs, digits"),
     (lambda: Config.from_json("{"), "not JSON"),
     (lambda: Config.from_json("[]"), "must be an object"),
     (lambda: Config.from_json('{"teacher": 3}'), "teacher must be an object"),

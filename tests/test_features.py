@@ -188,14 +188,14 @@ def test_a_layer_without_matrix_says_its_width_after_a_call(net, x):
 
 @pytest.mark.bad_input
 def test_a_last_linear_that_does_not_give_the_logits_is_refused(x, device):
-    with pytest.raises(ValueError, match="the last nn.Linear, 'body', gives 8 values but the logits are 3"):
+    with pytest.raises(ValueError, match="the last nn.Linear, 'body', must give the 3 logits, got 8 values"):
         LastFeatures(Net(early=True).to(device))(x)
 
 
 @pytest.mark.bad_input
 def test_a_layer_that_does_not_run_is_named(net, x):
     net.forward = lambda x: linear(relu(net.body(x)), net.head.weight)
-    with pytest.raises(RuntimeError, match="forward did not run 'head'"):
+    with pytest.raises(RuntimeError, match="'head' must run once in the model's forward, got none"):
         LastFeatures(net)(x)
 
 

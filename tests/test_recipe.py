@@ -121,11 +121,11 @@ def test_a_bank_of_other_views_than_the_runs(run, nets, tmp_path, capsys):
     capsys.readouterr()
     student = ["student", "--bank", str(plain / "bank"), "--students", "last", "--out"]
     assert cli.main([*student, str(tmp_path / "one")]) == 2
-    assert "was made with auto_augment 'trivial', got None" in capsys.readouterr().err
+    assert "auto_augment must be 'trivial', with which " in capsys.readouterr().err
     given = [x.replace("--", "--student.") for x in FLAGS]
     assert cli.main([*student, str(tmp_path / "two"), *given]) == 0
     assert cli.main([*student, str(tmp_path / "three"), *given, "--student.mixup", "0.5"]) == 2
-    assert "was made with mixup 0.8, got 0.5" in capsys.readouterr().err
+    assert "mixup must be 0.8, with which " in capsys.readouterr().err
     assert bank.main(["--teacher", str(plain), "--out", str(tmp_path / "top"), "--top-k", "3", "--mixup", "1"]) == 2
     said = "top-k must be 0 where images are mixed, whose labels are two classes, got 3 with mixup 1.0 and cutmix 0.0"
     assert said in capsys.readouterr().err

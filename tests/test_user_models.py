@@ -132,7 +132,7 @@ def test_a_classifier_that_is_a_convolution():
     )
     many = SnapshotEnsemble([net, net])(x)
     torch.testing.assert_close((many[0][0], many[1][1]), (logits, features))
-    with pytest.raises(ValueError, match="the last 1×1 convolution, '1', gives 6 values but the logits are 3"):
+    with pytest.raises(ValueError, match="the last 1×1 convolution, '1', must give the 3 logits, got 6 values"):
         LastFeatures(nn.Sequential(nn.Unflatten(1, (4, 1, 1)), nn.Conv2d(4, 6, 1), nn.Flatten(), nn.MaxPool1d(2)))(
             rows()
         )
@@ -152,7 +152,7 @@ class Cosine(nn.Module):
 def test_a_head_of_ones_own_is_named():
     net = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), Cosine())
     net[0] = nn.Linear(4, 5)
-    with pytest.raises(ValueError, match="the last nn.Linear, '0', gives 5 values but the logits are 3; name the clas"):
+    with pytest.raises(ValueError, match="the last nn.Linear, '0', must give the 3 logits, got 5 values; name"):
         LastFeatures(net)(rows())
     capture = LastFeatures(net, "2")
     _, features = capture(rows())
@@ -186,9 +186,9 @@ class Twice(Net):
 
 @pytest.mark.bad_input
 def test_a_head_that_runs_more_than_once():
-    with pytest.raises(RuntimeError, match="^the model's forward ran 'head' more than once; name another layer"):
+    with pytest.raises(RuntimeError, match="^'head' must run once in the model's forward, got more; name another"):
         LastFeatures(Twice())(rows())
-    with pytest.raises(RuntimeError, match="more than once"):
+    with pytest.raises(RuntimeError, match="must run once"):
         SnapshotEnsemble([Twice()])(rows())
     net = Net()
     capture = LastFeatures(net)

@@ -131,12 +131,14 @@ class LogitBank:
         for name in names:
             was, got = made.get(name), now.get(name)
             if was != got:
-                raise ValueError(f"{self.path} was made with {name} {was!r}, got {got!r}")
+                raise ValueError(f"{name} must be {was!r}, with which {self.path} was made, got {got!r}")
         for m, (was, got) in enumerate(zip(self.manifest["teacher"]["sha256"], snapshots or (), strict=False), 1):
             if was != got:
-                raise ValueError(f"{self.path} was made with a snapshot {m} of SHA-256 {was}, got {got}")
+                raise ValueError(f"snapshot {m} must have SHA-256 {was}, with which {self.path} was made, got {got}")
         if snapshots is not None and len(snapshots) != self.snapshots:
-            raise ValueError(f"{self.path} was made with {self.snapshots} snapshots, got {len(snapshots)}")
+            raise ValueError(
+                f"snapshots must be {self.snapshots}, with which {self.path} was made, got {len(snapshots)}"
+            )
 
     def _said(self, memory: dict[str, Tensor], device) -> tuple[Tensor | TopKLogits, Tensor | None]:
         """What a reader gets: on `device`, the snapshots first."""

@@ -69,7 +69,7 @@ def write(
             left = min(missing * world, total)
             if free < left * row:
                 free, needed = filesize.decimal(free), filesize.decimal(left * row)
-                raise OSError(f"the disk of {out} has {free} left, and the bank needs {needed} more")
+                raise OSError(f"the disk of {out} must have {needed} for the bank, got {free} left")
             console.print(
                 f"{views} views x {samples:,} images x {settings['snapshots']} snapshots in {len(shards)} "
                 f"shards, {filesize.decimal(total * row)}: {left:,} of {total:,} rows to write, in about "
@@ -116,7 +116,9 @@ def _asker(forward: Callable, device: torch.device, settings: dict) -> Callable[
         for name, x in found.items():
             stored[name] = x.to(dtype).transpose(0, 1).cpu()
             if (stored[name].isinf().sum() > x.isinf().sum()).item():
-                raise ValueError(f"{name} of the snapshots are too large for {dtype}: use --dtype bfloat16")
+                raise ValueError(
+                    f"{name} of the snapshots must fit into {dtype}, got some that overflow: use --dtype bfloat16"
+                )
         if kept:
             ids = kept.indices.cpu()
             # The bits of a uint16 as int16: safetensors knows unsigned tensors since lately only.
@@ -140,7 +142,9 @@ def _whole(path: Path, settings: dict) -> str | None:
         return None
     for name, value in settings.items():
         if made.get(name) != value:
-            raise ValueError(f"{path} was made with {name} {made.get(name)!r}, got {value!r}: choose another --out")
+            raise ValueError(
+                f"{name} must be {made.get(name)!r}, with which {path} was made, got {value!r}: choose another --out"
+            )
     return hashlib.sha256(data).hexdigest()
 
 

@@ -19,7 +19,7 @@ from eekd.compare.methods import NEWEST, PAPER, folder_of, method
 from eekd.compare.tuning import trials
 from eekd.io.files import in_words, printable, read_json
 from eekd.train.config import Config, settled, switched
-from eekd.train.presets import preset
+from eekd.train.presets import preset_or_file
 from eekd.train.signals import signals
 from eekd.user_code import is_file_name
 
@@ -100,9 +100,7 @@ def parse(argv: list[str]) -> Flags:
     """The flags of a command line; ValueError or tyro's SystemExit says what is wrong and what is near it."""
     argv = switched(argv)
     start = tyro.cli(Start, args=argv, return_unknown_args=True, add_help=False)[0]
-    if start.preset and start.config:
-        raise ValueError("give --preset or --config, not both")
-    settings = Config.load(start.config) if start.config else preset(start.preset or "digits")
+    settings = preset_or_file(start.preset, start.config, "digits")
     defaults = {name: getattr(Config(), name) for name in DECIDED}
     settings = dataclasses.replace(settings, seeds=3, **defaults)
     with any_word():

@@ -58,7 +58,8 @@ def keep_settings(out: Path, config: Config, views: int, fingerprint: str) -> No
         changed = differences(read_record(out / "settings.json") | kept, now)
     for name, (was, got) in changed.items():
         raise ValueError(
-            f"{out} was made with {name.removeprefix('config.')} {was!r}, got {got!r}: choose another --out"
+            f"{name.removeprefix('config.')} must be {was!r}, with which {out} was made, got {got!r}: "
+            "choose another --out"
         )
 
 
@@ -217,7 +218,9 @@ def cell_made(folder: Path, how: Method) -> dict | None:
     now = json.loads(json.dumps(dataclasses.asdict(how)))
     for name, (was, got) in differences({"": made_by}, {"": now}).items():
         if name != ".title":
-            raise ValueError(f"{folder} was made with {name.strip('.')} {was!r}, got {got!r}: choose another --out")
+            raise ValueError(
+                f"{name.strip('.')} must be {was!r}, with which {folder} was made, got {got!r}: choose another --out"
+            )
     return cell | {"method": dataclasses.asdict(how)}
 
 

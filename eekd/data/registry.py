@@ -103,7 +103,7 @@ def find(name: str, reading: Reading) -> Found:
     if name.count("/") == 1 and name[0] not in "./~":
         return read_hub(name, reading, f"{name} is neither a path nor to be had from Hugging Face")
     near = difflib.get_close_matches(name, DATASETS, 1, 0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"wanted {', '.join(DATASETS)}, a path or a Hugging Face id"
+    hint = f"did you mean {near[0]!r}?" if near else f"it must be {', '.join(DATASETS)}, a path or a Hugging Face id"
     raise FileNotFoundError(f"there is no dataset {str(path)!r} in {Path.cwd()}: {hint}")
 
 

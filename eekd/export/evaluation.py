@@ -28,7 +28,7 @@ def data_of(student: Student, folder: str | Path | None = None, data: str | None
         return load(data, root, image_size=size)
     run = None if folder is None else run_of(Path(folder))
     if run is None:
-        raise ValueError(f"data must be given, for {folder} is not in the run that trained it")
+        raise ValueError(f"data must be given, for {folder} is not in the run that trained it, got None")
     config = read_settings(run)
     return load(config.data, config.root, **config.reading())
 
@@ -66,8 +66,8 @@ def batches(student: Student, data: ImageData, split: str, size: int = 128) -> I
     known = {name: number for number, name in enumerate(student.classes)}
     if unknown := [name for name in data.classes if name not in known]:
         raise ValueError(
-            f"{data.name} has the class {unknown[0]!r}, and the student knows {len(known)} others: "
-            + ", ".join([*known][:5]) + (", ..." if len(known) > 5 else "")
+            f"{data.name} must have classes that the student knows ({', '.join([*known][:5])}"
+            f"{', ...' * (len(known) > 5)}), got {unknown[0]!r}"
         )  # fmt: skip
     numbers = torch.tensor([known[name] for name in data.classes])
     part: Split = getattr(data, split)
@@ -77,7 +77,7 @@ def batches(student: Student, data: ImageData, split: str, size: int = 128) -> I
         images.channels, images.image_size, images.zoom = wanted["channels"], wanted["image_size"], wanted["zoom"]
         images.interpolation = wanted.get("interpolation", "bilinear")
     elif images.shape[1] > wanted["channels"]:
-        raise ValueError(f"{data.name} has images in colour, and the student was trained on grey ones")
+        raise ValueError(f"{data.name} must have grey images, on which the student was trained, got images in colour")
     for index in torch.arange(len(part)).split(size):
         pixels = images.subset(index).decode_all() if isinstance(images, Encoded) else images[index]
         if pixels.shape[1] < wanted["channels"]:
@@ -113,7 +113,7 @@ def evaluate(
                 cells = (labels * classes + predicted[0]).cpu()
                 confusion.view(-1).index_add_(0, cells, torch.ones_like(cells))
     if first is None:
-        raise ValueError(f"the split {split} of {data.name} must hold images, and holds none")
+        raise ValueError(f"the split {split} of {data.name} must hold images, got none")
     found: dict = {"images": int(confusion.sum()), "student": None, "teacher": None}
     times = latencies(networks, first, seconds)
     for name, network in networks.items():

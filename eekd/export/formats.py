@@ -34,7 +34,7 @@ def export(
     if "onnx" in to:
         _need_onnx()
     elif int8:
-        raise ValueError("int8 needs the format onnx")
+        raise ValueError(f"to must have onnx where int8 is asked for, got {', '.join(to)}")
     data = student.facts["preprocessing"]
     if images is None:
         shape = 4, data["channels"], data["image_size"], data["image_size"]
@@ -54,7 +54,7 @@ def export(
         found["difference"][name] = difference
         if not difference <= TOLERANCE * logits.abs().max().item():
             (folder / name).unlink()
-            raise RuntimeError(f"{folder / name} must give the network's logits, and one is {difference:.3g} off")
+            raise RuntimeError(f"{folder / name} must give the network's logits, got one {difference:.3g} off")
     if int8:
         outputs[INT8] = _int8(folder / ONNX, folder / INT8, images)
         found["difference"][INT8] = (outputs[INT8] - logits).abs().max().item()

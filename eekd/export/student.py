@@ -96,7 +96,7 @@ class Student(nn.Module, ModelHubMixin):  # pyright: ignore[reportGeneralTypeIss
         """Writes config.json, model.safetensors and README.md; FileExistsError where the folder holds anything."""
         folder = Path(folder)
         if folder.exists() and any(folder.iterdir()):
-            raise FileExistsError(f"{folder} must be new or empty")
+            raise FileExistsError(f"{folder} must be new or empty, got {next(folder.iterdir()).name} in it")
         self._save_pretrained(folder)
         return folder
 
@@ -139,7 +139,7 @@ def load_student(
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} must be the folder of a student, and there is none")
+        raise FileNotFoundError(f"{folder} must be the folder of a student, got no such folder")
     folder = _only_student(folder)
     exported = not (folder / "student.json").exists()
     facts = _read_config(folder) if exported else facts_of(folder)
@@ -151,7 +151,7 @@ def load_student(
             check_code(folder, read_json(folder / "student.json"))
         if exported and ".py:" in spec["name"]:
             raise ValueError(
-                f"{folder} has a network from the Python file {spec['name']!r}: give load_student(factory=)"
+                f"factory must be given, for the network in {folder} is from a Python file, {spec['name']!r}, got None"
             )
         network = models.build(**spec)
     else:
@@ -166,12 +166,8 @@ def _only_student(folder: Path) -> Path:
     names = sorted(path.parent.name for path in (folder / "students").glob("*/student.json"))
     if len(names) == 1:
         return folder / "students" / names[0]
-    found = (
-        f"has {', '.join(names)}: name one, as {folder / 'students' / names[0]}"
-        if names
-        else "has none that is finished"
-    )
-    raise ValueError(f"{folder} must be the folder of one student, and it {found}")
+    found = f"{', '.join(names)}: name one, as {folder / 'students' / names[0]}" if names else "none that is finished"
+    raise ValueError(f"{folder} must be the folder of one student, got {found}")
 
 
 def _read_config(folder: Path) -> dict:
@@ -179,7 +175,7 @@ def _read_config(folder: Path) -> dict:
     wanted = {"format": int, "model": dict, "classes": list, "preprocessing": dict, "sha256": str}
     for key, kind in wanted.items():
         if not isinstance(facts, dict) or not isinstance(facts.get(key), kind):
-            raise ValueError(f"{folder / CONFIG} must be what eekd export wrote, and it has no {key}")
+            raise ValueError(f"{folder / CONFIG} must be what eekd export wrote, got no {key} in it")
     if facts["format"] != FORMAT:
         raise ValueError(f"{folder / CONFIG} must have format {FORMAT}, got {facts['format']!r}")
     _check(folder / CONFIG, facts)
@@ -197,18 +193,20 @@ def _check(path: Path, facts: dict) -> None:
         or not all(isinstance(x, int | float) for x in numbers)
         or min(numbers[1 + channels :] + [data["zoom"]]) <= 0
     ):
-        raise ValueError(f"{path} has a preprocessing that cannot be: {data!r}")
-    if len(facts["classes"]) != facts["model"].get("num_classes"):
         raise ValueError(
-            f"{path} names {len(facts['classes'])} classes for {facts['model'].get('num_classes')!r} outputs"
+            f"{path} must have a preprocessing of 1 or 3 channels, a size, a zoom, means and deviations, got {data!r}"
         )
+    if len(facts["classes"]) != facts["model"].get("num_classes"):
+        raise ValueError(f"{path} must name {facts['model'].get('num_classes')!r} classes, got {len(facts['classes'])}")
 
 
 def facts_of(folder: Path) -> dict:
     """The facts of a student in a run, from its student.json and its run's summary.json."""
     record = read_json(folder / "student.json")
-    if not isinstance(record, dict) or not {"spec", "sha256", "weighting"} <= record.keys():
-        raise ValueError(f"{folder / 'student.json'} must be the record of a student that eekd train wrote")
+    if lacking := [key for key in ("spec", "sha256", "weighting") if not isinstance(record, dict) or key not in record]:
+        raise ValueError(
+            f"{folder / 'student.json'} must be the record of a student, got no {', '.join(lacking)} in it"
+        )
     if "classes" not in record:
         raise ValueError(f"{folder} was trained before students kept their classes: train it again, or export by hand")
     run, teacher = folder.parent.parent, record.get("teacher")

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr  # a damaged file must not become a page of error
 
 from eekd.io.files import read_checked
 from eekd.report.charts import Line
@@ -97,7 +98,7 @@ def _rows(path: Path) -> list[dict]:
         except (RecursionError, ValueError) as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
         if not isinstance(rows[-1], dict) or type(rows[-1].get("epoch")) is not int:
-            raise ValueError(f"{path}, line {number} must be an object with an epoch")
+            raise ValueError(f"{path}, line {number} must be an object with an epoch, got {repr(rows[-1])}")
     return rows
 
 

@@ -101,7 +101,7 @@ class SnapshotEnsemble(nn.Module):
         """
         path, (entries, spec) = Path(directory) / MANIFEST, read_entries(directory, which)
         if factory is None and spec is None:
-            raise ValueError(f"{path} names no architecture (its spec is null): give a factory")
+            raise ValueError(f"factory must be given where {path} names no architecture (its spec is null), got None")
         if factory is None and (record := path.with_name("snapshots.json")).exists():
             stand_in(path.parent, setup_of(read_json(record)))
 

@@ -106,15 +106,15 @@ class LastFeatures:
         self._tap.clear()
         if features is None:
             raise RuntimeError(
-                f"the model's forward did not run {self.layer!r}; name another layer by layer=, or make "
+                f"{self.layer!r} must run once in the model's forward, got none; name another by layer=, or make "
                 "LastFeatures before a compiled model first runs"
             )
         if again:
-            raise RuntimeError(f"the model's forward ran {self.layer!r} more than once; name another layer by layer=")
+            raise RuntimeError(f"{self.layer!r} must run once in the model's forward, got more; name another by layer=")
         if self._classes not in (None, logits.shape[-1]):
             raise ValueError(
-                f"the last {self._kind}, {self.layer!r}, gives {self._classes} values but the logits are "
-                f"{logits.shape[-1]}; name the classifier by layer="
+                f"the last {self._kind}, {self.layer!r}, must give the {logits.shape[-1]} logits, got "
+                f"{self._classes} values; name the classifier by layer="
             )
         return output, logits, self._rows(features)
 

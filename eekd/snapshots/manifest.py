@@ -34,7 +34,7 @@ def read_entries(directory: str | Path, which: Sequence[int] | None = None) -> t
     if which is None:
         if len(entries) < (wanted := len(manifest["schedule"])):
             raise ValueError(
-                f"{path} lists {len(entries)} of {wanted} snapshots: let its run end, or pick some with which="
+                f"{path} must list {wanted} snapshots, got {len(entries)}: let its run end, or pick some with which="
             )
         return entries, spec
     indices = list(which) if isinstance(which, Sequence) else []

@@ -56,7 +56,7 @@ class SnapshotRecorder:
         done: int = 0,
     ):
         if total_steps is not None and epochs is not None:
-            raise ValueError("give total_steps or epochs, not both")
+            raise ValueError(f"total_steps must be None where epochs is given, got {total_steps} and {epochs}")
         name, total = ("total_steps", total_steps) if epochs is None else ("epochs", epochs)
         try:
             spec = json.loads(json.dumps(spec, allow_nan=False))
@@ -150,7 +150,7 @@ def _schedule(schedule: str | Sequence[int], name: str, total: int | None, snaps
         _integer(name, total, 1)
     if isinstance(schedule, str) and schedule == "uniform":
         if total is None:
-            raise ValueError("give total_steps or epochs, the number of times that step will be called")
+            raise ValueError("total_steps or epochs must be the number of times that step will be called, got neither")
         _integer("snapshots", snapshots, 1, total)
         return stage_ends(total, snapshots)
     steps = list(schedule) if isinstance(schedule, Sequence) else []

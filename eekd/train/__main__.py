@@ -17,7 +17,7 @@ if __name__ == "__main__":
 from eekd.io.files import first_line, in_words, printable
 from eekd.train.checked import nearest
 from eekd.train.config import Config, differences, located, settled, switched
-from eekd.train.presets import preset
+from eekd.train.presets import preset_or_file
 from eekd.train.signals import Stopped, signals
 
 try:
@@ -243,11 +243,9 @@ def _settings_of(run: str) -> Config:
 
 def _start(start: Start, default: str) -> Config:
     """The settings that flags override: a preset's, a file's, or those of the run that gives the teacher."""
-    if start.preset and start.config:
-        raise ValueError("give --preset or --config, not both")
     if start.resume:
         return _settings_of(start.resume)
-    settings = Config.load(start.config) if start.config else preset(start.preset or default)
+    settings = preset_or_file(start.preset, start.config, default)
     folder = start.teacher_run
     if start.bank and not folder:
         from eekd.bank import LogitBank

@@ -276,7 +276,7 @@ def check_identity(path: Path, record: dict, identity: dict) -> None:
             got = "another content" if was and now else "none" if was else "one that was not imported"
             kept = f": {copy} is a copy of what it was" * bool(was)
             raise ValueError(f"{file} must be what it was when {path} was written, got {got}{kept}")
-        raise ValueError(f"{path} was written with {name.strip('.') or 'setup'} {was!r}, and cannot go on with {now!r}")
+        raise ValueError(f"{name.strip('.') or 'setup'} must be {was!r}, with which {path} was written, got {now!r}")
 
 
 class KeepSources(Callback):

@@ -219,5 +219,12 @@ PRESETS: dict[str, Callable[[], Config]] = {
 def preset(name: str) -> Config:
     """The preset of that name; ValueError names the nearest one."""
     if name not in PRESETS:
-        raise ValueError(f"no preset {name!r}{nearest(name, PRESETS) or '; there are ' + ', '.join(PRESETS)}")
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}{nearest(name, PRESETS)}")
     return PRESETS[name]()
+
+
+def preset_or_file(name: str | None, file: str | None, default: str) -> Config:
+    """A preset's settings or a file's, where a command line may name either."""
+    if name and file:
+        raise ValueError(f"--config must not be given with --preset, got {file} and {name}")
+    return Config.load(file) if file else preset(name or default)

@@ -197,12 +197,12 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):
         raise ValueError(
-            f"device {name!r} is not there; this machine offers cpu" + ", cuda" * torch.cuda.is_available()
+            f"device must be {'cpu or cuda' if torch.cuda.is_available() else 'cpu'} on this machine, got {name!r}"
         ) from None
     device = torch.device(name)
     if device.type == "cuda" and not parallel.enough_gpus():
         raise ValueError(
-            f"device {name} needs a GPU for each process of this machine, and there are "
-            f"{torch.cuda.device_count()}: start fewer processes, or give --device cpu"
+            f"device {name} must have a GPU for each process of this machine, got {torch.cuda.device_count()}: "
+            "start fewer processes, or give --device cpu"
         )
     return device

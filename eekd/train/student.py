@@ -331,7 +331,7 @@ def check_bank(session: Session, loader: Loader, teacher: str | Path | None, nee
             f"{loader.smoothing}"
         )
     if needs_features and not bank.feature_dim:
-        raise ValueError(f"student {needs_features} needs features, and {bank.path} was written with --features none")
+        raise ValueError(f"{bank.path} must hold features for student {needs_features}, got --features none")
 
 
 def needs_features(weighting: str) -> bool:

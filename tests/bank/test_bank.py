@@ -103,5 +103,8 @@ def test_logits_beyond_float16_are_refused(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(SnapshotEnsemble, "forward", lambda self, x: tuple(1e6 * y for y in forward(self, x)))
     command = ["--teacher", str(run), "--views", "1", "--out", str(tmp_path / "bank")]
     assert cli.main(command) == 2
-    assert "logits of the snapshots are too large for torch.float16: use --dtype bfloat16" in capsys.readouterr().err
+    assert (
+        "logits of the snapshots must fit into torch.float16, got some that overflow: use --dtype bfloat16"
+        in capsys.readouterr().err
+    )
     assert cli.main([*command, "--dtype", "bfloat16"]) == 0

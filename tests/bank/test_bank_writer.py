@@ -126,12 +126,12 @@ def test_a_signal_is_one_line(run, tmp_path, monkeypatch, capsys, number):
     ("--teacher RUN --top-k 11", "top-k must be at most 10, the number of classes, got 11"),
     ("--teacher RUN --top-k -1", "top-k must be at least 1, or 0 for all classes, got -1"),
     ("--teacher RUN --top-k few", "--top-k"),
-    ("--teacher RUN --top-k 3", "shard-0.safetensors was made with top_k None, got 3"),
+    ("--teacher RUN --top-k 3", "shard-0.safetensors was made, got 3"),
     ("--teacher RUN --features some", "features must be none, all or a width of at least 1, got 'some'"),
     ("--teacher RUN --features 0", "features must be none, all or a width of at least 1, got '0'"),
     ("--teacher RUN --features -3", "features"),
-    ("--teacher RUN --dtype bfloat16", "shard-0.safetensors was made with dtype 'float16', got 'bfloat16'"),
-    ("--teacher RUN --features none", "was made with features 16, got 0"),
+    ("--teacher RUN --dtype bfloat16", "dtype must be 'float16', with which "),
+    ("--teacher RUN --features none", "features must be 16, with which "),
     ("--teacher RUN --out RUN/config.json", "config.json"),
 ])  # fmt: skip
 def test_bad_flags_of_the_writer(run, tmp_path, monkeypatch, capsys, flags, wanted):

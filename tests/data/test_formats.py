@@ -166,10 +166,10 @@ def test_a_pickle_that_calls_anything_is_refused(tmp_path, monkeypatch, call, pr
         ({"data": np.zeros((3, 3072), np.uint8), "fine_labels": [0, 1, 2]}, "no list 'labels'"),
         ({"data": np.zeros((3, 3072), np.uint8), "labels": [0, 1]}, "no list 'labels'"),
         ({"data": np.zeros((3, 3072), np.uint8), "labels": [0, 1, 2.0]}, "no list 'labels'"),
-        ({"data": np.zeros((3, 3072), np.uint8), "labels": [0, 1, 10]}, "labels from 0 to 10, wanted 0 to 9"),
-        ({"data": np.zeros((3, 3072), np.uint8), "labels": [0, -1, 2]}, "labels from -1 to 2"),
-        ({"data": np.zeros((3, 3072), np.uint8), "labels": [0, 1, 10**30]}, "wanted 0 to 9"),
-        ([1, 2], "holds a list, wanted a dict"),
+        ({"data": np.zeros((3, 3072), np.uint8), "labels": [0, 1, 10]}, "labels from 0 to 9, got 0 to 10"),
+        ({"data": np.zeros((3, 3072), np.uint8), "labels": [0, -1, 2]}, "labels from 0 to 9, got -1 to 2"),
+        ({"data": np.zeros((3, 3072), np.uint8), "labels": [0, 1, 10**30]}, "labels from 0 to 9, got 0 to"),
+        ([1, 2], "must hold a dict, got a list"),
     ],
 )
 def test_a_pickle_of_the_wrong_things_is_refused(value, said):
@@ -211,8 +211,8 @@ def test_a_forged_pickle_is_refused_before_it_costs_anything(forged):
         (b"\0\0\x0d\x01\0\0\0\x01" + bytes(4), "starts with 00000d01"),
         (b"PNG!" + bytes(30), "starts with 504e4721"),
         (idx(cycle(5))[:6], "not 000008"),
-        (idx(cycle(5))[:-1], r"holds 4 bytes of data, but its header says \[5\]"),
-        (idx(cycle(5)) + b"\0", r"holds 6 bytes of data, but its header says \[5\]"),
+        (idx(cycle(5))[:-1], r"must hold bytes of shape \[5\], as its header says, got 4"),
+        (idx(cycle(5)) + b"\0", r"must hold bytes of shape \[5\], as its header says, got 6"),
         (idx(images(3)[:, 0])[:-100], "its header says"),
         (b"\0\0\x08\x04" + b"\xff" * 16, "its header says"),
         (b"\0\0\x08\x04" + bytes(4) + b"\xff" * 12, "its header says"),
@@ -228,13 +228,13 @@ def test_a_damaged_idx_file_is_refused(data, said):
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
-        ("train-images-idx3-ubyte", idx(cycle(60)), "wanted .images, side, side"),
-        ("train-images-idx3-ubyte", idx(images(60)), "wanted .images, side, side"),
-        ("train-images-idx3-ubyte", idx(images(60)[:, 0, :, 1:]), "wanted .images, side, side"),
+        ("train-images-idx3-ubyte", idx(cycle(60)), "must have shape .images, side, side., got"),
+        ("train-images-idx3-ubyte", idx(images(60)), "must have shape .images, side, side., got"),
+        ("train-images-idx3-ubyte", idx(images(60)[:, 0, :, 1:]), "must have shape .images, side, side., got"),
         ("train-images-idx3-ubyte", idx(images(59)[:, 0]), "one label for each of 59"),
         ("train-labels-idx1-ubyte", idx(cycle(59)), "one label for each of 60"),
         ("train-labels-idx1-ubyte", idx(images(60)[:, 0]), "one label for each of 60"),
-        ("train-labels-idx1-ubyte", idx(cycle(60) + 1), "labels from 1 to 10, wanted 0 to 9"),
+        ("train-labels-idx1-ubyte", idx(cycle(60) + 1), "labels from 0 to 9, got 1 to 10"),
         ("t10k-labels-idx1-ubyte", gzip.compress(idx(cycle(20)), mtime=0)[:-9], "damaged gzip"),
         ("t10k-labels-idx1-ubyte", gzip.compress(idx(cycle(20)), mtime=0)[:5], "damaged gzip"),
         ("t10k-labels-idx1-ubyte", b"\x1f\x8b" + bytes(50), "damaged gzip"),
@@ -250,14 +250,14 @@ def test_fashion_mnist_names_the_file_at_fault(tmp_path, name, data, said):
 @bad_input
 @pytest.mark.parametrize("size", [0, 1, 3072, 3074, 2 * 3073 - 1])
 def test_a_cifar_binary_of_the_wrong_size_is_refused(size):
-    with pytest.raises(ValueError, match=f"^f holds {size} bytes, wanted a positive multiple of 3073$"):
+    with pytest.raises(ValueError, match=f"^f must hold a positive multiple of 3073 bytes, got {size}$"):
         parse_cifar_binary(bytes(size), "f", 1, 10)
 
 
 @bad_input
 @pytest.mark.parametrize(("label_bytes", "classes", "label"), [(1, 10, 10), (1, 10, 255), (2, 100, 100)])
 def test_a_cifar_label_out_of_range_is_refused(label_bytes, classes, label):
-    with pytest.raises(ValueError, match=f"^f has labels from {label} to {label}, wanted 0 to {classes - 1}$"):
+    with pytest.raises(ValueError, match=f"^f must have labels from 0 to {classes - 1}, got {label} to {label}$"):
         parse_cifar_binary(bytes([label] * label_bytes) + bytes(3072), "f", label_bytes, classes)
 
 
@@ -303,7 +303,7 @@ def test_a_truncated_tar_is_refused(tmp_path, keep):
 @pytest.mark.parametrize("missing", ["data_batch_1", "data_batch_5", "test_batch"])
 def test_an_incomplete_cifar_is_refused(tmp_path, kind, missing):
     files = {name: data for name, data in cifar10_files(kind).items() if not name.startswith(missing)}
-    with pytest.raises(FileNotFoundError, match=f"has no cifar10: wanted .*{missing}"):
+    with pytest.raises(FileNotFoundError, match=f"must hold cifar10: .*{missing}.*, got none of them"):
         load("cifar10", unpacked(tmp_path, files))
 
 

@@ -231,20 +231,20 @@ def test_a_broken_image_is_named_by_a_worker(encoded):
 @pytest.mark.parametrize(
     ("arguments", "error", "said"),
     [
-        ({"batch_size": 0}, ValueError, "batch_size is 0, wanted at least 1"),
-        ({"batch_size": 2.5}, TypeError, "batch_size is 2.5, wanted an integer"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 2.5}, TypeError, "batch_size must be an integer, got 2.5"),
         ({"batch_size": None}, TypeError, "batch_size is None"),
-        ({"augment": "flip"}, ValueError, "augment is 'flip', wanted one of none, crop, crop-flip, imagenet"),
+        ({"augment": "flip"}, ValueError, "augment must be one of none, crop, crop-flip, imagenet, got 'flip'"),
         ({"augment": None}, ValueError, "augment is None"),
         ({"seed": "x"}, TypeError, "seed is 'x'"),
         ({"workers": -1}, ValueError, "workers is -1"),
-        ({"rank": 2, "world_size": 2}, ValueError, "rank is 2, wanted less than world_size, which is 2"),
+        ({"rank": 2, "world_size": 2}, ValueError, "rank must be below world_size, 2, got 2"),
         ({"rank": -1}, ValueError, "rank is -1"),
         ({"world_size": 0}, ValueError, "world_size is 0"),
         ({"batch_size": 101, "drop_last": True}, ValueError, "100 samples make no batch of 101"),
         ({"world_size": 101}, ValueError, "100 samples make no batch of 10 on 101 ranks"),
         ({"split": split_of(0)}, ValueError, "0 samples make no batch"),
-        ({"split": torch.zeros(3)}, TypeError, "split is a Tensor, wanted a Split"),
+        ({"split": torch.zeros(3)}, TypeError, "split must be a Split such as .*, got a Tensor"),
     ],
 )
 def test_an_impossible_loader_is_refused(arguments, error, said):

@@ -257,7 +257,7 @@ def test_validation_is_neither_mixed_nor_smoothed():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (dict(auto_augment="best"), "auto_augment is 'best', wanted one of none, trivial, rand"),
+        (dict(auto_augment="best"), "auto_augment must be one of none, trivial, rand, got 'best'"),
         (dict(erasing=1.5), "erasing must be from 0 to 1"),
         (dict(mixup=-1.0, classes=10), "mixup and cutmix at least 0"),
         (dict(mixup=0.1), "classes must be given"),

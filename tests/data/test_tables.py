@@ -63,11 +63,11 @@ def test_no_hub_is_one_sentence(hub, monkeypatch, name):
 @pytest.mark.parametrize(
     ("table", "said"),
     [
-        ({"picture": [1, 2], "label": [0, 1]}, "has the columns picture, label, wanted image and label"),
+        ({"picture": [1, 2], "label": [0, 1]}, "must have the columns image and label, got picture, label"),
         ({"image": [b"", b""], "kind": [0, 1], "age": [0, 1]}, "the columns image, kind, age, .* --label-column names"),
-        ({"image": [b"", b""], "label": [0, None]}, "mixed or missing values in label"),
-        ({"image": [b"", b""], "label": [0.5, 1.0]}, "mixed or missing values in label"),
-        ({"image": [b"", b""], "label": [0, 1]}, "image 0 is empty"),
+        ({"image": [b"", b""], "label": [0, None]}, "integers or strings in label, got mixed or missing"),
+        ({"image": [b"", b""], "label": [0.5, 1.0]}, "integers or strings in label, got mixed or missing"),
+        ({"image": [b"", b""], "label": [0, 1]}, "image 0 must be bytes or the path of a file, got nothing"),
         ({"image": [b"abc", b""], "label": [0, 1]}, "image 0 is damaged or no image"),
     ],
 )

@@ -149,10 +149,10 @@ def test_a_class_that_is_called_as_a_split_is(tmp_path, name):
             "name them by --split TRAIN,TEST; .*--classes",
         ),
         (several("fold1/a", "fold1/b", "fold2/a", "fold2/b", "fold3/a", "fold3/b"), "the same folders a, b in each"),
-        (several("val/cat", "test/cat"), "has test/, val/ and no train/"),
+        (several("val/cat", "test/cat"), "got test/, val/ and no train/"),
         (several("train"), "train holds 10 images and no folders of classes: give a table"),
         (several("pictures"), "at least two"),
-        (several(".hidden/cat", ".hidden/dog"), "holds no images"),
+        (several(".hidden/cat", ".hidden/dog"), "must hold images as .*, got none"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(tmp_path, paths, said):

@@ -112,7 +112,7 @@ def test_16_bits_become_8(kind, dtype):
 def test_images_of_32_bits_are_refused(tmp_path, dtype, number):
     wide = folder(tmp_path, ["train"], each=5, grey=True) / "train" / "cat" / f"{number}.png"
     Image.fromarray(np.full((32, 32), 200, dtype)).save(wide, "tiff")
-    with pytest.raises(ValueError, match=f"{number}.png has 32 bits a pixel, wanted 8 or 16"):
+    with pytest.raises(ValueError, match=f"{number}.png must have 8 or 16 bits a pixel, got 32"):
         load(str(tmp_path))
 
 

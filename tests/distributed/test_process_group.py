@@ -180,7 +180,7 @@ def test_each_process_needs_a_gpu_of_its_own_on_cuda(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # of two machines
     assert _device("cuda") == torch.device("cuda")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="device cuda needs a GPU for each process of this machine, and there are 1: "):
+    with pytest.raises(ValueError, match="device cuda must have a GPU for each process of this machine, got 1: "):
         _device("cuda")
 
 

@@ -233,7 +233,7 @@ def test_what_cannot_go_on_says_why(run, tmp_path, capsys):
     assert "none is not a run that has begun: there is no config.json in it" in capsys.readouterr().err
     out = broken_off(run, tmp_path / "run")
     session = Session(dataclasses.replace(run[0].config, seed=1), run[0].data)
-    with pytest.raises(ValueError, match=r"checkpoints/\d.json was written with settings.seed 0, and .* with 1"):
+    with pytest.raises(ValueError, match=r"settings.seed must be 0, .*checkpoints/\d.json was written, got 1"):
         train_teacher(session.config, out / "teacher", session=session, resume=True)
 
 
@@ -241,14 +241,14 @@ def test_what_cannot_go_on_says_why(run, tmp_path, capsys):
 def test_what_is_finished_is_not_taken_for_another(run, tmp_path):
     session, undisturbed = run
     other = Session(dataclasses.replace(session.config, teacher=Teacher(lr=0.5)), session.data)
-    with pytest.raises(ValueError, match=r"snapshots.json was written with settings.\S+ .*, and cannot go on with"):
+    with pytest.raises(ValueError, match=r"settings.\S+ must be .*, with which .*snapshots.json was written, got"):
         train_teacher(other.config, undisturbed / "teacher", session=other, resume=True)
-    with pytest.raises(ValueError, match="snapshots.json was written with schedule 'uniform'"):
+    with pytest.raises(ValueError, match="schedule must be 'uniform', with which .*snapshots.json was written"):
         train_teacher(session.config, undisturbed / "teacher", session=session, resume=True, schedule=[2])
     students = undisturbed / "students"
-    with pytest.raises(ValueError, match="student.json was written with phase 'ce'"):
+    with pytest.raises(ValueError, match="phase must be 'ce', with which .*student.json was written"):
         train_student(session.config, undisturbed / "teacher", "uniform", students / "ce", session=session, resume=True)
-    with pytest.raises(ValueError, match="student.json was written with snapshots "):
+    with pytest.raises(ValueError, match="snapshots must be .*, with which .*student.json was written"):
         train_student(
             session.config,
             undisturbed / "teacher",
@@ -267,7 +267,7 @@ def test_a_student_does_not_go_on_under_a_teacher_that_was_trained_again(run, tm
     shutil.rmtree(out / "teacher")
     session = Session(dataclasses.replace(run[0].config, seed=1), run[0].data)
     train_teacher(session.config, out / "teacher", session=session)
-    with pytest.raises(ValueError, match=r"checkpoints/\d+.json was written with snapshots \["):
+    with pytest.raises(ValueError, match=r"snapshots must be \[.*, with which .*checkpoints/\d+.json was written"):
         train_student(
             run[0].config, out / "teacher", "attention", out / "students/attention", session=run[0], resume=True
         )

@@ -68,8 +68,8 @@ def test_a_flipped_bit_is_seen(run, where):
         (lost("snapshot-2.safetensors"), {}, FileNotFoundError, "snapshot-2.safetensors is missing"),
         (filled("snapshot-2.safetensors", "x" * 9), {}, ValueError, "snapshot-2.safetensors was changed"),
         (lost("manifest.json"), {}, FileNotFoundError, "manifest.json is missing"),
-        (edited(last_lost), {}, ValueError, "manifest.json lists 2 of 3 snapshots: let its run end"),
-        (updated(spec=None), {}, ValueError, "manifest.json names no architecture .* give a factory"),
+        (edited(last_lost), {}, ValueError, "manifest.json must list 3 snapshots, got 2: let its run end"),
+        (updated(spec=None), {}, ValueError, "factory must be given where .*manifest.json names no architecture"),
         (updated(spec={}), {}, ValueError, "manifest.json has a spec that cannot be built"),
         (updated(spec={**SPEC, "name": "resnet9"}), {}, ValueError, "manifest.json has a spec that cannot be"),
         (

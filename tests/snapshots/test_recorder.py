@@ -98,8 +98,8 @@ def test_distributed_models_are_recorded_by_the_first_process_only(tmp_path, mon
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({}, ValueError, "give total_steps or epochs, the number"),
-        ({"total_steps": 10, "epochs": 10}, ValueError, "give total_steps or epochs, not both"),
+        ({}, ValueError, "total_steps or epochs must be the number"),
+        ({"total_steps": 10, "epochs": 10}, ValueError, "total_steps must be None where epochs is given"),
         ({"total_steps": 4}, ValueError, "snapshots must be from 1 to 4, got 5"),
         ({"epochs": 4, "snapshots": 0}, ValueError, "snapshots must be from 1 to 4, got 0"),
         ({"epochs": 4, "snapshots": 2.0}, TypeError, "snapshots must be an int, got 2.0"),
