@@ -1,10 +1,10 @@
 """`eekd VERB ...`, which is the same as `python -m eekd.VERB ...`."""
 
-import difflib
 import importlib
 import sys
 
 from eekd import command
+from eekd.io.files import nearest
 
 VERBS = {
     "train": "trains a teacher, keeps its snapshots and distils students",
@@ -52,9 +52,7 @@ def main(argv: list[str] | None = None) -> int | None:
     if verb == "--print-completion":
         print(f"error: --print-completion must be bash or zsh, got {' '.join(rest) or 'nothing'}", file=sys.stderr)
         return 2
-    near = difflib.get_close_matches(verb, VERBS, 1, 0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    print(f"error: VERB must be one of {', '.join(VERBS)}, got {verb!r}{hint}", file=sys.stderr)
+    print(f"error: VERB must be one of {', '.join(VERBS)}, got {verb!r}{nearest(verb, VERBS)}", file=sys.stderr)
     return 2
 
 

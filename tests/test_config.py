@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from eekd.data import AUGMENTATIONS
 from eekd.data.policies import POLICIES
+from eekd.io.files import nearest
 from eekd.method import weightings
 from eekd.models import names
-from eekd.train.checked import nearest, student_names
+from eekd.train.checked import student_names
 from eekd.train.config import Config, Phase, Student, Teacher
 from eekd.train.presets import PRESETS, preset
 

@@ -174,7 +174,7 @@ def test_a_model_without_linear_layer_is_refused(model):
 @pytest.mark.bad_input
 @pytest.mark.parametrize("layer, nearest", [("haed", "head"), ("Body", "body"), ("fc", ""), (3, "")])
 def test_an_unknown_layer_is_answered_with_the_nearest(net, layer, nearest):
-    with pytest.raises(ValueError, match=f"got {layer!r}; the nearest is '{nearest}"):
+    with pytest.raises(ValueError, match=f"got {layer!r}; did you mean '{nearest}"):
         LastFeatures(net, layer)
 
 

@@ -4,9 +4,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from eekd.compare.variants import parts, titled, written
+from eekd.io.files import nearest
 from eekd.method import weightings
 from eekd.method.rivals import RIVALS, Rival
-from eekd.train.checked import nearest, title_of
+from eekd.train.checked import title_of
 from eekd.train.config import Config, Student
 from eekd.user_code import is_file_name, own_name
 

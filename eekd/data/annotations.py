@@ -261,7 +261,9 @@ def read_annotations(files: dict[str, Path], reading: Reading, base: Path | None
                 raise ValueError(f"{file} must have a label for {name!r}, got none in row {number}")
             own = found.setdefault(splits[number - 1] if splits else part, {})
             if (known := own.get(path, label)) != label:
-                raise ValueError(f"{file} must have one label for {name!r}, got {known!r} and {label!r} in row {number}")
+                raise ValueError(
+                    f"{file} must have one label for {name!r}, got {known!r} and, in row {number}, {label!r}"
+                )
             again += path in own
             own[path] = label
         if missing and not reading.skip_bad:

@@ -1,12 +1,11 @@
 """Folders of images: which of them are splits, which are classes, and what lies there besides."""
 
-import difflib
 import os
 import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
-from eekd.io.files import printable
+from eekd.io.files import nearest, printable
 
 from .annotations import labels_beside, read_annotations
 from .registry import SPLITS, Found, Reading
@@ -198,9 +197,7 @@ def _labelled(folder: Path, part: str, classes: list[str], passed: Passed, readi
         classes = list(filled)
         places = {name: number for number, name in enumerate(classes)}
     if strange := [name for name, place in places.items() if place is None]:
-        near = difflib.get_close_matches(strange[0].lower(), [name.lower() for name in classes], 1, 0.8)
-        hint = f"; did you mean {next(name for name in classes if name.lower() == near[0])!r}?" if near else ""
-        raise ValueError(f"{folder / strange[0]} is a class that train has not{hint}")
+        raise ValueError(f"{folder / strange[0]} is a class that train has not{nearest(strange[0], classes, 0.8)}")
     if loose:
         passed.phrases.append(
             f"{counted([entry.name for entry in loose], 'image')} of {folder.name}/ outside its classes"

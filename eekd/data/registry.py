@@ -1,6 +1,5 @@
 """The registry of data sets: names, and the functions that read them."""
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eekd import user_code
+from eekd.io.files import nearest
 
 from .encoded import Encoded
 
@@ -102,9 +102,8 @@ def find(name: str, reading: Reading) -> Found:
         return read_path(path, reading)
     if name.count("/") == 1 and name[0] not in "./~":
         return read_hub(name, reading, f"{name} is neither a path nor to be had from Hugging Face")
-    near = difflib.get_close_matches(name, DATASETS, 1, 0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"it must be {', '.join(DATASETS)}, a path or a Hugging Face id"
-    raise FileNotFoundError(f"there is no dataset {str(path)!r} in {Path.cwd()}: {hint}")
+    hint = nearest(name, DATASETS) or f"; it must be {', '.join(DATASETS)}, a path or a Hugging Face id"
+    raise FileNotFoundError(f"there is no dataset {str(path)!r} in {Path.cwd()}{hint}")
 
 
 def validate(name: str, found: Found) -> Found:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -218,3 +219,10 @@ def in_words(error: Exception) -> str:
 def first_line(error: Exception | str) -> str:
     """The first line of what a reader of damaged bytes says."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.5) -> str:
+    """A hint at the entry of `names` closest to `name`: "; did you mean 'x'?", or "" where none is close."""
+    lowered = {n.lower(): n for n in reversed([*names])}
+    close = difflib.get_close_matches(str(name).lower(), lowered, 1, cutoff)
+    return f"; did you mean {lowered[close[0]]!r}?" if close else ""

@@ -4,12 +4,12 @@ An entry is all there is to a weighting: `EEKDLoss`, the command lines, tables a
 imported by the functions only, because a command line needs the names at once.
 """
 
-import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from eekd.io.files import nearest
 from eekd.method.rivals import RIVALS
 from eekd.user_code import is_file_name, load, own_name
 
@@ -172,9 +172,8 @@ def get(name: str) -> Weighting:
         entry = _REGISTRY.get(own)
         return entry if entry and entry.log_weights is function else register(own, own, function)
     if name not in _REGISTRY:
-        near = difflib.get_close_matches(str(name), _REGISTRY, 1, 0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"weighting must be one of {', '.join(_REGISTRY)} or path/to/file.py:NAME, got {name!r}{hint}")
+        known = f"{', '.join(_REGISTRY)} or path/to/file.py:NAME"
+        raise ValueError(f"weighting must be one of {known}, got {name!r}{nearest(name, _REGISTRY)}")
     return _REGISTRY[name]
 
 

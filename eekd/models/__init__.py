@@ -4,13 +4,13 @@ The named ones have the definitions, parameter counts and feature widths of the 
 (Tian, Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020).
 """
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from functools import partial
 
 from torch import nn
 
+from eekd.io.files import nearest
 from eekd.models.convolutions import guard
 from eekd.models.mlp import mlp
 from eekd.models.mobilenetv2 import mobilenetv2
@@ -83,7 +83,7 @@ def _network(name: str, args: dict, sizes: dict) -> nn.Module:
     if is_file_name(name):
         return _from_file(name, args, **sizes)
     if name not in MODELS:
-        raise ValueError(f"name must be a model of eekd, got {name!r}; did you mean {_nearest(name, MODELS)!r}?")
+        raise ValueError(f"name must be a model of eekd, got {name!r}{nearest(name, MODELS, cutoff=0)}")
     if unknown := sorted(args.keys() - inspect.signature(MODELS[name]).parameters.keys()):
         raise ValueError(f"args must be arguments of {name!r}, got {', '.join(unknown)}")
     return MODELS[name](**sizes, **args)
@@ -101,11 +101,6 @@ def _own_arguments(args, sizes: Mapping) -> dict:
     if taken := sorted(known.keys() & sizes.keys()):
         raise ValueError(f"args must leave {', '.join(taken)} to the data, got {args!r:.200}")
     return known
-
-
-def _nearest(name: str, known) -> str:
-    lowered = {k.lower(): k for k in known}
-    return lowered[difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0)[0]]
 
 
 def timm_config(name: str):
@@ -127,8 +122,8 @@ def from_timm(
     """timm's model NAME, with timm's own weights if asked for."""
     timm = _timm(name)
     if not timm.is_model(name):
-        nearest = _nearest(name, timm.list_models())
-        raise ValueError(f"timm:NAME must be a model of timm, got {name!r}; did you mean {nearest!r}?")
+        hint = nearest(name, timm.list_models(), cutoff=0)
+        raise ValueError(f"timm:NAME must be a model of timm, got {name!r}{hint}")
     # Only models whose weights depend on the image size, such as vision transformers, take it as an argument.
     cfg = timm.get_pretrained_cfg(name)
     size: dict = {"img_size": image_size} if cfg is not None and cfg.fixed_input_size else {}

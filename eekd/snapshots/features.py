@@ -1,6 +1,5 @@
 """The last feature of any classifier: what goes into the layer that makes its logits."""
 
-import difflib
 import gc
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from eekd import parallel
+from eekd.io.files import nearest
 from eekd.models.convolutions import guard
 from eekd.snapshots.wrappers import bare_model, logits_of
 
@@ -68,8 +68,7 @@ class LastFeatures:
             self._kind = "nn.Linear" if linear else "1×1 convolution"
             self._classes = module.out_features if linear else module.out_channels
         elif layer not in modules:
-            nearest = difflib.get_close_matches(str(layer), modules, n=1, cutoff=0)[0]
-            raise ValueError(f"layer must be in the model, got {layer!r}; the nearest is {nearest!r}")
+            raise ValueError(f"layer must be in the model, got {layer!r}{nearest(layer, modules, cutoff=0)}")
         module = modules[layer]
         self._dim = getattr(module, "in_features", getattr(module, "in_channels", None))
         self._pixels = None if isinstance(module, nn.Linear) else 2 if isinstance(module, _CONVOLUTIONS) else 3

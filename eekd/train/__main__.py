@@ -14,8 +14,7 @@ from eekd import command
 if __name__ == "__main__":
     command.start()
 
-from eekd.io.files import first_line, in_words, printable
-from eekd.train.checked import nearest
+from eekd.io.files import first_line, in_words, nearest, printable
 from eekd.train.config import Config, differences, located, settled, switched
 from eekd.train.presets import preset_or_file
 from eekd.train.signals import Stopped, signals

@@ -4,12 +4,11 @@ A value that cannot be meant is a ValueError of one sentence: the field, what is
 """
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Iterable
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from eekd.io.files import nearest
 from eekd.method import weightings
 from eekd.method.rivals import RIVALS
 from eekd.user_code import is_file_name, own_name
@@ -36,13 +35,6 @@ def title_of(name: str) -> str:
     titles = {entry.name: entry.title for entry in weightings.registered()}
     rivals = {name: rival.title for name, rival in RIVALS.items()}
     return {"ce": "CE only", **titles, **rivals}.get(name, own_name(name))
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """A hint at the entry of `names` closest to `name`: "; did you mean 'x'?", or "" where none is close."""
-    lowered = {n.lower(): n for n in reversed([*names])}
-    close = difflib.get_close_matches(str(name).lower(), lowered, 1, 0.5)
-    return f"; did you mean {lowered[close[0]]!r}?" if close else ""
 
 
 def word(value: str | bool) -> str:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_type_hints
 
-from eekd.io.files import json_bytes
-from eekd.train.checked import Checked, StudentName, nearest
+from eekd.io.files import json_bytes, nearest
+from eekd.train.checked import Checked, StudentName
 from eekd.user_code import is_file_name, own_name
 
 MOST_BETA = 100  # of mixup and cutmix, beyond which a share is one half

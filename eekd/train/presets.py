@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from eekd.train.checked import nearest
+from eekd.io.files import nearest
 from eekd.train.config import Config, Student, Teacher
 
 
