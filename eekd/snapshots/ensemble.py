@@ -14,7 +14,7 @@ from eekd.io.tensors import load_weights
 from eekd.kept_code import setup_of, stand_in
 from eekd.snapshots.features import LastFeatures
 from eekd.snapshots.files import checkpoint_files, checkpoint_sha256
-from eekd.snapshots.forward import Folded, Spread, Swapped, pinned
+from eekd.snapshots.forward import BatchNormFolded, HostOffloaded, RankSharded, pinned
 from eekd.snapshots.manifest import MANIFEST, read_entries
 from eekd.snapshots.wrappers import frozen_copy
 
@@ -42,7 +42,7 @@ class SnapshotEnsemble(nn.Module):
             processes of torch.distributed. Each process runs every size-th model, from its rank on, for the images of
             all processes, which must call together. A single model is not spread.
 
-    On a CPU the models run as `eekd.snapshots.forward.Folded` says, if possible.
+    On a CPU the models run as `eekd.snapshots.forward.BatchNormFolded` says, if possible.
 
     Attributes:
         models: the M copies, or this process's share of them.
@@ -69,13 +69,14 @@ class SnapshotEnsemble(nn.Module):
             raise ValueError("models must hold at least one nn.Module, got none")
         self._count, self._reuse = len(frozen), reuse
         several = self._count > 1 and parallel.world_size() > 1
-        self._spread = Spread() if snapshots_on == "ranks" and several else None
-        self.models = self._spread.share(frozen) if self._spread else frozen
+        self._sharded = RankSharded() if snapshots_on == "ranks" and several else None
+        self.models = self._sharded.share(frozen) if self._sharded else frozen
         self.hashes: tuple[str, ...] = ()
         self._captures = tuple(LastFeatures(model, layer, features=features) for model in self.models)
         self._memory: list[Tensor | None] = [None, None]  # of logits, of features
-        self._folded, self._swapped = Folded(), Swapped(self._captures) if snapshots_on == "cpu" else None
-        if self._swapped:
+        self._folded = BatchNormFolded()
+        self._offloaded = HostOffloaded(self._captures) if snapshots_on == "cpu" else None
+        if self._offloaded:
             for model in self.models:
                 pinned(model)
 
@@ -186,18 +187,18 @@ class SnapshotEnsemble(nn.Module):
         All arguments are passed to the models. With `reuse` both results are views of memory that the next call
         overwrites, and which grows with the largest batch. ValueError if a snapshot differs in C or D.
         """
-        if self._spread:
+        if self._sharded:
             if len(inputs) != 1 or named or not isinstance(inputs[0], Tensor):
                 raise ValueError("inputs must be one tensor where snapshots_on is ranks, got several or none")
-            own = self._own(self._spread.all_images(*inputs))
-            return tuple(None if x is None else self._spread.back(x, self._count) for x in own)
+            own = self._own(self._sharded.all_images(*inputs))
+            return tuple(None if x is None else self._sharded.back(x, self._count) for x in own)
         return self._own(*inputs, **named)
 
     def _own(self, *inputs, **named) -> tuple[Tensor, Tensor | None]:
         """What the models in this process say."""
         device = next((x.device for x in (*inputs, *named.values()) if isinstance(x, Tensor)), torch.device("cpu"))
-        if self._swapped and device.type != "cpu":
-            each = self._swapped(device, *inputs, **named)
+        if self._offloaded and device.type != "cpu":
+            each = self._offloaded(device, *inputs, **named)
         else:  # a GPU runs one model after another: nothing faster was measured yet
             each = self._folded(self._captures, *inputs, **named)
             each = each or (capture(*inputs, **named) for capture in self._captures)
@@ -238,6 +239,6 @@ class SnapshotEnsemble(nn.Module):
     def _apply(self, fn, recurse=True):
         for model in self.models:
             model._apply(fn, recurse)
-            if self._swapped:
+            if self._offloaded:
                 pinned(model)
         return super()._apply(fn, recurse)

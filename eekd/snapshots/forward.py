@@ -16,7 +16,7 @@ from eekd.models.normalization import Renormalize
 from eekd.snapshots.features import LastFeatures, Tap
 
 
-class Folded:
+class BatchNormFolded:
     """Logits and features of M frozen classifiers on a CPU: `folded(captures, x)`, or None where it had better not.
 
     Of each model a copy is made whose batch norms are folded into the convolutions before them, with weights in
@@ -33,7 +33,7 @@ class Folded:
         self._graphs: dict[torch.dtype | None, list[fx.GraphModule]] = {}
 
     def __reduce__(self):
-        return Folded, ()  # copied and pickled empty
+        return BatchNormFolded, ()  # copied and pickled empty
 
     @torch.no_grad()
     def __call__(self, captures: Sequence[LastFeatures], *inputs, **named) -> list[tuple[Tensor, Tensor | None]] | None:
@@ -57,8 +57,8 @@ class Folded:
             return None
 
 
-class Swapped:
-    """M models in host memory run on a GPU one after another: `for outputs in swapped(device, images): ...`.
+class HostOffloaded:
+    """M models in host memory run on a GPU one after another: `for outputs in offloaded(device, images): ...`.
 
     The device holds the weights of two: while one runs, a stream of its own copies those of the next. On a CPU the
     same happens without streams.
@@ -72,7 +72,7 @@ class Swapped:
         self.free: list[torch.cuda.Event | None] = [None, None]  # the slot's model has run
 
     def __reduce__(self):
-        return Swapped, (self.captures,)  # copied and pickled without slots
+        return HostOffloaded, (self.captures,)  # copied and pickled without slots
 
     def __call__(self, device: torch.device, *inputs, **named) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The snapshots' outputs, each in turn."""
@@ -115,7 +115,7 @@ class Swapped:
                 self.ready[m % 2] = self.stream.record_event()
 
 
-class Spread:
+class RankSharded:
     """M models spread over the processes of torch.distributed, each of which has images of its own.
 
     Every process runs its models on the images of all: an all-gather brings them, an all-to-all takes the outputs

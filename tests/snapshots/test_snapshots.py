@@ -9,7 +9,7 @@ from torch import nn
 
 from eekd.models import build
 from eekd.snapshots import SnapshotEnsemble
-from eekd.snapshots.forward import Swapped
+from eekd.snapshots.forward import HostOffloaded
 
 CPU = torch.device("cpu")
 
@@ -304,18 +304,18 @@ def test_a_convolution_that_serves_twice_is_folded_once_for_each():
 def test_host_snapshots_pass_through_two_slots(nets, images):
     nets[1].head.weight.data.mul_(2)
     ensemble = SnapshotEnsemble(nets)
-    swapped = Swapped(ensemble._captures)
+    offloaded = HostOffloaded(ensemble._captures)
     wanted = alone(ensemble, images.cpu())
     for _ in range(2):
-        got = [torch.stack(rows) for rows in zip(*swapped(CPU, images.cpu()), strict=True)]
+        got = [torch.stack(rows) for rows in zip(*offloaded(CPU, images.cpu()), strict=True)]
         assert all(map(torch.equal, got, wanted))
-    held = {name: t.data_ptr() for name, t in swapped.slots[0].items()}
+    held = {name: t.data_ptr() for name, t in offloaded.slots[0].items()}
     with torch.no_grad():
         ensemble.models[2].head.weight.zero_()  # where it lies in host memory it is seen by the next call
     wanted = alone(ensemble, images.cpu())
-    got = [torch.stack(rows) for rows in zip(*swapped(CPU, images.cpu()), strict=True)]
+    got = [torch.stack(rows) for rows in zip(*offloaded(CPU, images.cpu()), strict=True)]
     assert all(map(torch.equal, got, wanted)) and not (got[0][2] - ensemble.models[2].head.bias).any()
-    assert held == {name: t.data_ptr() for name, t in swapped.slots[0].items()}
+    assert held == {name: t.data_ptr() for name, t in offloaded.slots[0].items()}
     assert held.keys() == {
         "convolution.weight",
         "convolution.bias",
@@ -332,7 +332,7 @@ def test_host_snapshots_pass_through_two_slots(nets, images):
         "head.bias",
     }
     ensemble.double()
-    double = list(swapped(CPU, images.cpu().double()))
+    double = list(offloaded(CPU, images.cpu().double()))
     assert double[0][0].dtype == torch.float64
 
 
