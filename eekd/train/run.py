@@ -217,51 +217,26 @@ def table(teacher: Path, students: list[Path]) -> list[dict]:
         for val, test in zip(known["val"]["members"], known["test"]["members"], strict=True)
     ]
     seconds = [row["seconds"] for row in read_metrics(teacher, known)]  # none of somebody else's teacher
-    network = {"model": manifest["spec"]["name"], "parameters": parameters(manifest["spec"])}
-    rows = [
-        _row(
-            "teacher",
-            "teacher",
-            **network,
-            epochs=epochs[-1],
-            **snapshots[-1],
-            seconds_per_epoch=sum(seconds) / len(seconds) if seconds else None,
-        )
-    ]
+    size = parameters(manifest["spec"])
+    network = {"model": manifest["spec"]["name"], "parameters": size, "epochs": epochs[-1]}
+    timed = {"seconds_per_epoch": sum(seconds) / len(seconds) if seconds else None}
+    rows = [_row("teacher", "teacher", network, snapshots[-1], timed)]
     for number, (epoch, scores) in enumerate(zip(epochs, snapshots, strict=True), 1):
-        rows.append(_row("snapshot", f"snapshot {number}", **network, epochs=epoch, **scores))
-    rows.append(
-        _row(
-            "ensemble",
-            "ensemble",
-            model=network["model"],
-            epochs=epochs[-1],
-            **ensemble,
-            parameters=network["parameters"] * len(snapshots),
-        )
-    )
+        rows.append(_row("snapshot", f"snapshot {number}", network, scores, {"epochs": epoch}))
+    rows.append(_row("ensemble", "ensemble", network, ensemble, {"parameters": size * len(snapshots)}))
     records = [read_student(folder) for folder in students]
     alone = next((record["test"]["accuracy"] for record in records if record["weighting"] == "ce"), None)
     for folder, record in zip(students, records, strict=True):
         spec, accuracy = record["spec"], record["test"]["accuracy"]
-        rows.append(
-            _row(
-                "student",
-                record["weighting"],
-                model=spec["name"],
-                parameters=parameters(spec),
-                epochs=len(read_metrics(folder, record)),
-                val_accuracy=record["val"]["accuracy"],
-                test_accuracy=accuracy,
-                gain=None if alone is None else accuracy - alone,
-                seconds_per_epoch=record["seconds_per_epoch"],
-            )
-        )
+        network = {"model": spec["name"], "parameters": parameters(spec), "epochs": len(read_metrics(folder, record))}
+        scores = {"val_accuracy": record["val"]["accuracy"], "test_accuracy": accuracy}
+        gain = {"gain": None if alone is None else accuracy - alone, "seconds_per_epoch": record["seconds_per_epoch"]}
+        rows.append(_row("student", record["weighting"], network, scores, gain))
     return rows
 
 
-def _row(kind: str, name: str, **known) -> dict:
-    return {"kind": kind, "name": name, "gain": None, "seconds_per_epoch": None} | known
+def _row(kind: str, name: str, network: dict, scores: dict, more: dict) -> dict:
+    return {"kind": kind, "name": name, "gain": None, "seconds_per_epoch": None, **network, **scores, **more}
 
 
 def parameters(spec: dict) -> int:
