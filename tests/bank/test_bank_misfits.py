@@ -65,7 +65,7 @@ def test_attention_without_features_is_refused(run, tmp_path, capsys):
     make(run, "--views", 1, "--out", tmp_path / "bank", "--features", "none")
     command = ["student", "--bank", str(tmp_path / "bank"), "--out", str(tmp_path / "out"), "--students"]
     assert train_cli.main([*command, "uniform", "attention"]) == 2
-    assert "student attention needs features" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "must hold features for student attention" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert train_cli.main([*command, "uniform", "--student.epochs", "1"]) == 0
 
 

@@ -151,7 +151,7 @@ def test_bad_flags_of_the_writer(run, tmp_path, monkeypatch, capsys, flags, want
 def test_a_full_disk_is_said_before_it_starts(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1000))
     assert cli.main(["--teacher", str(run), "--out", str(tmp_path / "bank")]) == 2
-    assert "has 1.0 kB left, and the bank needs 187.2 kB more" in capsys.readouterr().err
+    assert "must have 187.2 kB for the bank, got 1.0 kB left" in capsys.readouterr().err
     assert not content(tmp_path / "bank")
 
 

@@ -88,7 +88,11 @@ X = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
         ),
         (Found({"train": (X[..., 1:], [0] * 4)}, "ab"), ValueError, "got .4, 1, 8, 7. torch.uint8"),
         (Found({"train": (X, [0] * 4), "test": (X[..., 1:, 1:], [0] * 4)}, "ab"), ValueError, "images of one shape"),
-        (Found({"train": (X, [0] * 4), "test": ([b""], [0])}, "ab"), TypeError, "as tensors in all parts, or in none"),
+        (
+            Found({"train": (X, [0] * 4), "test": ([b""], [0])}, "ab"),
+            TypeError,
+            "in all parts or in none, got them in train",
+        ),
     ],
 )
 def test_what_a_reader_must_find(registry, found, error, said):

@@ -205,7 +205,7 @@ def test_a_given_class_may_have_no_images(tmp_path):
 @bad_input
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("cat\n", "must name all classes of the data, and lack 1 class .dog."), ("", "must be a list of class names"),
+    [("cat\n", "must name all classes of the data, got none of 1 class .dog."), ("", "must be a list of class names"),
      ("cat\ndog\ncat\n", "must name each class once, got 'cat' twice"), (b"\xff\xfe\xff", "must be text in UTF-8")],
 )  # fmt: skip
 def test_a_wrong_list_of_classes_is_refused(tmp_path, text, said):

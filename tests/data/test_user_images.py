@@ -263,7 +263,7 @@ def test_a_class_without_a_readable_image_is_an_error():
     cells = Encoded([b"", b"", png(CORNERS)], channels=3, image_size=2, bad=BadImages(True))
     labels = torch.tensor([0, 0, 1])
     assert cells.decode_or_stand_in(2, labels)[1] == []
-    with pytest.raises(ValueError, match="no image can stand in for others of its class: image 0 is"):
+    with pytest.raises(ValueError, match="no image can stand in for others of its class: image 0 must be"):
         cells.decode_or_stand_in(0, labels)
 
 
