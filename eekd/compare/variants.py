@@ -6,7 +6,8 @@ from dataclasses import fields
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from eekd.train.checked import nearest, wanted_of, word
+from eekd.io.files import nearest
+from eekd.train.checked import wanted_of, word
 from eekd.train.config import Student
 from eekd.user_code import is_file_name
 

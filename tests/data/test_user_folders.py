@@ -268,7 +268,7 @@ def test_folders_inside_of_a_class_are_told(tmp_path):
 @bad_input
 def test_too_few_images_to_validate_on_are_refused(tmp_path):
     put(tmp_path, *several("cat", "dog", each=2))
-    with pytest.raises(ValueError, match="^val_fraction is 0.1, which leaves no image for validation, of 3$"):
+    with pytest.raises(ValueError, match="^val_fraction must leave an image of 3 for validation, got 0.1$"):
         load(str(tmp_path))
     assert sizes(read(tmp_path, val_fraction=0)[0]) == (3, 0, 1)
 

@@ -240,13 +240,13 @@ def test_missing_images_can_be_left_out(tmp_path):
         ([], "must have a path and a label in each row, got 0 rows"),
         (
             [(PATHS[0], "cat"), (PATHS[1], "dog"), (PATHS[0], "dog")],
-            "two labels for 'images/000.png', 'cat' and 'dog' in ",
+            "one label for 'images/000.png', got 'cat' and, in row",
         ),
         (
             [(path, f"{k * 1.7:.3f}") for k, path in enumerate(PATHS)],
             "classes as labels, got 20 different numbers such as",
         ),
-        ([(PATHS[0], "cat"), (PATHS[1], "nan")], "has no label for 'images/001.png', in row 2"),
+        ([(PATHS[0], "cat"), (PATHS[1], "nan")], "a label for 'images/001.png', got none in row 2"),
     ],
 )
 def test_a_wrong_table_is_refused(tmp_path, rows, said):
