@@ -44,13 +44,13 @@ SETTINGS = {
     "text": {
         "chapters": {"train": 100, "more": 260, "val": 20, "test": 40}, "vocabulary": 1024, "block": 64,
         "teacher": {"layers": 4, "width": 256, "batch": 8, "epochs": 2, "lr": 1e-3},
-        "student": {"layers": 2, "width": 128, "batch": 8, "epochs": 3, "lr": 2e-3},
+        "student": {"layers": 2, "width": 128, "batch": 8, "epochs": 2, "lr": 2e-3},
         "temperature": 1.0, "alpha": 0.5,
     },
     "books": {
-        "verses": {"train": 80, "val": 10, "test": 50}, "longest": 48,
-        "teacher": {"frozen": 3, "batch": 16, "epochs": 3, "lr": 3e-4},
-        "student": {"layers": 2, "width": 128, "batch": 32, "epochs": 5, "lr": 2e-3},
+        "verses": {"train": 60, "val": 10, "test": 40}, "longest": 48,
+        "teacher": {"frozen": 3, "batch": 16, "epochs": 2, "lr": 3e-4},
+        "student": {"layers": 2, "width": 128, "batch": 32, "epochs": 4, "lr": 2e-3},
         "temperature": 2.0, "alpha": 0.5,
     },
 }  # fmt: skip
