@@ -212,8 +212,10 @@ def only(found: list[Tensor], name: str) -> Tensor:
 
 
 def accepted(model: nn.Module, inputs: dict) -> dict:
-    """The inputs that a model's forward takes."""
+    """The inputs that a model's forward takes, and no cache, with which transformers 4 sees no packed sequences."""
     parameters = _forward(model)
+    if "use_cache" in parameters:
+        inputs = {"use_cache": False} | inputs
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return inputs
     return {name: value for name, value in inputs.items() if name in parameters}

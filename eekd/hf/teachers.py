@@ -35,8 +35,6 @@ class Teachers:
             if len(devices) > 1:
                 raise ValueError(f"{name} must be on one device, got its layers on {some(sorted(devices))}")
             model.eval().requires_grad_(False)
-            if hasattr(model, "config"):
-                model.config.use_cache = False
 
     @classmethod
     def load(

@@ -232,9 +232,7 @@ def test_an_optimizer_of_ones_own(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "roberta", "vit"])
-def test_a_compiled_student_learns_the_same(kind, tmp_path, monkeypatch):
-    for name in ("BACKEND", "MODE"):  # which a Trainer's settings change
-        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", {"BACKEND": "no", "MODE": "default"}[name])
+def test_a_compiled_student_learns_the_same(kind, tmp_path):
     run, (data, collator) = run_of(kind, tmp_path), data_for(kind)
     data = Texts(classes=CLASSES) if kind == "roberta" else data
     states, counted = [], torch._dynamo.utils.counters
