@@ -250,7 +250,9 @@ def test_dkd_rises_in_the_first_twelfth(run):
     assert added[3] == pytest.approx(4 * added[0], rel=1e-5) and added[40] == pytest.approx(added[3], rel=1e-5)
 
 
-@pytest.mark.parametrize("steps", [(14, 25, 40, 52, 62, 75, 90), (17, 29, 33, 46, 65, 77, 83, 95)])
+@pytest.mark.parametrize("steps", [
+    (14, 25, 40, 52, 62, 75, 90), pytest.param((17, 29, 33, 46, 65, 77, 83, 95), marks=pytest.mark.full)
+])  # fmt: skip
 def test_resumed_to_the_bit(run, tmp_path, steps):
     session = prepare(dataclasses.replace(CONFIG, save_every=EVERY_STEP))
     kill = killer(*steps)
