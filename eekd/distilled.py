@@ -12,6 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from eekd.method import weightings
 from eekd.method.losses import EEKDLoss
 from eekd.snapshots import LastFeatures, SnapshotEnsemble
+from eekd.snapshots.wrappers import are_probabilities
 
 OTHER_PROBLEMS = "multi_label_classification", "regression"  # of a Hugging Face config: their loss is not ours
 
@@ -53,8 +54,8 @@ class Distilled(nn.Module):
         measurements: those of the last loss, see EEKDLoss; None before the first loss.
 
     Raises TypeError for parts of another type; ValueError for a wrapped student, widths that do not fit the criterion,
-    a Hugging Face student for regression or several labels, logits that are not (B, C), and missing labels; else what
-    the parts raise.
+    a Hugging Face student for regression or several labels, logits that are not (B, C) or that are probabilities, and
+    missing labels; else what the parts raise.
     Source: Wang et al., arXiv 2202.12488.
     """
 
@@ -110,6 +111,8 @@ class Distilled(nn.Module):
             raise ValueError(
                 f"student must give logits (B, C), got {tuple(logits.shape)}: eekd.hf is for language models"
             )
+        if self.measurements is None and are_probabilities(logits):
+            raise ValueError("student must give logits, got probabilities, which sum to 1: leave out its softmax")
         snapshot_logits, snapshot_features = self.ensemble(*inputs, **named)
         loss, self.measurements = self.criterion(logits, snapshot_logits, labels, features, snapshot_features)
         if num_items_in_batch is not None:

@@ -47,6 +47,9 @@ def auxiliary(num_classes, in_channels, image_size):
 def frozen(num_classes, in_channels, image_size):
     return Training(small(num_classes, in_channels, image_size), lambda z: z.detach())
 
+def softmax(num_classes, in_channels, image_size):
+    return small(num_classes, in_channels, image_size).append(nn.Softmax(1))
+
 def headless(num_classes, in_channels, image_size):
     class Net(nn.Module):
         def __init__(self):
@@ -109,6 +112,19 @@ def command(tmp_path, monkeypatch):
         ("five", "small", [], r"teacher.model .*nets.py:five must give 10 logits an image, .* \(8, 5\) for 8 images"),
         ("small", "five", [], r"student.model .*nets.py:five must give 10 logits an image, .* \(8, 5\) for 8 images"),
         ("wide", "small", [], "teacher.model .*nets.py:wide fails on images of 1 x 8 x 8: .*mat1 and mat2"),
+        (
+            "softmax",
+            "small",
+            [],
+            "teacher.model .*softmax must give logits, got probabilities, which sum to 1 for each",
+        ),
+        ("small", "softmax", ["--students", "last"], "student.model .*softmax must give logits, got probabilities"),
+        (
+            "small",
+            "frozen",
+            ["--students", "attention"],
+            "the model's logits must have a gradient in training, got none",
+        ),
         ("small", "auxiliary", [], "the model must return logits, .* got a dict of main, auxiliary"),
         ("small", "frozen", ["--students", "ce"], "student.model .*frozen fails on .*: element 0 of tensors does not"),
         ("small", "headless", ["--students", "attention"], "model must have an nn.Linear or a 1×1 convolution"),

@@ -96,6 +96,56 @@ def test_what_trainers_and_wrappers_write(tmp_path, content, said, recwarn):
     assert len(messages) == (2 if said else 0)
 
 
+@pytest.mark.parametrize("ending", [".pt", ".bin", ""])
+def test_safetensors_are_read_by_any_ending(tmp_path, ending):
+    [net] = nets(1)
+    save_file({name: x for name, x in net.state_dict().items() if name != "mix_again.weight"}, tmp_path / f"n{ending}")
+    check(tmp_path / f"n{ending}", [net])
+
+
+def test_what_thop_leaves_behind_is_left_out(tmp_path):
+    [net] = nets(1)
+    counts = {f"{name}total_{what}": torch.ones(1) for name in ("", "head.") for what in ("ops", "params")}
+    torch.save(net.state_dict() | counts, tmp_path / "n.pt")
+    check(tmp_path / "n.pt", [net])
+
+
+def test_nan_in_weights_is_said(tmp_path):
+    [net] = nets(1)
+    net.head.weight.data[0, 0] = float("nan")
+    torch.save(net.state_dict(), tmp_path / "n.pt")
+    with pytest.warns(UserWarning, match=r"n.pt holds NaN in head.weight: was it saved after the training diverged\?$"):
+        SnapshotEnsemble.from_files(tmp_path / "n.pt", Net)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "must be a checkpoint, got an empty file$"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "got a pointer of Git LFS: `git lfs pull`"),
+        (b"\n<!DOCTYPE html><title>404</title>", "got a page of HTML$"),
+        (b"\x1f\x8b\x08" + b"x" * 50, "got a gzip archive: unpack it$"),
+        (b"\x89HDF\r\n\x1a\n" + b"x" * 50, "got a file of HDF5, as Keras writes them$"),
+        (b'{"epoch": 3}', "got text: JSON$"),
+        (b"lr: 0.1\n", "unpickling: it is no file of torch.save, or damaged$"),
+    ],
+)
+def test_what_is_no_checkpoint_is_named(tmp_path, content, said):
+    (tmp_path / "n.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=said) as caught:
+        SnapshotEnsemble.from_files(tmp_path / "n.pt", Net)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.bad_input
+def test_a_sparse_tensor_is_refused(tmp_path):
+    [net] = nets(1)
+    torch.save(net.state_dict() | {"head.weight": net.head.weight.data.to_sparse()}, tmp_path / "n.pt")
+    with pytest.raises(ValueError, match="of another layout: head.weight torch.sparse_coo$"):
+        SnapshotEnsemble.from_files(tmp_path / "n.pt", Net)
+
+
 def test_a_model_with_a_prefix_of_its_own_takes_a_bare_state():
     class Wrapper(nn.Module):
         def __init__(self):

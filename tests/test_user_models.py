@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from eekd import EEKDLoss, LastFeatures, SnapshotEnsemble
+from eekd import Distilled, EEKDLoss, LastFeatures, SnapshotEnsemble
 from eekd.snapshots.wrappers import bare_model, logits_of
 from eekd.train import __main__ as cli
 
@@ -281,6 +281,43 @@ def test_a_second_capture_survives_the_first():
     first, second = LastFeatures(net), LastFeatures(net, "body")
     first.remove()
     torch.testing.assert_close(second(rows())[1], rows())
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("features", [True, False])
+def test_a_model_whose_logits_have_no_gradient_is_noticed(features):
+    net = Net(lambda z: z.detach())
+    capture = LastFeatures(net, features=features)
+    with pytest.raises(RuntimeError, match="^the model's logits must have a gradient in training, got none: its forw"):
+        capture(rows())
+    with torch.no_grad():
+        capture(rows())
+    net.eval()
+    capture(rows())
+    net.train().requires_grad_(False)  # nothing to train
+    capture(rows())
+
+
+@pytest.mark.bad_input
+def test_probabilities_are_no_logits():
+    with pytest.raises(ValueError, match="^student must give logits, got probabilities, which sum to 1: leave out its"):
+        Distilled(Net(lambda z: z.softmax(1)), SnapshotEnsemble([Net()]))(rows(), labels=torch.zeros(6).long())
+    Distilled(Net(lambda z: z.log_softmax(1)), SnapshotEnsemble([Net()]))(rows(), labels=torch.zeros(6).long())
+
+
+def test_a_model_that_no_graph_can_be_made_of_runs_without_noise(capfd):
+    class Margin(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x, labels=None):
+            z = self.head(x.mean((2, 3)))
+            return z if labels is None else z - nn.functional.one_hot(labels, 3)
+
+    net, x = Margin(), torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(SnapshotEnsemble([net])(x)[0][0], net(x))
+    assert capfd.readouterr().err == ""
 
 
 # DistributedDataParallel

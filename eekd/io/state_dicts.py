@@ -13,6 +13,7 @@ from eekd.io.files import printable
 
 NESTS = "state_dict", "model_state_dict", "model", "module", "net"  # where others keep their state_dict
 WRAPPERS = "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"  # torch's, anywhere in a name
+COUNTERS = "total_ops", "total_params"  # buffers that thop's profile leaves in a model
 NO_WEIGHTS = re.compile("optim|sched|scaler|callback|rng|random|loop|hyper|metric", re.IGNORECASE)
 DEPTH = 4  # of dicts in dicts
 
@@ -98,9 +99,13 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str | Path
     where it came from, for the error.
     """
     own, state = bare_names(model.state_dict()), bare_names(state)
+    state = {name: x for name, x in state.items() if name in own or name.rpartition(".")[2] not in COUNTERS}
     state = _with_twins(model, own, _of_old_weight_norm(without_prefix(own, state, source), own), source)
     if reasons := mismatch(own, state):
         raise ValueError(f"{source} does not fit this {type(model).__name__}: {reasons}")
+    plain = {name: x for name, x in state.items() if type(x) in (Tensor, nn.Parameter) and x.is_floating_point()}
+    if holes := [name for name, x in plain.items() if x.isnan().any()]:
+        warnings.warn(f"{source} holds NaN in {some(holes)}: was it saved after the training diverged?", stacklevel=2)
     model.load_state_dict({name: state[bare] for name, bare in zip(model.state_dict(), own, strict=True)})
 
 
@@ -118,6 +123,7 @@ def mismatch(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
             for name, got, want in both
             if got.is_floating_point() != want.is_floating_point()
         ],
+        "of another layout": [f"{name} {got.layout}" for name, got, want in both if got.layout != want.layout],
     }
     return "; ".join(f"{fault}: {some(names)}" for fault, names in faults.items() if names)
 

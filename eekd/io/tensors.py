@@ -26,6 +26,16 @@ __all__ = [
     "weights_sha256",
 ]
 INDEX = ".index.json"
+# What is given for a checkpoint and is none, by how it starts, in small letters.
+_OTHERS = {
+    b"version https://git-lfs": "a pointer of Git LFS: `git lfs pull` fetches the file",
+    b"<!doctype html": "a page of HTML",
+    b"<html": "a page of HTML",
+    b"\x1f\x8b": "a gzip archive: unpack it",
+    b"\x89hdf": "a file of HDF5, as Keras writes them",
+    b"gguf": "a file of GGUF",
+    b"{": "text: JSON",
+}
 
 
 def save_tensors(
@@ -120,6 +130,11 @@ def _shards(index: Path, sha256: str | None) -> dict[str, Tensor]:
 
 def _torch_file(path: Path, sha256: str | None):
     data = read_checked(path, sha256)
+    if int.from_bytes(data[:8], "little") < len(data) and data[8:9] == b"{":  # by whatever ending
+        return load_tensors(path, sha256)
+    what = next((what for start, what in _OTHERS.items() if data[:100].lstrip().lower().startswith(start)), None)
+    if what or not data:
+        raise ValueError(f"{path} must be a checkpoint, got {what or 'an empty file'}")
     try:
         if data.startswith(b"PK"):
             with zipfile.ZipFile(io.BytesIO(data)) as archive:  # torch.save packs nothing
@@ -134,6 +149,8 @@ def _torch_file(path: Path, sha256: str | None):
         # The reader begins with the advice to do without its protection.
         lines = [line for line in str(error).splitlines() if "Unpickler error: " in line or "GLOBAL" in line]
         reason = first_line(lines[0] if lines else error)
+        if reason.startswith("Please file an issue"):  # torch's words for bytes that are no pickle
+            reason = "it is no file of torch.save, or damaged"
         if kind := re.search(r"GLOBAL ([\w.]+)", reason):
             reason += "; where you trust the file, unpickle it yourself and save its state_dict alone"
             if not re.match("builtins|os|posix|nt|sys|subprocess|shutil|importlib", kind[1]):

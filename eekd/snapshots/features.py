@@ -36,7 +36,8 @@ class LastFeatures:
 
     Raises ValueError if there is no such layer, if the features are not (B, dim), if the layer does not give the
     logits, and for TorchScript; RuntimeError after `remove`, if the model's forward does not run the layer exactly
-    once, and if the model is trained without the DistributedDataParallel around it, which would average no gradients.
+    once, if a model with parameters to train gives logits without a gradient in training, and if the model is trained
+    without the DistributedDataParallel around it, which would average no gradients.
     """
 
     def __init__(self, model: nn.Module, layer: str | None = None, *, features: bool = True, leave_hook: bool = True):
@@ -93,7 +94,8 @@ class LastFeatures:
             self._check_wrapper()
         if self._tap is None:
             output = self.model(*inputs, **named)
-            return output, logits_of(output), None
+            self._check_gradient(logits := logits_of(output))
+            return output, logits, None
         self._tap.clear()
         hook = self._attach() if self._hooks_each_call else None
         try:
@@ -102,6 +104,7 @@ class LastFeatures:
             if hook is not None:
                 hook.remove()
         logits, features, again = logits_of(output), self._tap.input, self._tap.again
+        self._check_gradient(logits)
         self._tap.clear()
         if features is None:
             raise RuntimeError(
@@ -139,6 +142,17 @@ class LastFeatures:
 
     def __exit__(self, *error) -> None:
         self.remove()
+
+    def _check_gradient(self, logits: Tensor) -> None:
+        """RuntimeError where the model would learn nothing, whatever the loss: its forward detaches the logits."""
+        if logits.requires_grad or not torch.is_grad_enabled():
+            return
+        model = self.model
+        if isinstance(model, nn.Module) and model.training and any(p.requires_grad for p in model.parameters()):
+            raise RuntimeError(
+                "the model's logits must have a gradient in training, got none: its forward runs under no_grad, "
+                "detaches, or freezes what makes them"
+            )
 
     def _check_wrapper(self) -> None:
         """RuntimeError where the model is trained past the DistributedDataParallel that someone put around it."""

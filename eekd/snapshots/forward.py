@@ -52,7 +52,7 @@ class BatchNormFolded:
             if None in self._graphs and low not in self._graphs:  # autocast casts frozen weights at every call
                 self._graphs[low] = [_cast(graph, low) for graph in self._graphs[None]]
             x = _channels_last(x)
-            return [graph(x) for graph in self._graphs[low]] if self._graphs else None
+            return [_run(graph, x) for graph in self._graphs[low]] if self._graphs else None
         except Exception:  # whatever is wrong, the models themselves say it better
             return None
 
@@ -220,12 +220,17 @@ def _fold(capture: LastFeatures, x: Tensor) -> fx.GraphModule:
     noise = torch.randn(4, *x.shape[1:], generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         noise = noise.to(next(model.parameters()).dtype)
-        for mine, own in zip(graph(_channels_last(noise)), capture(noise), strict=True):
+        for mine, own in zip(_run(graph, _channels_last(noise)), capture(noise), strict=True):
             if own is None:
                 continue
             scale = own.abs().max().item()
             torch.testing.assert_close(mine, own, rtol=0, atol=scale * torch.finfo(own.dtype).eps ** 0.5)
     return graph
+
+
+def _run(graph: fx.GraphModule, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The graph's outputs; an error is raised, where a GraphModule's own call would also print a traceback."""
+    return nn.Module.__call__(graph, x)
 
 
 def _is(node: object, kind: type, modules: dict[str, nn.Module]) -> bool:

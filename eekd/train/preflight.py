@@ -13,7 +13,7 @@ from eekd.io.files import first_line
 from eekd.method.losses import EEKDLoss
 from eekd.models.normalization import Renormalize
 from eekd.snapshots.features import LastFeatures
-from eekd.snapshots.wrappers import logits_of
+from eekd.snapshots.wrappers import are_probabilities, logits_of
 from eekd.train.config import Phase
 from eekd.train.findings import guesses
 from eekd.train.random_state import random_state, set_random_state
@@ -118,6 +118,11 @@ def _check_logits(session: Session, phase: Phase, network: nn.Module, images: Te
         raise ValueError(
             f"{phase._prefix}model {phase.model} must give {classes} logits an image, one for each class of "
             f"{session.data.name}, got outputs of shape {tuple(logits.shape)} for {len(images)} images"
+        )
+    if are_probabilities(logits):
+        raise ValueError(
+            f"{phase._prefix}model {phase.model} must give logits, got probabilities, which sum to 1 for each image: "
+            "leave out its softmax, for the losses apply their own"
         )
 
 
