@@ -1,5 +1,6 @@
 """Other uses of the snapshots and the methods of others: by their formulas in fp64, in training, and resumed."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -199,6 +200,41 @@ def test_every_rival_trains_and_is_kept(run):
     assert len(ends) == len(RIVALS)
     memory = load_tensors(run / "students/crd/criterion.safetensors")["teacher_memory"]
     torch.testing.assert_close(memory.norm(dim=1), torch.ones(120))  # every image was seen
+
+
+def of_stages(network, images):
+    """Logits, the outputs of the stages of a resnet8 by side, and the last features."""
+    x, maps = images, []
+    for layer in network.trunk:
+        x = layer(x)
+        maps.append(x.clone())
+    features = x.mean((2, 3))
+    return network.classifier(features), {x.shape[-1]: x for x in maps}, features
+
+
+@pytest.mark.parametrize("name", ["dkd", "dist", "fitnet", "at", "crd"])
+def test_the_last_snapshot_teaches_by_the_published_beta(run, name):
+    trainer = TRAINERS[name](Session(CONFIG), run / "teacher", name=name)
+    batch = next(iter(trainer.batches_from(0)))
+    trainer.trained.train()
+    state = copy.deepcopy(trainer.criterion.state_dict()) if trainer.criterion else {}
+    loss, measured = trainer.compute_loss(batch)
+
+    snapshot = trainer.session.load_snapshots(run / "teacher", [-1]).models[-1]
+    with torch.no_grad():
+        logits, own, v = of_stages(trainer.network, batch.images)
+        z, theirs, u = of_stages(snapshot, batch.images)
+        if state:
+            trainer.criterion.load_state_dict(state)
+        added = {
+            "dkd": lambda: dkd_loss(logits, z, batch.labels, 2.0, 8.0),
+            "dist": lambda: 2 * dist_loss(logits, z, 2.0),
+            "fitnet": lambda: 100 * trainer.criterion(own[2], theirs[2]),
+            "at": lambda: 1000 * at_loss([own[4], own[2]], [attention_map(theirs[4]), attention_map(theirs[2])]),
+            "crd": lambda: 0.8 * trainer.criterion(v, u, batch.index),
+        }[name]()
+    torch.testing.assert_close(measured["added"], added, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(loss.detach(), F.cross_entropy(logits, batch.labels) + added, rtol=1e-3, atol=1e-4)
 
 
 def test_what_is_added_counts_by_beta(run):

@@ -113,7 +113,6 @@ class Contrast(nn.Module):
         for name in ("student_memory", "teacher_memory"):
             self.register_buffer(name, torch.empty(len(labels), width).uniform_(-bound, bound))
         self.register_buffer("z", torch.zeros(2))
-        self._knows_z = [False, False]  # a look at z would make a GPU wait
         self.register_buffer("labels", labels.clone(), persistent=False)
 
     def forward(self, student_features: Tensor, teacher_features: Tensor, index: Tensor) -> Tensor:
@@ -128,18 +127,14 @@ class Contrast(nn.Module):
         for i, (anchor, memory) in enumerate(((v, self.teacher_memory), (u, self.student_memory))):
             same = (anchor * memory[index]).sum(1) / self.temperature
             others = (anchor / self.temperature @ memory[drawn].t()).masked_fill(alike, -math.inf)
-            self._find_z(i, same, others)
+            if not self.z[i]:
+                with torch.no_grad():
+                    every = len(same) + others.isfinite().sum()
+                    self.z[i] = (same.exp().sum() + others.exp().sum()) / every * count
             even = (self.z[i] * noise).log()  # where h is 1/2
             loss = loss + (F.softplus(even - same) + F.softplus(others - even[:, None]).sum(1)).mean()
         self._remember(index, v, u)
         return loss
-
-    @torch.no_grad()
-    def _find_z(self, i: int, same: Tensor, others: Tensor) -> None:
-        if not self._knows_z[i] and not self.z[i]:
-            every = len(same) + others.isfinite().sum()
-            self.z[i] = (same.exp().sum() + others.exp().sum()) / every * len(self.labels)
-        self._knows_z[i] = True
 
     @torch.no_grad()
     def _remember(self, index: Tensor, v: Tensor, u: Tensor) -> None:
