@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eekd.method.losses import Measurements
+from eekd.method.losses import EEKDLoss, Measurements
 from eekd.ops import ensemble_kd
 
 
@@ -96,6 +96,11 @@ class Contrast(nn.Module):
     Source: Tian et al., "Contrastive Representation Distillation" (ICLR 2020), which draws for each image.
     """
 
+    student_memory: Tensor
+    teacher_memory: Tensor
+    z: Tensor
+    labels: Tensor
+
     def __init__(
         self,
         student_dim: int,
@@ -149,7 +154,7 @@ class LearnedAtOne(nn.Module):
     Source: this project's (docs/results/attention.md).
     """
 
-    def __init__(self, distil: nn.Module):
+    def __init__(self, distil: EEKDLoss):
         super().__init__()
         self.attention, self.options = distil.attention, distil.options
 

@@ -46,6 +46,7 @@ class StudentTrainer(Trainer):
                                 and `total_steps`
         build_criterion()       a module, called as `self.criterion(...)`, whose parameters are trained with the
                                 student's; by default EEKDLoss with `weighting`; its sizes: `student_dim`, `teacher_dim`
+        make_teacher(folder, which)   the Teacher that speaks; by default for the picked snapshots together
         weighting               a weighting's name; "ce" for a method without a teacher, "last" for the last snapshot
         needs_features          whether it reads `batch.teacher.features`; by default as the weighting does
 
