@@ -80,4 +80,7 @@ def weights_file(folder: Path) -> Path | None:
 def adapter_config(folder: Path) -> dict | None:
     """What an adapter says of itself; None of a whole model."""
     path = folder / ADAPTER
-    return read_json(path) if path.is_file() else None
+    config = read_json(path) if path.is_file() else None
+    if not isinstance(config, dict | None):
+        raise ValueError(f"{path} must hold a dict, got a {type(config).__name__}")
+    return config

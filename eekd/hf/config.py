@@ -1,6 +1,7 @@
 """The settings of a distillation, in addition to those of a Trainer."""
 
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 from transformers import TrainingArguments
 
@@ -48,9 +49,10 @@ class EEKDArguments:
             after()
         weightings.get(self.weighting)
         numbers = {
-            "temperature": (self.temperature is None or self.temperature > 0, "a number above 0 or None"),
-            "alpha": (0 <= self.alpha <= 1, "a number from 0 to 1"),
-            "snapshots": (self.snapshots is None or self.snapshots > 0, "a whole number above 0 or None"),
+            "temperature": (self.temperature is None or _is(self.temperature, Real, 0), "a number above 0 or None"),
+            "alpha": (_is(self.alpha, Real, -1) and 0 <= self.alpha <= 1, "a number from 0 to 1"),
+            "snapshots": (self.snapshots is None or _is(self.snapshots, Integral, 0), "a whole number above 0 or None"),
+            "embed_dim": (_is(self.embed_dim, Integral, 0), "a whole number above 0"),
             "fusion": (self.fusion in ("probability", "logit"), "probability or logit"),
             "attention_objective": (self.attention_objective in ("label", "kl"), "label or kl"),
             "label_smoothing_factor": (
@@ -61,6 +63,10 @@ class EEKDArguments:
         for name, (right, wanted) in numbers.items():
             if not right:
                 raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+
+
+def _is(value, kind: type, above: float) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and above < value < float("inf")
 
 
 @dataclass

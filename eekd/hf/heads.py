@@ -78,7 +78,6 @@ class LanguageHead:
         Once as they are; and once with the head's output enlarged, for a soft-cap does not show in small logits.
         `half`: whether the model computes in 16 bits. ValueError where no projection that is known gives the logits.
         """
-        inputs = accepted(model, inputs)
         bias = None if self.bias is None else self.bias.float()
 
         def linear(hidden: Tensor) -> Tensor:
@@ -86,12 +85,12 @@ class LanguageHead:
                 return nn.functional.linear(hidden.float(), self.weight.float(), bias)
 
         with self.tap() as found:
-            model(**inputs)
+            run(model, self.name, inputs)
         raw = linear(only(found, self.name).flatten(0, -2)[rows])
         gain = (PROBE / raw.abs().max().clamp(min=1e-6)).item()
-        own = [logits_of(model(**inputs))]
+        own = [logits_of(run(model, self.name, inputs))]
         with replaced(self.module, lambda hidden: linear(hidden) * gain):
-            own.append(logits_of(model(**inputs)))
+            own.append(logits_of(run(model, self.name, inputs)))
         own = [z.flatten(0, -2)[rows].float() for z in own]
         half = half or self.weight.element_size() < 4
         errors = []
@@ -166,11 +165,10 @@ class ClassifierHead:
     @torch.no_grad()
     def verify(self, model: nn.Module, inputs: dict) -> None:
         """ValueError where logits taken with features are not the model's own, or features are not (N, D)."""
-        inputs = accepted(model, inputs)
-        own = logits_of(model(**inputs)).flatten(0, -2)
+        own = logits_of(run(model, self.name, inputs)).flatten(0, -2)
         try:
             with self.tap() as found:
-                logits, features = self.split(logits_of(model(**inputs)), found)
+                logits, features = self.split(logits_of(run(model, self.name, inputs)), found)
             right = features.shape[:1] == own.shape[:1] and torch.allclose(logits, own, rtol=1e-2, atol=1e-4)
         except RuntimeError:
             right = False
@@ -219,6 +217,16 @@ def accepted(model: nn.Module, inputs: dict) -> dict:
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return inputs
     return {name: value for name, value in inputs.items() if name in parameters}
+
+
+def run(model: nn.Module, name: str, inputs: dict):
+    """What a model's forward returns; ValueError, one sentence, where a batch is too long or has other tokens."""
+    try:
+        return model(**accepted(model, inputs))
+    except IndexError as error:
+        sizes = {"positions": "max_position_embeddings", "tokens": "vocab_size"}
+        has = " and ".join(f"{getattr(model.config, own, 'unknown')} {what}" for what, own in sizes.items())
+        raise ValueError(f"{name} must have the positions and tokens of a batch, got one of more than {has}") from error
 
 
 def named_inputs(model: nn.Module) -> list[str]:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from eekd.hf.checkpoints import adapter_config, checkpoint_folders, weights_file
-from eekd.hf.heads import ClassifierHead, LanguageHead, accepted, named_inputs, only
+from eekd.hf.heads import ClassifierHead, LanguageHead, named_inputs, only, run
 from eekd.io.files import first_line
 from eekd.io.state_dicts import some
 from eekd.io.tensors import load_weights, weights_sha256
@@ -98,7 +99,7 @@ class Teachers:
         states = []
         for name, head, model in zip(self.names, heads, self, strict=True):
             with head.tap() as found, context():
-                model(**accepted(model, inputs))
+                run(model, name, inputs)
             states.append(select(only(found, name)))
         return states
 
@@ -110,7 +111,7 @@ class Teachers:
         said = []
         for m, model in enumerate(self):
             with heads[m].tap() if heads else contextlib.nullcontext([]) as found, context():
-                logits = logits_of(model(**accepted(model, inputs)))
+                logits = logits_of(run(model, self.names[m], inputs))
             said.append(heads[m].split(logits, found) if heads else (logits.flatten(0, -2), None))
         logits, features = map(list, zip(*said, strict=True))
         return logits, features if heads else None
@@ -134,8 +135,11 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a.shape == b.shape and torch.equal(a, b))
 
 
-def _whole(folder: Path) -> nn.Module:
-    config = transformers.AutoConfig.from_pretrained(folder)
+def _whole(folder: str | Path) -> nn.Module:
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} must have the config.json of a model, got {first_line(error)}") from error
     name = (config.architectures or [None])[0]
     kind = getattr(transformers, name or "", None)
     if kind is None:
@@ -149,7 +153,7 @@ def read_model(kind: type, folder: str | Path, **options) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model, report = kind.from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{folder} cannot be read as {kind.__name__}: {first_line(error)}") from error
     for trouble in ("missing_keys", "mismatched_keys"):
         if names := sorted(map(str, report.get(trouble, ()))):
@@ -178,8 +182,10 @@ def _adapters(cls, folders: list[Path], base: nn.Module | str | None) -> "Teache
         base = base or named
         if not base:
             raise ValueError(f"teacher_base must be given, for {folders[0]} does not name its base model")
-        config = transformers.AutoConfig.from_pretrained(base)
-        base = read_model(getattr(transformers, config.architectures[0]), base, config=config)
+        try:
+            base = _whole(base)
+        except ValueError as error:
+            raise ValueError(f"teacher_base must be the adapters' base model, got {first_line(error)}") from error
     adapters, model = [f"snapshot{m}" for m in range(len(folders))], None
     for folder, adapter in zip(folders, adapters, strict=True):
         try:
@@ -189,7 +195,7 @@ def _adapters(cls, folders: list[Path], base: nn.Module | str | None) -> "Teache
                     model = PeftModel.from_pretrained(base, folder, adapter_name=adapter)
                 else:
                     model.load_adapter(folder, adapter_name=adapter)
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
             raise ValueError(f"{folder} must fit its base model as an adapter, got {first_line(error)}") from error
         # peft only warns of what it could not place
         held = set(get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False))

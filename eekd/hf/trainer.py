@@ -85,6 +85,9 @@ class EEKDMixin:
             checks.check_apart(self.model, [teacher_base] if isinstance(teacher_base, nn.Module) else [])
             self.teachers = Teachers.load(paths, self.args.snapshots, teacher_base, last)
         else:
+            several = isinstance(teachers, Sequence | nn.ModuleList) and all(isinstance(x, nn.Module) for x in teachers)
+            if not several or not len(teachers):
+                raise ValueError(f"teachers must be a list of at least one model, got {repr(teachers)[:100]!r}")
             models = list(teachers)[-1:] if last else list(teachers)
             checks.check_apart(self.model, models)
             self.teachers = Teachers(models, [f"teacher {m + 1}" for m in range(len(models))])

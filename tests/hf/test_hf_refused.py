@@ -34,6 +34,10 @@ def test_settings_out_of_range_are_refused(tmp_path):
         ({"alpha": 1.5}, "alpha must be"),
         ({"fusion": "mean"}, "fusion must be"),
         ({"snapshots": 0}, "snapshots must be"),
+        ({"snapshots": 1.5}, "snapshots must be"),
+        ({"temperature": "2"}, "temperature must be"),
+        ({"temperature": float("nan")}, "temperature must be"),
+        ({"embed_dim": 0}, "embed_dim must be"),
     ):
         with pytest.raises(ValueError, match=match):
             settings(tmp_path, **options)
@@ -99,6 +103,42 @@ def test_checkpoints_without_all_weights(tmp_path):
 
 
 @pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda folder: (folder / "config.json").unlink(), "checkpoint-5 must have the config.json of a model"),
+        (lambda folder: (folder / "config.json").write_text("{"), "checkpoint-5 must have the config.json of a model"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "x"}'), "must have the config.json of a"),
+        (lambda folder: cut(folder / "model.safetensors"), "checkpoint-5 cannot be read as GPT2LMHeadModel"),
+    ],
+)
+def test_damaged_checkpoints(change, match, tmp_path):
+    run = run_of("gpt2", tmp_path)
+    change(run / "checkpoint-5")
+    refused(match, None, run, tmp_path)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("teachers", [[], None, "model", [torch.nn.Linear(2, 2), 3]])
+def test_teachers_that_are_no_models(teachers, tmp_path):
+    teachers = language_model() if teachers is None else teachers
+    with pytest.raises(ValueError, match="teachers must be a list of at least one model, got"):
+        EEKDTrainer(language_model(), settings(tmp_path), teachers=teachers)
+
+
+@pytest.mark.bad_input
+def test_batches_that_the_teachers_cannot_take(tmp_path):
+    data = [{"input_ids": [1] * 40}] * 16
+    trainer = trainer_of(language_model(n_positions=64), run_of("gpt2", tmp_path), tmp_path, data=data)
+    with pytest.raises(ValueError, match="checkpoint-5 must have the positions and tokens .* more than 32 positions"):
+        trainer.train()
+
+
+@pytest.mark.bad_input
 def test_classes_that_are_others(tmp_path):
     student = classifier("bert", id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2})
     names = dict(id2label={0: "b", 1: "a", 2: "c"}, label2id={"b": 0, "a": 1, "c": 2})
@@ -121,6 +161,14 @@ def test_adapters_that_cannot_teach_are_refused(tmp_path):
     refused("adapters must be of one base model", language_model("llama"), run, tmp_path)
     path.write_text(json.dumps(config | {"peft_type": "PROMPT_TUNING"}))
     refused("must not be of prompt learning", language_model("llama"), run, tmp_path)
+
+    path.write_text("[]")
+    refused("adapter_config.json must hold a dict, got a list", language_model("llama"), run, tmp_path)
+    path.write_text(json.dumps(config))
+    cut(path.with_name("adapter_model.safetensors"))
+    refused("checkpoint-2 must fit its base model as an adapter", language_model("llama"), run, tmp_path)
+    shutil.rmtree(tmp_path / "base")
+    refused("teacher_base must be the adapters' base model, got", language_model("llama"), run, tmp_path)
 
     run, _ = lora_run(tmp_path / "head", base, target_modules=["lm_head"])
     refused("got also base_model.model.lm_head", language_model("llama"), run, tmp_path)
