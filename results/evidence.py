@@ -46,7 +46,7 @@ ALL += ["--teacher.batch-size", "128", "--teacher.schedule", "cosine"]
 ALL += ["--student.batch-size", "128", "--student.schedule", "cosine"]
 METHODS = [
     *("ce", "last", "half", "uniform", "linear_increase", "attention", "attention-tau1", "last-3", "soup"),
-    *("curriculum", "ema", "dkd", "dist", "crd", "cyclic-uniform", "cyclic-attention"),
+    *("curriculum", "ema", "dkd", "dist", "cyclic-uniform", "cyclic-attention", "crd"),
 ]
 UNTUNED = {f"{of}-m{m}": of for m in (2, 10) for of in ("uniform", "attention")} | {"sed": "uniform"}  # tuned as
 OF_MAPS = ["fitnet", "at"]  # which a perceptron has none of
