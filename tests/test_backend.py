@@ -31,6 +31,20 @@ def test_the_cpu_runs_native_kernels(spied):
     assert not spied
 
 
+def test_torch_func_and_vmap_are_computed_by_the_formulas(spied):
+    x = tensors(4, 3, 5)
+    student, snapshots, labels = x["student_logits"].detach(), x["snapshot_logits"], x["labels"]
+
+    def loss(row, label):
+        return ensemble_kd(row[None], snapshots[:, :1], label[None]).loss
+
+    each = torch.vmap(torch.func.grad(loss))(student, labels)
+    assert spied and backend_for(CPU) == "native"
+    student.requires_grad_()
+    loss_of_all = ensemble_kd(student, snapshots[:, :1].expand(3, 4, 5), labels, reduction="sum").loss
+    torch.testing.assert_close(each, torch.autograd.grad(loss_of_all, student)[0])
+
+
 def test_a_backend_is_used_inside_the_block_and_not_after(spied):
     x = tensors(2, 3, 4)
     with use_backend("reference"):

@@ -44,6 +44,8 @@ def backend_for(device: torch.device) -> str:
     """The name of the backend that runs ops on `device` now."""
     if _forced:
         return _forced
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "reference"  # kernels know nothing of torch.func and torch.vmap
     # On GPUs the C++/CUDA kernels have not been measured against Triton's yet, so the more portable of the two runs.
     return "triton" if device.type == "cuda" else "native"
 
