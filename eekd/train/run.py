@@ -23,7 +23,7 @@ from eekd.train.preflight import preflight
 from eekd.train.pretrained import resized_otherwise
 from eekd.train.run_folder import FORMAT, changes, new_folder, read_metrics, read_record, read_settings, write_settings
 from eekd.train.seeds import seeds_of, summary_of
-from eekd.train.session import Progress, Session, checkpoint_gradients, quiet
+from eekd.train.session import Progress, Session, checkpoint_gradients, lines
 from eekd.train.student import check_bank, method_of, read_student, train_student
 from eekd.train.teacher import RECORD as TEACHER_RECORD
 from eekd.train.teacher import read_teacher, train_teacher
@@ -31,14 +31,15 @@ from eekd.user_code import own_name
 
 
 def train(
-    config: Config, out: str | Path | None = None, *, session: Session | None = None, progress: Progress = quiet
+    config: Config, out: str | Path | None = None, *, session: Session | None = None, progress: Progress = lines
 ) -> Path:
     """Trains the teacher and then every student; returns the run folder, described in eekd.train.run_folder.
 
     With config.seeds above 1 it does this once per seed, each in its own run folder: see eekd.train.seeds. With
     config.teacher_run or config.bank no teacher is trained; without config.students no student is. `prepare` raises an
     error for wrong settings before anything is written; FileExistsError if `out` is not empty. `session` may be what
-    `prepare` returned for this config, so that it is not done again.
+    `prepare` returned for this config, so that it is not done again. `progress` is called after every step, and prints
+    a line for each epoch unless you give another one.
     """
     parallel.check_process_group()
     session = session or prepare(config)
@@ -49,7 +50,7 @@ def train(
         return _train(run, session, progress)
 
 
-def resume(run: str | Path, *, session: Session | None = None, progress: Progress = quiet) -> Path:
+def resume(run: str | Path, *, session: Session | None = None, progress: Progress = lines) -> Path:
     """Continues a run that was killed, was stopped or failed, to the same bits as without it; returns its folder.
 
     The settings are those in its config.json. Finished phases are kept, and their files are checked. `session` may be

@@ -28,6 +28,13 @@ SPLIT = ("train_limit", "val_fraction", "split_seed")  # settings that decide wh
 Progress = Callable[[str, int, int, dict], object]  # phase, steps done, steps in all, what is known so far
 
 
+def lines(phase: str, done: int, total: int, known: dict) -> None:
+    """Prints a line after every epoch."""
+    if "val_accuracy" in known and parallel.is_main_process():
+        epoch, loss, accuracy = f"{known['epoch']}/{known['epochs']}", known["train_loss"], known["val_accuracy"]
+        print(f"{phase}: epoch {epoch}, loss {loss:.3f}, validation accuracy {accuracy:.2%}", flush=True)
+
+
 def quiet(phase: str, done: int, total: int, known: dict) -> None:
     """Shows no progress."""
 

@@ -136,3 +136,16 @@ def test_a_missing_package_is_said_before_the_run(tmp_path, monkeypatch, capsys,
     assert cli.main([f"--{name}", "--out", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err == f"error: {name} is not installed; pip install 'eekd[{name}]'\n"
     assert not (tmp_path / "run").exists()
+
+
+def test_train_prints_a_line_for_every_epoch_unless_progress_is_given(tiny, tmp_path, capsys):
+    config = small(tiny, students=("uniform",))
+    train(config, tmp_path / "run")
+    said = [line for line in capsys.readouterr().out.splitlines() if "epoch" in line]
+    assert [line.partition(",")[0] for line in said] == [
+        f"{phase}: epoch {epoch}/3" for phase in ("teacher", "uniform") for epoch in (1, 2, 3)
+    ]
+    accuracy = rows(tmp_path / "run" / "teacher")[-1]["val_accuracy"]
+    assert said[2].endswith(f"validation accuracy {accuracy:.2%}")
+    train(config, tmp_path / "quiet", progress=lambda *known: None)
+    assert "epoch" not in capsys.readouterr().out
