@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -83,7 +83,7 @@ class LogitBank:
 
     def prefetch(
         self, view: int, indices: Sequence[Tensor], device: str | torch.device = "cpu", features: bool = True
-    ) -> Iterator[tuple[Tensor | TopKLogits, Tensor | None]]:
+    ) -> Generator[tuple[Tensor | TopKLogits, Tensor | None]]:
         """`rows(view, index)` on `device` for each of `indices`; a thread reads ahead, through pinned memory.
 
         `features=False` leaves the features unread.

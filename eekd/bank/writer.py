@@ -152,7 +152,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].contiguous().view(torch.int16).numpy())
+        digest.update(tensors[name].contiguous().view(torch.int16).numpy().data)
     return digest.hexdigest()
 
 

@@ -24,14 +24,13 @@ class Noise(Teacher):
     """Speaks for M snapshots without running any."""
 
     def __init__(self, snapshots: int, classes: int, feature_dim: int, device: torch.device):
-        self.sizes, self.feature_dim, self.device, self.val = (snapshots, classes), feature_dim, device, []
+        self.sizes, self.device, self.val = (snapshots, classes, feature_dim), device, []
+        self.feature_dim = feature_dim
 
     def __call__(self, batch):
-        m, classes = self.sizes
+        m, classes, width = self.sizes
         shape = m, len(batch.labels)
-        return TeacherOutputs(
-            *(torch.randn(*shape, width, device=self.device) for width in (classes, self.feature_dim))
-        )
+        return TeacherOutputs(*(torch.randn(*shape, width, device=self.device) for width in (classes, width)))
 
 
 def plan(session: Session, out: Path, names: Sequence[str], seeds: Sequence[int], views: int) -> list[dict]:

@@ -111,7 +111,7 @@ class Seed:
         if how.taught or banked:
             run = self.teacher(how.teacher)
             which = picked(run, how, config)
-        if banked:
+        if run and banked:
             config = dataclasses.replace(config, bank=str(self.bank(run)))
         start, session = time.perf_counter(), Session(config, self.data)
 

@@ -103,7 +103,9 @@ def _method(folder: Path) -> Method | None:
 
 
 def _cell(folder: Path) -> dict:
-    cell = cell_made(folder, _method(folder))
+    how = _method(folder)
+    assert how is not None  # by `_by_table`
+    cell = cell_made(folder, how)
     same = "seed", "val", "test", "seconds_per_epoch", "commit", "spec", "sha256"
     known = read_record(folder / "student.json", *same)
     last = read_metrics(folder, known)[-1]

@@ -54,15 +54,16 @@ def _in_run(path: Path) -> list[Path]:
 def check_weights(folder: Path) -> None:
     """An error where the weights of a checkpoint, or some of its shards, are not there."""
     file = weights_file(folder)
-    if file is not None:
-        shards = set(read_json(file).get("weight_map", {}).values()) if file.suffix == ".json" else ()
-        if lacking := sorted(shard for shard in shards if not (folder / shard).is_file()):
-            raise FileNotFoundError(
-                f"{folder} must hold the shards that {file.name} names, got none of {some(lacking)}"
-            )
-        return
-    inside = [path.name for path in folder.iterdir()]
-    hint = ""
+    shards = set(read_json(file).get("weight_map", {}).values()) if file.suffix == ".json" else ()
+    if lacking := sorted(shard for shard in shards if not (folder / shard).is_file()):
+        raise FileNotFoundError(f"{folder} must hold the shards that {file.name} names, got none of {some(lacking)}")
+
+
+def weights_file(folder: Path) -> Path:
+    """The file, or the index of several, that holds a checkpoint's weights; of an adapter its own."""
+    if file := files.weights_file(folder, (*ADAPTER_WEIGHTS, *files.WEIGHTS)):
+        return file
+    inside, hint = [path.name for path in folder.iterdir()], ""
     if any(name.startswith("pytorch_model_fsdp") for name in inside):
         hint = f"; `accelerate merge-weights {folder}/pytorch_model_fsdp_0 {folder}` makes one of the shards of FSDP"
     elif "zero_to_fp32.py" in inside:
@@ -70,11 +71,6 @@ def check_weights(folder: Path) -> None:
     raise FileNotFoundError(
         f"{folder} must hold {files.WEIGHTS[0]}, its shards or an adapter, got {some(inside)}{hint}"
     )
-
-
-def weights_file(folder: Path) -> Path | None:
-    """The file, or the index of several, that holds a checkpoint's weights; of an adapter its own."""
-    return files.weights_file(folder, (*ADAPTER_WEIGHTS, *files.WEIGHTS))
 
 
 def adapter_config(folder: Path) -> dict | None:

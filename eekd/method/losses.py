@@ -107,9 +107,12 @@ class EEKDLoss(nn.Module):
                 )
             if student_logits.ndim > 2:
                 rows, student_logits = student_logits.shape[:-1], student_logits.flatten(0, -2)
-                named = dict(student_features=student_features, snapshot_features=snapshot_features)
                 snapshot_logits, labels, student_features, snapshot_features = in_one_dimension(
-                    rows, snapshot_logits=snapshot_logits, labels=labels, **named
+                    rows,
+                    snapshot_logits=snapshot_logits,
+                    labels=labels,
+                    student_features=student_features,
+                    snapshot_features=snapshot_features,
                 )
         if self.attention is None:
             by = {"scores": weightings.log_weights(self.weighting, snapshot_logits, labels)}

@@ -156,6 +156,7 @@ class LearnedAtOne(nn.Module):
 
     def __init__(self, distil: EEKDLoss):
         super().__init__()
+        self.options: dict
         self.attention, self.options = distil.attention, distil.options
 
     def forward(self, student_logits, snapshot_logits, labels, student_features, snapshot_features):

@@ -5,7 +5,7 @@ Text is escaped by `tag`, and only there. Values of a point or a square show whe
 
 import html
 import math
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -121,7 +121,7 @@ def ticks(low: float, high: float, count: float, *, whole: bool = False, log: bo
     return [i * step for i in range(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1)]
 
 
-def limits(values: list[float], *, log: bool = False) -> tuple[float, float]:
+def limits(values: Sequence[float], *, log: bool = False) -> tuple[float, float]:
     """The range of the values with room at both ends."""
     if log:
         low, high = limits([math.log(value) for value in values])
@@ -149,15 +149,15 @@ class Chart:
         title: str,
         x: str,
         y: str | None,
-        xlim: tuple,
-        ylim: tuple,
+        xlim: tuple[float, float],
+        ylim: tuple[float, float],
         *,
-        width=480,
-        height=270,
-        left=0,
-        right=14,
-        whole=False,
-        log=False,
+        width: float = 480,
+        height: float = 270,
+        left: float = 0,
+        right: float = 14,
+        whole: bool = False,
+        log: bool = False,
     ):
         self.title, self.width, self.height, self.parts = title, width, height, []
         self.xlim, self.ylim, self.scale = xlim, ylim, math.log if log else float

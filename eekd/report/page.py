@@ -281,7 +281,7 @@ def disagreement(run: Run) -> list[Html]:
     pairs = {(i + 1, j + 1): values[i][j] for i, j in combinations(range(len(values)), 2)}
     if not pairs:
         return [missing("There is no pair of snapshots that was compared.")]
-    least, most = min(pairs, key=pairs.get), max(pairs, key=pairs.get)
+    least, most = min(pairs, key=pairs.__getitem__), max(pairs, key=pairs.__getitem__)
     return [
         note(
             f"{least[0]} and {least[1]} differ least, on {percent(pairs[least])} % of the test images,",
@@ -302,8 +302,10 @@ def cost(run: Run) -> list[Html]:
     }
     rows = []
     for net in (run.teacher, *run.students):
-        whole, *known = map(net.mean, ("seconds", "seconds_teacher", "seconds_forward", "seconds_backward"))
-        if None not in (whole, *known):
+        means = map(net.mean, ("seconds", "seconds_teacher", "seconds_forward", "seconds_backward"))
+        known = [mean for mean in means if mean is not None]
+        if len(known) == 4:
+            whole, *known = known
             rows.append((net.title, [*known, max(whole - sum(known), 0)]))
     if not rows:
         return [missing("No epoch has been timed yet.")]

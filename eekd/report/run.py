@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr  # a damaged file must not become a page of error
+from typing import Any
 
 from eekd.io.files import read_checked
 from eekd.report.charts import Line
@@ -26,7 +27,7 @@ class Network:
     def title(self) -> str:
         return title_of(self.name)
 
-    def last(self, key: str):
+    def last(self, key: str) -> Any:
         return self.rows[-1].get(key) if self.rows else None
 
     def mean(self, key: str) -> float | None:

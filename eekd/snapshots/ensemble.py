@@ -1,5 +1,6 @@
 """M frozen snapshots of a trained model, asked together."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -110,7 +111,7 @@ class SnapshotEnsemble(nn.Module):
             from eekd import models
 
             try:
-                return models.build(**spec)
+                return models.build(**(spec or {}))
             except (OverflowError, RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(f"{path} has a spec that cannot be built: {first_line(error)}") from error
 
@@ -190,8 +191,9 @@ class SnapshotEnsemble(nn.Module):
         if self._sharded:
             if len(inputs) != 1 or named or not isinstance(inputs[0], Tensor):
                 raise ValueError("inputs must be one tensor where snapshots_on is ranks, got several or none")
-            own = self._own(self._sharded.all_images(*inputs))
-            return tuple(None if x is None else self._sharded.back(x, self._count) for x in own)
+            logits, features = self._own(self._sharded.all_images(*inputs))
+            back = functools.partial(self._sharded.back, count=self._count)
+            return back(logits), None if features is None else back(features)
         return self._own(*inputs, **named)
 
     def _own(self, *inputs, **named) -> tuple[Tensor, Tensor | None]:
@@ -202,7 +204,8 @@ class SnapshotEnsemble(nn.Module):
         else:  # a GPU runs one model after another: nothing faster was measured yet
             each = self._folded(self._captures, *inputs, **named)
             each = each or (capture(*inputs, **named) for capture in self._captures)
-        memory, views = [None, None], [None, None]
+        memory: list[Tensor | None] = [None, None]
+        views = []
         for m, outputs in enumerate(each):
             if m == 0:
                 memory = [*map(self._room, self._memory if self._reuse else memory, outputs)]
@@ -217,7 +220,7 @@ class SnapshotEnsemble(nn.Module):
                     )
                 view[m].copy_(rows)
         self._memory = memory if self._reuse else self._memory
-        return tuple(views)
+        return views[0], views[1]  # pyright: ignore[reportReturnType]  # there are logits
 
     def train(self, mode: bool = True) -> "SnapshotEnsemble":
         """Stays in eval mode for any `mode`."""

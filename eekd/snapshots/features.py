@@ -43,8 +43,9 @@ class LastFeatures:
     def __init__(self, model: nn.Module, layer: str | None = None, *, features: bool = True, leave_hook: bool = True):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-        self.model = guard(model)
-        self.layer = self._dim = self._classes = self._tap = self._module = self._hook = None
+        self.model: Any = guard(model)  # None when this is removed
+        self.layer = self._dim = self._classes = self._module = self._hook = None
+        self._tap: Any = None
         self._past_ddp, self._looks = False, 0
         self._hooks_each_call = not leave_hook
         if features:

@@ -84,8 +84,10 @@ def _in_folder(folder: Path, folders: bool) -> list[Path]:
     if steps and own:
         beside = own.name if own != folder else "weights"
         warnings.warn(f"{folder} is read as its {len(steps)} folders of checkpoints, without {beside}", stacklevel=4)
-    if steps or own:
-        return steps or [own]
+    if steps:
+        return steps
+    if own:
+        return [own]
     files = [path for path in inside if path.name.endswith(ENDINGS) and path.is_file() and not BESIDE.match(path.name)]
     if indices := [path for path in files if path.name.endswith(".index.json")]:
         files = indices  # which name their shards

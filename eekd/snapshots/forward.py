@@ -5,6 +5,7 @@ import functools
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -49,7 +50,7 @@ class BatchNormFolded:
                 self._seen, self._graphs = seen, {}
                 self._graphs = {None: [_fold(capture, x) for capture in captures]}
             low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-            if None in self._graphs and low not in self._graphs:  # autocast casts frozen weights at every call
+            if low and None in self._graphs and low not in self._graphs:  # autocast casts frozen weights at every call
                 self._graphs[low] = [_cast(graph, low) for graph in self._graphs[None]]
             x = _channels_last(x)
             return [_run(graph, x) for graph in self._graphs[low]] if self._graphs else None
@@ -68,8 +69,8 @@ class HostOffloaded:
         self.captures = captures
         self.slots: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
         self.stream: torch.cuda.Stream | None = None
-        self.ready: list[torch.cuda.Event | None] = [None, None]  # the slot's weights have come
-        self.free: list[torch.cuda.Event | None] = [None, None]  # the slot's model has run
+        self.ready: list[Any] = [None, None]  # an event: the slot's weights have come
+        self.free: list[Any] = [None, None]  # an event: the slot's model has run
 
     def __reduce__(self):
         return HostOffloaded, (self.captures,)  # copied and pickled without slots
@@ -190,7 +191,7 @@ def _fold(capture: LastFeatures, x: Tensor) -> fx.GraphModule:
         if module.training or not all(isinstance(hook, Tap) for hook in hooks):
             raise ValueError("a graph would not see the module's hooks or training mode")
     graph = fx.symbolic_trace(copy.deepcopy(model))
-    modules = dict(graph.named_modules())
+    modules: dict[str, Any] = dict(graph.named_modules())
     output = next(node for node in graph.graph.nodes if node.op == "output")
     if capture.layer is None:
         output.args = ((output.args[0], None),)
@@ -234,7 +235,7 @@ def _run(graph: fx.GraphModule, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _is(node: object, kind: type, modules: dict[str, nn.Module]) -> bool:
-    return isinstance(node, fx.Node) and node.op == "call_module" and type(modules[node.target]) is kind
+    return isinstance(node, fx.Node) and node.op == "call_module" and type(modules[str(node.target)]) is kind
 
 
 def _cast(graph: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:

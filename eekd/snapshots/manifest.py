@@ -48,7 +48,7 @@ def read_manifest(directory: str | Path) -> dict:
     path = Path(directory) / MANIFEST
     manifest = read_json(path)
 
-    def check(true: bool, wanted: str, got) -> None:
+    def check(true: object, wanted: str, got) -> None:
         if not true:
             raise ValueError(f"{path} is no manifest of snapshots: {wanted}, got {repr(got)}")
 

@@ -153,7 +153,7 @@ def _schedule(schedule: str | Sequence[int], name: str, total: int | None, snaps
             raise ValueError("total_steps or epochs must be the number of times that step will be called, got neither")
         _integer("snapshots", snapshots, 1, total)
         return stage_ends(total, snapshots)
-    steps = list(schedule) if isinstance(schedule, Sequence) else []
+    steps: list = list(schedule) if isinstance(schedule, Sequence) else []
     if not steps or not rising(steps) or total not in (None, steps[-1]):
         last = "" if total is None else f" up to {name}={total}"
         raise ValueError(f'schedule must be "uniform" or a list of rising steps{last}, got {repr(schedule)}')

@@ -11,12 +11,11 @@ from torch.optim.swa_utils import AveragedModel
 def bare_model(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, DataParallel, AveragedModel and torch.compile."""
     while True:
-        if isinstance(model, DistributedDataParallel | DataParallel | AveragedModel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
+        wrapped = isinstance(model, DistributedDataParallel | DataParallel | AveragedModel)
+        inner = getattr(model, "module" if wrapped else "_orig_mod", None)
+        if inner is None:
             return model
+        model = inner
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

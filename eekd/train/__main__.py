@@ -218,7 +218,8 @@ def _again(flags: Flags) -> Flags:
     if not flags.out:
         raise ValueError("--out must be given under torchrun --max-restarts, which finds the run by it")
     # The first process decides for all, for it may have begun the run when another comes here.
-    if not parallel.broadcast(lambda: "begun" * Path(flags.out, "config.json").exists()):
+    there = Path(flags.out, "config.json")
+    if not parallel.broadcast(lambda: "begun" * there.exists()):
         return flags
     begun = read_settings(flags.out)
     settings = flags.settings

@@ -5,6 +5,7 @@ A value that cannot be meant is a ValueError of one sentence: the field, what is
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -54,7 +55,7 @@ def wanted_of(value: Any, kind: Any) -> str | None:
         return None if known else f"one of {', '.join(map(word, args))}"
     if get_origin(kind) in (UnionType, Union):
         wanted = [wanted_of(value, k) for k in args]
-        return None if None in wanted else " or ".join(wanted)
+        return None if None in wanted else " or ".join(filter(None, wanted))
     if get_origin(kind) is tuple:
         if not isinstance(value, tuple):
             return "a list"
@@ -77,7 +78,7 @@ class Checked:
 
     def __post_init__(self):
         kinds = get_type_hints(type(self))
-        for name in (f.name for f in dataclasses.fields(self)):
+        for name in (f.name for f in dataclasses.fields(self)):  # pyright: ignore[reportArgumentType]  # of a subclass
             value = getattr(self, name)
             if wanted := wanted_of(value, kinds[name]):
                 known = choices(kinds[name])
@@ -88,8 +89,8 @@ class Checked:
             if not holds:
                 raise ValueError(f"{self._prefix}{name} must be {wanted}, got {getattr(self, name)!r}")
 
-    def _rules(self):
-        return ()
+    def _rules(self) -> Iterator[tuple[str, Any, str]]:
+        yield from ()
 
 
 def choices(kind: Any) -> tuple:

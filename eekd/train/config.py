@@ -79,12 +79,16 @@ class Phase(Checked):
         )
 
     def _rules_of_normalization(self):
-        mean, std, timm = self.mean, self.std, self.model.startswith("timm:")
-        numbers, scaled = isinstance(mean, tuple), "as images are scaled"
-        yield "mean", not numbers or mean and all(0 <= x <= 1 for x in mean), f"numbers from 0 to 1, {scaled}"
-        yield "std", not isinstance(std, tuple) or all(0 < x <= 1 for x in std), f"numbers up to 1, {scaled}"
-        alike = len(std) == len(mean) if numbers and isinstance(std, tuple) else std == mean
-        yield "std", alike, f"{len(mean)} numbers, as many as mean" if numbers else f"{mean or 'left out'}, as mean is"
+        mean, std, timm, scaled = self.mean, self.std, self.model.startswith("timm:"), "as images are scaled"
+        if isinstance(mean, tuple):
+            yield "mean", mean and all(0 <= x <= 1 for x in mean), f"numbers from 0 to 1, {scaled}"
+        if isinstance(std, tuple):
+            yield "std", all(0 < x <= 1 for x in std), f"numbers up to 1, {scaled}"
+        if isinstance(mean, tuple) and isinstance(std, tuple):
+            yield "std", len(std) == len(mean), f"{len(mean)} numbers, as many as mean"
+        else:
+            many = f"{len(mean)} numbers, as many as mean" if isinstance(mean, tuple) else None
+            yield "std", std == mean, many or f"{mean or 'left out'}, as mean is"
         yield "mean", timm or mean != "timm", "numbers or data where model is no timm:NAME"
         yield "weights", timm or self.weights != "timm", "a file or a folder where model is no timm:NAME"
 

@@ -10,6 +10,7 @@ import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from eekd.io.files import first_line, read_json, write_json_atomic
 
@@ -127,7 +128,8 @@ class Safely:
     """A log whose failure is a warning, after which it is left alone."""
 
     def __init__(self, kind: type[Log], *args):
-        self.kind, self.log = kind, None
+        self.kind = kind
+        self.log: Any = None
         self._try(lambda: setattr(self, "log", kind(*args)))
 
     def write(self, row: Mapping[str, float]) -> None:

@@ -128,7 +128,7 @@ def _evaluate(loss: EEKDLoss, given) -> dict[str, Tensor]:
     with torch.enable_grad():
         total, measured = loss.forward(leaves["student_logits"], snapshot_logits, labels, features, snapshot_features)
         leaves |= dict(loss.named_parameters())
-        gradients = torch.autograd.grad(total, leaves.values(), allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(total, [*leaves.values()], allow_unused=True, materialize_grads=True)
     outputs = {"loss with the attention's": total.detach(), **measured}
     return outputs | {f"d_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
 

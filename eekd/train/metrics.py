@@ -65,7 +65,7 @@ class RunningMeans:
     def __getitem__(self, name: str) -> float | list[float]:
         return (self.sums[name] / self.count).tolist()
 
-    def all(self) -> dict[str, float | list[float]]:
+    def all(self) -> dict:
         if not self.sums:
             return {}
         sums, every = [*self.sums.values()], RunningMeans()
@@ -195,7 +195,7 @@ class MetricsLogger(Callback):
     def on_epoch_end(self, trainer, row):
         self.write(row)
 
-    def open(self, rows: list[dict] = ()) -> None:
+    def open(self, rows: Sequence[dict] = ()) -> None:
         """Makes the files hold these rows."""
         if not self.resume and (self.folder / METRICS[0]).exists():
             raise FileExistsError(f"{self.folder} already holds a trained network; choose another folder")

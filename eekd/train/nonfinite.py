@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ class NonFiniteGuard(Callback):
         if self.skip or trainer.skipped or any("skipped" in before for before in trainer.rows):
             row["skipped"] = trainer.skipped - sum(before.get("skipped", 0) for before in trainer.rows)
 
-    def _before_update(self, optimizer: torch.optim.Optimizer, *_) -> None:
+    def _before_update(self, optimizer: Any, *_) -> None:
         self._judge()
         scaled = self.trainer.scaler.is_enabled()
         optimizer.found_inf = torch.maximum(self.bad, optimizer.found_inf) if scaled else self.bad
@@ -177,7 +178,8 @@ class NonFiniteGuard(Callback):
 
     def _find(self, known: dict) -> tuple[Found | None, Tensor, Path]:
         """Runs the batches of a step again until one is bad, and keeps all that this takes."""
-        trainer, trained, kept = self.trainer, self.trainer.trained, None
+        trainer, trained = self.trainer, self.trainer.trained
+        kept: tuple = ()
         for part in itertools.islice(trainer.batches_from(known["step"] - 1), trainer.config.accumulate):
             weights = {f"network.{name}": parallel.full_tensor(x).clone() for name, x in trained.state_dict().items()}
             generators = random_state(trainer.device)

@@ -51,7 +51,7 @@ def build_optimizer(phase: Phase, trained: nn.Module, network: nn.Module | None 
     named = named() if callable(named) else named
     exempt = {id(parameter) for name, parameter in network.named_parameters() if name in named}
     # fused: the one that GradScaler steps without asking the GPU for the gradients' state
-    options = dict(lr=phase.lr, weight_decay=phase.weight_decay, fused=True)
+    options: dict = dict(lr=phase.lr, weight_decay=phase.weight_decay, fused=True)
     kinds = defaultdict(list)
     for parameter in trained.parameters():
         decays = phase.optimizer != "adamw" or parameter.ndim > 1 and id(parameter) not in exempt
@@ -77,14 +77,15 @@ def layer_scales(phase: Phase, network: nn.Module) -> dict[int, float]:
     """
     if phase.layer_decay == 1:
         return {}
-    if not hasattr(network, "group_matcher"):
+    matcher = getattr(network, "group_matcher", None)
+    if matcher is None:
         raise ValueError(
             f"{phase._prefix}layer_decay must be 1 for {phase.model}, which names no layers as timm's models do, got "
             f"{phase.layer_decay}"
         )
     from timm.models import group_parameters
 
-    layers = group_parameters(network, network.group_matcher(coarse=False), reverse=True)
+    layers: dict[str, int] = {**group_parameters(network, matcher(coarse=False), reverse=True)}  # pyright: ignore
     last = max(layers.values())
     return {id(x): phase.layer_decay ** (last - layers.get(name, last)) for name, x in network.named_parameters()}
 
@@ -97,7 +98,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> None:
             kinds[parallel.is_sharded(parameter.grad)].append(parameter)
     norms = [nn.utils.get_total_norm([p.grad for p in kind]) for kind in kinds.values()]
     if norms:
-        norm = torch.stack([norm.full_tensor() if parallel.is_sharded(norm) else norm for norm in norms]).norm()
+        whole = (getattr(norm, "full_tensor", norm.clone)() for norm in norms)  # of shards and of others
+        norm = torch.stack([*whole]).norm()
         for kind in kinds.values():
             nn.utils.clip_grads_with_norm_(kind, largest, norm)
 
@@ -107,5 +109,5 @@ def sync_gradients(replicas: Iterable[nn.Module | None], now: bool) -> None:
     for module in replicas:
         if isinstance(module, DistributedDataParallel):
             module.require_backward_grad_sync = now
-        elif hasattr(module, "set_requires_gradient_sync"):  # fully_shard
-            module.set_requires_gradient_sync(now)
+        elif shards := getattr(module, "set_requires_gradient_sync", None):  # of fully_shard
+            shards(now)

@@ -61,7 +61,7 @@ def preflight(
     config, generators = session.config, random_state(session.device)
     try:
         batch = _batch(session, config.teacher)
-        teacher = teacher.to(session.device, memory_format=session.layout)
+        teacher = teacher.to(session.device).to(memory_format=session.layout)
         found += _looks(session, config.teacher, batch.images)
         with _running(session, config.teacher):
             _check_logits(session, config.teacher, teacher, batch.images)
@@ -76,7 +76,8 @@ def preflight(
             with _running(session, config.student):
                 outputs = None if method.weighting == "ce" else _outputs(session, teacher, method, batch)
                 speaker = teacher if method.reads_maps else outputs and Preview(outputs)
-                trainer = method.trainer(session, speaker, method.weighting, name=method.name)
+                # Of a network FeatureMaps make a Teacher.
+                trainer = method.trainer(session, speaker, method.weighting, name=method.name)  # pyright: ignore
                 _check_logits(session, config.student, trainer.network, batch.images)
                 outputs = trainer.teacher(batch) if method.reads_maps else outputs
                 _step(trainer, TaughtBatch(*batch, outputs))
@@ -151,7 +152,7 @@ def _outputs(session: Session, teacher: nn.Module, method: Method, batch: Batch)
     count = 1 if method.weighting == "last" else session.config.teacher.snapshots
     with LastFeatures(teacher.eval(), session.config.teacher.layer, features=method.needs_features) as capture:
         each = session.run(capture, batch.images)
-    return TeacherOutputs(*(None if x is None else x.expand(count, *x.shape).contiguous() for x in each))
+    return TeacherOutputs(*each).map(lambda x: x.expand(count, *x.shape).contiguous())
 
 
 def _step(trainer, batch: TaughtBatch) -> None:

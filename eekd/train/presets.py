@@ -37,7 +37,7 @@ def fashion_mnist_cpu() -> Config:
 
     python -m eekd.train --preset fashion-mnist-cpu
     """
-    recipe = dict(epochs=10, batch_size=128, schedule="cosine")
+    recipe: dict = dict(epochs=10, batch_size=128, schedule="cosine")
     return Config(
         data="fashion-mnist",
         train_limit=30_000,
@@ -70,7 +70,7 @@ def cifar100_crd(pair: str) -> Config:
     python -m eekd.train --preset cifar100-crd:resnet56-resnet20
     """
     teacher, student = pair.split("-")
-    recipe = dict(epochs=240, batch_size=64, nesterov=False, milestones=(0.625, 0.75, 0.875))
+    recipe: dict = dict(epochs=240, batch_size=64, nesterov=False, milestones=(0.625, 0.75, 0.875))
     lr = 0.01 if student.startswith(("MobileNet", "ShuffleNet")) else 0.05
     return Config(
         data="cifar100",
@@ -85,7 +85,7 @@ def cifar100_eekd(pair: str) -> Config:
     python -m eekd.train --preset cifar100-eekd:resnet56-resnet20
     """
     teacher, student = pair.split("-")
-    recipe = dict(epochs=200, batch_size=128)
+    recipe: dict = dict(epochs=200, batch_size=128)
     return Config(data="cifar100", teacher=Teacher(model=teacher, **recipe), student=Student(model=student, **recipe))
 
 
@@ -97,7 +97,7 @@ def imagenet_r34_r18() -> Config:
 
     python -m eekd.train --preset imagenet-r34-r18 --data path/to/imagenet
     """
-    recipe = dict(epochs=100, batch_size=256, nesterov=False, weight_decay=1e-4)
+    recipe: dict = dict(epochs=100, batch_size=256, nesterov=False, weight_decay=1e-4)
     return Config(
         data="imagenet",
         image_size=224,
@@ -173,7 +173,7 @@ def finetune() -> Config:
 
     python -m eekd.train --preset finetune --data path/to/images
     """
-    recipe = dict(
+    recipe: dict = dict(
         weights="timm",
         batch_size=32,
         optimizer="adamw",

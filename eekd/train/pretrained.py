@@ -132,7 +132,7 @@ def normalization(phase: Phase, given: dict) -> tuple[dict | None, str | None]:
     `given` are the `mean` and `std` that its images have. ValueError where the numbers are not one for each channel.
     """
     own, source = None, f"{phase._prefix}mean and {phase._prefix}std"
-    if isinstance(phase.mean, tuple):
+    if isinstance(phase.mean, tuple) and isinstance(phase.std, tuple):
         own = {"mean": list(phase.mean), "std": list(phase.std)}
     elif phase.mean == "timm" or (phase.mean is None and phase.weights == "timm"):
         own, source = _of_timm(phase.model.removeprefix("timm:")), f"timm's of {phase.model.removeprefix('timm:')}"

@@ -18,7 +18,7 @@ def seed_generators(seed: int) -> None:
 def random_state(device: torch.device) -> Tensor:
     """The states of the generators of torch, Python, NumPy and the device, as bytes (n,) uint8."""
     _, words, gauss = random.getstate()
-    _, keys, place, kept, cached = np.random.get_state()
+    keys, place, kept, cached = np.random.get_state()[1:]  # pyright: ignore[reportCallIssue, reportArgumentType]
     numbers = np.array([math.nan if gauss is None else gauss, place, kept, cached])
     arrays = np.array(words, np.uint32), keys.astype(np.uint32), numbers
     states = [torch.get_rng_state(), *(torch.from_numpy(array.view(np.uint8)) for array in arrays)]

@@ -43,14 +43,14 @@ def _replay(path: Path, device: str) -> Found | str | None:
         raise ValueError(f"{path} must be of one of eekd's methods, got {own!r:.100}, which has a loss of its own")
     tensors = load_tensors(path.with_suffix(".safetensors"), known["sha256"])
     weights = {name.removeprefix("network."): tensors.pop(name) for name in [*tensors] if name.startswith("network.")}
-    generators = tensors.pop("random", None)
+    generators = tensors.pop("random", torch.empty(0))
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     criterion, settings = known["criterion"], known["settings"]
     loss = criterion and EEKDLoss(**criterion).to(device)
     snapshot_logits, snapshot_features = tensors.get("snapshot_logits"), tensors.get("snapshot_features")
     if "snapshot_atoms" in tensors:
-        rest = tensors["snapshot_indices"], tensors["snapshot_atoms"]
-        snapshot_logits = TopKLogits(snapshot_logits, *rest, known["classes"])
+        logits, indices, atoms = (tensors[f"snapshot_{part}"] for part in ("logits", "indices", "atoms"))
+        snapshot_logits = TopKLogits(logits, indices, atoms, known["classes"])
     if "images" not in tensors:
         load_state(loss, weights, path)
         given = tensors["student_logits"], snapshot_logits, tensors.get("labels"), tensors.get("student_features")

@@ -1,6 +1,7 @@
 """Students taught in other ways: each is a StudentTrainer, by the name that eekd.method.rivals gives it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ class Curriculum(StudentTrainer):
     """
 
     weighting = "uniform"
-    epoch, _snapshots = 0, None
+    epoch: int = 0
+    _snapshots: Any = None  # the folder, and the indices of its snapshots
 
     def make_teacher(self, folder, which):
         self._snapshots = folder, [*(which or range(len(read_manifest(folder)["snapshots"])))]

@@ -102,8 +102,9 @@ def _train_seeds(run: Path, session: Session, progress: Progress) -> Path:
                 write_settings(folder, config, session.data, session.device)
         parallel.barrier()
         with _alone(folder):
-            if changed := ", ".join(differences(*map(dataclasses.asdict, (located(read_settings(folder)), config)))):
-                raise ValueError(f"{folder} holds a run with another {changed}")
+            made = located(read_settings(folder))
+            if changed := differences(dataclasses.asdict(made), dataclasses.asdict(config)):
+                raise ValueError(f"{folder} holds a run with another {', '.join(changed)}")
             _train(folder, Session(config, session.data), of_seed)
     if parallel.is_main_process() and not (run / "summary.json").exists():
         summary, data = summary_of(run, seeds), session.data

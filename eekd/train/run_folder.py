@@ -81,6 +81,7 @@ import sys
 import time
 from pathlib import Path
 from reprlib import repr  # a damaged file must not become a page of error
+from typing import Any
 
 import torch
 
@@ -127,7 +128,7 @@ def read_metrics(folder: Path, record: dict) -> list[dict]:
     return [json.loads(line) for line in (folder / METRICS[0]).read_text().splitlines()]
 
 
-def finite(value):
+def finite(value: Any) -> Any:
     """`value` with None in place of NaN and infinities, which JSON does not know."""
     if isinstance(value, dict):
         return {key: finite(v) for key, v in value.items()}

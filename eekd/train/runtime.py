@@ -24,7 +24,7 @@ class Runtime:
 
     def build(self, spec: dict) -> nn.Module:
         """A new network, `spec` being the arguments of eekd.models.build."""
-        return models.build(**spec).to(self.device, memory_format=self.layout)
+        return models.build(**spec).to(self.device).to(memory_format=self.layout)
 
     def run(self, network: Callable, images: Tensor):
         """The network's output."""

@@ -168,7 +168,7 @@ def show(console: Console, table: Table) -> None:
     if excess():
         table.padding = 0
         network = table.columns[1]
-        network.max_width = max(8, max(map(len, network.cells)) - excess())
+        network.max_width = max(8, max(len(str(cell)) for cell in network.cells) - excess())
     console.print(table)
 
 

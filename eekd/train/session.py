@@ -59,7 +59,7 @@ class Session(Runtime):
         device = _device(config.device)
         config = dataclasses.replace(config, interpolation=interpolation_of(config))
         self.asked, self.config = config, (config := chosen(config, device))
-        super().__init__(config.precision, config.channels_last, device)
+        super().__init__(config.precision, config.channels_last is True, device)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
         torch.use_deterministic_algorithms(config.deterministic)
@@ -112,14 +112,15 @@ class Session(Runtime):
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
-            return fully_shard(network, mesh=init_device_mesh(self.device.type, (parallel.world_size(),)))
+            fully_shard(network, mesh=init_device_mesh(self.device.type, (parallel.world_size(),)))
+            return network  # changed in place
         # To look for unused parameters keeps the buckets of gradients as they are: else they, and with three processes
         # the order of a sum, change after the first step, so that a resumed run would have other bits.
         return DistributedDataParallel(
             network,
             gradient_as_bucket_view=True,
-            **{_OWN_BUFFERS: False},
             find_unused_parameters=self.config.deterministic,
+            **{_OWN_BUFFERS: False},  # pyright: ignore[reportArgumentType]  # its name depends on torch's version
         )
 
     def micro_batch(self, phase: Phase) -> int:
@@ -181,14 +182,14 @@ class Session(Runtime):
         return ensemble.to(memory_format=self.layout)
 
     def compiled(self, network: nn.Module) -> nn.Module:
-        return torch.compile(network) if self.config.compile else network
+        return torch.compile(network) if self.config.compile else network  # pyright: ignore[reportReturnType]
 
 
 def checkpoint_gradients(network: nn.Module, phase: Phase) -> None:
     """Lets the network compute activations again in its backward; ValueError where it cannot."""
     setting = f"{phase._prefix}grad_checkpointing"
     try:
-        network.set_grad_checkpointing(True)
+        network.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]  # timm's
     except (AssertionError, AttributeError):
         raise ValueError(f"{setting} must be false for {phase.model}, which cannot do it, got true") from None
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from eekd.snapshots import read_entries, read_manifest
 from eekd.snapshots.features import LastFeatures
 from eekd.train.checked import student_names
 from eekd.train.checkpoints import KeepSources, check_identity, delete_checkpoints, run_identity
-from eekd.train.config import Config
+from eekd.train.config import Config, Student
 from eekd.train.metrics import RunningMeans, accuracy, evaluate
 from eekd.train.run_folder import FORMAT, finite, metrics_of, read_metrics, read_record
 from eekd.train.session import SPLIT, Progress, Session, quiet
@@ -55,6 +56,7 @@ class StudentTrainer(Trainer):
     `teacher` is the folder of a teacher's snapshots or a Teacher; `which` picks snapshots by index.
     """
 
+    phase: Student
     weighting: str = "attention"
     needs_features: bool | None = None
     reads_maps = False  # whether the last snapshot itself must be there, for its feature maps
@@ -70,7 +72,8 @@ class StudentTrainer(Trainer):
         **options,
     ):
         self.weighting = weighting or self.weighting
-        self.teacher, self._which = teacher, snapshots_of(self.weighting, which)
+        self.teacher: Any = teacher
+        self._which = snapshots_of(self.weighting, which)
         if self.needs_features is None:
             self.needs_features = needs_features(self.weighting)
         phase, seed = session.config.student, 2 * session.config.seed + 1  # not the teacher's first weights
@@ -78,7 +81,8 @@ class StudentTrainer(Trainer):
         super().__init__(session, phase, session.network(phase, seed), name, **options)
 
     def setup(self) -> None:
-        session, folder = self.session, self.teacher if isinstance(self.teacher, str | Path) else None
+        session, teacher = self.session, self.teacher
+        folder = teacher if isinstance(teacher, str | Path) else None
         if session.bank:
             check_bank(session, self.loader, folder, self.name if self.needs_features else None)
         if self.weighting == "ce":
@@ -86,9 +90,9 @@ class StudentTrainer(Trainer):
         elif folder:
             self.teacher = self.make_teacher(folder, self._which)
         if self.teacher:
-            self._capture = LastFeatures(self.model, self.phase.layer, features=self.needs_features)
+            self._capture = LastFeatures(self.model, self.phase.layer, features=bool(self.needs_features))
             if self.average:
-                self._capture_alone = LastFeatures(self.kept, self.phase.layer, features=self.needs_features)
+                self._capture_alone = LastFeatures(self.kept, self.phase.layer, features=bool(self.needs_features))
             else:
                 self._capture_alone = copy.copy(self._capture)  # to validate by, neither parallel nor compiled
                 self._capture_alone.model = self.network
@@ -97,7 +101,7 @@ class StudentTrainer(Trainer):
 
     def make_teacher(self, folder: str | Path, which: Sequence[int] | None) -> Teacher:
         """The snapshots in `folder`, or those of the indices `which`, as the batches need them."""
-        loaders, features = (self.loader, self.val_loader), self.needs_features
+        loaders, features = (self.loader, self.val_loader), bool(self.needs_features)
         return load_teacher(self.session, folder, which, *loaders, features=features)
 
     def build_criterion(self) -> nn.Module | None:
@@ -212,8 +216,8 @@ def method_of(method: "str | Callable | type[StudentTrainer]") -> Method:
         return Method(name, own, own.weighting, file)
     if not callable(own) or isinstance(own, type):
         raise TypeError(f"{name} must be {wanted}, got {own if isinstance(own, type) else type(own).__name__}")
-    by_function = {entry.log_weights: entry for entry in weightings.registered()}
-    entry = by_function.get(own) or weightings.register(name, name, own)
+    known = next((entry for entry in weightings.registered() if entry.log_weights is own), None)
+    entry = known or weightings.register(name, name, cast(Callable, own))
     return Method(entry.name, StudentTrainer, entry.name, file)
 
 
@@ -245,21 +249,25 @@ def train_student(
     ValueError or FileNotFoundError names what is damaged or of another student.
     """
     folder, session, phase = Path(folder), session or Session(config), config.student
-    method = method_of(method)
-    name, taught = method.name, method.weighting != "ce"
-    entries, spec = read_entries(teacher, snapshots_of(method.weighting, which)) if taught else (None, None)
-    identity = run_identity(name, session, phase, entries and [entry["sha256"] for entry in entries])
-    if method.file or method.trainer is not StudentTrainer:
-        identity["method"] = method.source
+    how = method_of(method)
+    name, entries, spec = how.name, None, None
+    if how.weighting != "ce":
+        if teacher is None:
+            raise ValueError(f"teacher must be a folder of snapshots, which {name} learns from, got None")
+        entries, spec = read_entries(teacher, snapshots_of(how.weighting, which))
+    identity = run_identity(name, session, phase, [entry["sha256"] for entry in entries] if entries else None)
+    if how.file or how.trainer is not StudentTrainer:
+        identity["method"] = how.source
     if resume and (folder / RECORD).exists():
         record = read_student(folder)
         check_identity(folder / RECORD, record, identity)
         delete_checkpoints(folder)
         return record
     callbacks = standard_callbacks(session, name, folder, identity, resume)
-    callbacks.append(KeepSources(folder, phase.model, method.file))
-    options = dict(which=which, name=name, callbacks=callbacks, progress=progress)
-    trainer = method.trainer(session, teacher, method.weighting, **options)
+    callbacks.append(KeepSources(folder, phase.model, how.file))
+    trainer = how.trainer(
+        session, teacher, how.weighting, which=which, name=name, callbacks=callbacks, progress=progress
+    )
     rows = trainer.fit()
     test = evaluate(session, trainer.kept, session.loader("test", phase))
     weights = parallel.gather_to_main_process(trainer.kept.state_dict().items())
@@ -284,7 +292,7 @@ def train_student(
             "val": {"loss": rows[-1]["val_loss"], "accuracy": rows[-1]["val_accuracy"]},
             "test": test,
             "seconds_per_epoch": sum(row["seconds"] for row in rows) / len(rows),
-            "teacher": taught and {
+            "teacher": teacher and entries and {
                 "run": os.path.relpath(teacher, folder),
                 "spec": spec,
                 "snapshots": [{key: entry[key] for key in ("file", "sha256", "step")} for entry in entries],

@@ -43,9 +43,15 @@ class Snapshots(Callback):
         if self.resume and not trainer.epoch and parallel.is_main_process():
             for path in (self.folder / MANIFEST, *self.folder.glob("snapshot-*.safetensors")):
                 path.unlink(missing_ok=True)
-        epochs, count = trainer.phase.epochs, trainer.phase.snapshots
-        options = dict(epochs=epochs, snapshots=count, schedule=self.schedule, spec=self.spec, done=trainer.epoch)
-        self.recorder = SnapshotRecorder(self.folder, **options)
+        phase = trainer.config.teacher
+        self.recorder = SnapshotRecorder(
+            self.folder,
+            epochs=phase.epochs,
+            snapshots=phase.snapshots,
+            schedule=self.schedule,
+            spec=self.spec,
+            done=trainer.epoch,
+        )
         yield
 
     def on_epoch_end(self, trainer, row):

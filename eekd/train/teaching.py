@@ -1,8 +1,8 @@
 """What the snapshots of a teacher say of the batches that a student sees, whoever computes it."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +22,13 @@ class TeacherOutputs(NamedTuple):
     logits: Tensor | TopKLogits
     features: Tensor | None
 
+    def map(self, change: Callable[[Any], Any]) -> "TeacherOutputs":
+        """`change` of the logits, and of the features where there are some."""
+        return TeacherOutputs(change(self.logits), None if self.features is None else change(self.features))
+
     def of(self, which: Sequence[int] | slice) -> "TeacherOutputs":
         """The outputs of some of the snapshots."""
-        which = which if isinstance(which, slice) else [*which]
-        return TeacherOutputs(self.logits[which], None if self.features is None else self.features[which])
+        return self.map(lambda x: x[which if isinstance(which, slice) else [*which]])
 
 
 class TaughtBatch(NamedTuple):
@@ -84,7 +87,7 @@ class RememberedTeacher(Teacher):
         self.feature_dim = None if outputs.features is None else outputs.features.shape[-1]
 
     def __call__(self, batch):
-        return TeacherOutputs(*(None if x is None else x[:, batch.index] for x in self.outputs))
+        return self.outputs.map(lambda x: x[:, batch.index])
 
 
 class BankTeacher(Teacher):
@@ -99,7 +102,7 @@ class BankTeacher(Teacher):
         rows = self.bank.prefetch(loader.view, loader.indices(), loader.device, self.features)
         return self._read(iter(loader), rows, timer)
 
-    def _read(self, batches: Iterator[Batch], rows: Iterator, timer: PhaseTimer) -> Iterator[TaughtBatch]:
+    def _read(self, batches: Iterator[Batch], rows: Generator, timer: PhaseTimer) -> Iterator[TaughtBatch]:
         with closing(rows):
             for batch in batches:
                 with timer("teacher"):
@@ -133,15 +136,15 @@ def remembered(teacher: RunningTeacher, loader: Loader) -> RememberedTeacher | N
         (batch,) = loader.replay([(0, index)])
         outputs = teacher(batch)
         if kept is None:
-            row = sum(x[:, 0].numel() * x.element_size() for x in outputs if x is not None)
+            row = sum(x[:, 0].numel() * x.element_size() for x in outputs if isinstance(x, Tensor))
             if count * row > REMEMBERED:
                 return None
-            kept = [None if x is None else x.new_empty(len(x), count, *x.shape[2:]) for x in outputs]
+            kept = outputs.map(lambda x: x.new_empty(len(x), count, *x.shape[2:]))
         for all_rows, rows in zip(kept, outputs, strict=True):
-            if rows is not None:
+            if isinstance(all_rows, Tensor) and isinstance(rows, Tensor):
                 all_rows[:, index] = rows
-    return RememberedTeacher(TeacherOutputs(*kept), teacher.val)
+    return kept and RememberedTeacher(kept, teacher.val)
 
 
 def _copied(outputs: TeacherOutputs) -> TeacherOutputs:
-    return TeacherOutputs(*(None if x is None else x.clone() for x in outputs))
+    return outputs.map(Tensor.clone)
