@@ -264,6 +264,17 @@ def waiting(record: dict) -> str:
     return "\n".join([*lines, "", f"{note}; {record['note']}. {provenance(record)}"])
 
 
+def since(record: dict) -> str:
+    """Seconds of epochs and imports at an older commit and now."""
+    lines = _head("seconds", f"commit {record['commit'][:9]}", "now", "×")
+    for row in record["since"]:
+        lines.append(
+            _row(row["what"], f"{row['before']:.2f}", f"{row['now']:.2f}", f"{row['now'] / row['before']:.2f}")
+        )
+    note = "An epoch of the digits at 28 x 28, resnet8 and resnet8_w4, and a whole process that imports; medians"
+    return "\n".join([*lines, "", f"{note}. {provenance(record)}"])
+
+
 def online(record: dict) -> str:
     """Students from a bank against the same ones beside running snapshots."""
     config = record["config"]
@@ -661,7 +672,7 @@ def main(argv: list[str]) -> int:
             else:
                 kinds = {"rows": bench, "forwards": forwards, "pairs": cost, "ways": scaling, "claims": online,
                          "runs": seeds, "summary": demo, "shapes": gpu, "launches": launches, "settings": precisions,
-                         "spins": waiting, "shared_head": linear, "way": overhead,
+                         "spins": waiting, "since": since, "shared_head": linear, "way": overhead,
                          "packages": glyphs, "loaders": throughput, "beside": beside}  # fmt: skip
                 table = next(table for key, table in kinds.items() if key in record)(record)
             return f"<!-- table:{match[1]} -->\n{table}\n<!-- end -->"
