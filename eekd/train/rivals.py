@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eekd import parallel
+from eekd.method.losses import EEKDLoss
 from eekd.method.rival_losses import Contrast, Hint, LearnedAtOne, at_loss, attention_map, dist_loss, dkd_loss
 from eekd.method.rivals import RIVALS
 from eekd.snapshots import read_manifest
@@ -60,7 +61,7 @@ class AttentionTau1(StudentTrainer):
         _need_all_classes(self)
 
     def build_criterion(self):
-        return LearnedAtOne(super().build_criterion())
+        return LearnedAtOne(EEKDLoss(self.weighting, **self.loss_options()))
 
 
 class Added(StudentTrainer):
