@@ -25,7 +25,8 @@ def load(name: str, what: str):
     """Runs the file of `path/to/file.py:NAME` and returns its NAME; `what` says in an error what NAME must be.
 
     The file may import its neighbours. Where two files have neighbours of one name, each gets its own. Raises
-    FileNotFoundError for a missing file and AttributeError for a missing name.
+    FileNotFoundError for a missing file, ImportError or ValueError for one that imports what is not there or is not
+    Python, AttributeError for a missing name, and what the file raises.
     """
     path, _, attribute = name.rpartition(":")
     file, folder = place_of(path)
@@ -39,6 +40,10 @@ def load(name: str, what: str):
     sys.path.insert(0, str(folder))
     try:
         spec.loader.exec_module(module)
+    except ImportError as error:
+        raise ImportError(f"{path} cannot be run: {error}") from error
+    except SyntaxError as error:
+        raise ValueError(f"{path} cannot be run: {error.msg} in {error.filename}, line {error.lineno}") from error
     finally:
         sys.path.remove(str(folder))
     if str(folder) not in sys.path:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from eekd import SnapshotEnsemble, load_student
+from eekd import SnapshotEnsemble, kept_code, load_student, models
 from eekd.export.evaluation import teacher_of
 from eekd.io.files import read_json, sha256_of, write_json_atomic
 from eekd.train import __main__ as cli
@@ -120,3 +120,29 @@ def test_a_run_from_before_neighbours_were_hashed_goes_on(of_parts):
             record["setup"].get(what, {}).pop("neighbours", None)
         write_json_atomic(path, record)
     assert cli.main(["--resume", str(run)]) == 0
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("text", "error", "told"),
+    [
+        ("import does_not_exist", ImportError, "nets.py cannot be run: No module named 'does_not_exist'$"),
+        ("def net(:", ValueError, "nets.py cannot be run: invalid syntax in .*nets.py, line 1$"),
+        ("from torch import nn\nnet = nn.Linear(2, 2)", TypeError, "must be a function that returns .*, got a Linear$"),
+        ("net = 5", TypeError, "nets.py:net' must be callable with the keywords"),
+        ("from torch import nn\nclass net(nn.Module): pass", TypeError, "fails with num_classes, in_channels, image_"),
+        ("other = 5", AttributeError, "nets.py must define 'net', a function that returns an nn.Module$"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_one_sentence(tmp_path, text, error, told):
+    (tmp_path / "nets.py").write_text(text)
+    with pytest.raises(error, match=told):
+        models.build(f"{tmp_path}/nets.py:net", num_classes=2)
+
+
+@pytest.mark.bad_input
+def test_a_record_names_no_file_outside_its_folder(tmp_path):
+    (tmp_path / "phase").mkdir()
+    known = {"file": str(tmp_path / "gone.py"), "sha256": "0" * 64, "neighbours": {"../secret.py": "0" * 64}}
+    with pytest.raises(ValueError, match="must have a record of neighbours in the folder of model, got"):
+        kept_code.stand_in(tmp_path / "phase", {"model": known})

@@ -141,12 +141,17 @@ def from_timm(
 
 def _from_file(name: str, args: dict, **sizes: int) -> nn.Module:
     factory = load(name, "a function that returns an nn.Module")
+    if isinstance(factory, nn.Module):
+        raise TypeError(f"{name!r} must be a function that returns an nn.Module, got a {type(factory).__name__}")
     try:
         inspect.signature(factory).bind(**sizes, **args)
     except (TypeError, ValueError) as error:
         wanted = ", ".join([*sizes, *args])
         raise TypeError(f"{name!r} must be callable with the keywords {wanted}: {error}") from error
-    model = factory(**sizes, **args)
+    try:
+        model = factory(**sizes, **args)
+    except TypeError as error:
+        raise TypeError(f"{name!r} fails with {', '.join([*sizes, *args])}: {error}") from error
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name!r} must return an nn.Module, got {type(model).__name__}")
     return model
