@@ -655,6 +655,8 @@ def main(argv: list[str]) -> int:
         text = page.read_text()
 
         def fill(match: re.Match) -> str:
+            if "Not measured" in match[0] and not file_of(match[1]).exists():
+                return match[0]
             name, _, part = match[1].partition("/")
             if name == "evidence":
                 return f"<!-- table:{match[1]} -->\n{evidence_page.PARTS[part]()}\n<!-- end -->"
