@@ -49,8 +49,8 @@ SETTINGS = {
     },
     "books": {
         "verses": {"train": 60, "val": 10, "test": 40}, "longest": 48,
-        "teacher": {"frozen": 3, "batch": 16, "epochs": 2, "lr": 3e-4},
-        "student": {"layers": 2, "width": 128, "batch": 32, "epochs": 4, "lr": 2e-3},
+        "teacher": {"frozen": 3, "batch": 16, "epochs": 3, "lr": 3e-4},
+        "student": {"layers": 2, "width": 128, "batch": 16, "epochs": 5, "lr": 1e-3},
         "temperature": 2.0, "alpha": 0.5,
     },
 }  # fmt: skip

@@ -95,7 +95,10 @@ class Stored(nn.Module):
 
 
 class Books:
-    """Which book is a verse from, of those of at least 20 chapters: accuracy."""
+    """Which book is a verse from, of those of at least 20 chapters: accuracy.
+
+    The student is a narrower encoder of random weights, on the principal directions of the teacher's first embeddings.
+    """
 
     metric = "accuracy"
 
@@ -131,15 +134,24 @@ class Books:
         config.num_labels = len(self.books)
         own = self.settings[whose]
         if whose == "student":
-            config.num_hidden_layers, config.hidden_size, config.intermediate_size = (
-                own["layers"], own["width"], 2 * own["width"],
-            )  # fmt: skip
-            config.num_attention_heads = own["width"] // 32
-            return transformers.BertForSequenceClassification(config)
+            config.num_hidden_layers, config.num_attention_heads = own["layers"], own["width"] // 32
+            config.hidden_size, config.intermediate_size = own["width"], 2 * own["width"]
+            model = transformers.BertForSequenceClassification(config)
+            words = model.bert.embeddings.word_embeddings
+            words.weight = nn.Parameter(self.principal(own["width"]), requires_grad=False)
+            return model
         model = transformers.BertForSequenceClassification.from_pretrained(self.folder, config=config)
         for module in (model.bert.embeddings, *model.bert.encoder.layer[: own["frozen"]]):
             module.requires_grad_(False)
         return model
+
+    def principal(self, width: int) -> Tensor:
+        """The encoder's own embeddings of words (V, width), in their first principal directions, of variance 1."""
+        words = load_file(self.folder / "model.safetensors")["embeddings.word_embeddings.weight"]
+        words = words - words.mean(0)
+        _, directions = torch.linalg.eigh(words.T @ words)
+        words = words @ directions[:, -width:]
+        return words / words.std()
 
     def tokens(self, rows: list[dict]) -> int:
         return sum(len(row["input_ids"]) for row in rows)

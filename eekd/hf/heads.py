@@ -169,6 +169,7 @@ class ClassifierHead:
         try:
             with self.tap() as found:
                 logits, features = self.split(logits_of(run(model, self.name, inputs)), found)
+            logits, own = logits.float(), own.float()  # beside features of 32 bits, logits of 16 become such
             right = features.shape[:1] == own.shape[:1] and torch.allclose(logits, own, rtol=1e-2, atol=1e-4)
         except RuntimeError:
             right = False

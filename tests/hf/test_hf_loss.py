@@ -272,12 +272,14 @@ def datasets_of(rows):
     return pytest.importorskip("datasets", reason="needs datasets, of the extra data").Dataset.from_list(rows)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "bert"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "bert", "roberta", "vit"])
 def test_bfloat16_is_near_float32(kind, tmp_path):
-    teachers = [language_model(kind, 24, seed) for seed in (1, 2)]
-    batch, found = collate([Texts()[i] for i in range(6)]), []
+    make, batch = language_model, collate([Texts()[i] for i in range(6)])
+    if kind in ("roberta", "vit"):
+        make, batch = classifier, batch_for(kind)
+    teachers, found = [make(kind, 24, seed) for seed in (1, 2)], []
     for half in (False, True):
-        student = language_model(kind)
+        student = make(kind)
         trainer = trainer_of(
             student, save(teachers, tmp_path / "run"), tmp_path, bf16=half, per_device_train_batch_size=6
         )
