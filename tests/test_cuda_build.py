@@ -35,8 +35,8 @@ SOFT = {
         for elements in ELEMENTS
         for variant in ("0_1", "2_1", *STREAMED)
     },
-    "sparse_rows_kernel d Any 0 soft": (128, 128),
-    **{f"sparse_rows_kernel f {elements} {keeps} soft": (128, 0) for elements in ELEMENTS for keeps in (0, 1)},
+    "sparse_rows_kernel d Any 0 soft": (128, 64),
+    **{f"sparse_rows_kernel f {elements} {keeps} soft": (80, 0) for elements in ELEMENTS for keeps in (0, 1)},
 }
 LIMITS = {
     "rows_kernel d Any 0_0": (128, 64),

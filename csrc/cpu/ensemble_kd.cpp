@@ -432,7 +432,7 @@ class Kernel {
   }
 
   // The sums of a tile, but `moved`, and d = d_student, but what is beyond `whole` in `hard`. For the attention by KL,
-  // soft is r (probability) or p r (logit). Soft labels leave y / p, or Σ y p - y, in the line of the student.
+  // soft is r (probability) or p r (logit). Soft labels of logit fusion leave Σ y p - y in the line of the student.
   template <bool probability, bool ce, bool follows>
   void combine(int64_t b, int64_t tile, int whole, const Weights<T>& w, const Stats<T>& stats, const Scales<T>& s, T* d,
                Sums<T>& out) {
@@ -443,7 +443,10 @@ class Kernel {
     const T* mixture = mixed + tile * kTile;
     Vec<T> kl = {}, label_log_q = {}, label_log_p = {};
     typename Simd<T>::IntVec tiny = {};
-    const auto column = [&](int i, Vec<T> p) __attribute__((always_inline)) {
+    Vec<T> given_labels[4], ratio[4];  // of a block: y, 0 where p is too small for a number, and y / p
+    alignas(kVectorBytes) Vec<T> moves[follows && probability ? kMaxSnapshots : 1];  // Σ (y - y p_m / p)
+    for (int j = 0; follows && probability && j < used; ++j) moves[j] = Vec<T>{};
+    const auto column = [&](int i, Vec<T> p, [[maybe_unused]] int u) __attribute__((always_inline)) {
       const Vec<T> student_logits = load(student + i);
       Vec<T> log_p;
       if constexpr (probability)
@@ -468,7 +471,10 @@ class Kernel {
           tiny |= given & (p < kLeast);
           given &= ~(p < kLeast);  // NaN is given
           log_p += p - p;          // and stays NaN
-          if (by_label) store(student + i, given ? y / p : Vec<T>{});
+          if (by_label) {
+            given_labels[u] = given ? y : Vec<T>{};
+            ratio[u] = given ? y * inverse(p) : Vec<T>{};
+          }
         }
         if (!probability && by_label) store(student + i, stats.label_sum * p - y);
         const Vec<T> weighted = y * log_p;
@@ -478,21 +484,32 @@ class Kernel {
       if (by_kl) store(soft + i, probability ? r : pr);
     };
     constexpr int v = Simd<T>::width;
+    // The columns of `count` vectors from i on.
+    const auto block = [&](int i, auto count) __attribute__((always_inline)) {
+      Vec<T> p[count()] = {};
+      for (int j = 0; j < used; ++j)
+        for (int u = 0; u < count(); ++u) p[u] += load(target + j * kTile + i + u * v) * s.target[j];
+      for (int u = 0; u < count(); ++u) column(i + u * v, p[u], u);
+      if constexpr (follows) {
+        if (!by_label) return;
+        auto given = given_labels[0] != 0;
+        for (int u = 1; u < count(); ++u) given |= given_labels[u] != 0;
+        if (!any(given)) return;
+        Vec<T> all = given_labels[0];
+        for (int u = 1; u < count(); ++u) all += given_labels[u];
+        for (int j = 0; j < used; ++j) {  // differences of few numbers, for exactness
+          Vec<T> share = {};
+          for (int u = 0; u < count(); ++u) share += ratio[u] * load(target + j * kTile + i + u * v);
+          moves[j] += all - share * (s.target[j] / w.w[j]);
+        }
+      }
+    };
     int i = 0;
     if constexpr (probability) {
-      for (; i + 4 * v <= n; i += 4 * v) {
-        Vec<T> p[4] = {};
-        for (int j = 0; j < used; ++j)
-          for (int u = 0; u < 4; ++u) p[u] += load(target + j * kTile + i + u * v) * s.target[j];
-        for (int u = 0; u < 4; ++u) column(i + u * v, p[u]);
-      }
-      for (; i < n; i += v) {
-        Vec<T> p = {};
-        for (int j = 0; j < used; ++j) p += load(target + j * kTile + i) * s.target[j];
-        column(i, p);
-      }
+      for (; i + 4 * v <= n; i += 4 * v) block(i, std::integral_constant<int, 4>());
+      for (; i < n; i += v) block(i, std::integral_constant<int, 1>());
     } else {
-      for (; i < n; i += v) column(i, load(target + kTile + i) * s.target[0]);
+      for (; i < n; i += v) column(i, load(target + kTile + i) * s.target[0], 0);
     }
     out.kl = sum<T>(kl);
     if constexpr (!follows) return;
@@ -508,12 +525,7 @@ class Kernel {
         });
       return;
     }
-    for (int j = 0; by_label && j < used; ++j)
-      out.by_labels[j] = total<T>(n, [&](int i, int) {
-        const Vec<T> ratio = load(student + i);
-        const Vec<T> moves = load(labels + i) * w.w[j] - ratio * (load(target + j * kTile + i) * s.target[j]);
-        return ratio != 0 ? moves : Vec<T>{};
-      });
+    for (int j = 0; by_label && j < used; ++j) out.by_labels[j] = w.w[j] * sum<T>(moves[j]);
     if (any(tiny)) {
       if (!by_label) std::fill_n(out.by_labels, used, T(0));
       out.log_p += follow_all_tiny(b, tile, w, stats, s, out.by_labels);
@@ -531,12 +543,18 @@ class Kernel {
     const int n = size(tile);
     for (int j = 0; j < w.used; ++j)
       with_elements_of(a.snapshot[w.id[j]], b, tile, [&](auto z) {
-        stats.mean[j] = weighted(z, n, target + kTile);
-        if (soft_labels && by_label)
-          stats.label_logits[j] = total<T>(n, [&](int i, int left) {
-            const Vec<T> y = load(labels + i), product = y * load_from<T>(z + i, left);
-            return y != 0 ? product : Vec<T>{};
+        choose(soft_labels && by_label, [&](auto follows) {
+          Vec<T> label_logits = {};
+          stats.mean[j] = total<T>(n, [&](int i, int left) {
+            const Vec<T> x = load_from<T>(z + i, left);
+            if constexpr (follows) {
+              const Vec<T> y = load(labels + i), product = y * x;
+              label_logits += y != 0 ? product : Vec<T>{};
+            }
+            return load(target + kTile + i) * max(x, splat(std::numeric_limits<T>::lowest()));  // a masked x meets 0
           });
+          if (follows) stats.label_logits[j] = sum<T>(label_logits);
+        });
       });
   }
 

@@ -449,7 +449,7 @@ struct Kernel : RowKernel<T> {
 };
 
 template <class T, class E, bool keeps, bool soft>
-__global__ void __launch_bounds__(kMaxThreads, std::is_same_v<T, double> || soft ? 2 : 3)
+__global__ void __launch_bounds__(kMaxThreads, std::is_same_v<T, double> ? 2 : 3)
     sparse_rows_kernel(const __grid_constant__ SparseEnsembleKD a, Launch l, bool mean, const int* count) {
   static_assert(sizeof(SparseEnsembleKD) + sizeof(Launch) <= 4096 - 64, "what a kernel's parameters may take");
   char* const shared = shared_memory();

@@ -332,7 +332,7 @@ def device():
 @pytest.fixture(params=DEVICES)
 def backend(request, emulator, monkeypatch):
     emulator.choose(request.param)
-    monkeypatch.setattr(sys.modules["eekd.ops.fused"], "namespace", lambda device: emulator)
+    monkeypatch.setattr(sys.modules["eekd.ops.fused"], "namespace", lambda device, backend: emulator)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the reference's tensors are small: more threads cost more than they give
     yield "native"

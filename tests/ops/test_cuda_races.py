@@ -70,7 +70,7 @@ def emulator(tmp_path_factory):
 
 
 def use(emulator, monkeypatch):
-    monkeypatch.setattr(sys.modules["eekd.ops.fused"], "namespace", lambda device: emulator)
+    monkeypatch.setattr(sys.modules["eekd.ops.fused"], "namespace", lambda device, backend: emulator)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
