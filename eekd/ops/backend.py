@@ -55,9 +55,12 @@ def takes_soft_labels(backend: str, sparse: bool) -> bool:
     return backend == "triton" or _C.ops_version >= (4 if sparse else 3)
 
 
-def namespace(device: torch.device):
-    """The namespace of the ops that run on `device` now; raises RuntimeError where its backend is not available."""
-    if backend_for(device) == "native":
+def namespace(device: torch.device, backend: str | None = None):
+    """The namespace of the ops that run on `device` now; raises RuntimeError where its backend is not available.
+
+    `backend` is what `backend_for` says, where it has been asked.
+    """
+    if (backend or backend_for(device)) == "native":
         kind = device.type
         if kind == "cuda" and not _C.cuda_version:
             raise RuntimeError("the native backend was built without CUDA; install nvcc and build it again")

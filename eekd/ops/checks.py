@@ -154,6 +154,9 @@ def is_soft(labels) -> bool:
 
 def checked_hard_or_soft_labels(labels, rows: int, classes: int, device: torch.device) -> Tensor:
     """Class indices (rows), or soft labels (rows, classes) of any strides."""
+    if isinstance(labels, Tensor) and labels.dtype is torch.int64 and labels.dim() == 1:  # as most are
+        check_tensor("labels", labels, (rows,), device)
+        return labels.contiguous()
     soft = is_soft(labels)
     if isinstance(labels, Tensor) and (labels.dim() == 2) != soft:
         wanted = f"integer class indices ({rows},) or floating-point weights ({rows}, {classes})"

@@ -34,10 +34,11 @@ def distil(student_logits, snapshot_logits, tail, indices, labels, attention, op
     snapshots, count = checks.checked_snapshots(snapshot_logits, rows, columns, device, indices is None)
     if indices is not None:
         tail = checks.checked_tail(tail, student, snapshots[0], count)
+    soft = False
     if labels is not None:
         labels = checks.checked_hard_or_soft_labels(labels, rows, student.shape[1], device)
-    if soft := checks.is_soft(labels):
-        labels = checks.unit_stride(labels)
+        if soft := labels.dim() == 2:
+            labels = checks.unit_stride(labels)
     scores, query, keys = attention
     if query is not None or keys is not None:
         if scores is not None:
@@ -78,7 +79,7 @@ def distil(student_logits, snapshot_logits, tail, indices, labels, attention, op
                 ignore_index=ignore_index,
             )
         )
-    ops = namespace(device)
+    ops = namespace(device, backend)
     if indices is None:
         forward, inputs = ops.ensemble_kd_fwd, (student, snapshots, labels, scores, query, keys)
     else:
@@ -123,6 +124,15 @@ torch.library.register_fake("eekd::sparse_ensemble_kd_fwd")(_fake_forward)
 torch.library.register_fake("eekd::ensemble_kd_bwd")(lambda *args: None)
 
 
+def _any_half(student, scores, query, keys) -> bool:
+    half = torch.float16
+    if student.dtype is half:
+        return True
+    if query is not None:
+        return query.dtype is half or keys.dtype is half
+    return scores is not None and scores.dtype is half
+
+
 class _EnsembleKD(torch.autograd.Function):
     """The gradients for an upstream gradient of 1 are written by the forward; the backward scales them."""
 
@@ -132,7 +142,7 @@ class _EnsembleKD(torch.autograd.Function):
         forward, scale, inputs, numbers, reduction, ignore_index, wants_student, wants_attention = call
         # In fp16 the gradients of a mean underflow before a loss scale can save them: those of the sum are written.
         count = None
-        if reduction == "mean" and torch.float16 in [x.dtype for x in (student, scores, query, keys) if x is not None]:
+        if reduction == "mean" and _any_half(student, scores, query, keys):
             reduction, labels = "sum", inputs[-4]
             every = labels is None or checks.is_soft(labels)
             if scale is None and not torch.compiler.is_compiling():  # on a CPU a number costs least
@@ -179,10 +189,13 @@ class _EnsembleKD(torch.autograd.Function):
         if d_attention_loss is None:
             d_scores = d_query = d_keys = None
         if ctx.scale is None or compiling:
-            d_student = _scaled(d_student, d_loss, count)
-            d_scores = _scaled(d_scores, d_attention_loss, count)
-            d_query = _scaled(d_query, d_attention_loss, count)
-            d_keys = _scaled(d_keys, d_attention_loss, count)
+            if d_student is not None:
+                d_student = _scaled(d_student, d_loss, count, compiling)
+            if d_scores is not None:
+                d_scores = _scaled(d_scores, d_attention_loss, count, compiling)
+            elif d_query is not None:
+                d_query = _scaled(d_query, d_attention_loss, count, compiling)
+                d_keys = _scaled(d_keys, d_attention_loss, count, compiling)
             return d_student, d_scores, d_query, d_keys, None
         gradients = d_student, d_scores, d_query, d_keys
         if _keeps_graph():  # in place, unless the graph is kept for another backward
@@ -196,14 +209,12 @@ class _EnsembleKD(torch.autograd.Function):
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
-def _scaled(unit: Tensor | None, grad: Tensor, count: Tensor | int | None) -> Tensor | None:
-    if unit is None:
-        return None
+def _scaled(unit: Tensor, grad: Tensor, count: Tensor | int | None, compiling: bool) -> Tensor:
     if isinstance(count, Tensor):
         grad, count = grad / count, None
-    if grad.is_cpu and not grad.dim() and not torch.compiler.is_compiling():
+    if not compiling and grad.is_cpu and not grad.dim():
         # Reading a CPU scalar costs less than a pass over the gradient; elsewhere it would stall the device.
-        factor = grad.item() / (count or 1)
+        factor = grad.item() if count is None else grad.item() / count
         return unit if factor == 1 else unit * factor
     # One factor per row of (…, B, n), or one for all, which a GPU would round to 16 bits if it had no dimension.
     factor = grad[:, None] if grad.dim() else grad[None, None]
