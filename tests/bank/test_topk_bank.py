@@ -113,8 +113,8 @@ def test_the_size_of_a_top_k_bank(run, tmp_path, capsys):
 @pytest.mark.parametrize(("classes", "dtype"), [(65_536, "I16"), pytest.param(70_000, "I32", marks=pytest.mark.full)])
 def test_class_numbers_beyond_two_bytes(run, tmp_path, monkeypatch, classes, dtype):
     class Wide(Session):
-        def __init__(self, config):
-            super().__init__(config)
+        def __init__(self, config, data=None):
+            super().__init__(config, data)
             self.data = dataclasses.replace(self.data, classes=tuple(map(str, range(classes))))
 
     torch.manual_seed(0)
