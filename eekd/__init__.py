@@ -49,22 +49,16 @@ else:  # torch takes seconds to import: it comes with the first name that needs 
     __getattr__, __dir__ = attach(
         __name__,
         {
-            "Distilled": "distilled",
-            "EEKDLoss": "method.losses",
-            "EnsembleKD": "ops",
-            "LastFeatures": "snapshots.features",
-            "LogitBank": "bank",
-            "SnapshotAttention": "method.attention",
-            "SnapshotEnsemble": "snapshots",
-            "SnapshotRecorder": "snapshots",
-            "TopKLogits": "method.topk",
-            "ensemble_kd": "ops",
-            "linear_ensemble_kd": "ops",
-            "load_student": "export.student",
-            "sparse_ensemble_kd": "ops",
-            "top_k_logits": "method.topk",
-            "use_backend": "ops",
-            "_C": "ops.backend",  # which imports torch first, and says what to do where there is none
+            "bank": "LogitBank",
+            "distilled": "Distilled",
+            "export.student": "load_student",
+            "method.attention": "SnapshotAttention",
+            "method.losses": "EEKDLoss",
+            "method.topk": "TopKLogits top_k_logits",
+            "ops": "EnsembleKD ensemble_kd linear_ensemble_kd sparse_ensemble_kd use_backend",
+            "ops.backend": "_C",  # which imports torch first, and says what to do where there is none
+            "snapshots": "SnapshotEnsemble SnapshotRecorder",
+            "snapshots.features": "LastFeatures",
         },
         modules=("bank", "data", "export", "io", "method", "models", "ops", "parallel", "snapshots", "train"),
     )

@@ -3,22 +3,22 @@
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 
-def attach(package: str, names: dict[str, str], modules: Iterable[str] | None = None) -> tuple[Callable, Callable]:
+def attach(package: str, names: Mapping[str, str], modules: Iterable[str] | None = None) -> tuple[Callable, Callable]:
     """The `__getattr__` and `__dir__` (PEP 562) of a package.
 
-    `names` maps each public name to the module of the package that has it; `modules` (None: all) are those that are
-    attributes of the package without having been imported.
+    `names` maps each module of the package to its public names, with spaces between them; `modules` (None: all) are
+    those that are attributes of the package without having been imported.
     """
-    found = sys.modules[package]
+    found, home = sys.modules[package], {name: module for module, known in names.items() for name in known.split()}
     if modules is None:
         modules = [module.name for module in pkgutil.iter_modules(found.__path__) if module.name != "__main__"]
 
     def __getattr__(name: str):
-        if name in names:
-            value = getattr(importlib.import_module(f"{package}.{names[name]}"), name)
+        if name in home:
+            value = getattr(importlib.import_module(f"{package}.{home[name]}"), name)
         elif name in modules:
             value = importlib.import_module(f"{package}.{name}")
         else:
@@ -27,6 +27,6 @@ def attach(package: str, names: dict[str, str], modules: Iterable[str] | None = 
         return value
 
     def __dir__() -> list[str]:
-        return sorted({*vars(found), *names, *modules})
+        return sorted({*vars(found), *home, *modules})
 
     return __getattr__, __dir__

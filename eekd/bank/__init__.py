@@ -35,7 +35,7 @@ from eekd.lazy import attach
 if TYPE_CHECKING:
     from eekd.bank.reader import LogitBank
 else:
-    __getattr__, __dir__ = attach(__name__, {"LogitBank": "reader"}, modules=("reader", "writer"))
+    __getattr__, __dir__ = attach(__name__, {"reader": "LogitBank"}, modules=("reader", "writer"))
 
 __all__ = ["Flags", "LogitBank"]
 

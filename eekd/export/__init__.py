@@ -24,4 +24,4 @@ if TYPE_CHECKING:
     from eekd.export.formats import export
     from eekd.export.student import Student, load_student
 else:
-    __getattr__, __dir__ = attach(__name__, {"Student": "student", "export": "formats", "load_student": "student"})
+    __getattr__, __dir__ = attach(__name__, {"student": "Student load_student", "formats": "export"})

@@ -39,13 +39,10 @@ else:  # transformers takes seconds to import
     __getattr__, __dir__ = attach(
         __name__,
         {
-            "EEKDArguments": "config",
-            "EEKDConfig": "config",
-            "EEKDMixin": "trainer",
-            "EEKDTrainer": "trainer",
-            "SnapshotCallback": "callback",
-            "Teachers": "teachers",
-            "TokenBank": "token_bank",
-            "write_token_bank": "token_bank",
+            "callback": "SnapshotCallback",
+            "config": "EEKDArguments EEKDConfig",
+            "teachers": "Teachers",
+            "token_bank": "TokenBank write_token_bank",
+            "trainer": "EEKDMixin EEKDTrainer",
         },
     )

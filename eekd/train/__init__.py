@@ -28,15 +28,11 @@ else:  # a command line reads its settings without torch
     __getattr__, __dir__ = attach(
         __name__,
         {
-            "Callback": "callbacks",
-            "Session": "session",
-            "StudentTrainer": "student",
-            "TeacherTrainer": "teacher",
-            "Trainer": "trainer",
-            "prepare": "run",
-            "resume": "run",
-            "train": "run",
-            "train_student": "student",
-            "train_teacher": "teacher",
+            "callbacks": "Callback",
+            "run": "prepare resume train",
+            "session": "Session",
+            "student": "StudentTrainer train_student",
+            "teacher": "TeacherTrainer train_teacher",
+            "trainer": "Trainer",
         },
     )
