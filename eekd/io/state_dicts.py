@@ -33,7 +33,7 @@ def find_state(content, source: str | Path, entry: str | None = None) -> dict[st
         return _entry(found, source, entry)
     taken = next((name for name in _by_nests(found)), None)
     if taken is None and len(found) > 1:
-        raise ValueError(f"{source} holds weights under {some(found)}: choose by entry=")
+        raise ValueError(f"{source} holds weights under {some(found)}: choose by entry= (--checkpoint-entry)")
     taken = next(iter(found)) if taken is None else taken
     if len(found) > 1:
         others = some(name for name in found if name != taken)
@@ -142,7 +142,7 @@ def without_prefix(own: dict[str, Tensor], state: dict[str, Tensor], source: str
     most = max(counts.values(), default=0)
     prefixes = [prefix for prefix, count in counts.items() if count == most and 2 * count > len(needed)]
     if len(prefixes) > 1:
-        raise ValueError(f"{source} fits under {some(prefixes)}: choose by entry=")
+        raise ValueError(f"{source} fits under {some(prefixes)}: choose by entry= (--checkpoint-entry)")
     if not prefixes:
         return state
     [prefix] = prefixes
