@@ -92,6 +92,23 @@ def test_a_mixed_run_goes_on_to_the_same_bits(run, tmp_path):
     check_same(undisturbed, tmp_path / "run")
 
 
+def test_repeated_views_go_on_to_the_same_bits_and_are_in_no_bank(nets, tmp_path, capsys):
+    session = prepare(config_of(nets, dict(repeats=3, mixup=0.8), augment="crop", save_every=EVERY_STEP))
+    whole = train(session.config, tmp_path / "whole", session=session)
+    progress = killer(*range(1, 1000, 2))
+    with pytest.raises(Killed):
+        train(session.config, tmp_path / "run", session=session, progress=progress)
+    assert go_on(tmp_path / "run", session, progress) > 5
+    check_same(whole, tmp_path / "run")
+    assert rows(whole / "teacher")[-1]["step"] == 2 * len(session.loader("train", session.config.teacher, train=True))
+    assert bank.main(["--teacher", str(whole), "--views", "1", "--mixup", "0.8"]) == 0
+    torch.use_deterministic_algorithms(False)
+    student = ["student", "--bank", str(whole / "bank"), "--students", "last", "--student.mixup", "0.8", "--out"]
+    assert cli.main([*student, str(tmp_path / "one"), "--student.repeats", "3", "--student.batch-size", "60"]) == 2
+    assert "student.repeats must be 1 with a bank, got 3" in capsys.readouterr().err
+    assert cli.main([*student, str(tmp_path / "two"), "--student.repeats", "1"]) == 0
+
+
 def test_a_bank_of_mixed_views_is_exact(run, tmp_path, capsys):
     session, out = run
     assert bank.main(["--teacher", str(out), "--views", "2", "--out", str(tmp_path / "bank"), "--features", "all"]) == 0

@@ -142,11 +142,9 @@ class Session(Runtime):
         views = dict(views=self.bank.views, view_seed=self.bank.seed) if train and self.bank else {}
         augment = self.data.augment if self.config.augment == "auto" else self.config.augment
         each, processes = self.micro_batch(phase), parallel.world_size()
-        repeats = phase.repeats if train else 1
+        repeats = phase.repeats if train and not views else 1
         if each % repeats:
             raise ValueError(f"{phase._prefix}repeats must divide the {each} images of a process, got {repeats}")
-        if views and repeats > 1:
-            raise ValueError(f"{phase._prefix}repeats must be 1 with a bank, got {repeats}")
         rest = len(images) // repeats % (each // repeats * processes)
         return Loader(
             images,

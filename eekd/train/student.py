@@ -334,6 +334,8 @@ def check_bank(session: Session, loader: Loader, teacher: str | Path | None, nee
     split = {name: getattr(config, name) for name in SPLIT}
     hashes = [entry["sha256"] for entry in read_manifest(teacher)["snapshots"]] if teacher else None
     bank.check(session.data, loader, hashes, **split)
+    if config.student.repeats > 1:
+        raise ValueError(f"student.repeats must be 1 with a bank, got {config.student.repeats}")
     if bank.top_k and loader.smoothing:
         raise ValueError(
             f"student.label_smoothing must be 0 with {bank.path}, which keeps {bank.top_k} classes of each image, got "
