@@ -210,7 +210,7 @@ def test_tuning_chooses_by_validation_images_and_never_looks_at_test_images(tmp_
     assert f"chosen: --methods {' '.join(record['chosen'].values())}\n" in capsys.readouterr().out
     assert not (tmp_path / "study.json").exists()
     assert compare(tmp_path, "ce", "--first-seed", "100") == 2
-    assert "fingerprint must be " in capsys.readouterr().err
+    assert "of the same images, all with --tune or all without" in capsys.readouterr().err
 
 
 # ---- the plan ----

@@ -57,6 +57,8 @@ def keep_settings(out: Path, config: Config, views: int, fingerprint: str) -> No
         kept = {"config": _but_seed(kept_settings(out))}  # with the defaults of settings that are newer than it
         changed = differences(read_record(out / "settings.json") | kept, now)
     for name, (was, got) in changed.items():
+        if name == "fingerprint":
+            raise ValueError(f"{out} must be of the same images, all with --tune or all without: choose another --out")
         raise ValueError(
             f"{name.removeprefix('config.')} must be {was!r}, with which {out} was made, got {got!r}: "
             "choose another --out"
