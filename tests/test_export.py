@@ -108,7 +108,7 @@ def test_what_is_no_image_is_one_sentence(folder, image, error, said):
 def test_a_folder_that_is_no_student(run, folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="must be the folder of a student"):
         load_student(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="it has attention, ce: name one, as .*students/attention"):
+    with pytest.raises(ValueError, match="got attention, ce: name one, as .*students/attention"):
         load_student(run)
     with pytest.raises(FileNotFoundError, match="config.json is missing"):
         load_student(tmp_path)
