@@ -11,8 +11,8 @@ books: which book is this verse from? The teacher is the encoder of that package
 
 A plain Trainer trains the teacher, one for all seeds, and saves its snapshots; then the students, which begin alike and
 see the same batches. What the snapshots say of the training tokens is computed once: by eekd's token bank, and for
-classifiers, which it does not take, by `Stored`. Temperature, alpha and rates are the same for all students; none was
-chosen by val or test.
+classifiers, which it does not take, by `Stored`. Temperature, alpha and rates are the same for all students, and were
+not tuned. Evaluation, too, leaves out a last batch of fewer than 64.
 """
 
 import argparse
