@@ -340,9 +340,10 @@ def language(record: dict, name: str) -> str:
     )
     count = len(known["ce"])
     words = (
-        f"Mean ± std over {count} seeds of the students, all of one teacher; in brackets Student's 95 % interval of "
-        "the paired differences. Tokens are those of a second of processor time. Students read stored outputs of the "
-        f"snapshots, which took {seconds:.0f} s and {size / 2**20:,.0f} MiB. With running snapshots: {running}."
+        f"Mean ± std over {count} seed{'s' * (count > 1)} of the students, all of one teacher; in brackets Student's "
+        "95 % interval of the paired differences. Tokens are those of a second of processor time. Students read stored "
+        f"outputs of the snapshots, which took {seconds:.0f} s and {size / 2**20:,.0f} MiB. With running snapshots: "
+        f"{running}."
     )
     lines += ["", words, ""]
     versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items())

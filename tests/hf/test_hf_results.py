@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import ROOT, classifier, collate
 
-WORDS = "in the beginning god created heaven and earth without form void darkness was upon face of deep".split()
+TEXT = "in the beginning god created heaven and earth without form void darkness was upon face of deep"
 
 
 @pytest.fixture
@@ -15,9 +15,10 @@ def tasks(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "results")
     module = importlib.import_module("language_tasks")
     torch.manual_seed(0)
+    words = TEXT.split()
 
     def verse(chapter):
-        return f"{chapter} " + " ".join(WORDS[i] for i in torch.randint(len(WORDS), (12,)).tolist())
+        return f"{chapter} " + " ".join(words[i] for i in torch.randint(len(words), (12,)).tolist())
 
     own = {("Ge", str(c)): [verse(f"chapter{c}") for _ in range(16)] for c in range(20)}
     monkeypatch.setattr(module, "chapters", lambda: own)
