@@ -6,16 +6,21 @@ from rich.table import Table
 
 from eekd.compare.page import percent
 from eekd.compare.plots import points
+from eekd.compare.variants import titled
 from eekd.io.files import printable
 
 
 def ending(console: Console, record: dict) -> None:
     """A row for each method, then the advice."""
-    table = _table("method", "seeds", "validation, %", "over ce", "over last", "test, %")
+    table = _table("method", "validation, %", "over ce, points", "over last, points")
     for row in record["methods"]:
         over = points(row["val_over_ce"]), points(row["val_over_last"])
-        table.add_row(printable(row["name"]), str(row["n"]), percent(row["val"]), *over, percent(row["test"]))
-    table.caption = "over: points on validation images, seed by seed, with Student's 95 % interval"
+        name, at, _ = row["name"].partition("@")
+        settings = "\n" + titled(row["settings"]).removeprefix(", ") if at else ""
+        table.add_row(printable(name) + printable(settings), percent(row["val"]), *over)
+    for column in table.columns[1:]:  # a narrow screen folds names, not numbers
+        column.min_width = max(map(len, map(str, column.cells)), default=0)
+    table.caption = "over: on validation images, seed by seed, with Student's 95 % interval"
     if record["methods"]:
         console.print(table)
     say(console, record["advice"]["text"])
