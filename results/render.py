@@ -701,6 +701,8 @@ def main(argv: list[str]) -> int:
             memory_plot(record, picture)
         elif record.get("rows") and (why := bandwidth(record, picture)):
             print(f"{path.relative_to(HERE)} has no plot: {why}")
+    if evidence_page.records():
+        evidence_page.plot(docs / "results" / "evidence.svg")
     return 0
 
 
