@@ -232,7 +232,7 @@ def endless():
         ([STATE], "must hold a state_dict of tensors, .*; got a list$"),
         ({}, "must hold a state_dict of tensors, .*; got a dict of nothing$"),
         ({"state_dict": {}}, "must hold a state_dict of tensors, .*; got a dict of 'state_dict'$"),
-        ({"weights": STATE, "other": {**STATE}, "epoch": 1}, "holds weights under weights, other: choose by entry=$"),
+        ({"weights": STATE, "other": {**STATE}, "epoch": 1}, "holds weights under weights, other: choose by entry= "),
         ({str(n): n for n in range(9)}, "must hold a state_dict .*; got a dict of '0', '1', '2' and 6 more$"),
         (endless(), "must hold a state_dict of tensors, .*; got a dict of 'model'$"),
     ],

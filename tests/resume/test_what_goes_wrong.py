@@ -198,7 +198,7 @@ def test_data_that_vanished_or_changed_before_going_on(nets, tmp_path, capsys):
     (tmp_path / "train-images-idx3-ubyte").unlink()
     assert cli.main(["--resume", str(tmp_path / "run")]) == 2
     told = capsys.readouterr().err
-    assert "train-images-idx3-ubyte (or .gz) is not in it" in told and told.count("\n") == 1
+    assert "must hold fashion-mnist, got no train-images-idx3-ubyte (or .gz) in it" in told and told.count("\n") == 1
     write("train", 300, 0)
     assert cli.main(["--resume", str(tmp_path / "run")]) == 0
 

@@ -210,7 +210,9 @@ def test_lines_do_not_speak_to_the_terminal(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(runner, "keep_settings", lambda *known: None)
     monkeypatch.setattr(runner, "Seed", Seed)
-    monkeypatch.setattr("eekd.compare.study.gather", lambda out, *known: out / "study.json")
+    record = {"methods": [], "advice": {"text": ""}}
+    (tmp_path / "study.json").write_text(json.dumps(record))
+    monkeypatch.setattr("eekd.compare.study.gather", lambda *known: tmp_path / "study.json")
     compare.run(compare.Flags(methods=("ce",), settings=Config(data="digits", seeds=1), out=HOSTILE), [])
     found = capsys.readouterr().out
     assert found.count(printable(HOSTILE)) == 2 and all(line.isprintable() for line in found.splitlines())
