@@ -67,6 +67,7 @@ def test_neighbours_are_kept_and_hashed(of_parts):
 
 
 @pytest.mark.filterwarnings("default")
+@pytest.mark.full
 def test_copies_stand_in_for_files_that_are_gone(of_parts, tmp_path, capsys):
     run, mine = of_parts
     shutil.move(mine, tmp_path / "gone")

@@ -298,6 +298,7 @@ def test_resumed_to_the_bit(run, tmp_path, steps):
     check_same(run, tmp_path / "run")
 
 
+@pytest.mark.full
 def test_under_torchrun(run, tmp_path):
     """Two processes keep the same weights; CRD, whose memory each would have for itself, is refused."""
     command = [*TORCHRUN, "--nproc-per-node", "2", "-m", "eekd.train", "student", "--teacher", run, "--out", "two"]
