@@ -289,9 +289,9 @@ def switched(argv: list[str]) -> list[str]:
 
 
 def settled(config: Config, by: Config) -> Config:
-    """The settings with those of `by` wherever they are "auto" and so leave the choice to the device."""
-    auto = {name: getattr(by, name) for name in ("precision", "channels_last") if getattr(config, name) == "auto"}
-    return dataclasses.replace(config, **auto)
+    """The settings with those of `by` wherever they are "auto" and so leave the choice to the device or the weights."""
+    auto = [name for name in ("precision", "channels_last", "interpolation") if getattr(config, name) == "auto"]
+    return dataclasses.replace(config, **{name: getattr(by, name) for name in auto})
 
 
 def located(config: Config) -> Config:

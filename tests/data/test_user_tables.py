@@ -351,9 +351,9 @@ def test_columns_are_found_by_their_types(hub, serve):
 @bad_input
 def test_columns_that_do_not_tell_can_be_named(hub, serve):
     serve(train=rows(hub, photo=hub.Image, mask=hub.Image, species=FOUR, age=FOUR))
-    with pytest.raises(ValueError, match="the columns photo, mask, species, age, .*--image-column names"):
+    with pytest.raises(ValueError, match="got photo, mask, species, age: --image-column names"):
         load("some/thing")
-    with pytest.raises(ValueError, match="the columns photo, mask, species, age, .*--label-column names"):
+    with pytest.raises(ValueError, match="got photo, mask, species, age: --label-column names"):
         load("some/thing", image_column="mask")
     said = " ".join(read("some/thing", image_column="mask", label_column="age")[0].decisions)
     assert "in the column mask, labels in age." in said

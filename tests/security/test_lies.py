@@ -55,7 +55,7 @@ def test_a_table_reads_no_file_outside_its_folder(tmp_path, monkeypatch, path):
     (evil / "x").mkdir()
     monkeypatch.chdir(evil)
     for source in (evil, evil / "t.parquet"):
-        refused(lambda source=source: load(str(source)), said=f"is '{path}', wanted bytes or a path in {evil}")
+        refused(lambda source=source: load(str(source)), said=f"must be bytes or a path in {evil}, got '{path}'")
     (good / "mine.png").write_bytes(an_image())
     assert len(load(str(good / "t.parquet")).train) > 0
 
@@ -69,7 +69,7 @@ def test_a_table_of_the_hub_reads_files_of_the_cache_only(tmp_path, monkeypatch)
     table = datasets.Dataset.from_parquet(str(evil / "t.parquet"), cache_dir=str(tmp_path / "cache"))
     monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(train=table.select(range(20))))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "elsewhere"))
-    refused(lambda: load("some/thing"), said=f"mine.png', wanted bytes or a path in {tmp_path}/elsewhere")
+    refused(lambda: load("some/thing"), said=f"must be bytes or a path in {tmp_path}/elsewhere, got '.*mine.png'")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(evil))
     assert len(load("some/thing").train) > 0
 
