@@ -400,6 +400,10 @@ def test_attention_of_a_student_that_nobody_wrapped_is_not_noticed(two_processes
     gc.collect()
     criterion, batch = taught(Net())
     criterion(*batch)
+    other = nn.parallel.DistributedDataParallel(Net())
+    criterion, batch = taught(Net())
+    criterion(*batch)
+    assert other.module is not None
 
 
 # from the command line

@@ -121,7 +121,7 @@ class EEKDLoss(nn.Module):
             raise ValueError(f"{name} must be given, for weighting {self.weighting!r} compares features")
         else:
             if not torch.compiler.is_compiling():
-                self._check_wrapper()
+                self._check_wrapper(student_logits)
             if self.detach_query:
                 student_features = student_features.detach()
             query, keys = self.attention(student_features, snapshot_features)
@@ -139,7 +139,7 @@ class EEKDLoss(nn.Module):
         known = {"loss": result.loss.detach(), "attention_loss": result.attention_loss.detach()}
         return loss, Measurements(known, result.weights)
 
-    def _check_wrapper(self) -> None:
+    def _check_wrapper(self, student_logits: Tensor) -> None:
         """RuntimeError where the attention is trained outside what averages the student's gradients."""
         if (
             not self.check_wrapper
@@ -156,7 +156,14 @@ class EEKDLoss(nn.Module):
         kinds = DistributedDataParallel, FullyShardedDataParallel, FSDPModule
         wrappers = [found for found in gc.get_objects() if issubclass(type(found), kinds)]
         around = [found for found in wrappers if any(module is self for module in found.modules())]
-        if wrappers and all(isinstance(found, DistributedDataParallel) for found in around):
+        if any(not isinstance(found, DistributedDataParallel) for found in around):
+            return
+        trained = _parameters_of(student_logits) if wrappers else set()
+        if around or any(
+            not isinstance(found, DistributedDataParallel)  # whose parameters are not those it computes with
+            or any(id(parameter) in trained for parameter in found.parameters())
+            for found in wrappers
+        ):
             raise RuntimeError(
                 "EEKDLoss must run inside DistributedDataParallel or FSDP, as its student does, for nothing averages "
                 "the attention's gradients outside: wrap it too, or wrap Distilled(student, ensemble, loss) as one"
@@ -164,6 +171,17 @@ class EEKDLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in {"weighting": self.weighting, **self.options}.items())
+
+
+def _parameters_of(output: Tensor) -> set[int]:
+    """The id of every leaf to which backward from `output` brings a gradient."""
+    seen, nodes = set(), [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += (following for following, _ in node.next_functions)
+    return {id(node.variable) for node in seen if hasattr(node, "variable")}
 
 
 class Measurements(Mapping):
