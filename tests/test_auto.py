@@ -62,9 +62,10 @@ def test_onednn_limited_to_avx2_emulates():
 
 
 def test_a_choice_is_taken_from_settings_that_made_it():
-    made = Config(precision="bf16", channels_last=True, seed=3)
+    made = Config(precision="bf16", channels_last=True, interpolation="bilinear", seed=3)
     assert settled(Config(), made) == dataclasses.replace(made, seed=0)
-    assert settled(Config(precision="fp32", channels_last=False), made) == Config(precision="fp32", channels_last=False)
+    given = Config(precision="fp32", channels_last=False, interpolation="bicubic")
+    assert settled(given, made) == given
     assert Config.from_json(Config().to_json()) == Config() == preset("digits")
     assert (preset("fashion-mnist-cpu").precision, preset("fashion-mnist-cpu").channels_last) == ("auto", "auto")
 
