@@ -20,7 +20,8 @@ import eekd.kernels.sparse_ensemble_kd  # noqa: F401  both register the ops
 from eekd.kernels import launch, tune
 from eekd.kernels.launch import alignment, launch_for
 
-SUITES = [Path(__file__).with_name(f"test_{op}.py") for op in ("ensemble_kd", "sparse_ensemble_kd")]
+OPS = Path(__file__).parent / "ops"
+SUITES = [*sorted(OPS.glob("test_ensemble_kd*.py")), OPS / "test_sparse_ensemble_kd.py"]
 INTERPRETED = {**os.environ, "TRITON_INTERPRET": "1"}
 interprets = pytest.mark.skipif(
     triton.__version__ < "3.7" and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0",
