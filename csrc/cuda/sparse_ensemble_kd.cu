@@ -50,7 +50,7 @@ __host__ __device__ Layout layout(const Launch& l, int line_bytes) {
   at.statistics = round(sizeof(SparseRow<T>));
   at.sums = at.statistics + round(3 * warps * sizeof(SoftmaxSum<T>));
   at.tile = at.sums + round((l.soft ? 5 : 1) * warps * sizeof(T));
-  at.bits = at.tile + round((l.soft ? 4 : 2) * l.threads * sizeof(T));
+  at.bits = at.tile + round((l.soft ? 5 : 2) * l.threads * sizeof(T));
   at.line = at.bits + l.segment / 8;
   at.size = at.line + (l.keeps ? round(line_bytes + 15) : 0);
   return at;
@@ -73,7 +73,7 @@ struct Kernel : RowKernel<T> {
   SoftmaxSum<T>* const statistics;  // [tail, hard, mixture][warp]
   T* const sums;                    // [slot][warp]
   T *const tile_p, *const tile_r;   // of as many columns as threads
-  T *const tile_y, *const tile_l;   // likewise of soft labels: their weights, and log2 p where p is tiny
+  T *const tile_y, *const tile_z, *const tile_l;  // likewise of soft labels: their weights, and Tiny where p is tiny
   unsigned* const bits;
   const char* line;  // the student's row
   int marked = -1;   // the first class of the segment whose bits are set
@@ -94,7 +94,8 @@ struct Kernel : RowKernel<T> {
         tile_p(reinterpret_cast<T*>(shared + at.tile)),
         tile_r(tile_p + l.threads),
         tile_y(tile_r + l.threads),
-        tile_l(tile_y + l.threads),
+        tile_z(tile_y + l.threads),
+        tile_l(tile_z + l.threads),
         bits(reinterpret_cast<unsigned*>(shared + at.bits)),
         line(static_cast<const char*>(a.student.data) + b * a.student.stride * bytes_of(a.student.dtype)) {}
 
@@ -315,8 +316,13 @@ struct Kernel : RowKernel<T> {
           tile_y[group.thread] = weight;
           if (weight != 0) {  // 0 times -inf is 0
             const bool tiny = probability && p < std::numeric_limits<T>::min();
-            const T log2_p = tiny ? tile_l[group.thread] = log2_of_tiny(c) : T(0);
-            sum_of_log_p += weight * (tiny ? T(kLn2) * log2_p : probability ? log(p) : x * inverse);
+            T l = probability ? log(p) : x * inverse;
+            if (tiny) {
+              const Tiny t = tiny_at(c);
+              tile_z[group.thread] = t.z, tile_l[group.thread] = t.log2_rest;
+              l = t.z * inverse + T(kLn2) * t.log2_rest;
+            }
+            sum_of_log_p += weight * l;
           }
         }
         if (c == columns) {
@@ -347,8 +353,8 @@ struct Kernel : RowKernel<T> {
               share_label += weight * x;
             else if (!(p < std::numeric_limits<T>::min()))  // or NaN
               share_label += weight * (row.w[j] - row.scale[j] * fast_exp2(x * k) / p);
-            else if (tile_l[i] != -kInf)
-              share_label += weight * (row.w[j] - fast_exp2(x * k + log2(row.scale[j]) - tile_l[i]));
+            else if (tile_z[i] != -kInf)
+              share_label += weight * (row.w[j] - fast_exp2((x - tile_z[i]) * k + (log2(row.scale[j]) - tile_l[i])));
           }
         }
         if constexpr (soft) {
@@ -372,16 +378,26 @@ struct Kernel : RowKernel<T> {
     group.sync();
   }
 
-  // log2 p of a column where p is too small for a number. Rare.
-  __device__ T log2_of_tiny(int c) const {
+  // p = exp(z / τ) 2^log2_rest of a column where p is too small for a number, z a snapshot's logit less its largest. A
+  // sum of both would round away what a posterior is made of: that of another logit by its difference from z.
+  struct Tiny {
+    T z, log2_rest;
+  };
+  __device__ Tiny tiny_at(int c) const {  // rare
     T most = -kInf, sum = 0;
+    Tiny t{-kInf, 0};
 #pragma unroll 1
     for (int j = 0; j < row.used; ++j) {
-      const T l = (z(j, c) - finite(row.target[j].max)) * k + log2(row.scale[j]), larger = l > most ? l : most;
-      sum = sum * fast_exp2(most - finite(larger)) + fast_exp2(l - finite(larger));
-      most = larger;
+      const T x = z(j, c) - finite(row.target[j].max), scale = log2(row.scale[j]), l = x * k + scale;
+      if (l > most) most = l, t = {x, scale};
     }
-    return most + log2(sum);
+#pragma unroll 1
+    for (int j = 0; j < row.used && most != -kInf; ++j) {
+      const T x = z(j, c) - finite(row.target[j].max);
+      sum += fast_exp2((x - t.z) * k + (log2(row.scale[j]) - t.log2_rest));
+    }
+    if (sum > 0) t.log2_rest += log2(sum);
+    return t;
   }
 
   // Of the gradient of the CE: what Σ exp is divided by and the coefficient times.
