@@ -70,9 +70,9 @@ struct Kernel : RowKernel<T> {
   const bool probability;
   const Layout at;
   SparseRow<T>& row;
-  SoftmaxSum<T>* const statistics;  // [tail, hard, mixture][warp]
-  T* const sums;                    // [slot][warp]
-  T *const tile_p, *const tile_r;   // of as many columns as threads
+  SoftmaxSum<T>* const statistics;                // [tail, hard, mixture][warp]
+  T* const sums;                                  // [slot][warp]
+  T *const tile_p, *const tile_r;                 // of as many columns as threads
   T *const tile_y, *const tile_z, *const tile_l;  // likewise of soft labels: their weights, and Tiny where p is tiny
   unsigned* const bits;
   const char* line;  // the student's row
