@@ -194,6 +194,7 @@ def test_every_method_has_as_many_trials():
     ]  # fmt: skip
 
 
+@pytest.mark.full
 def test_tuning_chooses_by_validation_images_and_never_looks_at_test_images(tmp_path, capsys):
     more = "--tune", "--first-seed", "100"
     assert compare(tmp_path, "ce dist last@temperature=2", *more, seeds=2) == 0
