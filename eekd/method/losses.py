@@ -1,6 +1,5 @@
 """The student's loss: how the snapshots are weighted, and `ensemble_kd`, or `sparse_ensemble_kd`, with the weights."""
 
-import gc
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -144,7 +143,7 @@ class EEKDLoss(nn.Module):
         if (
             not self.check_wrapper
             or parallel.world_size() == 1
-            or DistributedDataParallel._active_ddp_module is not None
+            or parallel.in_ddp()
             or not (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()))
         ):
             return
@@ -153,9 +152,8 @@ class EEKDLoss(nn.Module):
             return
         from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-        kinds = DistributedDataParallel, FullyShardedDataParallel, FSDPModule
-        wrappers = [found for found in gc.get_objects() if issubclass(type(found), kinds)]
-        around = [found for found in wrappers if any(module is self for module in found.modules())]
+        wrappers = parallel.wrappers_alive(DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
+        around = parallel.around(self, wrappers)
         if any(not isinstance(found, DistributedDataParallel) for found in around):
             return
         trained = _parameters_of(student_logits) if wrappers else set()

@@ -30,6 +30,7 @@ from eekd.parallel.process_group import (
     world_size,
 )
 from eekd.parallel.sync_batchnorm import convert_sync_batchnorm
+from eekd.parallel.wrappers import around, in_ddp, wrappers_alive
 
 __all__ = [
     "TORCHRUN",
@@ -37,6 +38,7 @@ __all__ = [
     "all_reduce_max",
     "all_reduce_mean_",
     "all_reduce_sum",
+    "around",
     "barrier",
     "broadcast",
     "check_process_group",
@@ -48,6 +50,7 @@ __all__ = [
     "full_tensor",
     "gather_to_main_process",
     "group_of",
+    "in_ddp",
     "is_main_process",
     "is_peer_failure",
     "is_sharded",
@@ -58,4 +61,5 @@ __all__ = [
     "rank_and_world_size",
     "to_local",
     "world_size",
+    "wrappers_alive",
 ]

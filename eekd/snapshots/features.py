@@ -1,6 +1,5 @@
 """The last feature of any classifier: what goes into the layer that makes its logits."""
 
-import gc
 from typing import Any
 
 import torch
@@ -162,7 +161,7 @@ class LastFeatures:
             not isinstance(model, nn.Module)
             or not (model.training and torch.is_grad_enabled())
             or parallel.world_size() == 1
-            or DistributedDataParallel._active_ddp_module is not None
+            or parallel.in_ddp()
         ):
             return
         self._looks += 1
@@ -170,11 +169,8 @@ class LastFeatures:
             wrapped = isinstance(model, DistributedDataParallel) or isinstance(
                 getattr(model, "_orig_mod", None), DistributedDataParallel
             )
-            self._past_ddp = not wrapped and any(
-                any(module is model for module in found.modules())
-                for found in gc.get_objects()
-                if issubclass(type(found), DistributedDataParallel)
-            )
+            alive = [] if wrapped else parallel.wrappers_alive(DistributedDataParallel)
+            self._past_ddp = bool(parallel.around(model, alive))
         if self._past_ddp:
             raise RuntimeError(
                 "the model must run through its DistributedDataParallel, past which no gradient is averaged: give "
