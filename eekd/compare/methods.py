@@ -1,5 +1,6 @@
 """The methods that can be compared."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -129,6 +130,14 @@ def folder_of(name: str) -> str:
 def base_of(folder: str) -> str:
     """The method that a folder's name is a variant of, or is."""
     return folder.partition("@")[0].removesuffix("-online")
+
+
+def representatives(means: Mapping[str, float]) -> dict[str, str]:
+    """Which of the names of these mean accuracies stands for each method: itself, else its variant of the highest."""
+    found = {}
+    for name in sorted(means, key=lambda name: ("@" in name, -means[name])):
+        found.setdefault(name.partition("@")[0], name)
+    return found
 
 
 def online(folder: str) -> str:

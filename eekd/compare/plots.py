@@ -4,7 +4,7 @@ import io
 import re
 from pathlib import Path
 
-from eekd.compare.methods import KINDS
+from eekd.compare.methods import KINDS, representatives
 from eekd.io.files import write_atomic
 
 FIGURES = {
@@ -39,8 +39,9 @@ def series_of(record: dict, name: str) -> dict[int, dict]:
 
 def standing(record: dict) -> dict[str, dict]:
     """The rows of methods, a method's variant of the highest validation accuracy where it is not there itself."""
-    rows = sorted(record["methods"], key=lambda row: (row["name"].count("@") == 0, row["val"]["mean"]))
-    return {row["name"].partition("@")[0]: row for row in rows}
+    rows = {row["name"]: row for row in record["methods"]}
+    means = {name: row["val"]["mean"] for name, row in rows.items()}
+    return {base: rows[name] for base, name in representatives(means).items()}
 
 
 def drawn(record: dict) -> list[str]:

@@ -3,6 +3,7 @@
 from math import ceil, sqrt
 from statistics import mean, stdev
 
+from eekd.compare.methods import representatives
 from eekd.compare.plots import points
 from eekd.statistics import interval, paired
 
@@ -48,8 +49,7 @@ def seeds_needed(differences: list[float]) -> int | None:
 
 def reference(val: Scores, base: str) -> str | None:
     """The method that stands for `base`: itself, else the variant of it with the highest mean; None without any."""
-    variants = [name for name in val if name.partition("@")[0] == base]
-    return base if base in val else max(variants, key=lambda name: mean(val[name].values()), default=None)
+    return representatives({name: mean(scores.values()) for name, scores in val.items()}).get(base)
 
 
 def advice(val: Scores) -> dict:
