@@ -5,7 +5,6 @@ OUT/tuning.json     format, command, environment, config, seeds, commits
     chosen          {method: name of the trial of the highest mean}
 """
 
-import json
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -63,7 +62,7 @@ def gather(out: Path, command: list[str], names: Sequence[str], seeds: list[int]
                 best[trial["of"]] = trial
         record = {
             "format": FORMAT, "command": command, "environment": environment(),
-            "config": json.loads((out / "settings.json").read_text())["config"], "seeds": seeds,
+            "config": read_record(out / "settings.json", "config")["config"], "seeds": seeds,
             "commits": sorted(commits), "trials": found,
             "chosen": {name: trial["name"] for name, trial in best.items()},
         }  # fmt: skip

@@ -23,7 +23,7 @@ from eekd.method.losses import EEKDLoss
 from eekd.method.rivals import RIVALS
 from eekd.snapshots import read_entries, read_manifest
 from eekd.snapshots.features import LastFeatures
-from eekd.train.checked import student_names
+from eekd.train.checked import StudentName, choices
 from eekd.train.checkpoints import KeepSources, check_identity, delete_checkpoints, run_identity
 from eekd.train.config import Config, Student
 from eekd.train.metrics import RunningMeans, accuracy, evaluate
@@ -211,7 +211,7 @@ def method_of(method: "str | Callable | type[StudentTrainer]") -> Method:
         file = Path(inspect.getsourcefile(own) or "") if inspect.isroutine(own) or inspect.isclass(own) else None
         file = file if file and file.is_file() else None  # a notebook has none
     if isinstance(own, type) and issubclass(own, StudentTrainer):
-        if name in (*student_names(), *RIVALS):
+        if name in choices(StudentName):
             raise ValueError(f"a method's name must be one that eekd does not use itself, got {name!r}")
         return Method(name, own, own.weighting, file)
     if not callable(own) or isinstance(own, type):
