@@ -64,12 +64,17 @@ def chosen(setting: str) -> list[str]:
     return [*trials.values(), *(trials[of].replace(of, name, 1) for name, of in UNTUNED.items())]
 
 
-def share(setting: str) -> None:
+def folder(setting: str, tune: bool) -> Path:
+    """Where `eekd compare` keeps a setting's networks."""
+    return WORK / (setting + "-tune" * tune)
+
+
+def share(setting: str, tune: bool) -> None:
     """Copies finished teachers and banks of the dataset's other setting."""
     data, _, student = setting.partition("-")
-    other = next(name for name in STUDENTS if name != student)
-    for found in (WORK / f"{data}-{other}").glob("seed-*/*/teacher.json"):
-        to = WORK / setting / found.parent.relative_to(WORK / f"{data}-{other}")
+    other = folder(f"{data}-{next(name for name in STUDENTS if name != student)}", tune)
+    for found in other.glob("seed-*/*/teacher.json"):
+        to = folder(setting, tune) / found.parent.relative_to(other)
         if not to.exists():
             shutil.copytree(found.parent, to)
 
@@ -83,17 +88,18 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", help="of the methods only these")
     args = parser.parse_args()
     data, _, student = args.setting.partition("-")
-    names = methods(args.setting) if args.what == "tune" else chosen(args.setting)
+    tune = args.what == "tune"
+    names = methods(args.setting) if tune else chosen(args.setting)
     names = [name for name in names if not args.only or base_of(folder_of(name)) in args.only]
-    share(args.setting)
-    out = WORK / (f"{args.setting}-tune" if args.what == "tune" else args.setting)
+    share(args.setting, tune)
+    out = folder(args.setting, tune)
     flags = [*DATA[data], *ALL, *STUDENTS[student], "--first-seed", str(args.first_seed), "--seeds", str(args.seeds)]
-    flags += ["--tune"] * (args.what == "tune") + ["--out", str(out), "--methods", *names]
+    flags += ["--tune"] * tune + ["--out", str(out), "--methods", *names]
     if code := compare(flags):
         return code
     KEPT.mkdir(exist_ok=True)
-    kept = f"{args.setting}-tuning.json" if args.what == "tune" else f"{args.setting}.json"
-    shutil.copyfile(out / ("tuning.json" if args.what == "tune" else "study.json"), KEPT / kept)
+    made, kept = ("tuning.json", f"{args.setting}-tuning.json") if tune else ("study.json", f"{args.setting}.json")
+    shutil.copyfile(out / made, KEPT / kept)
     return 0
 
 

@@ -5,15 +5,17 @@ A record is the study.json of `eekd compare` for one setting, in which a method 
 
 import io
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import mean
 
 from eekd.compare.methods import base_of, method
 from eekd.compare.plots import points
-from eekd.compare.verdict import HOLDS, MISSING, seeds_needed, verdict
+from eekd.compare.verdict import HOLDS, MISSING, UNDECIDED, seeds_needed, verdict
 from eekd.io.files import write_atomic
-from eekd.statistics import mean_std, paired
+from eekd.statistics import interval, mean_std
 
 FOLDER = Path(__file__).parent / "evidence"
 TITLES = {
@@ -51,36 +53,40 @@ CLAIMS = [
 ]
 
 
-def records() -> dict[str, dict]:
-    """The record of every setting that there is one of."""
-    files = {setting: FOLDER / f"{setting}.json" for setting in TITLES}
+@cache
+def records(ending: str = "") -> dict[str, dict]:
+    """The record of every setting that there is one of; "-tuning" as `ending` for what its tuning tried."""
+    files = {setting: FOLDER / f"{setting}{ending}.json" for setting in TITLES}
     return {setting: json.loads(file.read_text()) for setting, file in files.items() if file.exists()}
 
 
-def scores(record: dict, split: str = "test") -> dict[str, dict[int, float]]:
-    """Accuracies by method and seed."""
-    found = {}
-    for cell in record["cells"]:
-        found.setdefault(base_of(cell["name"]), {})[cell["seed"]] = cell[split]["accuracy"]
-    return found
+def scores() -> dict[str, dict[str, dict[int, float]]]:
+    """Test accuracies by setting, method and seed."""
+    known = {}
+    for setting, record in records().items():
+        found = known[setting] = {}
+        for cell in record["cells"]:
+            found.setdefault(base_of(cell["name"]), {})[cell["seed"]] = cell["test"]["accuracy"]
+    return known
 
 
-def differences(record: dict, who: str, whom: str, split: str = "test") -> list[float]:
+def differences(found: dict[str, dict[int, float]], who: str, whom: str) -> list[float]:
     """who - whom for each seed that both have."""
-    found = scores(record, split)
-    those = found.get(whom, {})
-    return [value - those[seed] for seed, value in found.get(who, {}).items() if seed in those]
+    these, those = found.get(who, {}), found.get(whom, {})
+    return [these[seed] - those[seed] for seed in these if seed in those]
+
+
+def table(columns: Iterable[str], settings: Iterable[str], align: str = "---") -> list[str]:
+    """The head of a table with a column for each setting."""
+    columns, settings = list(columns), [TITLES[setting] for setting in settings]
+    return [f"| {' | '.join(columns + settings)} |", "|" + "---|" * len(columns) + f"{align}|" * len(settings)]
 
 
 def methods() -> str:
     """Each method's test accuracy over `last`, in every setting."""
-    known = {setting: scores(record) for setting, record in records().items()}
-    names = list(dict.fromkeys(name for found in known.values() for name in found))
-    lines = [
-        "| method | name | " + " | ".join(TITLES[setting] for setting in known) + " |",
-        "|---|---|" + "--:|" * len(known),
-    ]
-    for name in names:
+    known = scores()
+    lines = table(["method", "name"], known, "--:")
+    for name in dict.fromkeys(name for found in known.values() for name in found):
         cells = []
         for found in known.values():
             if name not in found:
@@ -89,42 +95,35 @@ def methods() -> str:
                 accuracy = mean_std(list(found[name].values()))
                 cells.append(f"{100 * accuracy['mean']:.2f} ± {100 * accuracy['std']:.2f} %")
             else:
-                difference = paired(found[name], found["last"])
+                difference = interval(differences(found, name, "last"))
                 bold = "**" if verdict(difference, True) == HOLDS else ""
                 cells.append(f"{bold}{points(difference)}{bold}")
         lines.append(f"| {method(name).title} | `{name}` | " + " | ".join(cells) + " |")
-    seeds = {setting: len(record["seeds"]) for setting, record in records().items()}
-    said = ", ".join(f"{count} ({TITLES[setting]})" for setting, count in seeds.items())
+    said = ", ".join(f"{len(record['seeds'])} ({TITLES[setting]})" for setting, record in records().items())
     return "\n".join([*lines, "", f"Seeds: {said}. Bold: the interval lies above 0."])
 
 
 def claims() -> str:
     """What the differences say of each claim, in every setting, and how many seeds would decide what is open."""
-    known = records()
-    lines = ["| claim | " + " | ".join(TITLES[setting] for setting in known) + " |", "|---|" + "---|" * len(known)]
+    known = scores()
+    lines = table(["claim"], known)
     for claim in CLAIMS:
         cells = []
-        for record in known.values():
-            found = scores(record)
-            difference = paired(found.get(claim.who, {}), found.get(claim.whom, {}))
-            said = verdict(difference, claim.above)
-            if said == MISSING:
-                cells.append(said)
-                continue
-            needed = seeds_needed(differences(record, claim.who, claim.whom)) if said == "undecided" else None
+        for found in known.values():
+            each = differences(found, claim.who, claim.whom)
+            said = verdict(interval(each), claim.above)
+            needed = seeds_needed(each) if said == UNDECIDED else None
             more = f"; about {needed} seeds would decide" if needed else ""
-            cells.append(f"**{said}**: {points(difference)}{more}")
+            cells.append(said if said == MISSING else f"**{said}**: {points(interval(each))}{more}")
         lines.append(f"| {claim.text} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def tuned() -> str:
     """What the tuning chose for each method, in every setting."""
-    files = {setting: FOLDER / f"{setting}-tuning.json" for setting in TITLES}
-    known = {setting: json.loads(file.read_text()) for setting, file in files.items() if file.exists()}
-    names = list(dict.fromkeys(name for record in known.values() for name in record["chosen"]))
-    lines = ["| method | " + " | ".join(TITLES[setting] for setting in known) + " |", "|---|" + "---|" * len(known)]
-    for name in names:
+    known = records("-tuning")
+    lines = table(["method"], known)
+    for name in dict.fromkeys(name for record in known.values() for name in record["chosen"]):
         cells = []
         for record in known.values():
             trials = {trial["name"]: trial for trial in record["trials"]}
@@ -155,24 +154,25 @@ def plot(path: Path) -> None:
     matplotlib.rcParams |= {"svg.hashsalt": "eekd", "svg.fonttype": "none", "font.size": 9}
     import matplotlib.pyplot as plt
 
-    known, costs, gains = records(), {}, {}
-    for record in known.values():
+    known, costs, gains = scores(), {}, {}
+    for setting, record in records().items():
         unit = next(row["cost"] for row in record["methods"] if base_of(row["name"]) == "last")
         for row in record["methods"]:
             name, cost = base_of(row["name"]), row["cost"]
             costs.setdefault(name, []).append(_operations(cost) / _operations(unit))
-            gains.setdefault(name, []).append(mean(differences(record, name, "last")))
+            gains.setdefault(name, []).append(mean(differences(known[setting], name, "last")))
     order = sorted(costs, key=lambda name: (-round(mean(costs[name]), 1), mean(gains[name])))
     size = {"figsize": (3 + 2.5 * len(known), 1 + 0.2 * len(order)), "layout": "constrained"}
     figure, panels = plt.subplots(1, len(known), sharey=True, squeeze=False, **size)
-    for axes, (setting, record) in zip(panels[0], known.items(), strict=True):
+    for axes, (setting, found) in zip(panels[0], known.items(), strict=True):
         for place, name in enumerate(order):
-            if name == "last" or not (found := paired(scores(record).get(name, {}), scores(record)["last"])):
+            gain = interval(differences(found, name, "last"))
+            if name == "last" or not gain:
                 continue
-            low, high = (100 * (found[end] or 0) for end in ("low", "high"))
+            low, high = (100 * (gain[end] or 0) for end in ("low", "high"))
             colour = "#228833" if low > 0 else "#cc3311" if high < 0 else "#888888"
             axes.plot([low, high], [place] * 2, color=colour, lw=1.2)
-            axes.plot(100 * found["mean"], place, "o", color=colour, ms=4)
+            axes.plot(100 * gain["mean"], place, "o", color=colour, ms=4)
         axes.axvline(0, color="#4477aa", lw=1)
         axes.set(title=TITLES[setting].replace(", ", "\n"), xlabel="points over last")
         axes.grid(alpha=0.3, axis="x")
