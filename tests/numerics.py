@@ -7,9 +7,11 @@ probability in the student's, 1 in the logarithm of a probability, and never rou
 For 16 bits ATOL is one unit in the last place, since a gradient is rounded when it is written and when it is scaled.
 """
 
+import re
 from collections.abc import Callable
 from math import log
 
+import pytest
 import torch
 from cases import kd
 from torch import Tensor
@@ -131,3 +133,31 @@ def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     for name in a:
         assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+
+
+def assert_equals_formulas(x: dict, device, expected: dict[str, Tensor], fusion: str, objective: str) -> None:
+    """The op gives what the formulas gave for the same numbers in fp64, at temperature 3 and alpha 0.3."""
+    x = {name: value.to(device) for name, value in x.items()}
+    options = {"temperature": 3.0, "alpha": 0.3, "fusion": fusion, "attention_objective": objective}
+    got = evaluate(kd, x, reduction="sum", **options)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name].cpu(), value, rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_same_bits_in_threads(threads: Callable[[int], object], x: dict, **options) -> None:
+    """The op gives the same bits in one, two and four threads."""
+    outs = []
+    for count in (1, 2, 4):
+        threads(count)
+        outs.append(evaluate(kd, x, **options))
+    for out in outs[1:]:
+        assert_same_bits(out, outs[0])
+
+
+def refused(exception: type[Exception], says: str, **arguments) -> str:
+    """The sentence, and one it is, by which the op refuses these arguments."""
+    with pytest.raises(exception) as caught:
+        kd(**arguments)
+    sentence = str(caught.value)
+    assert re.search(says, sentence) and "\n" not in sentence and len(sentence) < 200
+    return sentence

@@ -24,7 +24,7 @@ from cases import (
     sparse,
     tensors,
 )
-from numerics import assert_rounded_once, assert_same_bits, check, evaluate, exact
+from numerics import assert_equals_formulas, assert_rounded_once, assert_same_bits, check, evaluate, exact
 from torch.nn import functional as F
 
 from eekd import ensemble_kd
@@ -67,12 +67,7 @@ def formulas(x, temperature, alpha, fusion, objective):
 @readings
 def test_equals_the_formulas_of_the_method(backend, device, fusion, objective):
     x = tensors(9, 4, 12, attention="query", dtype=torch.float64)
-    expected = formulas(x, 3.0, 0.3, fusion, objective)
-    x = {name: value.to(device) for name, value in x.items()}
-    options = {"temperature": 3.0, "alpha": 0.3, "fusion": fusion, "attention_objective": objective}
-    got = evaluate(ensemble_kd, x, reduction="sum", **options)
-    for name, value in expected.items():
-        torch.testing.assert_close(got[name].cpu(), value, rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+    assert_equals_formulas(x, device, formulas(x, 3.0, 0.3, fusion, objective), fusion, objective)
 
 
 @sizes(*SIZES)

@@ -1,11 +1,11 @@
 """Every mistake in a call of ensemble_kd ends in one sentence that names the argument."""
 
-import re
 from math import inf, nan
 
 import pytest
 import torch
 from cases import tensors
+from numerics import refused
 
 from eekd import ensemble_kd
 
@@ -171,14 +171,6 @@ TENSORS = [
     )
     for case in cases
 ]
-
-
-def refused(exception, says, **arguments):
-    with pytest.raises(exception) as caught:
-        ensemble_kd(**arguments)
-    sentence = str(caught.value)
-    assert re.search(says, sentence) and "\n" not in sentence and len(sentence) < 200
-    return sentence
 
 
 @pytest.mark.bad_input

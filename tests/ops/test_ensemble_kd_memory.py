@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from cases import ATTENTIONS, DTYPES, INF, NAN, far, fusions, kd, part, readings, rows_first, sizes, spread, tensors
-from numerics import assert_same_bits, check, evaluate
+from numerics import assert_same_bits, assert_same_bits_in_threads, check, evaluate
 
 from eekd import ensemble_kd
 from eekd.kernels.timing import peak_extra_bytes
@@ -227,12 +227,7 @@ def test_the_same_inputs_give_the_same_bits(backend, device, size, fusion, objec
 @readings
 def test_threads_do_not_change_the_bits(kernels, threads, size, fusion, objective):
     x = tensors(*size)
-    outs = []
-    for count in (1, 2, 4):
-        threads(count)
-        outs.append(evaluate(kd, x, fusion=fusion, attention_objective=objective))
-    for out in outs[1:]:
-        assert_same_bits(out, outs[0])
+    assert_same_bits_in_threads(threads, x, fusion=fusion, attention_objective=objective)
 
 
 @sizes((8, 3, 5000), (40, 3, 1100, 10), (40, 3, 1100, 60))

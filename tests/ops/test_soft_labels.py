@@ -20,7 +20,15 @@ from cases import (
     tensors,
 )
 from compiled import assert_compiled_agrees, compiled
-from numerics import assert_same_bits, check, check_by_differences, evaluate, exact
+from numerics import (
+    assert_equals_formulas,
+    assert_same_bits,
+    assert_same_bits_in_threads,
+    check,
+    check_by_differences,
+    evaluate,
+    exact,
+)
 from torch.nn import functional as F
 
 from eekd import EEKDLoss, ensemble_kd, sparse_ensemble_kd, top_k_logits
@@ -65,12 +73,7 @@ def centred(w, g):
 @readings
 def test_equals_the_formulas_of_soft_labels(backend, device, fusion, objective):
     x = tensors(10, 4, 12, dtype=torch.float64, soft=True)
-    expected = formulas(x, 3.0, 0.3, fusion, objective)
-    x = {name: value.to(device) for name, value in x.items()}
-    options = {"temperature": 3.0, "alpha": 0.3, "fusion": fusion, "attention_objective": objective}
-    got = evaluate(ensemble_kd, x, reduction="sum", **options)
-    for name, value in expected.items():
-        torch.testing.assert_close(got[name].cpu(), value, rtol=1e-11, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+    assert_equals_formulas(x, device, formulas(x, 3.0, 0.3, fusion, objective), fusion, objective)
 
 
 @sizes((10, 3, 7), (10, 3, 1000), (5, 3, 2500), (10, 3, 7, 2), (10, 3, 1000, 40), (5, 3, 2500, 40))
@@ -295,12 +298,7 @@ def test_upstream_gradients_of_soft_labels(backend, device, dtype, reduction, k,
 @readings
 def test_threads_do_not_change_the_bits_of_soft_labels(kernels, threads, size, fusion, objective):
     x = tensors(*size, soft=True)
-    outs = []
-    for count in (1, 2, 4):
-        threads(count)
-        outs.append(evaluate(kd, x, fusion=fusion, attention_objective=objective))
-    for out in outs[1:]:
-        assert_same_bits(out, outs[0])
+    assert_same_bits_in_threads(threads, x, fusion=fusion, attention_objective=objective)
 
 
 @dense_or_sparse

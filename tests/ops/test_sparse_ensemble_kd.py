@@ -4,12 +4,11 @@ What both ops share is in test_ensemble_kd.py.
 """
 
 import itertools
-import re
 
 import pytest
 import torch
 from cases import DTYPES, INF, fusions, kept, readings, sizes, sparse, tensors
-from numerics import check, evaluate, exact
+from numerics import check, evaluate, exact, refused
 from torch.nn import functional as F
 
 from eekd import ensemble_kd, sparse_ensemble_kd
@@ -289,14 +288,6 @@ BAD = [
     ("labels", "one hot", TYPE, "labels.* floating", lambda y: F.one_hot(y, C)),
     ("scores", "(M, B)", VALUE, "scores", lambda e: e.t()),
 ]
-
-
-def refused(exception, says, **arguments):
-    with pytest.raises(exception) as caught:
-        sparse_ensemble_kd(**arguments)
-    sentence = str(caught.value)
-    assert re.search(says, sentence) and "\n" not in sentence and len(sentence) < 200
-    return sentence
 
 
 @pytest.mark.bad_input
