@@ -4,6 +4,8 @@ import io
 
 import numpy as np
 
+from eekd.io.files import stranger
+
 # What Pillow may take bytes for, whatever their name: for others it starts programs, for EPS Ghostscript.
 KINDS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
 ENDINGS = (
@@ -16,15 +18,7 @@ _ORIENTATION = 0x0112  # Exif 2.3, 4.6.4 A: from 1, as stored, to 8
 # How an image of that orientation is turned: Pillow's FLIP_LEFT_RIGHT, ROTATE_180, FLIP_TOP_BOTTOM, and so on.
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 # What stands in files that only look like images.
-_OTHERS = {
-    b"version https://git-lfs": "a pointer of Git LFS: `git lfs pull` fetches the image",
-    b"<!doctype html": "a page of HTML",
-    b"<html": "a page of HTML",
-    b"<svg": "SVG",
-    b"<?xml": "XML or SVG",
-    b"%!PS": "PostScript",
-    b"%PDF": "PDF",
-}
+_OTHERS = {b"<svg": "SVG", b"<?xml": "XML or SVG", b"%!ps": "PostScript", b"%pdf": "PDF"}
 _BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}  # ISO 14496-12, ftyp
 
 
@@ -115,8 +109,7 @@ def _pillow():
 
 
 def _damaged(data: bytes, name: str, error: Exception) -> ValueError:
-    head = data[:40].lstrip().lower()
-    what = next((what for start, what in _OTHERS.items() if head.startswith(start.lower())), type(error).__name__)
+    what = stranger(data, "image", _OTHERS) or type(error).__name__
     if data[4:8] == b"ftyp" and data[8:12] in _BRANDS:
         what = f"{_BRANDS[data[8:12]]}, which is not read: convert it"
     what = "it is empty" if not data else "it is cut off" if "truncated" in str(error).lower() else what

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -226,3 +226,18 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.5) -> str:
     lowered = {n.lower(): n for n in reversed([*names])}
     close = difflib.get_close_matches(str(name).lower(), lowered, 1, cutoff)
     return f"; did you mean {lowered[close[0]]!r}?" if close else ""
+
+
+# What stands in a file of another kind than its name says, by how it starts, in small letters.
+_STRANGERS = {
+    b"version https://git-lfs": "a pointer of Git LFS: `git lfs pull` fetches the {}",
+    b"<!doctype html": "a page of HTML",
+    b"<html": "a page of HTML",
+}
+
+
+def stranger(data: bytes, wanted: str, others: Mapping[bytes, str]) -> str | None:
+    """What `data` is in place of the file that is `wanted`, by how it starts; `others` has more than LFS and HTML."""
+    head = data[:100].lstrip().lower()
+    found = next((what for start, what in (_STRANGERS | dict(others)).items() if head.startswith(start)), None)
+    return found and found.format(wanted)

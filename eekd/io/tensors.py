@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from eekd.io.files import first_line, read_checked, read_json, sha256_of, write_atomic
+from eekd.io.files import first_line, read_checked, read_json, sha256_of, stranger, write_atomic
 from eekd.io.state_dicts import bare_names, find_state, kind_of, load_state, some
 
 __all__ = [
@@ -26,11 +26,8 @@ __all__ = [
     "weights_sha256",
 ]
 INDEX = ".index.json"
-# What is given for a checkpoint and is none, by how it starts, in small letters.
+# What is given for a checkpoint and is none.
 _OTHERS = {
-    b"version https://git-lfs": "a pointer of Git LFS: `git lfs pull` fetches the file",
-    b"<!doctype html": "a page of HTML",
-    b"<html": "a page of HTML",
     b"\x1f\x8b": "a gzip archive: unpack it",
     b"\x89hdf": "a file of HDF5, as Keras writes them",
     b"gguf": "a file of GGUF",
@@ -132,7 +129,7 @@ def _torch_file(path: Path, sha256: str | None):
     data = read_checked(path, sha256)
     if int.from_bytes(data[:8], "little") < len(data) and data[8:9] == b"{":  # by whatever ending
         return load_tensors(path, sha256)
-    what = next((what for start, what in _OTHERS.items() if data[:100].lstrip().lower().startswith(start)), None)
+    what = stranger(data, "file", _OTHERS)
     if what or not data:
         raise ValueError(f"{path} must be a checkpoint, got {what or 'an empty file'}")
     try:
