@@ -28,39 +28,42 @@ IMPORTS = {"import torch": "import torch", "import eekd": "import eekd", "the op
 
 
 class Version:
-    """A checkout of eekd: its programs, and the run and the bank that they made."""
+    """A checkout of eekd, and the seconds of what it did."""
 
     def __init__(self, folder: Path, scratch: Path):
-        self.folder, self.run, self.count = folder.resolve(), scratch / "teacher", 0
+        self.folder, self.scratch, self.count = folder.resolve(), scratch, 0
         self.settings = scratch / "settings.json"
         scratch.mkdir()
         self.settings.write_text(json.dumps(SETTINGS))
-        self.python("-m", "eekd.train", "teacher", "--config", self.settings, "--out", self.run)
-        self.python("-m", "eekd.bank", "--teacher", self.run, "--views", 2)
-        self.seconds = {"the teacher": self.epochs(self.run / "teacher")}
+        self.seconds: dict[str, list[float]] = {}
 
     def python(self, *words) -> float:
         """Seconds of a program."""
         own = os.environ | {"PYTHONPATH": str(self.folder), "CUDA_VISIBLE_DEVICES": ""}
+        words = [sys.executable, *map(str, words)]  # Python looks into the working folder before PYTHONPATH
         start = time.perf_counter()
-        subprocess.run([sys.executable, *map(str, words)], check=True, stdout=subprocess.DEVNULL, env=own)
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL, env=own, cwd=self.folder)
         return time.perf_counter() - start
 
     def epochs(self, phase: Path) -> list[float]:
         rows = [json.loads(line) for line in (phase / "metrics.jsonl").read_text().splitlines()]
         return [row["seconds"] for row in rows[1:]]
 
-    def students(self) -> None:
-        """Trains them under the running snapshots, and the one by attention from the bank."""
+    def train(self) -> None:
+        """Trains a teacher, students under its running snapshots, and one by attention from its bank."""
         self.count += 1
-        out = self.run.with_name(f"students-{self.count}")
-        words = "-m", "eekd.train", "student", "--config", self.settings, "--out"
-        self.python(*words, out, "--teacher", self.run)
-        self.python(*words, f"{out}-bank", "--bank", self.run / "bank", "--students", "attention")
+        teacher, students, banked = (self.scratch / f"{name}-{self.count}" for name in ("teacher", "students", "banked"))
+        command = "-m", "eekd.train"
+        student = *command, "student", "--config", self.settings
+        self.python(*command, "teacher", "--config", self.settings, "--out", teacher)
+        self.python("-m", "eekd.bank", "--teacher", teacher, "--views", 2)
+        self.python(*student, "--out", students, "--teacher", teacher)
+        self.python(*student, "--out", banked, "--bank", teacher / "bank", "--students", "attention")
         for name, phase in {
-            "a student alone": out / "students/ce",
-            "a student of five snapshots": out / "students/attention",
-            "a student of five snapshots from a bank": Path(f"{out}-bank/students/attention"),
+            "the teacher": teacher / "teacher",
+            "a student alone": students / "students/ce",
+            "a student of five snapshots": students / "students/attention",
+            "a student of five snapshots from a bank": banked / "students/attention",
         }.items():
             self.seconds.setdefault(name, []).extend(self.epochs(phase))
 
@@ -72,7 +75,7 @@ class Version:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--before", type=Path, required=True, help="a built checkout of an older commit")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--json", type=Path, default=Path(__file__).with_name("since-cpu.json"))
     args = parser.parse_args()
     found = subprocess.run(["git", "-C", args.before, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
@@ -80,9 +83,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         before, now = Version(args.before, Path(scratch, "before")), Version(HERE, Path(scratch, "now"))
         for _ in range(args.rounds):
-            before.students()
-            now.students()
-        for _ in range(4 * args.rounds):
+            before.train()
+            now.train()
+        for _ in range(2 * args.rounds):
             before.imports()
             now.imports()
     rows = [
