@@ -210,7 +210,8 @@ def test_tuning_chooses_by_validation_images_and_never_looks_at_test_images(tmp_
     for name, chosen in record["chosen"].items():
         of = [trial for trial in record["trials"] if trial["of"] == name]
         assert next(t["mean"] for t in of if t["name"] == chosen) == max(t["mean"] for t in of)
-    assert f"chosen: --methods {' '.join(record['chosen'].values())}\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "chosen: --methods " + " ".join(record["chosen"].values()) + "\n" in printed and ", test " not in printed
     assert not (tmp_path / "study.json").exists()
     assert compare(tmp_path, "ce", "--first-seed", "100") == 2
     assert "of the same images, all with --tune or all without" in capsys.readouterr().err

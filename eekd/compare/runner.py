@@ -102,7 +102,9 @@ class Seed:
                     check_source(folder, method_of(how.weighting))
                 if made is None:
                     known = self.cell(folder, name, how)
-                    done = f"validation {known['val']['accuracy']:.2%}, test {known['test']['accuracy']:.2%}"
+                    done = f"validation {known['val']['accuracy']:.2%}"
+                    if self.data.test is not self.data.val:  # a tuning does not look at test images
+                        done += f", test {known['test']['accuracy']:.2%}"
                     self.say(f"seed {self.config.seed}, {name}: {done} ({number} of {len(self.methods)})")
 
     def cell(self, folder: Path, name: str, how: Method) -> dict:
