@@ -71,14 +71,25 @@ def scores() -> dict[str, dict[str, dict[int, float]]]:
 
 
 def differences(found: dict[str, dict[int, float]], who: str, whom: str) -> list[float]:
-    """who - whom for each seed that both have."""
+    """who - whom for each seed that both have, in the order of the seeds."""
     these, those = found.get(who, {}), found.get(whom, {})
-    return [these[seed] - those[seed] for seed in these if seed in those]
+    return [these[seed] - those[seed] for seed in sorted(these.keys() & those.keys())]
 
 
-def table(columns: Iterable[str], settings: Iterable[str], align: str = "---") -> list[str]:
-    """The head of a table with a column for each setting."""
+def in_all(known: dict[str, dict[str, dict[int, float]]], who: str, whom: str) -> list[float]:
+    """who - whom for each seed, the mean over the settings; empty if a setting lacks one of them."""
+    return [mean(each) for each in zip(*(differences(found, who, whom) for found in known.values()), strict=False)]
+
+
+def by_setting(known: dict[str, dict[str, dict[int, float]]], who: str, whom: str) -> list[list[float]]:
+    """who - whom in every setting, and last their mean if there are several settings."""
+    return [differences(found, who, whom) for found in known.values()] + [in_all(known, who, whom)] * (len(known) > 1)
+
+
+def table(columns: Iterable[str], settings: Iterable[str], align: str = "---", means: bool = True) -> list[str]:
+    """The head of a table with a column for each setting, and one for their mean if there are several."""
     columns, settings = list(columns), [TITLES[setting] for setting in settings]
+    settings += ["mean of the settings"] * (means and len(settings) > 1)
     return [f"| {' | '.join(columns + settings)} |", "|" + "---|" * len(columns) + f"{align}|" * len(settings)]
 
 
@@ -88,16 +99,15 @@ def methods() -> str:
     lines = table(["method", "name"], known, "--:")
     for name in dict.fromkeys(name for found in known.values() for name in found):
         cells = []
-        for found in known.values():
-            if name not in found:
-                cells.append("")
-            elif name == "last":
-                accuracy = mean_std(list(found[name].values()))
-                cells.append(f"{100 * accuracy['mean']:.2f} ± {100 * accuracy['std']:.2f} %")
-            else:
-                difference = interval(differences(found, name, "last"))
+        if name == "last":
+            accuracies = [mean_std(list(found[name].values())) for found in known.values()]
+            cells = [f"{100 * accuracy['mean']:.2f} ± {100 * accuracy['std']:.2f} %" for accuracy in accuracies]
+            cells += [""] * (len(known) > 1)
+        else:
+            for each in by_setting(known, name, "last"):
+                difference = interval(each)
                 bold = "**" if verdict(difference, True) == HOLDS else ""
-                cells.append(f"{bold}{points(difference)}{bold}")
+                cells.append(f"{bold}{points(difference)}{bold}" if each else "")
         lines.append(f"| {method(name).title} | `{name}` | " + " | ".join(cells) + " |")
     said = ", ".join(f"{len(record['seeds'])} ({TITLES[setting]})" for setting, record in records().items())
     return "\n".join([*lines, "", f"Seeds: {said}. Bold: the interval lies above 0."])
@@ -109,8 +119,7 @@ def claims() -> str:
     lines = table(["claim"], known)
     for claim in CLAIMS:
         cells = []
-        for found in known.values():
-            each = differences(found, claim.who, claim.whom)
+        for each in by_setting(known, claim.who, claim.whom):
             said = verdict(interval(each), claim.above)
             needed = seeds_needed(each) if said == UNDECIDED else None
             more = f"; about {needed} seeds would decide" if needed else ""
@@ -122,7 +131,7 @@ def claims() -> str:
 def tuned() -> str:
     """What the tuning chose for each method, in every setting."""
     known = records("-tuning")
-    lines = table(["method"], known)
+    lines = table(["method"], known, means=False)
     for name in dict.fromkeys(name for record in known.values() for name in record["chosen"]):
         cells = []
         for record in known.values():

@@ -52,7 +52,9 @@ class Version:
     def train(self) -> None:
         """Trains a teacher, students under its running snapshots, and one by attention from its bank."""
         self.count += 1
-        teacher, students, banked = (self.scratch / f"{name}-{self.count}" for name in ("teacher", "students", "banked"))
+        teacher, students, banked = (
+            self.scratch / f"{name}-{self.count}" for name in ("teacher", "students", "banked")
+        )
         command = "-m", "eekd.train"
         student = *command, "student", "--config", self.settings
         self.python(*command, "teacher", "--config", self.settings, "--out", teacher)

@@ -112,7 +112,8 @@ def test_the_study_says_of_a_claim_what_its_differences_say(tmp_path, monkeypatc
     cells = [{"name": name, "seed": seed, "test": {"accuracy": 0.8 + gain + 0.001 * (seed % 2) * (name != "last")}}
              for name, gain in over.items() for seed in range(4)]  # fmt: skip
     monkeypatch.setattr(page, "FOLDER", tmp_path)
-    (tmp_path / "glyphs-mlp.json").write_text(json.dumps({"cells": cells, "seeds": [0, 1, 2, 3]}))
+    record = {"cells": cells, "seeds": [0, 1, 2, 3]}
+    (tmp_path / "glyphs-mlp.json").write_text(json.dumps(record))
     said = {row.split("|")[1].strip(): row.split("|")[2].strip() for row in page.claims().splitlines()[2:]}
     assert said["Attention teaches better than the last snapshot alone"].startswith("**holds**: +2.05 [")
     assert said["The half-way snapshot teaches better than the last"].startswith("**contradicted**: −2.95 [")
@@ -120,3 +121,12 @@ def test_the_study_says_of_a_claim_what_its_differences_say(tmp_path, monkeypatc
     rows = page.methods().splitlines()
     assert any("`uniform` | +0.05 [−0.04, +0.14]" in row for row in rows)
     assert any("**+2.05 [" in row for row in rows) and any("80.00 ± 0.00 %" in row for row in rows)
+    page.records.cache_clear()
+    for cell in cells:
+        cell["test"]["accuracy"] += 0.02 * (cell["name"] == "half") * (cell["seed"] % 2)
+    (tmp_path / "fashion-mlp.json").write_text(json.dumps(record))
+    rows = page.methods().splitlines()
+    assert rows[0].endswith(" | mean of the settings |")
+    half = next(row for row in rows if "`half`" in row)
+    assert [cell.split()[0] for cell in half.split(" | ")[2:]] == ["−1.95", "−2.95", "−2.45"]
+    assert any("| `last` | 80.00 ± 0.00 % | 80.00 ± 0.00 % |  |" in row for row in rows)
