@@ -5,9 +5,8 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from eekd.io.files import write_json_atomic
+from eekd.snapshots.files import SCHEDULE
 from eekd.snapshots.manifest import stage_ends
-
-SCHEDULE = "eekd_snapshots.json"  # beside the checkpoint-* folders: which of them are the snapshots
 
 
 class SnapshotCallback(TrainerCallback):

@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from eekd.hf.callback import SCHEDULE
 from eekd.io.files import read_json
 from eekd.io.state_dicts import some
 from eekd.ops.checks import MAX_SNAPSHOTS
@@ -39,16 +38,8 @@ def checkpoint_folders(paths: str | Path | Sequence[str | Path], snapshots: int 
 def _in_run(path: Path) -> list[Path]:
     if not path.is_dir():
         raise FileNotFoundError(f"teacher_checkpoints must be folders, got {path}, which is missing or a file")
-    if not (path / SCHEDULE).is_file():
-        numbered = [inside for inside in path.iterdir() if re.fullmatch(r"checkpoint-\d+", inside.name)]
-        return sorted(filter(Path.is_dir, numbered), key=files.natural) or [path]
-    steps = read_json(path / SCHEDULE).get("steps", [])
-    if lacking := [step for step in steps if not (path / f"checkpoint-{step}").is_dir()]:
-        raise FileNotFoundError(
-            f"{path} must hold the snapshots of steps {some(steps)}, got none of {some(lacking)}: its run has not "
-            "ended, or they were deleted"
-        )
-    return [path / f"checkpoint-{step}" for step in steps]
+    numbered = [inside for inside in path.iterdir() if re.fullmatch(r"checkpoint-\d+", inside.name)]
+    return files.scheduled(path) or sorted(filter(Path.is_dir, numbered), key=files.natural) or [path]
 
 
 def check_weights(folder: Path) -> None:

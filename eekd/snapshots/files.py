@@ -6,13 +6,14 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from eekd.io.files import sha256_of
+from eekd.io.files import read_json, sha256_of
 from eekd.io.state_dicts import some
 from eekd.io.tensors import weights_sha256
 
 # The weights in a folder that save_pretrained, Trainer or accelerate wrote, as transformers looks for them.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".tar", ".index.json")
+SCHEDULE = "eekd_snapshots.json"  # beside checkpoint-* folders: which of them eekd.hf.SnapshotCallback saved
 BESIDE = re.compile(r"^(optimizer|scheduler|scaler|rng|random_states|training_args|trainer_state|\.)")  # no weights
 
 
@@ -20,7 +21,8 @@ def checkpoint_files(paths: str | Path | Sequence[str | Path], folders: bool = F
     """The checkpoints that `paths` name: a file, a folder or a list of them.
 
     A folder that holds `model.safetensors`, `pytorch_model.bin` or an index of several is one checkpoint. Another
-    stands for those in it, folders like `checkpoint-500` or files, in the order of the numbers in their names. With
+    stands for those in it, folders like `checkpoint-500` or files, in the order of the numbers in their names; where
+    an eekd.hf.SnapshotCallback saved, for its snapshots. With
     `folders` a folder stays a folder where it is one checkpoint. A list keeps its order; a warning says where that
     looks like the order of letters, in which 10 comes before 2.
 
@@ -62,6 +64,23 @@ def checkpoint_sha256(path: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def scheduled(folder: Path) -> list[Path] | None:
+    """The folders of the snapshots that an eekd.hf.SnapshotCallback saved in a run's folder; None where it did not."""
+    file = folder / SCHEDULE
+    if not file.is_file():
+        return None
+    known = read_json(file)
+    steps = known.get("steps") if isinstance(known, dict) else None
+    if not isinstance(steps, list) or not steps:
+        raise ValueError(f"{file} must name the steps of at least one snapshot, got {repr(known)[:100]}")
+    if lacking := [step for step in steps if not (folder / f"checkpoint-{step}").is_dir()]:
+        raise FileNotFoundError(
+            f"{folder} must hold the snapshots of steps {some(map(str, steps))}, got none of "
+            f"{some(map(str, lacking))}: its run has not ended, or they were deleted"
+        )
+    return [folder / f"checkpoint-{step}" for step in steps]
+
+
 def _existing(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing or not a file")
@@ -77,6 +96,8 @@ def _one(folder: Path, folders: bool) -> Path | None:
 
 
 def _in_folder(folder: Path, folders: bool) -> list[Path]:
+    if snapshots := scheduled(folder):
+        return [one for path in snapshots for one in _in_folder(path, folders)]
     inside = sorted(folder.iterdir(), key=natural)
     steps = [path for path in inside if path.is_dir() and not BESIDE.match(path.name)]
     steps = [one for one in (_one(path, folders) for path in steps) if one]

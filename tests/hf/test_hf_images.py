@@ -1,6 +1,7 @@
 """A Hugging Face run on images teaches a student from eekd's command line."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -49,6 +50,7 @@ def run(tmp_path, monkeypatch):
 
 
 def test_a_vit_run_teaches_from_the_command_line(run, tmp_path):
+    shutil.copytree(run / "checkpoint-8", run / "checkpoint-9")  # which is no snapshot
     assert cli.main([*STUDENT, "--students", "last", "attention"]) == 0
     settings = json.loads((tmp_path / "run/config.json").read_text())
     names = [path.split("/")[-2] for path in settings["checkpoints"]]
@@ -77,6 +79,9 @@ def test_what_does_not_fit_is_refused_before_training(run, tmp_path, capsys):
     classes = {str(i): str((i + 1) % 10) for i in range(10)}
     (run / "checkpoint-8/config.json").write_text(json.dumps(config | {"id2label": classes}))
     refused("checkpoint-8 must have the data's classes in their order, got '1' for '0'")
+    for content, message in (("[]", "must name the steps of at least one"), ('{"steps": [4, 5]}', "got none of 5")):
+        (run / "eekd_snapshots.json").write_text(content)
+        refused(message)
 
 
 def test_from_files_loads_as_transformers_does(run):
