@@ -361,6 +361,9 @@ def test_weights_say_how_images_are_resized_unless_it_is_asked_for(timm_model, w
     ):
         (path := tmp_path / name).write_text(json.dumps(content))
         assert Session(config(student={"weights": weights})).config.interpolation == "bicubic", name
+        path.write_text(json.dumps(content | {"do_resize": False}))  # of a processor: then nothing was resampled
+        kind = "bilinear" if name == "preprocessor_config.json" else "bicubic"
+        assert Session(config(student={"weights": weights})).config.interpolation == kind, name
         path.unlink()
     session = prepare(config(student=timms, interpolation="bilinear"))
     assert session.data.interpolation == "bilinear"
@@ -513,6 +516,29 @@ def test_weights_bring_the_normalisation_that_lies_beside_them(file, content, tm
         assert said == f"sees images normalised by mean 0.2 and std 0.3 ({file})."
         phase = dataclasses.replace(phase, mean="data", std="data")
         assert pretrained.normalization(phase, GIVEN) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("content", "mean", "std"),
+    [
+        ({"do_normalize": False}, 0, 1),
+        ({"do_rescale": False, "image_mean": [51.0], "image_std": [76.5]}, 0.2, 0.3),  # of images up to 255
+        ({"do_rescale": False, "do_normalize": False}, 0, 1 / 255),
+        ({"rescale_factor": 1 / 127.5, "rescale_offset": True, "do_normalize": False}, 0.5, 0.5),
+        ({"rescale_factor": 1 / 127.5}, 0.1, 0.15),
+    ],
+)
+def test_a_processor_may_leave_a_step_out(content, mean, std, tmp_path):
+    content = {"image_mean": [0.2], "image_std": [0.3], "resample": 3} | content
+    write_json_atomic(tmp_path / "preprocessor_config.json", content)
+    found, _ = pretrained.stored_with(tmp_path)
+    assert found == {"mean": [pytest.approx(mean)], "std": [pytest.approx(std)]}
+    image = torch.rand(9, dtype=torch.float64)  # as the processor makes it, from an image up to 255
+    seen = image * 255 * (content.get("rescale_factor", 1 / 255) if content.get("do_rescale", True) else 1)
+    seen = seen - 1 if content.get("rescale_offset") else seen
+    if content.get("do_normalize", True):
+        seen = (seen - content["image_mean"][0]) / content["image_std"][0]
+    torch.testing.assert_close((image - found["mean"][0]) / found["std"][0], seen)
 
 
 @pytest.mark.bad_input

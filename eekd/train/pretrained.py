@@ -197,9 +197,8 @@ def _of_timm(name: str) -> dict | None:
 def stored_with(path: Path) -> tuple[dict, str] | None:
     """The mean and std that lie beside a checkpoint, and in which file."""
     for found, name in _stored_with(path):
-        for mean, std in (("mean", "std"), ("image_mean", "image_std")):
-            if _numbers(found.get(mean)) and _numbers(found.get(std)):
-                return {"mean": found[mean], "std": found[std]}, name
+        if _numbers(found.get("mean")) and _numbers(found.get("std")):
+            return {"mean": found["mean"], "std": found["std"]}, name
     return None
 
 
@@ -220,7 +219,22 @@ def _stored_with(path: Path) -> Iterator[tuple[dict, str]]:
             for key in place:
                 found = found.get(key) if isinstance(found, dict) else None
             if isinstance(found, dict):
-                yield found, name
+                yield found if place else _of_processor(found), name
+
+
+def _of_processor(said: dict) -> dict:
+    """What a Hugging Face processor does to images from 0 to 1: `mean`, `std` and, where it resizes, `resample`."""
+    mean, std = said.get("image_mean"), said.get("image_std")
+    if said.get("do_normalize") is False:
+        channels = len(mean) if isinstance(mean, list) else 3
+        mean, std = [0.0] * channels, [1.0] * channels
+    factor = said.get("rescale_factor", 1 / 255) if said.get("do_rescale") is not False else 1
+    found = {"resample": said.get("resample")} if said.get("do_resize") is not False else {}
+    try:
+        shift, scale = float(bool(said.get("rescale_offset"))), 255 * factor
+        return found | {"mean": [(x + shift) / scale for x in mean], "std": [x / scale for x in std]}
+    except (TypeError, ZeroDivisionError):  # no mean and std
+        return found
 
 
 def _numbers(value) -> bool:
