@@ -132,6 +132,36 @@ def test_a_text_classifier_with_padding_and_columns_of_no_use(trainer):
     torch.testing.assert_close((other.loss, other.logits), (output.loss, output.logits))
 
 
+@pytest.mark.parametrize("kind", ["GPT2", "Llama", "Bert"])
+@pytest.mark.parametrize("as_tuples", [False, True])
+def test_features_of_sequences_are_what_the_last_layer_reads(kind, as_tuples):
+    """GPT-2 and Llama make logits of every token and take the last one's; BERT pools before."""
+    needs("transformers")
+    import transformers
+
+    sizes = dict(
+        hidden_size=16, n_embd=16, intermediate_size=16, num_hidden_layers=1, n_layer=1, num_attention_heads=2,
+        n_head=2, num_key_value_heads=2, vocab_size=30, pad_token_id=0, num_labels=3,
+    )  # fmt: skip
+    model = getattr(transformers, f"{kind}ForSequenceClassification")
+    torch.manual_seed(0)
+    nets = [model(model.config_class(**sizes)).eval() for _ in range(3)]
+    words = torch.randint(1, 30, (4, 7), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(7) < torch.tensor([7, 3, 5, 2])[:, None]).long()
+    inputs = dict(input_ids=words * mask, attention_mask=mask, return_dict=not as_tuples)
+    logits, features = eekd.SnapshotEnsemble(nets)(**inputs)
+    for net, z, u in zip(nets, logits, features, strict=True):
+        head = net.classifier if kind == "Bert" else net.score
+        torch.testing.assert_close(torch.nn.functional.linear(u, head.weight, head.bias), z)
+        if kind != "Bert":
+            body = net.base_model(inputs["input_ids"], attention_mask=mask).last_hidden_state
+            torch.testing.assert_close(u, body[torch.arange(4), mask.sum(1) - 1])
+    distilled = eekd.Distilled(nets[0].train(), eekd.SnapshotEnsemble(nets[1:]))
+    output = distilled(**inputs, labels=torch.tensor([0, 1, 2, 0]))
+    (output[0] if as_tuples else output.loss).backward()
+    assert all(p.grad.abs().sum() > 0 for p in distilled.criterion.parameters())
+
+
 # Several processes
 
 TWO = """

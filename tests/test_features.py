@@ -211,3 +211,34 @@ def test_a_compiled_model_that_already_ran_is_refused(net, x):
 def test_one_feature_for_each_sample(device):
     with pytest.raises(ValueError, match="must have 5 inputs a sample, got 20"):
         LastFeatures(nn.Linear(5, 3).to(device))(torch.randn(2, 4, 5, device=device))
+
+
+class Chooser(nn.Module):
+    """Logits of every position, of which the model takes one for each sample, or the mean."""
+
+    def __init__(self, mean=False):
+        super().__init__()
+        self.body, self.head, self.mean = nn.Linear(5, 8), nn.Linear(8, 3), mean
+
+    def forward(self, x, last):
+        each = self.head(relu(self.body(x)))
+        return each.mean(1) if self.mean else each[torch.arange(len(x), device=x.device), last]
+
+
+def test_features_are_those_of_the_position_that_the_model_chooses(device):
+    torch.manual_seed(0)
+    net, x, last = Chooser().to(device), torch.randn(4, 6, 5, device=device), torch.tensor([5, 0, 3, 3], device=device)
+    capture = LastFeatures(net)
+    for where in (last, last.flip(0)):
+        logits, features = capture(x, where)
+        want = relu(net.body(x))[torch.arange(4), where]
+        torch.testing.assert_close((logits, features), (net(x, where), want))
+        grads = [torch.autograd.grad(u.square().sum(), net.body.weight)[0] for u in (features, want)]
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.bad_input
+def test_logits_of_no_one_position_are_refused(device):
+    net, x = Chooser(mean=True).to(device), torch.randn(4, 6, 5, device=device)
+    with pytest.raises(ValueError, match="must be those of one position of the input of 'head', .4, 6, 8., got others"):
+        LastFeatures(net)(x, None)

@@ -19,8 +19,9 @@ class LastFeatures:
     """Runs a classifier and returns its logits and its last features: `logits, features = capture(images)`.
 
     The features (B, dim) are the input of a layer: the module named `layer`; else the model's last nn.Linear; else its
-    last 1×1 convolution. An input (B, dim, H, W) is averaged over the pixels. With `features=False` the features are
-    None, and any model will do.
+    last 1×1 convolution. An input (B, dim, H, W) is averaged over the pixels. Of an input (B, T, dim) it is
+    the position whose logits the model returns, as GPT-2's and Llama's classifiers do. With `features=False` the
+    features are None, and any model will do.
     Gradients flow through both outputs. All arguments are passed to the model; `eekd.snapshots.wrappers.logits_of` says
     where in its output the logits may be. The model may be wrapped in DistributedDataParallel or torch.compile, but a
     compiled model must not have run before. The model's convolutions are guarded, see
@@ -45,7 +46,7 @@ class LastFeatures:
         self.model: Any = guard(model)  # None when this is removed
         self.layer = self._dim = self._classes = self._module = self._hook = None
         self._tap: Any = None
-        self._past_ddp, self._looks = False, 0
+        self._past_ddp, self._looks, self._chooses = False, 0, False
         self._hooks_each_call = not leave_hook
         if features:
             self._find(bare_model(model), layer)
@@ -118,10 +119,12 @@ class LastFeatures:
                 f"the last {self._kind}, {self.layer!r}, must give the {logits.shape[-1]} logits, got "
                 f"{self._classes} values; name the classifier by layer="
             )
-        return output, logits, self._rows(features)
+        return output, logits, self._rows(features, logits)
 
-    def _rows(self, features: Tensor) -> Tensor:
+    def _rows(self, features: Tensor, logits: Tensor) -> Tensor:
         """(B, dim) of the layer's input."""
+        if features.ndim == 3 and logits.ndim == 2 and self._classes and isinstance(self._module, nn.Linear):
+            features = self._chosen(features, logits)
         if self._pixels and features.ndim > self._pixels:
             features = features.flatten(2).mean(2)
         features = features.flatten(1)
@@ -130,6 +133,20 @@ class LastFeatures:
         if features.shape[1] != self._dim:
             raise ValueError(f"{self.layer!r} must have {self._dim} inputs a sample, got {features.shape[1]}")
         return features
+
+    def _chosen(self, features: Tensor, logits: Tensor) -> Tensor:
+        """Of features (B, T, dim) those (B, dim) of which the layer makes the model's logits (B, C)."""
+        with torch.no_grad():
+            each = nn.functional.linear(features, self._module.weight, self._module.bias)
+            where = (each - logits[:, None]).abs().amax(2).argmin(1)
+            rows = torch.arange(len(where), device=where.device)
+            if not self._chooses and not torch.allclose(each[rows, where].to(logits), logits, rtol=1e-2, atol=1e-4):
+                raise ValueError(
+                    f"the logits must be those of one position of the input of {self.layer!r}, "
+                    f"{tuple(features.shape)}, got others; name a layer of (B, dim) by layer="
+                )
+        self._chooses = True  # to compare is to wait for the device
+        return features[rows, where]
 
     def remove(self) -> None:
         """Removes the hook from the model. Calling this object afterwards raises RuntimeError."""
