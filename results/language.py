@@ -10,9 +10,9 @@ text: the next token. The teacher has random weights at first, and learns from m
 books: which book is this verse from? The teacher is the encoder of that package, fine-tuned.
 
 A plain Trainer trains the teacher, one for all seeds, and saves its snapshots; then the students, which begin alike and
-see the same batches. What the snapshots say of the training tokens is computed once: by eekd's token bank, and for
-classifiers, which it does not take, by `Stored`. Temperature, alpha and rates are the same for all students, and were
-not tuned. Evaluation, too, leaves out a last batch of fewer than 64.
+see the same batches. What the snapshots say of the training data is computed once, by a bank of eekd.hf. Temperature,
+alpha and rates are the same for all students, and were not tuned. Evaluation, too, leaves out a last batch of fewer
+than 64.
 """
 
 import argparse

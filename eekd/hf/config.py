@@ -21,8 +21,8 @@ class EEKDArguments:
     teacher_checkpoints: str | None = field(
         default=None, metadata={"help": "Folder of a Trainer's run, whose checkpoint-* folders are the teachers."}
     )
-    token_bank: str | None = field(
-        default=None, metadata={"help": "Folder of a token bank, in place of running the teachers."}
+    bank: str | None = field(
+        default=None, metadata={"help": "Folder of a bank of the teachers' outputs, in place of running them."}
     )
     snapshots: int | None = field(
         default=None, metadata={"help": "How many of the checkpoints, evenly spaced, the last among them (None: all)."}

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from eekd.hf import checks
+from eekd.hf.classifier_bank import ClassifierBank
 from eekd.hf.heads import ClassifierHead, LanguageHead, only
 from eekd.hf.teachers import Teachers
 from eekd.hf.token_bank import TokenBank
@@ -41,7 +42,6 @@ class LanguageModelling:
         if self.top_k and len(self.head.weight) < teachers.manifest.classes:
             got = len(self.head.weight)
             raise ValueError(f"the student must have the bank's {teachers.manifest.classes} tokens, got {got}")
-        checks.check_tokenizers(teachers.names, tokenizer)
         checks.check_vocabularies({"the student": self.head, **named}, tokenizer)
         self.student_dim = self.head.weight.shape[1]
         widths = {head.weight.shape[1] for head in self.heads}
@@ -64,7 +64,7 @@ class LanguageModelling:
         self.head.verify(self.student, batch, rows, half)
         if self.top_k:
             return
-        self.teachers.verify(self.heads, batch, rows, half, context)
+        self.teachers.verify(self.heads, context, batch, rows, half)
         for head in self.heads:
             if head.softcap != self.head.softcap:
                 raise ValueError(
@@ -193,22 +193,17 @@ class Classification:
 
     temperature = 5.0
 
-    def __init__(self, student: nn.Module, teachers: Teachers, args, tokenizer):
+    def __init__(self, student: nn.Module, teachers: Teachers | ClassifierBank, args, tokenizer):
         self.student, self.teachers = student, teachers
-        models = teachers.models * len(teachers) if teachers.adapters else teachers.models
-        checks.check_classes(student, list(zip(teachers.names, models, strict=True)))
-        if tokenizer is not None:
-            checks.check_tokenizers(teachers.names, tokenizer)
+        checks.check_classes(student.config, dict(zip(teachers.names, teachers.configs(), strict=True)))
         self.head = self.heads = None
         self.student_dim = self.snapshot_dim = None
         if weightings.get(args.weighting).needs_features:
-            layer, classes = args.feature_layer, student.config.num_labels
-            self.head = ClassifierHead(student, "the student", layer, classes)
-            heads = [ClassifierHead(m, name, layer, classes) for m, name in zip(models, teachers.names, strict=True)]
-            self.heads = heads
-            self.student_dim, self.snapshot_dim = self.head.dim, heads[0].dim
-            if len({head.dim for head in heads}) > 1:
-                raise ValueError(f"teachers must have one width, got {sorted({str(head.dim) for head in heads})}")
+            self.head = ClassifierHead(student, "the student", args.feature_layer, student.config.num_labels)
+            self.heads = teachers.classifier_heads(args.feature_layer)
+            self.student_dim, self.snapshot_dim = self.head.dim, self.heads[0].dim
+            if len(widths := {str(head.dim) for head in self.heads}) > 1:
+                raise ValueError(f"teachers must have one width, got {sorted(widths)}")
 
     def targets(self, inputs: dict) -> Tensor:
         """The labels of a batch, those that do not count being -100, in any shape."""
@@ -220,14 +215,16 @@ class Classification:
             return
         batch = model_inputs(inputs)
         self.head.verify(self.student, batch)
-        for head, model in zip(self.heads, self.teachers, strict=True):
-            with context():
-                head.verify(model, batch)
+        self.teachers.verify(self.heads, context, batch)
 
     def teach(self, inputs: dict, context) -> dict:
         """The teachers' logits and features of a batch, at the rows that count."""
         rows = (inputs["labels"] != IGNORED).flatten().nonzero()[:, 0]
         logits, features = self.teachers.logits_and_features(self.heads, model_inputs(inputs), context)
+        shape = inputs["labels"].numel(), self.student.config.num_labels
+        for name, z in zip(self.teachers.names, logits, strict=True):
+            if z.shape != shape:
+                raise ValueError(f"{name} must give logits {shape}, a row for each label, got {tuple(z.shape)}")
         return {
             "labels": inputs["labels"].flatten()[rows],
             "rows": rows,

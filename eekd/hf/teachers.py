@@ -87,11 +87,20 @@ class Teachers:
                 head.module.weight, head.module.bias = heads[0].module.weight, heads[0].module.bias
         return heads
 
-    def verify(self, heads: list[LanguageHead], inputs: dict, rows: Tensor, half: bool, context) -> None:
-        """Compares every head with its model's own logits, see `LanguageHead.verify`."""
+    def configs(self) -> list:
+        """The configuration of each."""
+        return [model.config for model in (self.models * len(self) if self.adapters else self.models)]
+
+    def classifier_heads(self, layer: str | None = None) -> list[ClassifierHead]:
+        """The last layer of each classifier, or the one that `layer` names."""
+        models = self.models * len(self) if self.adapters else self.models
+        return [ClassifierHead(m, name, layer, m.config.num_labels) for m, name in zip(models, self.names, strict=True)]
+
+    def verify(self, heads: list[LanguageHead] | list[ClassifierHead], context, *batch) -> None:
+        """Compares every head with its model's own logits, see their `verify`."""
         for head, model in zip(heads, self, strict=True):
             with context():
-                head.verify(model, inputs, rows, half)
+                head.verify(model, *batch)
 
     @torch.no_grad()
     def hidden_states(self, heads: list[LanguageHead], inputs: dict, select, context) -> list[Tensor]:

@@ -11,7 +11,9 @@ from transformers.models.auto import modeling_auto
 
 from eekd import parallel
 from eekd.hf import checks
+from eekd.hf.banks import CLASSIFIER, LANGUAGE_MODEL, TOKEN_CLASSIFIER, Bank, read_manifest
 from eekd.hf.checkpoints import checkpoint_folders
+from eekd.hf.classifier_bank import ClassifierBank
 from eekd.hf.config import EEKDArguments
 from eekd.hf.heads import accepted, body_of, replaced
 from eekd.hf.tasks import IGNORED, Classification, LanguageModelling, first_samples, model_inputs
@@ -22,11 +24,11 @@ from eekd.method.losses import EEKDLoss
 
 ATTENTION = "eekd_attention.safetensors"  # beside the model, in every checkpoint
 TASKS = [
-    ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", LanguageModelling, {"shift": True}),
-    ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", LanguageModelling, {"shift": False}),
-    ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", Classification, {}),
-    ("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", Classification, {}),
-    ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", Classification, {}),
+    ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", LANGUAGE_MODEL, LanguageModelling, {"shift": True}),
+    ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", LANGUAGE_MODEL, LanguageModelling, {"shift": False}),
+    ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", CLASSIFIER, Classification, {}),
+    ("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", TOKEN_CLASSIFIER, Classification, {}),
+    ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", CLASSIFIER, Classification, {}),
 ]
 
 
@@ -45,9 +47,8 @@ class EEKDMixin:
         teacher_checkpoints: a run's folder, a checkpoint, or a list of checkpoints; None: those of the settings.
         teachers: models in memory, instead of checkpoints.
         teacher_base: the base model of adapters, or its name; None: the one that the adapters name.
-        token_bank: the stored outputs of the teachers, see `write_token_bank`. If teacher_checkpoints are given too,
-        the
-            bank must be theirs.
+        bank: the folder of the teachers' stored outputs, see `write_token_bank` and `write_classifier_bank`. If
+            teacher_checkpoints are given too, the bank must be theirs.
 
     Attributes: `teachers`; `criterion`, an EEKDLoss. With weighting "attention" its parameters are trained with the
     student's, without weight decay and not counted in `max_grad_norm`, and saved in every checkpoint.
@@ -62,7 +63,7 @@ class EEKDMixin:
         teacher_checkpoints: str | Path | Sequence[str | Path] | None = None,
         teachers: Sequence[nn.Module] | None = None,
         teacher_base: nn.Module | str | None = None,
-        token_bank: str | Path | None = None,
+        bank: str | Path | None = None,
         **named,
     ):
         super().__init__(*args, **named)
@@ -70,19 +71,23 @@ class EEKDMixin:
             raise TypeError(f"args must be an EEKDConfig or have EEKDArguments, got {type(self.args).__name__}")
         checks.check_trainer(self)
         paths = self.args.teacher_checkpoints if teacher_checkpoints is None else teacher_checkpoints
-        bank = self.args.token_bank if token_bank is None else token_bank
-        sources = {"teacher_checkpoints": paths, "teachers": teachers, "token_bank": bank}
+        bank = self.args.bank if bank is None else bank
+        sources = {"teacher_checkpoints": paths, "teachers": teachers, "bank": bank}
         given = [name for name, source in sources.items() if source is not None]
-        if len(given) != 1 and given != ["teacher_checkpoints", "token_bank"]:
+        if len(given) != 1 and given != ["teacher_checkpoints", "bank"]:
             got = " and ".join(given) or "none"
-            raise ValueError(f"teacher_checkpoints, teachers or token_bank must be given, got {got}")
+            raise ValueError(f"teacher_checkpoints, teachers or bank must be given, got {got}")
+        _task_of(self.model)
         last = self.args.weighting == "last"
+        folders = None if paths is None else checkpoint_folders(paths, self.args.snapshots)
         if bank is not None:
-            folders = None if paths is None else checkpoint_folders(paths, self.args.snapshots)
-            self.teachers = TokenBank(bank, last)
+            kind = TokenBank if read_manifest(bank).kind == LANGUAGE_MODEL else ClassifierBank
+            self.teachers = kind(bank, last)
             self.teachers.check(self._eekd_tokenizer(), folders, self.train_dataset)
         elif teachers is None:
             checks.check_apart(self.model, [teacher_base] if isinstance(teacher_base, nn.Module) else [])
+            checks.check_tokenizers(folders, self._eekd_tokenizer())
+            checks.check_processors(folders, self._eekd_tokenizer())
             self.teachers = Teachers.load(paths, self.args.snapshots, teacher_base, last)
         else:
             several = isinstance(teachers, Sequence | nn.ModuleList) and all(isinstance(x, nn.Module) for x in teachers)
@@ -97,16 +102,9 @@ class EEKDMixin:
     def _eekd_join(self, student: nn.Module) -> None:
         """Sets up what depends on the student."""
         args = self.args
-        kind = type(student.get_base_model() if hasattr(student, "get_base_model") else student).__name__
-        found = [(task, options) for names, task, options in TASKS if kind in _classes(getattr(modeling_auto, names))]
-        if not found:
-            raise ValueError(
-                "the student must be a causal or masked language model or a classifier of sequences, tokens or images, "
-                f"got a {kind}"
-            )
-        task, options = found[0]
-        if task is not LanguageModelling and isinstance(self.teachers, TokenBank):
-            raise ValueError(f"the student must be a language model for a token bank, got a {kind}")
+        kind, does, task, options = _task_of(student)
+        if isinstance(self.teachers, Bank) and self.teachers.manifest.kind != does:
+            raise ValueError(f"the student must be a {self.teachers.manifest.kind} for this bank, got a {kind}")
         self.task = task(student, self.teachers, args, self._eekd_tokenizer(), **options)
         temperature = self.task.temperature if args.temperature is None else args.temperature
         with torch.random.fork_rng(devices=[]):  # a student's own randomness is that of a run without attention
@@ -124,7 +122,6 @@ class EEKDMixin:
         self._eekd_compile(student)
         # Names of its own begin so, for subclasses of Trainer have many: TRL's have a _tokenizer.
         self._eekd_verified = False
-        self._eekd_updated = True  # whether the next batch begins an update
         self._eekd_measured: dict[str, Tensor] = {}
         self._eekd_updates = 0
 
@@ -155,28 +152,30 @@ class EEKDMixin:
 
     def get_batch_samples(self, epoch_iterator, num_batches, *args):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, *args)
+        self.criterion.zero_grad()  # an update begins; the Trainer does the model's
         return batches, self._eekd_items(batches) if batches else None
 
     def _eekd_items(self, batches: list[dict]) -> Tensor:
         """How many labels count in one update: float32, at least 1."""
         for batch in batches:
-            if not isinstance(batch.get("labels"), Tensor):
+            if not isinstance(labels := batch.get("labels"), Tensor):
                 raise ValueError(f"a batch must have labels, got {', '.join(batch)}")
+            if labels.is_floating_point():
+                raise ValueError(f"labels must be whole numbers, one for each row, got {labels.dtype}")
         count = sum((self.task.targets(batch) != IGNORED).sum() for batch in batches).to(self.args.device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         return count.clamp(min=1).float()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if self._eekd_updated:
-            self.criterion.zero_grad()  # the Trainer does the model's
-        before, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, True  # so it divides nothing again
+        # So that nothing is divided again; transformers 4 asks the second alone, and TRL sets the first.
+        self.loss_is_scaled_for_ga = True
+        before, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, True
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self.model_accepts_loss_kwargs = before
-        self._eekd_updated = self.accelerator.sync_gradients
-        if self._eekd_updated:
+        if self.accelerator.sync_gradients:
             self._eekd_updates += 1
             self._average_attention()
         return loss
@@ -297,6 +296,18 @@ class EEKDMixin:
             )
         if attends:
             load_state(self.criterion, load_tensors(path), path)
+
+
+def _task_of(student: nn.Module) -> list:
+    """The student's class, what it does, and the class and options of its task; ValueError where there is none."""
+    kind = type(student.get_base_model() if hasattr(student, "get_base_model") else student).__name__
+    for names, *task in TASKS:
+        if kind in _classes(getattr(modeling_auto, names)):
+            return [kind, *task]
+    raise ValueError(
+        "the student must be a causal or masked language model or a classifier of sequences, tokens or images, got a "
+        f"{kind}"
+    )
 
 
 def _classes(mapping: dict) -> set[str]:

@@ -29,7 +29,7 @@ def trainer_with(student, bank, folder, data=None, **options):
     named = {name: options.pop(name) for name in ("teacher_checkpoints", "processing_class") if name in options}
     data = Texts() if data is None else data
     args = settings(folder, **options)
-    return EEKDTrainer(student, args, token_bank=bank, train_dataset=data, data_collator=collate, **named)
+    return EEKDTrainer(student, args, bank=bank, train_dataset=data, data_collator=collate, **named)
 
 
 @pytest.mark.parametrize("weighting", ["last", "uniform", "confidence", "attention"])
@@ -63,8 +63,8 @@ def test_a_shared_head_is_kept_once(tmp_path):
     assert 4 * VOCAB * 24 < sizes["heads.safetensors"] < 2 * 4 * VOCAB * 24
     assert len({head.weight.data_ptr() for head in bank.language_heads()}) == 1
     said = bank.manifest
-    assert said.tokens == sum(map(len, Texts().rows)) and said.sequences == len(Texts())
-    assert sizes["tokens-0.safetensors"] < said.tokens * 2 * 24 * 2 + 2000  # 2 H bytes a token and snapshot
+    assert said.rows == sum(map(len, Texts().rows)) and said.samples == len(Texts())
+    assert sizes["rows-0.safetensors"] < said.rows * 2 * 24 * 2 + 2000  # 2 H bytes a token and snapshot
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "entropy", "confidence"])
@@ -118,13 +118,13 @@ def test_banks_of_other_things_are_refused(tmp_path):
 
     trainer_with(language_model(), bank, tmp_path, processing_class=tokenizer_of(), teacher_checkpoints=run)
     refused("must be of the trainer's tokenizer", processing_class=tokenizer_of(swapped=True))
-    refused("got none of sample 0", data=Texts(seed=1))
+    refused("every sample of train_dataset, got 0, which it lacks", data=Texts(seed=1))
     refused("must be of these 1 checkpoints, got one of others", teacher_checkpoints=run / "checkpoint-5")
     refused("no bank, or one that was not finished", FileNotFoundError, bank=tmp_path / "nowhere")
     with pytest.raises(FileExistsError, match="must hold no bank yet"):
         write_token_bank(bank, Teachers.load(run), Texts(), collate)
     trainer = trainer_with(language_model(), bank, tmp_path)
-    with pytest.raises(ValueError, match="every sequence of a batch"):
+    with pytest.raises(ValueError, match="every sample of a batch"):
         trainer.model.train()
         trainer.compute_loss(trainer.model, collate([Texts(seed=1)[0]]))
     for options, match in (({"dtype": "int8"}, "dtype must be one of"), ({"top_k": VOCAB + 1}, "top_k must be from 0")):
@@ -140,15 +140,17 @@ def test_banks_of_other_things_are_refused(tmp_path):
 def test_a_damaged_bank_is_named(tmp_path):
     bank = tmp_path / "bank"
     write_token_bank(bank, Teachers.load(run_of("gpt2", tmp_path)), Texts(), collate)
-    path = bank / "tokens-0.safetensors"
+    path = bank / "rows-0.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="tokens-0.safetensors was changed or damaged"):
+    with pytest.raises(ValueError, match="rows-0.safetensors was changed or damaged"):
         TokenBank(bank)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match="tokens-0.safetensors is missing"):
+    with pytest.raises(FileNotFoundError, match="rows-0.safetensors is missing"):
         TokenBank(bank)
-    (bank / "manifest.json").write_text(json.dumps({"format": 1}))
-    with pytest.raises(ValueError, match="must be that of a token bank"):
-        TokenBank(bank)
+    for content, match in (({"format": 1}, "must have format 2, got 1"), ([], "must have format 2, got None"),
+                           ({"format": 2}, "must be that of a bank, got other entries")):  # fmt: skip
+        (bank / "manifest.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=match):
+            TokenBank(bank)

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from tiny import ROOT, classifier, collate
+from tiny import ROOT
 
 TEXT = "in the beginning god created heaven and earth without form void darkness was upon face of deep"
 
@@ -49,13 +49,3 @@ def test_no_chapter_is_in_two_parts_and_stored_teachers_are_the_running_ones(tas
     torch.testing.assert_close(stored["weights"], running["weights"], rtol=2e-2, atol=2e-3)
     alone = language.train_student(task, 0, tmp_path / "run", "ce")
     assert 1 < alone["test"] < 300 and "weights" not in alone
-
-
-def test_stored_features_say_what_the_model_says(tasks):
-    model = classifier("bert", 16, 1).eval()
-    batch = collate([{"input_ids": [1, 2, 3], "labels": 0}, {"input_ids": [4, 5], "labels": 1}])
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    with torch.no_grad():
-        features = model.bert(**inputs).pooler_output
-        stored = tasks.Stored(model.config, features, model.classifier.state_dict())
-        torch.testing.assert_close(stored(torch.tensor([1, 0])).logits, model(**inputs).logits[[1, 0]])
