@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_settings_out_of_range_are_refused(tmp_path):
             settings(tmp_path, **options)
     run = run_of("gpt2", tmp_path)
     refused("snapshots must be from 1 to 2", None, run, tmp_path, snapshots=3)
-    refused("teacher_checkpoints, teachers or token_bank must be given, got none", None, None, tmp_path)
+    refused("teacher_checkpoints, teachers or bank must be given, got none", None, None, tmp_path)
     refused("must be folders", None, tmp_path / "nowhere", tmp_path, error=FileNotFoundError)
     with pytest.raises(TypeError, match="args must be an EEKDConfig"):
         EEKDTrainer(language_model(), transformers.TrainingArguments(str(tmp_path), use_cpu=True), teachers=[])
@@ -131,24 +132,6 @@ def test_teachers_that_are_no_models(teachers, tmp_path):
 
 
 @pytest.mark.bad_input
-def test_batches_that_the_teachers_cannot_take(tmp_path):
-    data = [{"input_ids": [1] * 40}] * 16
-    trainer = trainer_of(language_model(n_positions=64), run_of("gpt2", tmp_path), tmp_path, data=data)
-    with pytest.raises(ValueError, match="checkpoint-5 must have the positions and tokens .* more than 32 positions"):
-        trainer.train()
-
-
-@pytest.mark.bad_input
-def test_classes_that_are_others(tmp_path):
-    student = classifier("bert", id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2})
-    names = dict(id2label={0: "b", 1: "a", 2: "c"}, label2id={"b": 0, "a": 1, "c": 2})
-    run = save([classifier("bert", 24, 1, **names)], tmp_path / "run")
-    refused("must have the student's classes, got 'b' for class 0", student, run, tmp_path)
-    run = save([classifier("bert", 24, 1)], tmp_path / "other")
-    refused("classify into one of several", classifier("bert", problem_type="regression"), run, tmp_path)
-
-
-@pytest.mark.bad_input
 def test_adapters_that_cannot_teach_are_refused(tmp_path):
     peft = pytest.importorskip("peft", reason="needs peft, of the extra hf")
     base = language_model("llama", 24, 1)
@@ -220,16 +203,6 @@ def test_a_soft_cap_that_only_one_has_is_refused(tmp_path):
 
 
 @pytest.mark.bad_input
-def test_batches_without_labels(tmp_path):
-    trainer = trainer_of(
-        language_model(), run_of("gpt2", tmp_path), tmp_path,
-        collator=lambda samples: {k: v for k, v in collate(samples).items() if k != "labels"},
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="a batch must have labels"):
-        trainer.train()
-
-
-@pytest.mark.bad_input
 def test_places_that_are_not_one_device(tmp_path, monkeypatch):
     run, student = run_of("gpt2", tmp_path), language_model()
     student.hf_device_map = {"transformer.h.0": "cpu", "lm_head": "disk"}
@@ -240,6 +213,40 @@ def test_places_that_are_not_one_device(tmp_path, monkeypatch):
         EEKDTrainer(language_model(), settings(tmp_path), teachers=[teacher])
     monkeypatch.setattr(EEKDConfig, "n_gpu", property(lambda self: 2))
     refused("one process must have one GPU, got 2", None, run, tmp_path)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("name, option", [("deepspeed", "is_deepspeed_enabled"), ("fsdp", "is_fsdp_enabled")])
+def test_engines_that_split_the_student_are_refused_with_what_to_do_instead(name, option, tmp_path):
+    class Engine(EEKDTrainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            setattr(self, option, True)
+
+    with pytest.raises(ValueError, match=f"^{name} must be False to distil, .* got True: torchrun without it trains"):
+        Engine(language_model(), settings(tmp_path), teachers=[language_model()])
+
+
+@pytest.mark.bad_input
+def test_sequences_that_are_split_are_refused(tmp_path, monkeypatch):
+    class Split(EEKDTrainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            split = SimpleNamespace(tp_size=1, cp_size=2, sp_size=1, sp_backend=None, sp_enabled=False)
+            monkeypatch.setattr(type(self.accelerator), "parallelism_config", property(lambda _: split))
+
+    with pytest.raises(ValueError, match="^parallelism_config must be .* got .'cp_size'.: torchrun without it trains"):
+        Split(language_model(), settings(tmp_path), teachers=[language_model()])
+
+
+@pytest.mark.bad_input
+def test_experts_whose_balance_the_models_own_loss_would_keep(tmp_path):
+    config = transformers.MixtralConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, output_router_logits=True,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="^output_router_logits must be False to distil"):
+        EEKDTrainer(transformers.MixtralForCausalLM(config), settings(tmp_path), teachers=[language_model()])
 
 
 @pytest.mark.bad_input

@@ -1,6 +1,7 @@
 """EEKDTrainer accumulates, logs, saves, resumes and evaluates as its base does."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ from tiny import (
     collate,
     compare,
     data_for,
+    formula,
     language_model,
+    rows_of,
     run_of,
     save,
     settings,
@@ -69,9 +72,66 @@ def test_two_processes_make_the_update_of_one(kind, weighting, tmp_path):
     compare(states[0], want, rtol=1e-4, atol=1e-5)
 
 
+def of_an_epoch(folder, **options):
+    """The batches of every update of an epoch whose last update and last batch are short; and the weights after it."""
+    trainer = trainer_of(
+        language_model(), folder / "run", folder, data=Texts(13), weighting="uniform", max_steps=-1,
+        num_train_epochs=1, per_device_train_batch_size=2, gradient_accumulation_steps=3, **options,
+    )  # fmt: skip
+    updates, own = [], trainer.get_batch_samples
+
+    def get_batch_samples(*args):
+        batches, items = own(*args)
+        if batches:
+            updates.append([{name: x.tolist() for name, x in batch.items()} for batch in batches])
+        return batches, items
+
+    trainer.get_batch_samples = get_batch_samples
+    trainer.train()
+    return updates, trainer.model.state_dict()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_update_is_the_plain_formula(processes, tmp_path):
+    run_of("gpt2", tmp_path)
+    if processes == 1:
+        updates, got = of_an_epoch(tmp_path)
+        assert [len(batches) for batches in updates] == [3, 3, 1] and len(updates[-1][0]["labels"]) == 1
+    else:
+        command = [*TORCHRUN, "--nproc-per-node", "2", __file__, tmp_path, "epoch"]
+        done = subprocess.run([*map(str, command)], env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        each = [json.loads((tmp_path / f"batches-{rank}.json").read_text()) for rank in range(2)]
+        updates, got = [a + b for a, b in zip(*each, strict=True)], load_tensors(tmp_path / "process-0.safetensors")
+        assert [len(batches) for batches in updates] == [6, 2]
+
+    student, teachers = language_model().train(), [language_model("gpt2", 24, seed).eval() for seed in (1, 2)]
+    for batches in updates:
+        loss, items = 0, 0
+        for batch in batches:
+            batch = {name: torch.tensor(x) for name, x in batch.items()}
+            s, y = rows_of(student, batch)
+            with torch.no_grad():
+                z = [rows_of(teacher, batch)[0] for teacher in teachers]
+            loss, items = loss + formula(s, z, y, torch.full((len(y), 2), 0.5)), items + len(y)
+        student.zero_grad()
+        (loss / items).backward()
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter -= 0.1 * parameter.grad
+    compare(got, student.state_dict(), rtol=1e-4, atol=1e-5)
+
+
 def process():
-    """One of two processes of the test above."""
-    folder, (kind, weighting) = Path(sys.argv[1]), sys.argv[2:]
+    """One of two processes of the tests above."""
+    folder, (kind, *weighting) = Path(sys.argv[1]), sys.argv[2:]
+    if kind == "epoch":
+        updates, state = of_an_epoch(folder, ddp_backend="gloo")
+        rank = torch.distributed.get_rank()
+        (folder / f"batches-{rank}.json").write_text(json.dumps(updates))
+        save_tensors(folder / f"process-{rank}.safetensors", state)
+        return
+    [weighting] = weighting
     state = after_updates(folder, kind, weighting, 2, 2, ddp_backend="gloo")
     save_tensors(folder / f"process-{torch.distributed.get_rank()}.safetensors", state)
 
@@ -177,6 +237,10 @@ def test_the_mixin_makes_an_sft_trainer_one_too(tmp_path):
         losses.append(trainer.state.log_history[0]["distillation_loss"])
     compare(*states, rtol=1e-4, atol=1e-5)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    args.loss_type = "dft"
+    with pytest.raises(ValueError, match="^(loss_type must be nll|compute_loss_func must be None) to distil"):
+        SFT(student, args, train_dataset=datasets.Dataset.from_dict({"text": texts}), teachers=[],
+            processing_class=tokenizer_of())  # fmt: skip
 
 
 def test_activation_checkpoints_change_nothing(tmp_path):

@@ -29,6 +29,13 @@ SMALL = {
     "granite": (transformers.GraniteConfig, transformers.GraniteForCausalLM, dict(logits_scaling=4.0)),
     "phi": (transformers.PhiConfig, transformers.PhiForCausalLM,  # a head with a bias
             dict(resid_pdrop=0.0, embd_pdrop=0.0, attention_dropout=0.0)),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, dict()),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, dict()),
+    "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM,
+               dict(head_dim=4, query_pre_attn_scalar=4)),
+    "opt": (transformers.OPTConfig, transformers.OPTForCausalLM, dict(dropout=0.0, ffn_dim=16)),
+    "neox": (transformers.GPTNeoXConfig, transformers.GPTNeoXForCausalLM, dict()),
+    "mamba": (transformers.MambaConfig, transformers.MambaForCausalLM, dict(state_size=4)),
     "bert": (transformers.BertConfig, transformers.BertForMaskedLM,
              dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)),
 }  # fmt: skip
