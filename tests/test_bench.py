@@ -6,21 +6,19 @@ import json
 import math
 import os
 import re
-import runpy
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tables import kernels
 
 import eekd
 from eekd import _C, info
 from eekd.kernels import bench, contenders, timing
 
 CPU = torch.device("cpu")
-RENDER = runpy.run_path(str(Path(__file__).parent.parent / "results" / "render.py"))
 
 
 @pytest.fixture(autouse=True)
@@ -191,7 +189,7 @@ def test_the_other_op_is_timed_too(monkeypatch, capsys, tmp_path):
         assert r["native"]["error"] < 1e-4 and r["native"]["accesses"] == 2 + 5 * 10 / 40
         assert math.isclose(r["native"]["percent_of_copy"], 100 * r["copy"]["us"] / r["native"]["us"])
     assert "(B, M, C, K)" in capsys.readouterr().out
-    table = RENDER["bench"](record | {"environment": record["environment"] | {"commit": "c" * 40}})
+    table = kernels.bench(record | {"environment": record["environment"] | {"commit": "c" * 40}})
     assert "(B, M, C, K)" in table and "(8, 5, 40, 10)" in table
 
 
@@ -344,7 +342,7 @@ def synthetic(backends=("native", "triton"), measured=True):
 
 
 def test_the_table_says_which_backend_is_faster():
-    lines = RENDER["bench"](synthetic()).splitlines()
+    lines = kernels.bench(synthetic()).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line[:1] == "|"]
     assert all(len(row) == len(cells[0]) for row in cells)
     assert cells[0][:4] == ["(B, M, C)", "fusion", "native, µs", "triton, µs"] and "liger" not in cells[0]
@@ -355,19 +353,19 @@ def test_the_table_says_which_backend_is_faster():
 
 def test_the_share_of_the_bandwidth_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    assert RENDER["bandwidth"](synthetic(), tmp_path / "bench.svg") is None
+    assert kernels.bandwidth(synthetic(), tmp_path / "bench.svg") is None
     svg = (tmp_path / "bench.svg").read_text()
     for text in ("native, M = 1", "triton, M = 5", "probability fusion", "logit fusion", "classes C"):
         assert text in svg
     assert (
         "triton"
-        not in (RENDER["bandwidth"](synthetic(("native",)), tmp_path / "cpu.svg") or "")
+        not in (kernels.bandwidth(synthetic(("native",)), tmp_path / "cpu.svg") or "")
         + (tmp_path / "cpu.svg").read_text()
     )
 
 
 def test_a_plot_without_its_figures_is_skipped_with_the_reason(tmp_path):
-    assert "was not measured" in RENDER["bandwidth"](synthetic(measured=False), tmp_path / "bench.svg")
+    assert "was not measured" in kernels.bandwidth(synthetic(measured=False), tmp_path / "bench.svg")
     assert not (tmp_path / "bench.svg").exists()
 
 
@@ -376,7 +374,7 @@ def test_two_instruction_sets_render_side_by_side(quick):
     narrow, wide = (
         record | {"environment": record["environment"] | {"cpu_capability": isa}} for isa in ("avx2", "avx512")
     )
-    table = RENDER["side_by_side"]([narrow, wide]).splitlines()
+    table = kernels.side_by_side([narrow, wide]).splitlines()
     assert table[0].index("AVX2") < table[0].index("AVX-512")
     assert len({line.count("|") for line in table if line.startswith("|")}) == 1
     native = record["rows"][0]["contenders"]["native"]
@@ -398,8 +396,8 @@ def test_without_avx512_all_contenders_are_without():
 def test_the_record_of_this_machine_renders(quick, tmp_path):
     pytest.importorskip("matplotlib")
     record = quick[1] | {"environment": quick[1]["environment"] | {"commit": None}}  # of a copy without its .git
-    assert RENDER["bench"](record).count("\n| (") == 4 and "commit unknown." in RENDER["bench"](record)
-    assert RENDER["bandwidth"](record, tmp_path / "bench.svg") is None
+    assert kernels.bench(record).count("\n| (") == 4 and "commit unknown." in kernels.bench(record)
+    assert kernels.bandwidth(record, tmp_path / "bench.svg") is None
 
 
 @pytest.mark.bad_input

@@ -1,4 +1,4 @@
-"""The tables and the plot of docs/results/study.md, from the records in results/evidence/.
+"""The tables and the plot of docs/results/evidence.md, from the records in results/evidence/.
 
 A record is the study.json of `eekd compare` for one setting, in which a method is called NAME or NAME@SETTING=VALUE.
 """
@@ -16,8 +16,9 @@ from eekd.compare.plots import points
 from eekd.compare.verdict import HOLDS, MISSING, UNDECIDED, seeds_needed, verdict
 from eekd.io.files import write_atomic
 from eekd.statistics import interval, mean_std
+from tables import pyplot
 
-FOLDER = Path(__file__).parent / "evidence"
+FOLDER = Path(__file__).parent.parent / "evidence"
 TITLES = {
     "fashion-mlp": "Fashion-MNIST, ResNet to perceptron",
     "fashion-resnet": "Fashion-MNIST, ResNet to ResNet",
@@ -157,12 +158,7 @@ def made() -> str:
 
 def plot(path: Path) -> None:
     """Gain over `last`, each setting in its own panel, and what each method costs beside the names."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "eekd", "svg.fonttype": "none", "font.size": 9}
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     known, costs, gains = scores(), {}, {}
     for setting, record in records().items():
         unit = next(row["cost"] for row in record["methods"] if base_of(row["name"]) == "last")
