@@ -5,11 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
+from recipes import ADAMW, small_run
 
 from eekd.io.files import read_checked, read_json, sha256_of
 from eekd.snapshots import read_manifest
 from eekd.train import resume, train
-from eekd.train.config import Config, Student, Teacher
+from eekd.train.config import Config
 
 NETS = """
 import random
@@ -40,13 +41,8 @@ class Killed(BaseException):
 
 
 def config_of(nets, **more) -> Config:
-    common = dict(epochs=2, batch_size=60)
-    return Config(
-        teacher=Teacher(model=f"{nets}:net", snapshots=2, **common),
-        student=Student(model=f"{nets}:small", optimizer="adamw", lr=1e-3, schedule="cosine", **common),
-        **dict(students=("ce", "attention"), train_limit=200, device="cpu", precision="fp32", channels_last=False)
-        | more,
-    )
+    models = dict(model=f"{nets}:net"), dict(model=f"{nets}:small", schedule="cosine", **ADAMW)
+    return small_run(*models, **dict(students=("ce", "attention")) | more)
 
 
 def killer(*steps):

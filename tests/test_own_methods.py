@@ -12,6 +12,7 @@ import pytest
 import torch
 from killed import EVERY_STEP, Killed, killer, untimed
 from processes import ENVIRONMENT, TORCHRUN
+from recipes import small_run
 
 from eekd.bank.__main__ import main as bank
 from eekd.compare import __main__ as compare
@@ -21,7 +22,6 @@ from eekd.method import weightings
 from eekd.report.page import report
 from eekd.train import Callback, Session, StudentTrainer, Trainer, prepare, resume, teaching, train, train_student
 from eekd.train import __main__ as cli
-from eekd.train.config import Config, Student, Teacher
 from eekd.train.metrics import MetricsLogger, PhaseTimer
 from eekd.train.replay import replay
 from eekd.train.student import method_of, read_student
@@ -30,15 +30,8 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 OWN = {name: f"{EXAMPLES / file}:{name}" for name, file in
        {"surest": "own_weighting.py", "Hint": "own_loss.py", "Curriculum": "curriculum.py"}.items()}  # fmt: skip
-CONFIG = Config(
-    train_limit=150,
-    device="cpu",
-    precision="fp32",
-    channels_last=False,
-    teacher=Teacher(model="mlp64", epochs=3, snapshots=3, batch_size=50),
-    student=Student(model="mlp64", epochs=3, batch_size=50),
-    students=("ce", *OWN.values()),
-)
+PHASE = dict(model="mlp64", epochs=3, batch_size=50)
+CONFIG = small_run(dict(snapshots=3), {}, PHASE, train_limit=150, students=("ce", *OWN.values()))
 SMALL = [  # CONFIG but for the students
     *("--train-limit", "150", "--device", "cpu", "--precision", "fp32", "--channels-last=false"),
     *("--teacher.model", "mlp64", "--teacher.epochs", "3", "--teacher.snapshots", "3", "--teacher.batch-size", "50"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipes import small_run
 from torch import nn
 
 from eekd import LastFeatures, SnapshotEnsemble, load_student, models
@@ -20,7 +21,7 @@ from eekd.io.tensors import load_tensors, save_tensors
 from eekd.models.normalization import Renormalize
 from eekd.train import Session, prepare, pretrained, resume, train
 from eekd.train import __main__ as cli
-from eekd.train.config import Config, Student, Teacher
+from eekd.train.config import Config
 from eekd.train.pretrained import Start
 
 SIZES = {"num_classes": 10, "in_channels": 1, "image_size": 8}
@@ -33,16 +34,7 @@ def net(name="resnet8_w4", seed=0, **other) -> nn.Module:
 
 
 def config(**other) -> Config:
-    phase = dict(epochs=2, batch_size=50)
-    base = Config(
-        train_limit=150,
-        device="cpu",
-        precision="fp32",
-        channels_last=False,
-        teacher=Teacher(model="resnet8_w4", snapshots=2, **phase),
-        student=Student(model="resnet8_w4", **phase),
-        students=("ce", "attention"),
-    )
+    base = small_run({}, {}, dict(model="resnet8_w4", batch_size=50), train_limit=150, students=("ce", "attention"))
     for name, values in other.items():
         value = dataclasses.replace(getattr(base, name), **values) if isinstance(values, dict) else values
         base = dataclasses.replace(base, **{name: value})

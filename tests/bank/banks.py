@@ -5,24 +5,16 @@ import json
 
 import pytest
 import torch
+from recipes import small_run
 
 from eekd.bank import __main__ as cli
 from eekd.io.files import read_json, write_json_atomic
 from eekd.train.checked import student_names
-from eekd.train.config import Config, Student, Teacher
 
 bad_input = pytest.mark.bad_input
 TAUGHT = [weighting for weighting in student_names() if weighting != "ce"]
 COMMON = dict(model="resnet8_w4", batch_size=50, milestones=(), lr=0.02)
-CONFIG = Config(
-    train_limit=150,
-    device="cpu",
-    precision="fp32",
-    channels_last=False,
-    students=("last",),
-    teacher=Teacher(epochs=3, snapshots=3, **COMMON),
-    student=Student(epochs=3, **COMMON),
-)
+CONFIG = small_run(dict(snapshots=3), {}, COMMON | dict(epochs=3), train_limit=150, students=("last",))
 
 
 def make(run, *flags):

@@ -5,25 +5,15 @@ from pathlib import Path
 
 import pytest
 from pages import STUDENTS, rewrite
+from recipes import small_run
 
 from eekd.train import train
-from eekd.train.config import Config, Student, Teacher
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A run of two snapshots and five students, made once; every test gets a copy."""
-    shape = dict(model="resnet8_w4", epochs=4, batch_size=60)
-    teacher, student = Teacher(**shape, snapshots=2), Student(**shape)
-    config = Config(
-        teacher=teacher,
-        student=student,
-        students=STUDENTS,
-        train_limit=180,
-        device="cpu",
-        precision="fp32",
-        channels_last=False,
-    )
+    config = small_run({}, {}, dict(model="resnet8_w4", epochs=4), students=STUDENTS, train_limit=180)
     return train(config, tmp_path_factory.mktemp("run") / "whole")
 
 

@@ -5,6 +5,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from recipes import ADAMW, small_run
 
 from eekd.io.files import read_json
 from eekd.io.tensors import load_tensors
@@ -12,7 +13,7 @@ from eekd.method.losses import EEKDLoss
 from eekd.snapshots import SnapshotEnsemble
 from eekd.snapshots.features import LastFeatures
 from eekd.train import train_student, train_teacher
-from eekd.train.config import Config, Student, Teacher
+from eekd.train.config import Config
 from eekd.train.optim import learning_rate
 from eekd.train.session import Session
 
@@ -107,12 +108,8 @@ FAULTS = {"image": ("teacher", "small", NAN), "logits": ("attention", "small", 1
 
 
 def config_of(nets, teacher="net", student="small", **more) -> Config:
-    common = dict(epochs=2, batch_size=60)
-    return Config(
-        teacher=Teacher(model=f"{nets}:{teacher}", snapshots=2, **common),
-        student=Student(model=f"{nets}:{student}", optimizer="adamw", lr=1e-3, schedule="cosine", **common),
-        **dict(students=("attention",), train_limit=200, device="cpu", precision="fp32", channels_last=False) | more,
-    )
+    models = dict(model=f"{nets}:{teacher}"), dict(model=f"{nets}:{student}", schedule="cosine", **ADAMW)
+    return small_run(*models, **dict(students=("attention",)) | more)
 
 
 def by_hand(session, name="teacher", without=(), teacher=None, stop=None) -> tuple[dict, list[float]]:

@@ -2,8 +2,10 @@
 
 import json
 
+from recipes import small_run
+
 from eekd.train.checked import student_names
-from eekd.train.config import Config, Student, Teacher
+from eekd.train.config import Config
 
 TINY = """
 from torch import nn
@@ -22,11 +24,9 @@ WEIGHTINGS = student_names()
 
 
 def small(tiny, teacher=None, student=None, **more) -> Config:
-    common = dict(epochs=3, batch_size=60, milestones=())
-    teacher = dict(common, model=f"{tiny}:tiny", snapshots=3) | (teacher or {})
-    student = dict(common, model=f"{tiny}:tinier") | (student or {})
-    rest = dict(train_limit=200, device="cpu", precision="fp32", channels_last=False) | more
-    return Config(teacher=Teacher(**teacher), student=Student(**student), **rest)
+    teacher = dict(model=f"{tiny}:tiny", snapshots=3) | (teacher or {})
+    student = dict(model=f"{tiny}:tinier") | (student or {})
+    return small_run(teacher, student, dict(epochs=3, milestones=()), **more)
 
 
 def rows(folder):
