@@ -1,5 +1,6 @@
-"""What all commands share: how they start, --version, and one line at Ctrl-C, also while they are being imported."""
+"""What all commands share: how they start, --version, and one line for a mistake, or at Ctrl-C, also during imports."""
 
+import argparse
 import os
 import signal
 import sys
@@ -7,6 +8,10 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import eekd
+from eekd.io.files import in_words, printable
+
+# What a mistake of the user's raises.
+MISTAKES = AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError
 
 
 def arguments(argv: list[str] | None) -> list[str]:
@@ -16,6 +21,26 @@ def arguments(argv: list[str] | None) -> list[str]:
         print(f"eekd {eekd.__version__}")
         raise SystemExit(0)
     return argv
+
+
+def answer(
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    work: Callable[[argparse.Namespace], int],
+    mistakes: tuple[type[Exception], ...] = MISTAKES,
+) -> int:
+    """Calls `work` with the flags of a command line and returns its exit code; 2 and a line for any of `mistakes`."""
+    given = parser.parse_args(arguments(argv))
+    try:
+        return work(given)
+    except mistakes as error:
+        return refuse(error)
+
+
+def refuse(error: Exception, what: str = "error: ") -> int:
+    """Prints what an error says, in one line, and returns the exit code of a mistake."""
+    print(what + printable(in_words(error)), file=sys.stderr)
+    return 2
 
 
 def start() -> None:

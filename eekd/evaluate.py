@@ -1,7 +1,6 @@
 """Measures a student: eekd evaluate STUDENT [--data DATA] [--split test] [--json FILE]."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from eekd import command
@@ -9,7 +8,7 @@ from eekd import command
 if __name__ == "__main__":
     command.start()
 
-from eekd.io.files import in_words, printable, write_json_atomic
+from eekd.io.files import printable, write_json_atomic
 
 SHOWN = 10  # classes and confusions
 
@@ -26,12 +25,7 @@ PARSER.add_argument("--json", type=Path, help="write all results to this file, w
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line and returns its exit code; 2 for any mistake."""
-    given = PARSER.parse_args(command.arguments(argv))
-    try:
-        return _evaluate(given)
-    except (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"error: {printable(in_words(error))}", file=sys.stderr)
-        return 2
+    return command.answer(PARSER, argv, _evaluate)
 
 
 def _evaluate(given: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from eekd import command
 if __name__ == "__main__":
     command.start()
 
-from eekd.io.files import in_words, printable
+from eekd.io.files import printable
 
 BATCH = 32
 
@@ -27,15 +27,15 @@ PARSER.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)"
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line; 0, 1 where an image could not be read, 2 for any other mistake."""
-    given = PARSER.parse_args(command.arguments(argv))
+    return command.answer(PARSER, argv, _until_closed)
+
+
+def _until_closed(given: argparse.Namespace) -> int:
     try:
         return _predict(given)
     except BrokenPipeError:  # as of `eekd predict ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"error: {printable(in_words(error))}", file=sys.stderr)
-        return 2
 
 
 def _predict(given: argparse.Namespace) -> int:
@@ -59,7 +59,7 @@ def _predict(given: argparse.Namespace) -> int:
                 inputs.append(student.preprocess(path))
                 read.append(path)
             except (OSError, ValueError) as error:
-                print(f"error: {printable(in_words(error))}", file=sys.stderr)
+                command.refuse(error)
                 code = 1
         rows = student.classify(torch.cat(inputs), given.top) if inputs else []
         for path, row in zip(read, rows, strict=True):

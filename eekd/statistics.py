@@ -1,4 +1,4 @@
-"""Means over seeds, and differences taken seed by seed."""
+"""Means over seeds, and differences taken seed by seed: as numbers, and as tables show them."""
 
 from math import sqrt
 from statistics import mean, stdev
@@ -25,3 +25,27 @@ def interval(values: list[float], level: float = 0.95) -> dict | None:
 
     half = float(stdtrit(n - 1, (1 + level) / 2)) * stdev(values) / sqrt(n)
     return {"n": n, "mean": centre, "low": centre - half, "high": centre + half}
+
+
+def sign(difference: dict) -> int:
+    """1 if the interval of a difference lies above 0, -1 if below; 0 if it holds 0, or for equal differences.
+
+    Two or three seeds have equal differences by chance.
+    """
+    low, high = difference["low"], difference["high"]
+    if low is None or low == high or low <= 0 <= high:
+        return 0
+    return 1 if low > 0 else -1
+
+
+def percent(value: dict) -> str:
+    """The mean and standard deviation of fractions in percent: 81.20 ± 0.31."""
+    return f"{100 * value['mean']:.2f}" + ("" if value["std"] is None else f" ± {100 * value['std']:.2f}")
+
+
+def points(difference: dict | None) -> str:
+    """A difference of fractions and its interval in percentage points: +2.10 [+1.60, +2.60]; "" for None."""
+    if difference is None:
+        return ""
+    mean, low, high = (None if difference[key] is None else 100 * difference[key] for key in ("mean", "low", "high"))
+    return f"{mean:+.2f}" + ("" if low is None else f" [{low:+.2f}, {high:+.2f}]")

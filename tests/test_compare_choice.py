@@ -26,6 +26,7 @@ from eekd.io.files import read_json
 from eekd.io.tensors import load_tensors
 from eekd.method.rivals import RIVALS
 from eekd.snapshots import read_manifest
+from eekd.statistics import percent
 from eekd.train import Session
 from eekd.train.config import Config, Student
 
@@ -367,7 +368,7 @@ def test_a_narrow_screen_cuts_no_number(out):
     screen.ending(Console(file=shown, width=80, markup=False), record)
     lines = shown.getvalue().splitlines()
     for row in record["methods"]:
-        for text in (page.percent(row["val"]), points(row["val_over_ce"]), points(row["val_over_last"])):
+        for text in (percent(row["val"]), points(row["val_over_ce"]), points(row["val_over_last"])):
             assert any(text in line for line in lines), text
     assert any(line.startswith(" longlong") for line in lines) and max(map(len, lines[:-1])) <= 80
 

@@ -30,7 +30,8 @@ SOURCES = {
 # A part of eekd may import what stands in a layer above its own here. A new part takes its place.
 # A command line (NAME.__main__) stands above all of them, and nothing but `eekd` itself imports one.
 LAYERS = [
-    {"_C", "command", "io", "kernels", "lazy", "statistics", "user_code"},
+    {"_C", "io", "kernels", "lazy", "statistics", "user_code"},
+    {"command"},
     {"info", "kept_code", "models", "ops", "parallel"},
     {"data", "method", "snapshots"},
     {"bank", "distilled", "hf"},

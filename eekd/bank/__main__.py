@@ -9,7 +9,6 @@ if __name__ == "__main__":
     command.start()
 
 from eekd.bank import Flags
-from eekd.io.files import in_words, printable
 from eekd.train.signals import signals
 
 try:
@@ -28,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         from eekd import parallel
         from eekd.train.write_bank import write_bank
     except (ImportError, ValueError) as error:
-        return _error(error)
+        return command.refuse(error)
     with signals:
         try:
             write_bank(flags, Console(markup=False), *parallel.rank_and_world_size())
@@ -37,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
             print("stopped; the same command goes on from here", file=sys.stderr)
             return 128 + (signals.received or signal.SIGINT)
         except (AttributeError, ImportError, OSError, TypeError, ValueError, torch.OutOfMemoryError) as error:
-            return _error(error)
+            return command.refuse(error)
 
 
 def parse(argv: list[str]) -> Flags:
@@ -50,11 +49,6 @@ def parse(argv: list[str]) -> Flags:
     if flags.top_k < 0:
         raise ValueError(f"top-k must be at least 1, or 0 for all classes, got {flags.top_k}")
     return flags
-
-
-def _error(error: Exception) -> int:
-    print(f"error: {printable(in_words(error))}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ if __name__ == "__main__":
 from eekd.compare import screen
 from eekd.compare.methods import NEWEST, PAPER, folder_of, method
 from eekd.compare.tuning import trials
-from eekd.io.files import in_words, printable, read_json
+from eekd.io.files import read_json
 from eekd.train.config import Config, settled, switched
 from eekd.train.presets import preset_or_file
 from eekd.train.signals import signals
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
         from eekd.compare import runner  # noqa: F401
     except (ImportError, OSError, TypeError, ValueError) as error:
-        return _error(error)
+        return command.refuse(error)
     with signals:
         try:
             run(flags, ["python", "-m", "eekd.compare", *argv])
@@ -86,14 +86,9 @@ def main(argv: list[str] | None = None) -> int:
             print("stopped; the same command goes on from here", file=sys.stderr)
             return 128 + (signals.received or signal.SIGINT)
         except torch.OutOfMemoryError as error:
-            return _error(error, "error: the device is out of memory, a smaller batch_size may fit: ")
+            return command.refuse(error, "error: the device is out of memory, a smaller batch_size may fit: ")
         except (AttributeError, FloatingPointError, ImportError, OSError, TypeError, ValueError) as error:
-            return _error(error)
-
-
-def _error(error: Exception, what: str = "error: ") -> int:
-    print(what + printable(in_words(error)), file=sys.stderr)
-    return 2
+            return command.refuse(error)
 
 
 def parse(argv: list[str]) -> Flags:

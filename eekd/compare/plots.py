@@ -4,6 +4,7 @@ import io
 import re
 from pathlib import Path
 
+from eekd import statistics
 from eekd.compare.methods import KINDS, representatives
 from eekd.io.files import write_atomic
 
@@ -17,12 +18,8 @@ BLUE, RED, GREY, GREEN = "#4477aa", "#cc3311", "#888888", "#228833"
 
 
 def points(value: dict | None) -> str:
-    """A difference of accuracies and its interval in points."""
-    if value is None:
-        return ""
-    mean, low, high = (None if value[key] is None else 100 * value[key] for key in ("mean", "low", "high"))
-    text = f"{mean:+.2f}" + ("" if low is None else f" [{low:+.2f}, {high:+.2f}]")
-    return text.replace("-", "−")
+    """As eekd.statistics writes it, with a minus sign in place of the hyphen."""
+    return statistics.points(value).replace("-", "−")
 
 
 def number(value: float | None, scale: float, spec: str) -> str:

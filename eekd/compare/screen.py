@@ -4,10 +4,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from eekd.compare.page import percent
 from eekd.compare.plots import points
 from eekd.compare.variants import titled
 from eekd.io.files import printable
+from eekd.statistics import percent
 
 
 def ending(console: Console, record: dict) -> None:

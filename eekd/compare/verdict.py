@@ -5,7 +5,7 @@ from statistics import mean, stdev
 
 from eekd.compare.methods import representatives
 from eekd.compare.plots import points
-from eekd.statistics import interval, paired
+from eekd.statistics import interval, paired, sign
 
 HOLDS, CONTRADICTED, UNDECIDED, MISSING = "holds", "contradicted", "undecided", "not measured"
 REFERENCES = "ce", "last"  # which a method must be better than
@@ -18,10 +18,8 @@ def verdict(difference: dict | None, above: bool) -> str:
     """Whether a difference is above 0 (or, not above, below it), as claimed: decided by its interval alone."""
     if difference is None:
         return MISSING
-    low, high = difference["low"], difference["high"]
-    if low is None or low == high or low <= 0 <= high:  # equal differences of two or three seeds are chance
-        return UNDECIDED
-    return HOLDS if (low > 0) == above else CONTRADICTED
+    found = sign(difference)
+    return UNDECIDED if not found else HOLDS if (found > 0) == above else CONTRADICTED
 
 
 def together(verdicts: list[str]) -> str:

@@ -1,7 +1,6 @@
 """Writes a student as files that others can use: eekd export RUN/students/NAME --out FOLDER [--to FORMAT ...]."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from eekd import command
@@ -10,7 +9,7 @@ if __name__ == "__main__":
     command.start()
 
 from eekd.export import FORMATS
-from eekd.io.files import in_words, printable
+from eekd.io.files import printable
 
 PARSER = argparse.ArgumentParser(prog="eekd export", description="Writes a student as files that others can use.")
 PARSER.add_argument("student", help="RUN/students/NAME, a RUN with one student, or an exported folder")
@@ -25,12 +24,7 @@ PARSER.add_argument("--root", help="the folder of a named dataset's files")
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line and returns its exit code; 2 for any mistake."""
-    given = PARSER.parse_args(command.arguments(argv))
-    try:
-        return _export(given)
-    except (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"error: {printable(in_words(error))}", file=sys.stderr)
-        return 2
+    return command.answer(PARSER, argv, _export)
 
 
 def _export(given: argparse.Namespace) -> int:

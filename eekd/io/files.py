@@ -47,9 +47,8 @@ def write_atomic(path: str | Path, data: bytes, sync: bool = True) -> str:
         if isinstance(error, OSError) and error.errno:
             error.filename, error.filename2 = str(path), None  # a full disk does not say where
         raise
-    if not sync:
-        return hashlib.sha256(data).hexdigest()
-    _sync_folder(path.parent)  # without it the new name may not survive a power cut
+    if sync:
+        _sync_folder(path.parent)  # without it the new name may not survive a power cut
     return hashlib.sha256(data).hexdigest()
 
 
@@ -65,6 +64,7 @@ def lacks(folder: Path, what: str, so: str, error: OSError) -> None:
 
 
 _warned: set[tuple[str, int]] = set()
+_NO_SYNC = "cannot wait until files are written", "a power cut may cost files that were written before"
 
 
 def _sync(descriptor: int, folder: Path, lacking: set[int]) -> None:
@@ -73,9 +73,7 @@ def _sync(descriptor: int, folder: Path, lacking: set[int]) -> None:
     except OSError as error:
         if error.errno not in lacking:
             raise
-        lacks(
-            folder, "cannot wait until files are written", "a power cut may cost files that were written before", error
-        )
+        lacks(folder, *_NO_SYNC, error)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -84,9 +82,7 @@ def _sync_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_FOLDER_SYNC:
             raise
-        lacks(
-            folder, "cannot wait until files are written", "a power cut may cost files that were written before", error
-        )
+        lacks(folder, *_NO_SYNC, error)
         return
     try:
         _sync(descriptor, folder, _NO_FOLDER_SYNC)

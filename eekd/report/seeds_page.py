@@ -4,16 +4,17 @@ from pathlib import Path
 
 from eekd.report.charts import Chart, Html, limits, missing, page, table, tag
 from eekd.report.run import colour_of
+from eekd.statistics import percent, points
 from eekd.train.checked import title_of
 from eekd.train.config import Config
-from eekd.train.seeds import points, sentence, spread
+from eekd.train.seeds import sentence
 
 
 def draw(folder: Path, config: Config, summary: dict, seeds: dict[int, dict]) -> bytes:
     """The page of `summary`, RUN/summary.json; `seeds` are the summaries of its seeds, whose pages lie in seed-N/."""
     rows, found = summary["rows"], summary.get("findings", [])
-    cells = [[title_of(row["name"]), row["model"], f"{row['parameters']:,}", spread(row["val"]),
-              spread(row["test"]), *(points(row[key]) if row[key] else "" for key in ("over_ce", "over_last"))]
+    cells = [[title_of(row["name"]), row["model"], f"{row['parameters']:,}", percent(row["val"]),
+              percent(row["test"]), points(row["over_ce"]), points(row["over_last"])]
              for row in rows]  # fmt: skip
     head = ["", "network", "parameters", "val, %", "test, %", "over CE, points", "over KD (last), points"]
     breaks = {i for i in range(1, len(rows)) if rows[i]["kind"] != rows[i - 1]["kind"]}

@@ -13,7 +13,7 @@ of 1, those of gains of the test images.
 from pathlib import Path
 from statistics import mean
 
-from eekd.statistics import mean_std, paired
+from eekd.statistics import mean_std, paired, points, sign
 from eekd.train.run_folder import read_record
 
 
@@ -42,18 +42,6 @@ def summary_of(run: Path, seeds: range) -> dict:
     return {"seconds": sum(known["seconds"] for known in each), "seeds": [*seeds], "rows": rows}
 
 
-def spread(known: dict) -> str:
-    """Mean and standard deviation of an accuracy in percent: 81.20 ± 0.31."""
-    return f"{100 * known['mean']:.2f}" + ("" if known["std"] is None else f" ± {100 * known['std']:.2f}")
-
-
-def points(difference: dict) -> str:
-    """A paired gain in points: +2.10 [+1.60, +2.60]."""
-    ends = (difference["low"], difference["high"])
-    interval = "" if None in ends else " [{:+.2f}, {:+.2f}]".format(*(100 * end for end in ends))
-    return f"{100 * difference['mean']:+.2f}{interval}"
-
-
 def sentence(summary: dict) -> str:
     """What was seen, in one sentence: what EEKD, or else the last student, gained over ce and over last."""
     rows = {row["name"]: row for row in summary["rows"] if row["over_ce"] or row["over_last"]}
@@ -69,8 +57,5 @@ def sentence(summary: dict) -> str:
 
 
 def verdict(difference: dict) -> str:
-    """Whether the interval lies above 0, below it, or leaves it open; two equal differences may be chance."""
-    low, high = difference["low"], difference["high"]
-    if low is None or low == high or low <= 0 <= high:
-        return "undecided"
-    return "ahead" if low > 0 else "behind"
+    """Whether the interval lies above 0, below it, or leaves it open."""
+    return {1: "ahead", 0: "undecided", -1: "behind"}[sign(difference)]
