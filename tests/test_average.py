@@ -91,5 +91,5 @@ def test_an_average_goes_on_to_the_same_bits(averaged, tmp_path):
 def test_what_is_kept_is_said(nets, capsys):
     flags = f"--dry-run --teacher.model {nets}:net --student.model {nets}:small --student.ema 0.99 --train-limit 200"
     assert cli.main(flags.split()) == 0
-    said = "What is validated, kept and exported of students is the average of their weights (ema 0.99)."
+    said = "The students that are validated, saved and exported are averages of the weights (ema 0.99)."
     assert said in " ".join(capsys.readouterr().out.split())

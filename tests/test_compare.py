@@ -256,7 +256,7 @@ def test_bad_flags(out, capsys, changed, wanted):
 def test_a_snapshot_that_was_not_kept_and_a_method_that_changed(tmp_path, capsys, monkeypatch):
     assert compare(tmp_path, names="last", seeds=1) == 0
     assert compare(tmp_path, names="last attention-m3", seeds=1) == 2
-    assert "keeps no snapshot of epochs [1], which this method wants" in capsys.readouterr().err
+    assert "has no snapshot of epochs [1], which this method needs" in capsys.readouterr().err
     monkeypatch.setitem(METHODS, "last", METHODS["half"])
     assert compare(tmp_path, names="last", seeds=1) == 2
     assert "snapshots must be 1, with which " in capsys.readouterr().err

@@ -116,7 +116,7 @@ def test_a_folder_that_is_no_student(run, folder, tmp_path):
     old = tmp_path / "old"
     del record["classes"]
     write_json_atomic(old / "student.json", record)
-    with pytest.raises(ValueError, match="before students kept their classes"):
+    with pytest.raises(ValueError, match="before eekd saved the classes of students"):
         load_student(old)
 
 

@@ -170,7 +170,7 @@ def test_out_of_memory_is_one_line(here, monkeypatch, capsys):
     ("--device cuda:77", "on this machine, got 'cuda:77'"),
     ("teach", "the first word must be teacher, student or a flag, got 'teach'; did you mean 'teacher'?"),
     ("student", "student needs --teacher run"),
-    ("student --teacher nowhere", "nowhere is not a run that has begun"),
+    ("student --teacher nowhere", "nowhere is not the folder of a run"),
     ("student --teacher RUN --teacher.epochs 3", "cannot be changed"),
     ("student --teacher RUN --split-seed 7", "was trained on other images"),
     ("--out RUN", "already holds something"),

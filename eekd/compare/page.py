@@ -9,6 +9,7 @@ from pathlib import Path
 from eekd.compare.methods import KINDS
 from eekd.compare.plots import FIGURES, drawn, number, plots, points, series_of
 from eekd.io.files import printable, write_atomic
+from eekd.statistics import percent
 
 PRINCIPLES = {
     "quality": "Quality: does a stronger ensemble teach better?",
@@ -73,13 +74,13 @@ def _setting(record: dict) -> list[str]:
         f"M = {teacher['snapshots']} unless stated, τ = {student['temperature']:g}, α = {student['alpha']:g}, "
         f"{seeds} seed{'s' * (seeds > 1)}.",
         "",
-        "Of one seed, all students start from the same weights and see the same images in the same order; they share "
-        "one ordinary teacher, from which each method takes its snapshots, and read them from its logit bank. The "
-        "cyclic teacher starts from the same weights as the ordinary one, which is the first of the independently "
-        "trained teachers (SED). Accuracies are those of the last epoch, on test images that nothing was chosen by; "
-        "± is the standard deviation over seeds. Differences are taken seed by seed; in brackets is Student's 95 % "
-        "interval, which is not corrected for the number of comparisons. A claim *holds* where all its intervals lie "
-        "on the claimed side of 0, is *contradicted* where one lies on the other side, and else is *undecided*.",
+        "For one seed, all students start from the same weights and see the same images in the same order. They share "
+        "one ordinary teacher, and read its snapshots from its logit bank. The cyclic teacher starts from the same "
+        "weights as the ordinary one. The ordinary teacher is the first of the independently trained ones (SED). "
+        "Accuracies are those of the last epoch, on test images; nothing was chosen by them. ± is the standard "
+        "deviation over seeds. Differences are taken seed by seed. In brackets is Student's 95 % interval, which is "
+        "not corrected for the number of comparisons. A claim *holds* if all its intervals lie on the claimed side of "
+        "0. It is *contradicted* if one lies on the other side, and *undecided* otherwise.",
     ]
 
 
@@ -156,8 +157,8 @@ def _cost(record: dict) -> list[str]:
     base = next((row["cost"] for row in record["methods"] if row["name"] == "ce"), None)
     head = "| method | teachers | train teachers | teach: online | bank | train student | TFLOP: online | bank | "
     lines = [
-        "Forwards of one image by the network named, in millions; a training step counts as three. Each method "
-        "pays for its own teachers and bank.",
+        "Forwards of one image by the named network, in millions. A training step counts as three forwards. Each "
+        "method pays for its own teachers and bank.",
         "",
         head + "s: teachers | bank | student |",
         "|---|" + "--:|" * 10,
@@ -180,9 +181,8 @@ def _cost(record: dict) -> list[str]:
         lines += [
             "",
             f"One forward is {flops['teacher'] / 1e6:,.2f} MFLOP of the teacher and "
-            f"{flops['student'] / 1e6:,.2f} of the student. Seconds are wall-clock, of one process with "
-            f"{_one(record['threads'])} thread(s), and hold the passes over validation and test images "
-            "too.",
+            f"{flops['student'] / 1e6:,.2f} of the student. Seconds are wall-clock, for one process with "
+            f"{_one(record['threads'])} thread(s), and include the passes over validation and test images.",
         ]
     return [*lines, ""]
 
@@ -246,8 +246,3 @@ def _code(line: str) -> str:
 
 def _one(values: list) -> str:
     return ", ".join(map(plain, values))
-
-
-def percent(value: dict) -> str:
-    """A mean ± std of accuracies in percent."""
-    return f"{100 * value['mean']:.2f}" + ("" if value["std"] is None else f" ± {100 * value['std']:.2f}")

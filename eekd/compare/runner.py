@@ -237,8 +237,8 @@ def picked(run: Path, how: Method, config: Config) -> list[int] | None:
         return None
     if missing := [epoch for epoch in wanted if epoch not in steps]:
         raise ValueError(
-            f"{run} keeps no snapshot of epochs {missing}, which this method wants, for it was trained "
-            "before that was asked for: choose another --out"
+            f"{run} has no snapshot of epochs {missing}, which this method needs: it was trained "
+            "before the method was added; choose another --out"
         )
     return [steps.index(epoch) for epoch in wanted]
 

@@ -219,10 +219,10 @@ def load(
     if len(parts) == 1:
         held = stratified(labels, round(_TEST_FRACTION * len(labels)), seed=0)
         parts["test"], keep = _subset(whole, keep[held]), keep[~held]
-        said.append(f"{_TEST_FRACTION:.0%} of the images are the test, since there is no test split.")
+        said.append(f"{_TEST_FRACTION:.0%} of the images are the test split, since there is no other.")
     elif len(parts) == 2:
         if "val" in parts:
-            said.append("The val split is the test, since there is no other.")
+            said.append("The val split is the test split, since there is no other.")
         parts["test"] = parts.pop("val", None) or parts["test"]
     if "val" not in parts:
         held = stratified(labels[keep], round(val_fraction * len(keep)), seed)

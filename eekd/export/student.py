@@ -208,7 +208,7 @@ def facts_of(folder: Path) -> dict:
             f"{folder / 'student.json'} must be the record of a student, got no {', '.join(lacking)} in it"
         )
     if "classes" not in record:
-        raise ValueError(f"{folder} was trained before students kept their classes: train it again, or export by hand")
+        raise ValueError(f"{folder} was trained before eekd saved the classes of students: train it again")
     run, teacher = folder.parent.parent, record.get("teacher")
     summary, begun = (
         read_json(run / name) if (run / name).exists() else {} for name in ("summary.json", "environment.json")

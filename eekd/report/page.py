@@ -46,7 +46,7 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
         sections = [tag("section", tag("h2", title), *draw(run), id=draw.__name__) for title, draw in SECTIONS.items()]
         drawn = page(f"{run.config.data_name} · eekd", header(run), *sections)
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder} is not written as eekd.train.run_folder says: {repr(error)}") from error
+        raise ValueError(f"{folder} does not have the format of eekd.train.run_folder: {repr(error)}") from error
     write_atomic(out, drawn)
     return out
 
@@ -59,7 +59,7 @@ def several(folder: Path) -> bytes | None:
     if not (folder / "config.json").is_file() or (config := read_settings(folder)).seeds == 1:
         return None
     if not (folder / "summary.json").exists():
-        raise FileNotFoundError(f"{folder} has not ended: go on with --resume {folder}, or draw one of its seeds")
+        raise FileNotFoundError(f"{folder} has not ended: continue it with --resume {folder}, or draw one of its seeds")
     summary = read_record(folder / "summary.json", "seconds", "seeds", "rows")
     known = {}
     for seed in summary["seeds"]:

@@ -80,7 +80,7 @@ class LastFeatures:
     def dim(self) -> int:
         """The width of the features; RuntimeError if it is not known yet."""
         if self._dim is None:
-            why = f"call this once, {self.layer!r} does not say it" if self.layer else "features=False asks for none"
+            why = f"call this once, for {self.layer!r} has none" if self.layer else "features=False asks for none"
             raise RuntimeError(f"the width of the features is not known: {why}")
         return self._dim
 

@@ -196,7 +196,7 @@ def parse(argv: list[str]) -> Flags:
         changed = other or ", ".join(name for name in changed if name not in CHANGEABLE)
         if changed:
             raise ValueError(
-                f"--resume {start.resume} goes on with the run as it was begun, and cannot be given with "
+                f"--resume {start.resume} continues the run with its own settings, and cannot be given with "
                 f"another {changed}"
             )
     if phase == "student" and not (chosen.teacher_run or chosen.checkpoints):

@@ -44,39 +44,11 @@ KEEP = 2
 SYNC = 10  # seconds: how much training a power cut may cost, where a kill costs what the last checkpoint lacks
 # Settings that leave the bits of a phase as they are, or that its `setup` knows by their content.
 _NO_BITS = {
-    "data",
-    "root",
-    "interpolation",
-    "channels",
-    "classes",
-    "split",
-    "image_column",
-    "label_column",
-    "config_name",
-    "streaming",
-    "bad_images",
-    "bad_image_budget",
-    "teacher",
-    "teacher_run",
-    "checkpoints",
-    "checkpoint_entry",
-    "bank",
-    "student",
-    "students",
-    "workers",
-    "device",
-    "tensorboard",
-    "wandb",
-    "mlflow",
-    "save_every",
-    "seeds",
-    "check_replicas",
-    "non_finite",
-    "skip_budget",
-    "verify_loss",
-}
-
-
+    "data", "root", "interpolation", "channels", "classes", "split", "image_column", "label_column", "config_name",
+    "streaming", "bad_images", "bad_image_budget", "teacher", "teacher_run", "checkpoints", "checkpoint_entry", "bank",
+    "student", "students", "workers", "device", "tensorboard", "wandb", "mlflow", "save_every", "seeds",
+    "check_replicas", "non_finite", "skip_budget", "verify_loss",
+}  # fmt: skip
 _DEFAULTS = {
     field.name: list(field.default) if isinstance(field.default, tuple) else field.default
     for kind in (Teacher, Student, Config)
@@ -111,7 +83,8 @@ class Checkpoints:
                 damaged.append(str(error))
                 continue
             for fault in damaged:
-                warnings.warn(f"{fault}; going on from the checkpoint before it, {path}", RuntimeWarning, stacklevel=2)
+                told = f"{fault}; continuing from the checkpoint before it, {path}"
+                warnings.warn(told, RuntimeWarning, stacklevel=2)
             self._check(path, record)
             self._newest = [number]
             return {"tensors": tensors, **record}, path
@@ -123,7 +96,7 @@ class Checkpoints:
         metrics = self.folder.with_name("metrics.jsonl")
         if metrics.exists() and (epochs := metrics.read_bytes().count(b"\n")) > 1:
             raise ValueError(
-                f"{metrics} tells of {epochs} epochs, and neither a checkpoint nor a record of their end "
+                f"{metrics} has {epochs} epochs, but neither a checkpoint nor a record of their end "
                 f"is there: remove {self.folder.parent} to train this phase again"
             )
         return None
@@ -156,7 +129,7 @@ class Checkpoints:
         changed = [f"{name} {now[name]!r} for {was.get(name)!r}" for name in now if was.get(name) != now[name]]
         if changed:
             warnings.warn(
-                f"{path} goes on with {', '.join(changed)}: the last bits may differ from those of a run "
+                f"{path} continues with {', '.join(changed)}: the last bits may differ from those of a run "
                 "that was not interrupted",
                 RuntimeWarning,
                 stacklevel=3,

@@ -41,7 +41,8 @@ def guesses(accuracy: float, classes: int, images: int) -> bool:
 
 
 def _at_chance(row: dict, snapshots: list[dict]) -> str:
-    said = f"{row['name'].capitalize()} guesses: it names {row['val_accuracy']:.1%} of the validation images right. "
+    accuracy = f"{row['val_accuracy']:.1%} of the validation images are right"
+    said = f"{row['name'].capitalize()} is no better than chance: {accuracy}. "
     if row["kind"] == "student":
         return said + "Try a lower --student.lr, or more --student.epochs."
     if row["name"] == snapshots[-1]["name"]:

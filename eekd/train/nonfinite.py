@@ -163,18 +163,16 @@ class NonFiniteGuard(Callback):
         told = f"{trainer.name}: {what} in {where}: {first}; saved in {path}"
         if scale is not None:
             raise FloatingPointError(
-                f"{told}; no scale of the loss down to {scale:.2g} mends it: try a lower lr or precision bf16 or fp32"
+                f"{told}; no loss scale down to {scale:.2g} makes it finite: try a lower lr or precision bf16 or fp32"
             )
         if not self.skip:
-            raise FloatingPointError(
-                f"{told}; try a lower lr or precision fp32, or leave such steps out by non_finite skip"
-            )
+            raise FloatingPointError(f"{told}; try a lower lr or precision fp32, or skip such steps by non_finite skip")
         trainer.skipped += 1
         if trainer.skipped > self.budget:
             raise FloatingPointError(f"{told}; skip_budget {self.budget} is used up: try a lower lr or precision fp32")
         self._clear()
         trainer.batches = trainer.batches_from(trainer.step)  # the loader has gone back
-        warnings.warn(f"{told}; the step is left out", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"{told}; the step is skipped", RuntimeWarning, stacklevel=4)
 
     def _find(self, known: dict) -> tuple[Found | None, Tensor, Path]:
         """Runs the batches of a step again until one is bad, and keeps all that this takes."""

@@ -138,7 +138,7 @@ def _guesses(session: Session, teacher: nn.Module) -> list[str]:
     if not guesses(right / len(index), len(session.data.classes), len(index)):
         return []
     return [
-        f"The finished teacher names {right} of {len(index)} validation images right, as guessing would: look at "
+        f"The finished teacher is no better than chance: {right} of {len(index)} validation images are right. Look at "
         "teacher.mean and teacher.std, at the order of the classes (classes), and at channels."
     ]
 

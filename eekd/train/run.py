@@ -130,7 +130,7 @@ def _resumable(run: Path):
         yield
     except (KeyboardInterrupt, OSError, RuntimeError, ValueError) as error:
         if not isinstance(error, BlockingIOError) and (run / "config.json").exists():
-            error.add_note(f"go on with: python -m eekd.train --resume {shlex.quote(str(run))}")
+            error.add_note(f"continue with: python -m eekd.train --resume {shlex.quote(str(run))}")
         raise
 
 

@@ -209,7 +209,7 @@ def read_settings(run: str | Path) -> Config:
     """The settings a run was begun with; FileNotFoundError where none was, ValueError where its files changed since."""
     path = Path(run, "config.json")
     if not path.is_file():
-        raise FileNotFoundError(f"{run} is not a run that has begun: there is no config.json in it")
+        raise FileNotFoundError(f"{run} is not the folder of a run: it has no config.json")
     noted = path.with_name("environment.json")
     known = read_json(noted) if noted.exists() else {}
     if not isinstance(known, dict):

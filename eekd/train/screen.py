@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eekd.io.files import printable
+from eekd.statistics import percent, points
 from eekd.train.checked import title_of
 from eekd.train.config import Config
 
@@ -97,7 +98,7 @@ def plan(session: "Session") -> Table:
 
 def kept(config: Config) -> list[str]:
     """A sentence for each of teacher and students of which an average of the weights is kept."""
-    said = "What is validated, kept and exported of {} is the average of their weights (ema {:g})."
+    said = "The {} that are validated, saved and exported are averages of the weights (ema {:g})."
     phases = (("snapshots", config.teacher), ("students", config.student))
     return [said.format(who, phase.ema) for who, phase in phases if phase.ema]
 
@@ -132,21 +133,14 @@ def results(rows: list[dict]) -> Table:
 
 def over_seeds(summary: dict) -> Table:
     """The summary of a run over several seeds."""
-    from eekd.train.seeds import points, spread
-
     table = _table(
         ("", "network", "test %", "over CE", "over KD (last)"),
         f"mean ± std over {len(summary['seeds'])} seeds; gains in points, seed by seed, with 95 % intervals",
     )
     for row in summary["rows"]:
-        gains = (points(row[key]) if row[key] else "" for key in ("over_ce", "over_last"))
-        table.add_row(
-            _name(title_of(row["name"])),
-            _name(row["model"]),
-            spread(row["test"]),
-            *gains,
-            end_section=row["kind"] in ("teacher", "ensemble"),
-        )
+        cells = percent(row["test"]), points(row["over_ce"]), points(row["over_last"])
+        ends = row["kind"] in ("teacher", "ensemble")
+        table.add_row(_name(title_of(row["name"])), _name(row["model"]), *cells, end_section=ends)
     return table
 
 

@@ -118,7 +118,7 @@ def test_a_signal_is_one_line(run, tmp_path, monkeypatch, capsys, number):
 @bad_input
 @pytest.mark.parametrize(("flags", "wanted"), [
     ("", "--teacher"),
-    ("--teacher nowhere", "nowhere is not a run that has begun"),
+    ("--teacher nowhere", "nowhere is not the folder of a run"),
     ("--teacher RUN --views 0", "views must be at least 1, got 0"),
     ("--teacher RUN --views many", "--views"),
     ("--teacher RUN --view 3", "--views"),

@@ -43,7 +43,7 @@ def sizes(data):
 def test_class_folders_without_splits(tmp_path):
     data, warning = read(put(tmp_path, *several("dog", "cat")))
     assert data.classes == ("cat", "dog") and sizes(data) == (14, 2, 4) and warning is None
-    assert any("20% of the images are the test" in said for said in data.decisions)
+    assert any("20% of the images are the test split" in said for said in data.decisions)
 
 
 @pytest.mark.parametrize(

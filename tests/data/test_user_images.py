@@ -198,8 +198,9 @@ def test_the_size_is_that_of_most_images(sizes, size):
 
 def test_decisions_name_what_was_decided(tmp_path):
     said = " ".join(load(str(folder(tmp_path, ["train", "val"], size=(70, 100), each=5)), val_fraction=0.2).decisions)
-    for part in ("train/ is the training data", "The val split is the test", "20% of the training images are held out",
-                 "3 channels: 10 of 10", "Size 224 x 224: the images looked at are 100 x 70", "2 classes"):  # fmt: skip
+    for part in ("train/ is the training data", "The val split is the test split",
+                 "20% of the training images are held out", "3 channels: 10 of 10",
+                 "Size 224 x 224: the images looked at are 100 x 70", "2 classes"):  # fmt: skip
         assert part in said
 
 

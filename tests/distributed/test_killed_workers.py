@@ -157,7 +157,7 @@ def test_the_slurm_script_goes_on_after_preemption(undisturbed, tmp_path):
         time.sleep(0.02)
     job.terminate()
     told = job.communicate(timeout=100)[1]
-    assert told.count("stopped by SIGTERM; go on with: python -m eekd.train --resume") == 2, told
+    assert told.count("stopped by SIGTERM; continue with: python -m eekd.train --resume") == 2, told
     assert f"requeue {os.getpid()}" in (tmp_path / "asked").read_text()
     assert not (tmp_path / "run" / "summary.json").exists()
     subprocess.run(start, env=slurm, check=True, capture_output=True)
@@ -175,7 +175,7 @@ def test_a_restart_with_other_settings_is_refused(undisturbed, monkeypatch, caps
     assert f"{run} holds a run with another " in told and "seed" in told and "interpolation" not in told
     monkeypatch.chdir(run)  # where there is a config.json, which is not that of --out
     assert main(["--resume", "elsewhere"]) == 2
-    assert "elsewhere is not a run that has begun" in capsys.readouterr().err
+    assert "elsewhere is not the folder of a run" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def test_a_signal_saves_and_says_how_to_go_on(run, tmp_path, monkeypatch, capsys
     out = tmp_path / "run"
     assert cli.main(["--config", str(tmp_path / "config.json"), "--out", str(out)]) == 128 + number
     told = capsys.readouterr().err
-    assert told == f"stopped by {number.name}; go on with: python -m eekd.train --resume {out}\n"
+    assert told == f"stopped by {number.name}; continue with: python -m eekd.train --resume {out}\n"
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
     saved = Checkpoints(out / ("students/ce" if "step" in where else "teacher"), {}, torch.device("cpu"))
     if where != "diagnosis":

@@ -69,7 +69,7 @@ def test_no_file_can_be_written_any_more(run, tmp_path, monkeypatch, capsys, fil
     assert cli.main(["--config", str(tmp_path / "config.json"), "--out", str(out)]) == 2
     monkeypatch.undo()
     name = file.replace("/.", "/").removeprefix(".").removesuffix(".tmp")
-    told = f"error: {os.strerror(reason)}: {out / name}; go on with: python -m eekd.train --resume {out}\n"
+    told = f"error: {os.strerror(reason)}: {out / name}; continue with: python -m eekd.train --resume {out}\n"
     assert capsys.readouterr().err == told
     assert cli.main(["--resume", str(out)]) == 0
     check_same(undisturbed, out)
@@ -169,7 +169,7 @@ def test_an_image_that_vanishes_while_training(nets, tmp_path, workers):
     with pytest.raises(FileNotFoundError) as caught:
         train(config, tmp_path / "run", session=session, progress=progress)
     assert "a/3.png" in str(caught.value) and "\n" not in str(caught.value)
-    assert caught.value.__notes__ == [f"go on with: python -m eekd.train --resume {tmp_path / 'run'}"]
+    assert caught.value.__notes__ == [f"continue with: python -m eekd.train --resume {tmp_path / 'run'}"]
     moved.rename(gone)
     saved = read_json(max((tmp_path / "run/teacher/checkpoints").glob("*.json")))
     assert saved["batch"] >= 2  # nothing was lost
@@ -230,7 +230,7 @@ def test_flags_that_change_nothing_pass(run):
 @pytest.mark.bad_input
 def test_what_cannot_go_on_says_why(run, tmp_path, capsys):
     assert cli.main(["--resume", str(tmp_path / "none")]) == 2
-    assert "none is not a run that has begun: there is no config.json in it" in capsys.readouterr().err
+    assert "none is not the folder of a run: it has no config.json" in capsys.readouterr().err
     out = broken_off(run, tmp_path / "run")
     session = Session(dataclasses.replace(run[0].config, seed=1), run[0].data)
     with pytest.raises(ValueError, match=r"settings.seed must be 0, .*checkpoints/\d.json was written, got 1"):
@@ -279,7 +279,7 @@ def test_what_was_finished_is_not_trained_again_for_a_lost_record(run, tmp_path,
     copy = shutil.copytree(run[1], tmp_path / "run")
     (copy / record).unlink()
     before = {path: sha256_of(path) for path in copy.rglob("*.safetensors")}
-    with pytest.raises(ValueError, match=r"metrics.jsonl tells of 2 epochs, and neither a checkpoint nor a record of "):
+    with pytest.raises(ValueError, match=r"metrics.jsonl has 2 epochs, but neither a checkpoint nor a record of "):
         resume(copy, session=run[0])
     assert before == {path: sha256_of(path) for path in copy.rglob("*.safetensors")}
 
@@ -339,5 +339,5 @@ def test_another_setup_is_told(run, tmp_path, monkeypatch):
     out = broken_off(run, tmp_path / "run")
     made = checkpoints.provenance(torch.device("cpu"))
     monkeypatch.setattr(checkpoints, "provenance", lambda device: made | {"torch": "9.9"})
-    with pytest.warns(RuntimeWarning, match=r"goes on with torch '9.9' for .*: the last bits may differ"):
+    with pytest.warns(RuntimeWarning, match=r"continues with torch '9.9' for .*: the last bits may differ"):
         resume(out, session=run[0])

@@ -132,7 +132,7 @@ def test_the_first_batches_of_a_student_are_verified(run, tmp_path, monkeypatch)
 def test_a_bad_batch_is_run_again_while_losses_are_verified(run, tmp_path, mark):
     session, name, value = faulty(run, "gradient", non_finite="skip", verify_loss=9)
     mark(session, value, 1, 6)
-    with pytest.warns(RuntimeWarning, match="the gradient of the output of 0.body.6 .*; the step is left out$"):
+    with pytest.warns(RuntimeWarning, match="the gradient of the output of 0.body.6 .*; the step is skipped$"):
         start(session, name, tmp_path / "phase", run[1] / "teacher")
     assert_same(by_hand(session, name, (1, 6), run[1] / "teacher")[0], after(tmp_path / "phase", name))
 
@@ -143,7 +143,7 @@ def test_a_batch_that_is_not_finite_does_not_count_as_verified(run, tmp_path, ma
     mark(session, NAN, 0, 1)
     monkeypatch.setattr(losses, "ensemble_kd", broken(losses.ensemble_kd, BROKEN["loss"][1]))
     with (
-        pytest.warns(RuntimeWarning, match="; the step is left out$") as told,
+        pytest.warns(RuntimeWarning, match="; the step is skipped$") as told,
         pytest.raises(FloatingPointError, match="^attention: loss with the attention's is"),
     ):
         start(session, "attention", tmp_path / "phase", run[1] / "teacher")

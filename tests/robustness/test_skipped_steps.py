@@ -27,7 +27,7 @@ from eekd.train.session import Session
 def test_skip_is_a_run_in_which_the_step_was_left_out(run, tmp_path, mark, fault, steps):
     session, name, value = faulty(run, fault, non_finite="skip")
     mark(session, value, *steps)
-    with pytest.warns(RuntimeWarning, match="; the step is left out$") as told:
+    with pytest.warns(RuntimeWarning, match="; the step is skipped$") as told:
         start(session, name, tmp_path / "phase", run[1] / "teacher")
     assert len(told) == len(steps) == len(list((tmp_path / "phase").glob("non-finite-*.json")))
     state, found = by_hand(session, name, steps, run[1] / "teacher")
@@ -73,7 +73,7 @@ def test_fp16_ends_where_no_scale_mends_the_gradients(run, tmp_path, policy, row
     student = dataclasses.replace(session.config.student, batch_size=rows)
     session.config = dataclasses.replace(session.config, student=student)
     told = rf"^ce: a gradient is not finite at loss [\d.]+ in epoch \d .* step {step}, .*: the first bad tensor is the "
-    told += rf"gradient of the output of body.6 \(Flatten\), nan in .*no scale of the loss down to {re.escape(scale)} "
+    told += rf"gradient of the output of body.6 \(Flatten\), nan in .*no loss scale down to {re.escape(scale)} "
     for kill, ends in ((5, Killed), (99, FloatingPointError)):
         with pytest.raises(ends) as caught:
             start(session, "ce", tmp_path / "phase", None, resume=True, progress=killer(kill))
@@ -174,7 +174,7 @@ def test_the_command_line(run, tmp_path, mark, capsys):
     assert "another seed" in capsys.readouterr().err
     assert cli.main(["--resume", str(out), "--non-finite", "skip"]) == 0
     told = capsys.readouterr().err
-    assert told.count("warning: ") == told.count("; the step is left out\n") == told.count("\n") == 2
+    assert told.count("warning: ") == told.count("; the step is skipped\n") == told.count("\n") == 2
     assert_same(by_hand(session, without=[5])[0], load_tensors(out / "teacher/snapshot-2.safetensors"))
     for folder in (out / "teacher", out / "students/attention"):
         assert [row["skipped"] for row in untimed(folder)] == [0, 1]
