@@ -34,12 +34,12 @@ def table_row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def pyplot():
-    """matplotlib's, writing the same SVG for the same numbers."""
+def pyplot(fonttype: str = "none"):
+    """matplotlib's, writing the same SVG for the same numbers, its text as text or, by "path", as shapes."""
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "eekd", "svg.fonttype": "none", "font.size": 9}
+    matplotlib.rcParams |= {"svg.hashsalt": "eekd", "svg.fonttype": fonttype, "font.size": 9}
     import matplotlib.pyplot
 
     return matplotlib.pyplot

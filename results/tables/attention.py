@@ -79,8 +79,8 @@ def _students(record: dict) -> list[str]:
     names = dict.fromkeys(name for name, _ in accuracy)
     stages = ("explored_on", "confirmed_on")
     seeds = {stage: f"seeds {record[stage][0]}–{record[stage][-1]}" for stage in stages}
-    head = [f"{what}, {seeds[stage]}" for stage in stages for what in ("accuracy, %", "less uniform's")]
-    lines = head("taught by", *head)
+    columns = [f"{what}, {seeds[stage]}" for stage in stages for what in ("accuracy, %", "less uniform's")]
+    lines = head("taught by", *columns)
     for name in names:
         cells = []
         for stage in stages:

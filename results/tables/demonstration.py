@@ -53,7 +53,7 @@ def demo(record: dict) -> str:
 
 def accuracy_plot(record: dict, path: Path) -> None:
     """Test accuracy of every student and seed beside its teacher's snapshots."""
-    plt = pyplot()
+    plt = pyplot("path")
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), sharey=False, layout="constrained")
     runs = record["runs"]
     rows = runs[0]["rows"]

@@ -16,13 +16,13 @@ def bench(record: dict) -> str:
     baselines = [b for b in ("eager", "compile", "liger") if any(row["best_us"].get(b) for row in rows)]
     copied = "copy" in ran
     several = [key for key in ("dtype", "layout") if len({row[key] for row in rows}) > 1]
-    head = ["(B, M, C, K)" if len(rows[0]["shape"]) == 4 else "(B, M, C)", *several, "fusion"]
+    first = ["(B, M, C, K)" if len(rows[0]["shape"]) == 4 else "(B, M, C)", *several, "fusion"]
     columns = ["eekd, µs"] if len(backends) == 1 else [f"{name}, µs" for name in backends]
     columns += ["torch.compile" if b == "compile" else b for b in baselines]
     ratios = [f"vs_{b}" for b in baselines]
     tail = [f"× {b}" for b in baselines] + ["% of copy"] * copied + ["faster"] * (len(backends) > 1)
-    lines = [f"| {' | '.join([*head, *columns, *tail])} |"]
-    lines += [f"|{'---|' * len(head)}{'--:|' * (len(columns) + len(tail))}"]
+    lines = [f"| {' | '.join([*first, *columns, *tail])} |"]
+    lines += [f"|{'---|' * len(first)}{'--:|' * (len(columns) + len(tail))}"]
 
     def line(*cells):
         lines.append("|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|")
@@ -42,7 +42,7 @@ def bench(record: dict) -> str:
         means = [number(summary[name].get(f"geomean_{ratio}"), ".1f") for ratio in ratios]
         of = f" of {name}" if len(backends) > 1 else ""
         faster = [f"{summary[name]['fastest']} of {len(rows)}"] * (len(backends) > 1)
-        blank = [""] * (len(head) - 1 + len(columns))
+        blank = [""] * (len(first) - 1 + len(columns))
         line(f"geometric mean{of}", *blank, *(f"**{x}**" for x in means), *[""] * copied, *faster)
     dtypes = ", ".join(dict.fromkeys(SHORT[row["dtype"]] for row in rows))
     return "\n".join(lines) + f"\n\nForward + backward, {dtypes}, median: {provenance(record)}"
