@@ -51,11 +51,14 @@ def script(shell: str) -> str:
         "info": {},
         "bench": _of(options.PARSER),
     }
-    flags = [f'      {verb}) words="{" ".join([*known, "--help", "--version"])}";;' for verb, known in of_verbs.items()]
+    flags = [
+        f'      {verb}) words="{" ".join([*own_flags, "--help", "--version"])}";;'
+        for verb, own_flags in of_verbs.items()
+    ]
     values = [
         f'      "{verb} {flag}") words="{" ".join(map(word, words))}";;'
-        for verb, known in of_verbs.items()
-        for flag, words in known.items()
+        for verb, own_flags in of_verbs.items()
+        for flag, words in own_flags.items()
         if words
     ]
     values.append('      "train train") words="teacher student";;')
@@ -65,17 +68,17 @@ def script(shell: str) -> str:
 
 def _flags(kind: type, prefix: str = "") -> dict[str, tuple]:
     """The flags that tyro makes of a dataclass, with the words that each takes, () where it takes any."""
-    found, kinds = {}, get_type_hints(kind)
+    flags, kinds = {}, get_type_hints(kind)
     for name in (field.name for field in dataclasses.fields(kind)):
         flag = prefix + name.replace("_", "-")
         if dataclasses.is_dataclass(kinds[name]):
-            found |= _flags(kinds[name], "" if name == "settings" else f"{flag}.")
+            flags |= _flags(kinds[name], "" if name == "settings" else f"{flag}.")
         else:
-            found[f"--{flag}"] = choices(kinds[name])
+            flags[f"--{flag}"] = choices(kinds[name])
             if kinds[name] is bool:
                 head, dot, tail = flag.rpartition(".")
-                found[f"--{head}{dot}no-{tail}"] = ()
-    return found
+                flags[f"--{head}{dot}no-{tail}"] = ()
+    return flags
 
 
 def _of(parser: argparse.ArgumentParser) -> dict[str, tuple]:

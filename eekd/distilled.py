@@ -173,11 +173,11 @@ def _with_loss(output, loss: Tensor, logits: Tensor):
     if isinstance(output, tuple | list) and not hasattr(output, "_asdict"):
         return loss, *output
     if isinstance(output, Mapping):
-        known = output
+        fields = output
     else:
-        known = getattr(output, "_asdict", lambda: getattr(output, "__dict__", {}))()
-    known = {"loss": loss, "logits": logits} | {k: x for k, x in known.items() if k not in ("loss", "logits")}
+        fields = getattr(output, "_asdict", lambda: getattr(output, "__dict__", {}))()
+    fields = {"loss": loss, "logits": logits} | {k: x for k, x in fields.items() if k not in ("loss", "logits")}
     if isinstance(output, Mapping):
         with suppress(TypeError):  # a kind that has no place for a loss
-            return type(output)(**known)
-    return Output(known)
+            return type(output)(**fields)
+    return Output(fields)

@@ -35,23 +35,23 @@ def _evaluate(given: argparse.Namespace) -> int:
 
     student = load_student(given.student, device=given.device)
     data = data_of(student, given.student, given.data, given.root)
-    found = evaluate(student, data, given.split, teacher=teacher_of(Path(given.student)))
-    print(f"{found['images']:,} images of {printable(data.name)}, {given.split}\n")
+    results = evaluate(student, data, given.split, teacher=teacher_of(Path(given.student)))
+    print(f"{results['images']:,} images of {printable(data.name)}, {given.split}\n")
     print(f"{'':8} {'accuracy':>9} {'nll':>7} {'ece':>7} {'parameters':>12} {'MB':>8} {'ms p50':>8} {'ms p95':>8}")
     for name in ("student", "teacher"):
-        if row := found[name]:
+        if row := results[name]:
             print(
                 f"{name:8} {row['accuracy']:>9.2%} {row['nll']:>7.4f} {row['ece']:>7.4f} {row['parameters']:>12,} "
                 f"{row['bytes'] / 1e6:>8.2f} {row['latency']['p50']:>8.3f} {row['latency']['p95']:>8.3f}"
             )
-    there = {name: row for name, row in found["per_class"].items() if row["images"]}
+    there = {name: row for name, row in results["per_class"].items() if row["images"]}
     worst = sorted(there, key=lambda name: there[name]["accuracy"])[:SHOWN]
     print("\naccuracy by class" + f", the lowest {SHOWN} of {len(there)}" * (len(there) > SHOWN))
     for name in worst:
         print(f"  {there[name]['accuracy']:>7.2%} of {there[name]['images']:,}  {printable(name)}")
     mistakes = [
         (count, true, taken)
-        for true, row in zip(student.classes, found["confusion"], strict=True)
+        for true, row in zip(student.classes, results["confusion"], strict=True)
         for taken, count in zip(student.classes, row, strict=True)
         if count and taken != true
     ]
@@ -60,7 +60,7 @@ def _evaluate(given: argparse.Namespace) -> int:
         print(f"  {count:>6,}  {printable(true)} taken for {printable(taken)}")
     if given.json:
         facts = {"student": str(given.student), "data": data.name, "split": given.split}
-        write_json_atomic(given.json, {"format": 1, "environment": environment(), **facts, "found": found})
+        write_json_atomic(given.json, {"format": 1, "environment": environment(), **facts, "found": results})
         print(f"\nwrote {printable(given.json)}")
     return 0
 

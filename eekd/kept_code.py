@@ -27,8 +27,8 @@ def described(file: Path | None) -> dict:
 
 def copies(folder: Path, what: str, file: Path) -> dict[Path, bytes]:
     """Where in the folder of a phase the copies of a file and its neighbours belong, and what they hold."""
-    found = {folder / what / place: path.read_bytes() for place, path in user_code.neighbours(file).items()}
-    return {folder / SOURCES[what]: user_code.place_of(file)[0].read_bytes()} | found
+    beside = {folder / what / place: path.read_bytes() for place, path in user_code.neighbours(file).items()}
+    return {folder / SOURCES[what]: user_code.place_of(file)[0].read_bytes()} | beside
 
 
 def setup_of(record) -> dict:
@@ -85,11 +85,11 @@ def check_code(folder: Path, record: dict) -> None:
 
 def _hashes(folder: Path, what: str, setup: dict) -> dict[Path, str]:
     """The SHA-256 that the copies of a file and its neighbours have; {} where there is no such file."""
-    known = setup.get(what)
-    if not isinstance(known, dict) or not known.get("sha256"):
+    source = setup.get(what)
+    if not isinstance(source, dict) or not source.get("sha256"):
         return {}
-    neighbours = known.get("neighbours", {})
+    neighbours = source.get("neighbours", {})
     if not isinstance(neighbours, dict) or any(".." in place or place.startswith("/") for place in neighbours):
         raise ValueError(f"{folder} must have a record of neighbours in the folder of {what}, got {repr(neighbours)}")
     beside = {folder / what / place: sha256 for place, sha256 in neighbours.items()}
-    return {folder / SOURCES[what]: known["sha256"]} | beside
+    return {folder / SOURCES[what]: source["sha256"]} | beside

@@ -12,9 +12,9 @@ def attach(package: str, names: Mapping[str, str], modules: Iterable[str] | None
     `names` maps each module of the package to its public names, with spaces between them; `modules` (None: all) are
     those that are attributes of the package without having been imported.
     """
-    found, home = sys.modules[package], {name: module for module, known in names.items() for name in known.split()}
+    loaded, home = sys.modules[package], {name: module for module, public in names.items() for name in public.split()}
     if modules is None:
-        modules = [module.name for module in pkgutil.iter_modules(found.__path__) if module.name != "__main__"]
+        modules = [module.name for module in pkgutil.iter_modules(loaded.__path__) if module.name != "__main__"]
 
     def __getattr__(name: str):
         if name in home:
@@ -23,10 +23,10 @@ def attach(package: str, names: Mapping[str, str], modules: Iterable[str] | None
             value = importlib.import_module(f"{package}.{name}")
         else:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        setattr(found, name, value)
+        setattr(loaded, name, value)
         return value
 
     def __dir__() -> list[str]:
-        return sorted({*vars(found), *home, *modules})
+        return sorted({*vars(loaded), *home, *modules})
 
     return __getattr__, __dir__

@@ -64,8 +64,8 @@ def _predict(given: argparse.Namespace) -> int:
         rows = student.classify(torch.cat(inputs), given.top) if inputs else []
         for path, row in zip(read, rows, strict=True):
             if given.format == "json":
-                found = [{"class": name, "probability": p} for name, p in row]
-                print(json.dumps({"image": str(path), "predictions": found}))
+                predictions = [{"class": name, "probability": p} for name, p in row]
+                print(json.dumps({"image": str(path), "predictions": predictions}))
             elif given.format == "csv":
                 writer.writerow([path, *(value for name, p in row for value in (name, f"{p:.6f}"))])
             else:

@@ -71,16 +71,16 @@ def neighbours(file: str | Path) -> dict[str, Path]:
     They are found in the text of the files: imports of a name that is computed are not.
     """
     file, folder = place_of(file)
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     waiting: list[tuple[Path, tuple[str, ...]]] = [(file, ())]
     while waiting:
         for parts in _imported(*waiting.pop()):
             for path, package in _files_of(parts, folder):
                 place = path.relative_to(folder).as_posix()
-                if place not in found:
-                    found[place] = path
+                if place not in files:
+                    files[place] = path
                     waiting.append((path, package))
-    return dict(sorted(found.items()))
+    return dict(sorted(files.items()))
 
 
 def _imported(file: Path, package: tuple[str, ...]) -> Iterator[tuple[str, ...]]:

@@ -124,12 +124,12 @@ class LogitBank:
         the hashes of the snapshot files. `split` are the settings that `data` was loaded with, so that the error can
         name the one that differs.
         """
-        made, now = self.manifest["images"], images_of(data, loader, **split)
+        recorded, now = self.manifest["images"], images_of(data, loader, **split)
         names = ["augment", *SHOWN, "seed", "augmented_sha256"]
-        if made["fingerprint"] != now["fingerprint"]:
+        if recorded["fingerprint"] != now["fingerprint"]:
             names = [name for name in now if name not in names]
         for name in names:
-            was, got = made.get(name), now.get(name)
+            was, got = recorded.get(name), now.get(name)
             if was != got:
                 raise ValueError(f"{name} must be {was!r}, with which {self.path} was made, got {got!r}")
         for m, (was, got) in enumerate(zip(self.manifest["teacher"]["sha256"], snapshots or (), strict=False), 1):
@@ -143,11 +143,11 @@ class LogitBank:
     def _said(self, memory: dict[str, Tensor], device) -> tuple[Tensor | TopKLogits, Tensor | None]:
         """What a reader gets: on `device`, the snapshots first."""
         x = {kind: t.to(device, non_blocking=True) for kind, t in memory.items()}
-        said = {kind: t.transpose(0, 1) for kind, t in x.items() if kind != "indices"}
-        logits = said["logits"]
+        by_snapshot = {kind: t.transpose(0, 1) for kind, t in x.items() if kind != "indices"}
+        logits = by_snapshot["logits"]
         if self.top_k:
-            logits = TopKLogits(logits, self._classes(x["indices"]), said["atoms"], self.classes)
-        return logits, said.get("features")
+            logits = TopKLogits(logits, self._classes(x["indices"]), by_snapshot["atoms"], self.classes)
+        return logits, by_snapshot.get("features")
 
     def _gather(self, view: int, index: Tensor, kinds: Sequence[str], pinned: bool) -> dict[str, Tensor]:
         """The (B, …) memory of samples on the CPU."""
@@ -244,8 +244,8 @@ def projection(width: int, to: int, seed: int) -> Tensor:
 def _check(path: Path, manifest) -> None:
     """ValueError unless this is the content of a manifest."""
     if not isinstance(manifest, dict) or manifest.get("format") not in (DENSE, TOP_K):
-        found = manifest.get("format") if isinstance(manifest, dict) else manifest
-        raise ValueError(f"{path} must have format {DENSE} or {TOP_K}, got {repr(found)}")
+        version = manifest.get("format") if isinstance(manifest, dict) else manifest
+        raise ValueError(f"{path} must have format {DENSE} or {TOP_K}, got {repr(version)}")
 
     manifest = {"top_k": None, "atoms": None} | manifest
 

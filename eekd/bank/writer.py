@@ -87,16 +87,16 @@ def write(
                     bar.advance(task, len(part))
                 tensors = {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
                 # One entry: safetensors writes several in any order, and a shard's bytes must not depend on it.
-                known = {"bank": json.dumps({**settings, "file": name, "sha256": _digest(tensors)})}
-                hashes[name] = save_tensors(out / name, tensors, known)
+                metadata = {"bank": json.dumps({**settings, "file": name, "sha256": _digest(tensors)})}
+                hashes[name] = save_tensors(out / name, tensors, metadata)
         if world > 1:
             parallel.long_barrier()  # until every shard is written
         if rank == 0:
-            known = {name: hashes.get(name) or _whole(out / name, settings) for name, _ in shards}
-            if lost := [name for name in known if not known[name]]:
+            hashes = {name: hashes.get(name) or _whole(out / name, settings) for name, _ in shards}
+            if lost := [name for name in hashes if not hashes[name]]:
                 raise OSError(f"{out / lost[0]} is missing or damaged: start again to write it")
             place = {"run": os.path.relpath(run, out), "views": views}
-            write_json_atomic(out / MANIFEST, {**settings, "commit": commit(), **place, "shards": known})
+            write_json_atomic(out / MANIFEST, {**settings, "commit": commit(), **place, "shards": hashes})
             console.print(f"{printable(out)} is whole", highlight=False, soft_wrap=True)
 
 
@@ -109,11 +109,11 @@ def _asker(forward: Callable, device: torch.device, settings: dict) -> Callable[
     def ask(batch: Batch) -> dict[str, Tensor]:
         logits, features = forward(batch.images)
         kept = top_k_logits(logits, k, batch.labels) if k else None
-        found = {"logits": kept.logits if kept else logits}
+        outputs = {"logits": kept.logits if kept else logits}
         if settings["features"]:
-            found["features"] = features if matrix is None else features.float() @ matrix
+            outputs["features"] = features if matrix is None else features.float() @ matrix
         stored = {}
-        for name, x in found.items():
+        for name, x in outputs.items():
             stored[name] = x.to(dtype).transpose(0, 1).cpu()
             if (stored[name].isinf().sum() > x.isinf().sum()).item():
                 raise ValueError(
@@ -135,15 +135,16 @@ def _whole(path: Path, settings: dict) -> str | None:
         data = read_checked(path)
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        made = json.loads(header["bank"])
-        if (made["file"], made["sha256"]) != (path.name, _digest(tensors)):
+        recorded = json.loads(header["bank"])
+        if (recorded["file"], recorded["sha256"]) != (path.name, _digest(tensors)):
             return None
     except Exception:  # damaged bytes make the readers raise whatever they stumble over
         return None
     for name, value in settings.items():
-        if made.get(name) != value:
+        if recorded.get(name) != value:
             raise ValueError(
-                f"{name} must be {made.get(name)!r}, with which {path} was made, got {value!r}: choose another --out"
+                f"{name} must be {recorded.get(name)!r}, with which {path} was made, got {value!r}: choose another "
+                "--out"
             )
     return hashlib.sha256(data).hexdigest()
 

@@ -166,8 +166,8 @@ def run(flags: Flags, typed: list[str]) -> Path:
     keep_settings(out, settings, views, session.data.fingerprint)
     with console.status("") as status:
 
-        def progress(phase, done, total, known):
-            status.update(f"{phase}: epoch {known['epoch']} of {known['epochs']}, loss {known['train_loss']:.3f}")
+        def progress(phase, done, total, metrics):
+            status.update(f"{phase}: epoch {metrics['epoch']} of {metrics['epochs']}, loss {metrics['train_loss']:.3f}")
 
         for seed in seeds[rank::processes]:
             config = dataclasses.replace(settings, seed=seed)
@@ -210,10 +210,12 @@ def _show_plan(console: Console, session: "Session", out: Path, names: Sequence[
     rows = plan(session, out, names, seeds, views)
     total, students = screen.duration(sum(row["seconds"] for row in rows)), len(names) * len(seeds)
     finished = sum(row["finished"] for row in rows if row["part"].startswith("student"))
-    said = (
+    sentence = (
         f"It would take about {total} in one process: {len(seeds)} seeds x {len(names)} methods = {students} students"
     )
-    screen.planned(console, rows, said + f", of which {finished} are finished." * bool(finished) + "." * (not finished))
+    screen.planned(
+        console, rows, sentence + f", of which {finished} are finished." * bool(finished) + "." * (not finished)
+    )
 
 
 if __name__ == "__main__":

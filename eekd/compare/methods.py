@@ -38,8 +38,8 @@ class Method:
 
     def student(self, config: Config) -> Student:
         """The settings of its student; ValueError where they do not go together."""
-        known = {"fusion": self.fusion, "attention_objective": self.objective} | self.settings
-        return replace(config.student, **known)
+        settings = {"fusion": self.fusion, "attention_objective": self.objective} | self.settings
+        return replace(config.student, **settings)
 
     def epochs(self, config: Config) -> list[int]:
         """After which epochs of its teacher the snapshots were saved; [] where there is none."""
@@ -114,10 +114,10 @@ def method(name: str) -> Method:
         METHODS[base] = Method(title_of(base), base)
     if base not in METHODS and not is_file_name(base):
         raise ValueError(f"no method {name!r}{nearest(base, METHODS) or '; there are ' + ', '.join(METHODS)}")
-    found = METHODS.get(base) or Method(title_of(base), base)
+    chosen = METHODS.get(base) or Method(title_of(base), base)
     if settings:
-        found = replace(found, title=found.title + titled(settings), settings=found.settings | settings)
-    return found if name == base else replace(found, title=f"{found.title}, online", online=True)
+        chosen = replace(chosen, title=chosen.title + titled(settings), settings=chosen.settings | settings)
+    return chosen if name == base else replace(chosen, title=f"{chosen.title}, online", online=True)
 
 
 def folder_of(name: str) -> str:
@@ -134,10 +134,10 @@ def base_of(folder: str) -> str:
 
 def representatives(means: Mapping[str, float]) -> dict[str, str]:
     """Which of the names of these mean accuracies stands for each method: itself, else its variant of the highest."""
-    found = {}
+    chosen = {}
     for name in sorted(means, key=lambda name: ("@" in name, -means[name])):
-        found.setdefault(name.partition("@")[0], name)
-    return found
+        chosen.setdefault(name.partition("@")[0], name)
+    return chosen
 
 
 def online(folder: str) -> str:

@@ -77,17 +77,17 @@ def timed(session: Session) -> dict[str, float]:
     """The seconds of an epoch of "teacher", "ce" and "taught", and of an image by a "snapshot"."""
     config, data = session.config, session.data
     trainer = TeacherTrainer(session)
-    found = {"teacher": _epoch(trainer)}
+    seconds = {"teacher": _epoch(trainer)}
     network, [batch] = trainer.network.eval(), list(islice(session.loader("val", config.teacher), 1))
     with torch.no_grad(), LastFeatures(network, config.teacher.layer) as capture:
         times = [_seconds(session, lambda: session.run(capture, batch.images)) for _ in range(5)]
         feature_dim = capture.dim
-    found["snapshot"] = min(times) / len(batch.images)
+    seconds["snapshot"] = min(times) / len(batch.images)
     speaker = Noise(config.teacher.snapshots, len(data.classes), feature_dim, session.device)
-    found["ce"], found["taught"] = (
+    seconds["ce"], seconds["taught"] = (
         _epoch(StudentTrainer(session, *of)) for of in ((None, "ce"), (speaker, "attention"))
     )
-    return found
+    return seconds
 
 
 def _student(session: Session, how: Method, each: dict[str, float]) -> float:

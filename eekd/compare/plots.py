@@ -29,9 +29,9 @@ def number(value: float | None, scale: float, spec: str) -> str:
 def series_of(record: dict, name: str) -> dict[int, dict]:
     """The rows of a sweep over M: `last` is M = 1."""
     rows = {row["name"]: row for row in record["methods"]}
-    found = [rows[key] for key in rows if re.fullmatch(rf"{name}(-m\d+)?", key)]
-    found += [rows["last"]] if found and "last" in rows else []
-    return {len(row["epochs"]): row for row in found}
+    series = [rows[key] for key in rows if re.fullmatch(rf"{name}(-m\d+)?", key)]
+    series += [rows["last"]] if series and "last" in rows else []
+    return {len(row["epochs"]): row for row in series}
 
 
 def standing(record: dict) -> dict[str, dict]:
@@ -84,12 +84,12 @@ def _draw_methods(record: dict, figure) -> None:
     axes, alone = figure.subplots(), _tests(record, "ce")
     rows = [row for row in record["methods"] if row["over_ce"]]
     for place, row in enumerate(rows):
-        found = row["over_ce"]
+        gain = row["over_ce"]
         each = [value - alone[seed] for seed, value in _tests(record, row["name"]).items() if seed in alone]
         axes.plot(each, [place] * len(each), "o", color=GREY, ms=3, alpha=0.7)
-        axes.plot(100 * found["mean"], place, "o", color=BLUE, ms=5)
-        if found["low"] is not None:
-            axes.plot([100 * found["low"], 100 * found["high"]], [place] * 2, color=BLUE, lw=1.5)
+        axes.plot(100 * gain["mean"], place, "o", color=BLUE, ms=5)
+        if gain["low"] is not None:
+            axes.plot([100 * gain["low"], 100 * gain["high"]], [place] * 2, color=BLUE, lw=1.5)
     axes.axvline(0, color=RED, lw=1)
     axes.set_yticks(range(len(rows)), [row["title"] for row in rows])
     axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel="points of test accuracy over CE only: mean, 95 % interval, seeds")

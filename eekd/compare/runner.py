@@ -97,14 +97,14 @@ class Seed:
         with alone(self.folder):
             for number, (name, how) in enumerate(self.methods.items(), 1):
                 folder = self.folder / "students" / name
-                made = cell_made(folder, how)
-                if made and is_file_name(how.weighting):
+                cell = cell_made(folder, how)
+                if cell and is_file_name(how.weighting):
                     check_source(folder, method_of(how.weighting))
-                if made is None:
-                    known = self.cell(folder, name, how)
-                    done = f"validation {known['val']['accuracy']:.2%}"
+                if cell is None:
+                    record = self.cell(folder, name, how)
+                    done = f"validation {record['val']['accuracy']:.2%}"
                     if self.data.test is not self.data.val:  # a tuning does not look at test images
-                        done += f", test {known['test']['accuracy']:.2%}"
+                        done += f", test {record['test']['accuracy']:.2%}"
                     self.say(f"seed {self.config.seed}, {name}: {done} ({number} of {len(self.methods)})")
 
     def cell(self, folder: Path, name: str, how: Method) -> dict:
@@ -119,19 +119,19 @@ class Seed:
             config = dataclasses.replace(config, bank=str(self.bank(run)))
         start, session = time.perf_counter(), Session(config, self.data)
 
-        def progress(phase, *known):
-            self.progress(f"seed {config.seed}, {name}", *known)
+        def progress(phase, *state):
+            self.progress(f"seed {config.seed}, {name}", *state)
 
         with _whole(folder) as partial:
             teacher = run / "teacher" if how.taught else None
-            known = train_student(
+            record = train_student(
                 config, teacher, how.weighting, partial, which=which, session=session, progress=progress
             )
             write_json_atomic(partial / "cell.json", {
                 "format": FORMAT, "method": dataclasses.asdict(how), "epochs": how.epochs(config),
                 "seconds": time.perf_counter() - start, "threads": torch.get_num_threads(),
             })  # fmt: skip
-        return known
+        return record
 
     def teacher(self, kind: str) -> Path:
         """The run folder of a teacher, trained if it is not there."""
@@ -168,8 +168,8 @@ class Seed:
     def train(self, run: Path, config: Config, schedule: list[int]) -> None:
         start, session = time.perf_counter(), Session(config, self.data)
 
-        def progress(phase, *known):
-            self.progress(f"seed {self.config.seed}, teacher {run.name}", *known)
+        def progress(phase, *state):
+            self.progress(f"seed {self.config.seed}, teacher {run.name}", *state)
 
         epochs = stage_ends(schedule[-1], config.teacher.snapshots)
         with _whole(run) as partial:
@@ -184,16 +184,16 @@ class Seed:
         session = Session(config, self.data)
         write_settings(run, config, self.data, session.device)
         ensemble = session.load_snapshots(run / "teacher", which, features=False)
-        found = {}
+        measured = {}
         for split in ("val", "test"):
-            known = diagnose(session, ensemble, session.loader(split, config.teacher))
+            diagnosis = diagnose(session, ensemble, session.loader(split, config.teacher))
             names = "name", "accuracy", "nll", "ece"
-            found[split] = {
-                "members": [{name: member[name] for name in names} for member in known["members"]],
-                "disagreement": known["disagreement"],
+            measured[split] = {
+                "members": [{name: member[name] for name in names} for member in diagnosis["members"]],
+                "disagreement": diagnosis["disagreement"],
             }
         write_json_atomic(run / "teacher.json", finite({
-            "format": FORMAT, "seconds": seconds, "threads": torch.get_num_threads(), "epochs": epochs, **found,
+            "format": FORMAT, "seconds": seconds, "threads": torch.get_num_threads(), "epochs": epochs, **measured,
         }))  # fmt: skip
 
     def bank(self, run: Path) -> Path:

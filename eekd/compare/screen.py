@@ -26,7 +26,7 @@ def ending(console: Console, record: dict) -> None:
     say(console, record["advice"]["text"])
 
 
-def planned(console: Console, rows: list[dict], said: str) -> None:
+def planned(console: Console, rows: list[dict], sentence: str) -> None:
     """A row for each part of what `eekd.compare.plan.plan` returns, then a sentence."""
     table = _table("part", "to make", "finished", "each", "all")
     for row in rows:
@@ -34,7 +34,7 @@ def planned(console: Console, rows: list[dict], said: str) -> None:
         times = (duration(each), duration(row["seconds"])) if row["number"] else ("", "")
         table.add_row(printable(row["part"]), str(row["number"]), str(row["finished"]), *times)
     console.print(table)
-    say(console, said)
+    say(console, sentence)
 
 
 def say(console: Console, line: str) -> None:

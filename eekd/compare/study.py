@@ -92,10 +92,10 @@ def _method(folder: Path) -> Method | None:
     """The method that a cell's folder is named after; a user's own is the one that the cell names. None for others."""
     name = folder.name
     if base_of(name) not in METHODS:
-        known = read_record(folder / "cell.json", "method")["method"]
-        if not isinstance(known, dict) or not is_file_name(known.get("weighting")):
+        recorded = read_record(folder / "cell.json", "method")["method"]
+        if not isinstance(recorded, dict) or not is_file_name(recorded.get("weighting")):
             return None
-        name = known["weighting"] + name.removeprefix(own_name(known["weighting"]))
+        name = recorded["weighting"] + name.removeprefix(own_name(recorded["weighting"]))
     try:
         return method(name) if folder_of(name) == folder.name else None
     except ValueError:
@@ -107,12 +107,12 @@ def _cell(folder: Path) -> dict:
     assert how is not None  # by `_by_table`
     cell = cell_made(folder, how)
     same = "seed", "val", "test", "seconds_per_epoch", "commit", "spec", "sha256"
-    known = read_record(folder / "student.json", *same)
-    last = read_metrics(folder, known)[-1]
+    record = read_record(folder / "student.json", *same)
+    last = read_metrics(folder, record)[-1]
     kept = "weights", "weight_entropy", "val_target_nll", "val_target_nll_uniform"
     return {
         "name": folder.name, "method": cell["method"], "epochs": cell["epochs"], "seconds": cell["seconds"],
-        "threads": cell["threads"], **{name: known[name] for name in same}, **{name: last.get(name) for name in kept},
+        "threads": cell["threads"], **{name: record[name] for name in same}, **{name: last.get(name) for name in kept},
     }  # fmt: skip
 
 
@@ -121,19 +121,19 @@ def _teacher(run: Path) -> dict:
     seed, stored = int(run.parent.name[5:]), None
     if (run / "bank" / "manifest.json").exists():
         stored = read_json(run / "bank" / "manifest.json")["snapshots"]
-    known = read_record(run / "teacher.json")
-    del known["format"]
-    return {"seed": seed, "kind": run.name, "bank_seconds": bank, "bank_snapshots": stored, **known}
+    record = read_record(run / "teacher.json")
+    del record["format"]
+    return {"seed": seed, "kind": run.name, "bank_seconds": bank, "bank_snapshots": stored, **record}
 
 
 def forward_flops(config: Config, cells: list[dict]) -> dict[str, int]:
     """Floating-point operations of one image's forward, of teacher and student."""
-    found = {}
+    flops = {}
     for kind, phase in (("teacher", config.teacher), ("student", config.student)):
         if cells:
             data = {name: cells[0]["spec"][name] for name in ("num_classes", "in_channels", "image_size")}
-            found[kind] = flops_of({"name": phase.model, **data, "args": phase.arguments()})
-    return found
+            flops[kind] = flops_of({"name": phase.model, **data, "args": phase.arguments()})
+    return flops
 
 
 def flops_of(spec: dict) -> int:
@@ -161,7 +161,7 @@ def summarise(record: dict, config: Config, flops: dict[str, int]) -> dict:
         }
         for kind in KINDS
     }
-    ensemble = {kind: {seed: members[-1] for seed, members in found.items()} for kind, found in scores.items()}
+    ensemble = {kind: {seed: members[-1] for seed, members in values.items()} for kind, values in scores.items()}
 
     def over(scores: dict, name: str, base: str) -> dict | None:
         other = reference(val, base)
@@ -190,14 +190,14 @@ def summarise(record: dict, config: Config, flops: dict[str, int]) -> dict:
             "cost": cost(how, len(first["epochs"]), config, record["images"], record["views"], own),
         })  # fmt: skip
     ensembles = [
-        {"kind": kind, "n": len(found), "test": mean_std(list(found.values())),
+        {"kind": kind, "n": len(values), "test": mean_std(list(values.values())),
          "members": [mean(column) for column in zip(*scores[kind].values(), strict=True)][:-1],
-         "over_ordinary": paired(found, ensemble["ordinary"]) if kind != "ordinary" else None}
-        for kind, found in ensemble.items() if found
+         "over_ordinary": paired(values, ensemble["ordinary"]) if kind != "ordinary" else None}
+        for kind, values in ensemble.items() if values
     ]  # fmt: skip
     costs = {row["name"]: row["cost"] for row in methods}
     standing = {base: name for base in METHODS if (name := reference(val, base))}
-    test, costs = ({base: found[name] for base, name in standing.items()} for found in (test, costs))
+    test, costs = ({base: values[name] for base, name in standing.items()} for values in (test, costs))
     return {"flops": flops, "methods": methods, "ensembles": ensembles, "advice": advice(val),
             "claims": claims(test, ensemble, config, costs)}  # fmt: skip
 
@@ -212,31 +212,31 @@ def cost(how: Method, snapshots: int, config: Config, images: int | None, views:
     student = 3 * images * epochs
     in_a_step = 1 if how.weighting == "curriculum" else snapshots
     online, bank = images * epochs * in_a_step, images * views * snapshots
-    found = {"teachers": trainings, "teacher_training": training, "teaching": online,
+    costs = {"teachers": trainings, "teacher_training": training, "teaching": online,
              "teaching_bank": None if how.runs else bank, "student_training": student}  # fmt: skip
     of_student = student * flops["student"]
-    found["gflops_online"] = ((training + online) * flops["teacher"] + of_student) / 1e9
-    found["gflops_bank"] = None if how.runs else ((training + bank) * flops["teacher"] + of_student) / 1e9
-    return found
+    costs["gflops_online"] = ((training + online) * flops["teacher"] + of_student) / 1e9
+    costs["gflops_bank"] = None if how.runs else ((training + bank) * flops["teacher"] + of_student) / 1e9
+    return costs
 
 
 def _seconds(how: Method, epochs: list[int], cells: list[dict], record: dict) -> dict:
     """Mean seconds of a cell, of all its teachers' training, and of its snapshots' share of the bank."""
-    found = {"student": mean(cell["seconds"] for cell in cells), "teachers": 0.0, "bank": 0.0}
+    spent = {"student": mean(cell["seconds"] for cell in cells), "teachers": 0.0, "bank": 0.0}
     if how.weighting == "ce":
-        return found
+        return spent
     seeds = {cell["seed"] for cell in cells}
     more = {"sed": [f"sed-{i}" for i in range(1, len(epochs))], "soup": ["soup"]}
     kinds = ["ordinary", *more[how.teacher]] if how.teacher in more else [how.teacher]
     teachers = [t for t in record["teachers"] if t["seed"] in seeds]
-    found["teachers"] = sum(t["seconds"] for t in teachers if t["kind"] in kinds) / len(seeds)
+    spent["teachers"] = sum(t["seconds"] for t in teachers if t["kind"] in kinds) / len(seeds)
     banks = [
         t["bank_seconds"] * len(epochs) / t["bank_snapshots"]
         for t in teachers
         if t["kind"] == how.teacher and t["bank_seconds"] is not None and t["bank_snapshots"]
     ]
-    found["bank"] = None if how.runs or not banks else mean(banks)
-    return found
+    spent["bank"] = None if how.runs or not banks else mean(banks)
+    return spent
 
 
 def claims(test: dict, ensemble: dict, config: Config, costs: dict) -> list[dict]:
@@ -254,7 +254,7 @@ def claims(test: dict, ensemble: dict, config: Config, costs: dict) -> list[dict
 
     m = config.teacher.snapshots
     rivals = "uniform", "linear_increase", "linear_decrease", "last", "entropy", "confidence"
-    found = [
+    entries = [
         ("quality", "A cyclic-schedule ensemble is more accurate than the ordinary one, yet teaches worse.",
          [ensembles("cyclic", "ordinary"), students("cyclic-uniform", "uniform", False),
           students("cyclic-attention", "attention", False)]),
@@ -271,10 +271,10 @@ def claims(test: dict, ensemble: dict, config: Config, costs: dict) -> list[dict
     for name in ("attention", "uniform"):
         series = sweep(name, m, test)
         text = f"accuracy of {name} per doubling of M"
-        found.append(("number", f"Accuracy rises with M ({name}).", [part(text, slope(series))]))
+        entries.append(("number", f"Accuracy rises with M ({name}).", [part(text, slope(series))]))
         middle, most = series.get(m, {}), series.get(max(SWEEP), {}) if m < max(SWEEP) else {}
         gained = {s: 2 * middle[s] - series[1][s] - most[s] for s in middle if s in most and s in series.get(1, {})}
-        found.append(
+        entries.append(
             (
                 "number",
                 f"M = {m} is the compromise ({name}).",
@@ -282,7 +282,7 @@ def claims(test: dict, ensemble: dict, config: Config, costs: dict) -> list[dict
             )
         )
     rows = [{"principle": principle, "claim": claim, "parts": parts, "verdict": together([p["verdict"] for p in parts])}
-            for principle, claim, parts in found]  # fmt: skip
+            for principle, claim, parts in entries]  # fmt: skip
     return [*rows, cheaper(costs)]
 
 
@@ -296,13 +296,13 @@ def slope(series: dict[int, dict[int, float]]) -> dict | None:
     """The least-squares slope of accuracy on log2 M, seed by seed."""
     if len(series) < 2:
         return None
-    seeds = set.intersection(*(set(found) for found in series.values()))
+    seeds = set.intersection(*(set(by_seed) for by_seed in series.values()))
     x = [torch.tensor(float(m)).log2().item() for m in series]
     middle = mean(x)
     spread = sum((a - middle) ** 2 for a in x)
     return interval(
         [
-            sum((a - middle) * found[seed] for a, found in zip(x, series.values(), strict=True)) / spread
+            sum((a - middle) * by_seed[seed] for a, by_seed in zip(x, series.values(), strict=True)) / spread
             for seed in sorted(seeds)
         ]
     )

@@ -44,26 +44,26 @@ def gather(out: Path, command: list[str], names: Sequence[str], seeds: list[int]
     from eekd.train.run_folder import read_record
 
     with alone(out, wait=True):
-        found, commits = [], set()
+        tried, commits = [], set()
         for name in names:
             for trial in trials(name):
                 folders = [out / f"seed-{seed}" / "students" / folder_of(trial) for seed in seeds]
                 cells = [cell_made(folder, method(trial)) for folder in folders]
-                known = [read_record(folder / "student.json", "seed", "val", "commit") for folder in folders]
-                commits |= {record["commit"] or "" for record in known}
-                val = {record["seed"]: record["val"]["accuracy"] for record in known}
-                found.append({
+                records = [read_record(folder / "student.json", "seed", "val", "commit") for folder in folders]
+                commits |= {record["commit"] or "" for record in records}
+                val = {record["seed"]: record["val"]["accuracy"] for record in records}
+                tried.append({
                     "of": folder_of(name), "name": folder_of(trial), "settings": method(trial).settings, "val": val,
                     "mean": mean(val.values()), "seconds": mean(cell["seconds"] for cell in cells),
                 })  # fmt: skip
         best = {}
-        for trial in found:
+        for trial in tried:
             if trial["of"] not in best or trial["mean"] > best[trial["of"]]["mean"]:
                 best[trial["of"]] = trial
         record = {
             "format": FORMAT, "command": command, "environment": environment(),
             "config": read_record(out / "settings.json", "config")["config"], "seeds": seeds,
-            "commits": sorted(commits), "trials": found,
+            "commits": sorted(commits), "trials": tried,
             "chosen": {name: trial["name"] for name, trial in best.items()},
         }  # fmt: skip
         write_json_atomic(out / "tuning.json", record)

@@ -24,7 +24,7 @@ def parts(name: str) -> tuple[str, dict[str, Any]]:
     if "@" not in name or is_file_name(name.removesuffix("-online")):
         return name, {}
     base, _, text = name.rpartition("@")
-    kinds, found = get_type_hints(Student), {}
+    kinds, settings = get_type_hints(Student), {}
     for part in re.split(r",(?=\w*=)", text):
         setting, equals, value = part.partition("=")
         if not equals or not value or "/" in value:  # a folder is named after it
@@ -35,12 +35,12 @@ def parts(name: str) -> tuple[str, dict[str, Any]]:
             raise ValueError(
                 f"{setting} must be left to --student.{setting}, for all see the same images, got {name!r}"
             )
-        if setting in found:
+        if setting in settings:
             raise ValueError(f"{setting} must be set once, got {name!r}")
-        found[setting] = _read(value, kinds[setting])
-        if wanted := wanted_of(found[setting], kinds[setting]):
+        settings[setting] = _read(value, kinds[setting])
+        if wanted := wanted_of(settings[setting], kinds[setting]):
             raise ValueError(f"{setting} must be {wanted}, got {value} in {name!r}")
-    return base, {field.name: found[field.name] for field in fields(Student) if field.name in found}
+    return base, {field.name: settings[field.name] for field in fields(Student) if field.name in settings}
 
 
 def written(settings: dict[str, Any]) -> str:

@@ -18,15 +18,15 @@ def verdict(difference: dict | None, above: bool) -> str:
     """Whether a difference is above 0 (or, not above, below it), as claimed: decided by its interval alone."""
     if difference is None:
         return MISSING
-    found = sign(difference)
-    return UNDECIDED if not found else HOLDS if (found > 0) == above else CONTRADICTED
+    side = sign(difference)
+    return UNDECIDED if not side else HOLDS if (side > 0) == above else CONTRADICTED
 
 
 def together(verdicts: list[str]) -> str:
     """The verdict on a claim of several parts: contradicted by one, upheld only by all."""
-    for found in (CONTRADICTED, MISSING, UNDECIDED):
-        if found in verdicts:
-            return found
+    for result in (CONTRADICTED, MISSING, UNDECIDED):
+        if result in verdicts:
+            return result
     return HOLDS
 
 
@@ -60,9 +60,9 @@ def advice(val: Scores) -> dict:
     methods there are.
     """
     seeds = sorted(set.intersection(*map(set, val.values()))) if val else []
-    found = {"take": None, "best": None, "against": None, "seeds": None, "n": len(seeds), "text": ""}
+    result = {"take": None, "best": None, "against": None, "seeds": None, "n": len(seeds), "text": ""}
     if len(val) < 2 or not seeds:
-        return found
+        return result
     val = {name: {seed: scores[seed] for seed in seeds} for name, scores in val.items()}
     ranked = sorted(val, key=lambda name: -mean(val[name].values()))
     references = [reference(val, base) for base in REFERENCES]
@@ -75,23 +75,25 @@ def advice(val: Scores) -> dict:
         return verdict(paired(val[name], val[other]), True) == HOLDS
 
     take = next((name for name in ranked if all(leads(name, other) for other in rivals(name))), None)
-    best, said = ranked[0], []
+    best, sentences = ranked[0], []
     if take:
         over = " and ".join(f"{_points(paired(val[take], val[other]))} over {other}" for other in rivals(take))
         accuracy = mean(val[take].values())
-        said.append(f"For your data take {take}: {accuracy:.2%} of the validation images, {over} ({_seeds(seeds)}).")
+        sentences.append(
+            f"For your data take {take}: {accuracy:.2%} of the validation images, {over} ({_seeds(seeds)})."
+        )
     if take != best:
         against = take or next(other for other in rivals(best) if not leads(best, other))
         differences = [val[best][seed] - val[against][seed] for seed in seeds]
         needed = seeds_needed(differences)
         enough = f"about {needed} seeds would decide" if needed else "seeds alone will hardly decide"
         enough = "more seeds would tell it from chance" if len(seeds) < 2 else enough
-        said.append(
+        sentences.append(
             f"Undecided between {best} and {against}: {_points(interval(differences))} on validation images "
             f"({_seeds(seeds)}); {enough}."
         )
-        found |= {"against": against, "seeds": needed}
-    return found | {"take": take, "best": best, "text": " ".join(said)}
+        result |= {"against": against, "seeds": needed}
+    return result | {"take": take, "best": best, "text": " ".join(sentences)}
 
 
 def _seeds(seeds: list[int]) -> str:

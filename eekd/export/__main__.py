@@ -37,11 +37,11 @@ def _export(given: argparse.Namespace) -> int:
         split, what = ("val", "validation") if len(data.val) > 1 else ("test", "test")
         images, labels = next(batches(student, data, split, 256))
         what = f"{what} images of {data.name}"
-    found = export(student, given.out, given.to, images=images, labels=labels, int8=given.int8)
-    for name, difference in found["difference"].items():
-        print(f"{name}: logits within {difference:.2g} of the network's on {found['images']} {printable(what)}")
-    if given.int8 and found["accuracy"]:
-        small, whole = found["accuracy"]["model.int8.onnx"], found["accuracy"]["model.safetensors"]
+    checked = export(student, given.out, given.to, images=images, labels=labels, int8=given.int8)
+    for name, difference in checked["difference"].items():
+        print(f"{name}: logits within {difference:.2g} of the network's on {checked['images']} {printable(what)}")
+    if given.int8 and checked["accuracy"]:
+        small, whole = checked["accuracy"]["model.int8.onnx"], checked["accuracy"]["model.safetensors"]
         print(
             f"model.int8.onnx: accuracy {small:.2%} on these images, {100 * (small - whole):+.2f} points against fp32"
         )

@@ -44,15 +44,15 @@ def run_of(folder: Path) -> Path | None:
 def teacher_of(folder: Path) -> nn.Module | None:
     """The last snapshot that taught the student in RUN/students/NAME; None where it is not there, or nobody taught."""
     record = folder / "student.json"
-    known = read_json(record) if record.exists() else {}
-    noted = known.get("teacher")
+    content = read_json(record) if record.exists() else {}
+    noted = content.get("teacher")
     if not noted or not (folder / noted["run"] / "manifest.json").exists():
         return None
     run = folder / noted["run"]
     if (run / "snapshots.json").exists():
         check_code(run, read_json(run / "snapshots.json"))
     teacher = SnapshotEnsemble.load(run, which=[-1]).models[0]
-    if student := known["spec"].get("normalization"):  # in which images come here, where a run's come as the data's
+    if student := content["spec"].get("normalization"):  # in which images come here, where a run's come as the data's
         teacher.register_forward_pre_hook(Renormalize(student["own"], student["given"]), prepend=True)
     return teacher
 
@@ -63,13 +63,13 @@ def batches(student: Student, data: ImageData, split: str, size: int = 128) -> I
     Classes are matched by name; ValueError for one that the student does not know, and for colour images where it
     knows grey ones only.
     """
-    known = {name: number for number, name in enumerate(student.classes)}
-    if unknown := [name for name in data.classes if name not in known]:
+    number_of = {name: number for number, name in enumerate(student.classes)}
+    if unknown := [name for name in data.classes if name not in number_of]:
         raise ValueError(
-            f"{data.name} must have classes that the student knows ({', '.join([*known][:5])}"
-            f"{', ...' * (len(known) > 5)}), got {unknown[0]!r}"
+            f"{data.name} must have classes that the student knows ({', '.join([*number_of][:5])}"
+            f"{', ...' * (len(number_of) > 5)}), got {unknown[0]!r}"
         )  # fmt: skip
-    numbers = torch.tensor([known[name] for name in data.classes])
+    numbers = torch.tensor([number_of[name] for name in data.classes])
     part: Split = getattr(data, split)
     wanted, images = student.facts["preprocessing"], part.images
     if isinstance(images, Encoded):
@@ -114,17 +114,17 @@ def evaluate(
                 confusion.view(-1).index_add_(0, cells, torch.ones_like(cells))
     if first is None:
         raise ValueError(f"the split {split} of {data.name} must hold images, got none")
-    found: dict = {"images": int(confusion.sum()), "student": None, "teacher": None}
+    results: dict = {"images": int(confusion.sum()), "student": None, "teacher": None}
     times = latencies(networks, first, seconds)
     for name, network in networks.items():
         measured = calibrations[name].all()[0]
-        found[name] = {key: measured[key] for key in ("accuracy", "nll", "ece")} | {
+        results[name] = {key: measured[key] for key in ("accuracy", "nll", "ece")} | {
             "parameters": sum(p.numel() for p in network.parameters()),
             "bytes": sum(x.nbytes for x in network.state_dict().values()),
             "latency": times[name],
         }
-    found["per_class"] = {
+    results["per_class"] = {
         name: {"images": sum(row), "accuracy": row[number] / sum(row) if sum(row) else None}
         for number, (name, row) in enumerate(zip(student.classes, confusion.tolist(), strict=True))
     }
-    return found | {"confusion": confusion.tolist()}
+    return results | {"confusion": confusion.tolist()}

@@ -44,24 +44,24 @@ def export(
     student = student.cpu().eval()
     with torch.inference_mode():
         logits = student(images.cpu())
-    folder, found, outputs = student.save(folder), {"images": len(images), "difference": {}, "accuracy": {}}, {}
+    folder, checked, outputs = student.save(folder), {"images": len(images), "difference": {}, "accuracy": {}}, {}
     if "torch-export" in to:
         outputs[PROGRAM] = _torch_export(student, images, folder / PROGRAM)
     if "onnx" in to:
         outputs[ONNX] = _onnx(student, images, folder / ONNX)
     for name, got in outputs.items():
         difference = (got - logits).abs().max().item()
-        found["difference"][name] = difference
+        checked["difference"][name] = difference
         if not difference <= TOLERANCE * logits.abs().max().item():
             (folder / name).unlink()
             raise RuntimeError(f"{folder / name} must give the network's logits, got one {difference:.3g} off")
     if int8:
         outputs[INT8] = _int8(folder / ONNX, folder / INT8, images)
-        found["difference"][INT8] = (outputs[INT8] - logits).abs().max().item()
+        checked["difference"][INT8] = (outputs[INT8] - logits).abs().max().item()
     if labels is not None:
         for name, got in {"model.safetensors": logits, **outputs}.items():
-            found["accuracy"][name] = (got.argmax(1) == labels).double().mean().item()
-    return found
+            checked["accuracy"][name] = (got.argmax(1) == labels).double().mean().item()
+    return checked
 
 
 def _torch_export(student: Student, images: Tensor, path: Path) -> Tensor:

@@ -25,8 +25,8 @@ def latencies(calls: dict[str, Callable[[Tensor], object]], images: Tensor, seco
             call(images)
             _wait(images)
             times[name].append(1000 * (time.perf_counter() - start))
-    return {name: {"p50": _quantile(found, 0.5), "p95": _quantile(found, 0.95), "calls": len(found)}
-            for name, found in times.items()}  # fmt: skip
+    return {name: {"p50": _quantile(each, 0.5), "p95": _quantile(each, 0.95), "calls": len(each)}
+            for name, each in times.items()}  # fmt: skip
 
 
 def _wait(x: Tensor) -> None:

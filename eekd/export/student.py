@@ -166,8 +166,8 @@ def _only_student(folder: Path) -> Path:
     names = sorted(path.parent.name for path in (folder / "students").glob("*/student.json"))
     if len(names) == 1:
         return folder / "students" / names[0]
-    found = f"{', '.join(names)}: name one, as {folder / 'students' / names[0]}" if names else "none that is finished"
-    raise ValueError(f"{folder} must be the folder of one student, got {found}")
+    got = f"{', '.join(names)}: name one, as {folder / 'students' / names[0]}" if names else "none that is finished"
+    raise ValueError(f"{folder} must be the folder of one student, got {got}")
 
 
 def _read_config(folder: Path) -> dict:

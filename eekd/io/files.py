@@ -126,8 +126,8 @@ def read_checked(path: str | Path, sha256: str | None = None) -> bytes:
         data = path.read_bytes()
     except MemoryError:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, more than there is memory for") from None
-    if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
-        raise ValueError(f"{path} was changed or damaged: its SHA-256 must be {sha256}, got {found}")
+    if sha256 is not None and (digest := hashlib.sha256(data).hexdigest()) != sha256:
+        raise ValueError(f"{path} was changed or damaged: its SHA-256 must be {sha256}, got {digest}")
     return data
 
 
@@ -235,5 +235,5 @@ _STRANGERS = {
 def stranger(data: bytes, wanted: str, others: Mapping[bytes, str]) -> str | None:
     """What `data` is in place of the file that is `wanted`, by how it starts; `others` has more than LFS and HTML."""
     head = data[:100].lstrip().lower()
-    found = next((what for start, what in (_STRANGERS | dict(others)).items() if head.startswith(start)), None)
-    return found and found.format(wanted)
+    kind = next((what for start, what in (_STRANGERS | dict(others)).items() if head.startswith(start)), None)
+    return kind and kind.format(wanted)

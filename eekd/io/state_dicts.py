@@ -25,20 +25,20 @@ def find_state(content, source: str | Path, entry: str | None = None) -> dict[st
     there is; a warning names the others. `entry` names a key, or the first part of the names: "ema" finds "model_ema"
     and "ema.layer.weight". ValueError where there is none, or more than one.
     """
-    found = dict(_states(content, set()))
-    if not found:
+    states = dict(_states(content, set()))
+    if not states:
         got = f"a dict of {some(map(repr, content))}" if isinstance(content, dict) else kind_of(content)
         raise ValueError(f"{source} must hold a state_dict of tensors, alone or under {', '.join(NESTS)}; got {got}")
     if entry is not None:
-        return _entry(found, source, entry)
-    taken = next((name for name in _by_nests(found)), None)
-    if taken is None and len(found) > 1:
-        raise ValueError(f"{source} holds weights under {some(found)}: choose by entry= (--checkpoint-entry)")
-    taken = next(iter(found)) if taken is None else taken
-    if len(found) > 1:
-        others = some(name for name in found if name != taken)
+        return _entry(states, source, entry)
+    taken = next((name for name in _by_nests(states)), None)
+    if taken is None and len(states) > 1:
+        raise ValueError(f"{source} holds weights under {some(states)}: choose by entry= (--checkpoint-entry)")
+    taken = next(iter(states)) if taken is None else taken
+    if len(states) > 1:
+        others = some(name for name in states if name != taken)
         warnings.warn(f"{source} holds weights under {taken} and {others}: took {taken}; entry= chooses", stacklevel=2)
-    return found[taken]
+    return states[taken]
 
 
 def _states(value, seen: set[int], name: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -54,26 +54,26 @@ def _states(value, seen: set[int], name: str = "") -> Iterator[tuple[str, dict[s
             yield from _states(inner, seen, f"{name}.{key}" if name else key)
 
 
-def _by_nests(found: dict) -> list[str]:
+def _by_nests(states: dict) -> list[str]:
     """The names whose every part is in NESTS, in the order of NESTS."""
-    places = {name: [NESTS.index(part) if part in NESTS else -1 for part in name.split(".")] for name in found}
-    return sorted((name for name in found if not name or min(places[name]) >= 0), key=lambda name: places[name])
+    places = {name: [NESTS.index(part) if part in NESTS else -1 for part in name.split(".")] for name in states}
+    return sorted((name for name in states if not name or min(places[name]) >= 0), key=lambda name: places[name])
 
 
-def _entry(found: dict[str, dict[str, Tensor]], source: str | Path, entry: str) -> dict[str, Tensor]:
-    keys, prefixes = {name: state for name, state in found.items() if name}, {}
-    for key, state in found.items():
+def _entry(states: dict[str, dict[str, Tensor]], source: str | Path, entry: str) -> dict[str, Tensor]:
+    keys, prefixes = {name: state for name, state in states.items() if name}, {}
+    for key, state in states.items():
         for name, tensor in state.items():
             first, dot, rest = name.partition(".")
             if dot:
                 prefixes.setdefault(f"{key}.{first}" if key else first, {})[rest] = tensor
     word = re.compile(rf"(^|[._]){re.escape(entry)}([._]|$)")
-    for known in (keys, prefixes):
-        matches = [name for name in known if name == entry] or [name for name in known if word.search(name)]
+    for candidates in (keys, prefixes):
+        matches = [name for name in candidates if name == entry] or [name for name in candidates if word.search(name)]
         if len(matches) > 1:
             raise ValueError(f"{source} has more than one entry {entry!r}: {some(matches)}")
         if matches:
-            return known[matches[0]]
+            return candidates[matches[0]]
     raise ValueError(f"{source} has no entry {entry!r}; it has {some([*keys, *prefixes])}")
 
 

@@ -103,10 +103,10 @@ def weights_sha256(path: str | Path) -> str:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    known = read_json(index)
-    files = known.get("weight_map") if isinstance(known, dict) else None
+    content = read_json(index)
+    files = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(files, dict) or not files:
-        raise ValueError(f"{index} must be an object with a weight_map, got {repr(known)}")
+        raise ValueError(f"{index} must be an object with a weight_map, got {repr(content)}")
     for name in files.values():
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*\.(safetensors|bin)", name, re.ASCII):
             raise ValueError(f"{index} must name .safetensors or .bin files in its folder, got {repr(name)}")
@@ -114,8 +114,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _shards(index: Path, sha256: str | None) -> dict[str, Tensor]:
-    if sha256 is not None and (found := weights_sha256(index)) != sha256:
-        raise ValueError(f"{index} or one of its files was changed or damaged: SHA-256 must be {sha256}, got {found}")
+    if sha256 is not None and (digest := weights_sha256(index)) != sha256:
+        raise ValueError(f"{index} or one of its files was changed or damaged: SHA-256 must be {sha256}, got {digest}")
     files, state = _weight_map(index), {}
     for file in sorted(set(files.values())):
         shard = load_weights(index.with_name(file))

@@ -135,8 +135,8 @@ class EEKDLoss(nn.Module):
             result = ensemble_kd(student_logits, snapshot_logits, labels, **by, **self.options)
         learns_by_label = self.attention is not None and self.options["attention_objective"] == "label"
         loss = result.loss + result.attention_loss if learns_by_label else result.loss
-        known = {"loss": result.loss.detach(), "attention_loss": result.attention_loss.detach()}
-        return loss, Measurements(known, result.weights)
+        measured = {"loss": result.loss.detach(), "attention_loss": result.attention_loss.detach()}
+        return loss, Measurements(measured, result.weights)
 
     def _check_wrapper(self, student_logits: Tensor) -> None:
         """RuntimeError where the attention is trained outside what averages the student's gradients."""
@@ -154,13 +154,13 @@ class EEKDLoss(nn.Module):
 
         wrappers = parallel.wrappers_alive(DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
         around = parallel.around(self, wrappers)
-        if any(not isinstance(found, DistributedDataParallel) for found in around):
+        if any(not isinstance(wrapper, DistributedDataParallel) for wrapper in around):
             return
         trained = _parameters_of(student_logits) if wrappers else set()
         if around or any(
-            not isinstance(found, DistributedDataParallel)  # whose parameters are not those it computes with
-            or any(id(parameter) in trained for parameter in found.parameters())
-            for found in wrappers
+            not isinstance(wrapper, DistributedDataParallel)  # whose parameters are not those it computes with
+            or any(id(parameter) in trained for parameter in wrapper.parameters())
+            for wrapper in wrappers
         ):
             raise RuntimeError(
                 "EEKDLoss must run inside DistributedDataParallel or FSDP, as its student does, for nothing averages "
@@ -187,18 +187,18 @@ class Measurements(Mapping):
 
     NAMES = "loss", "attention_loss", "weights", "weight_entropy"
 
-    def __init__(self, known: Mapping[str, Tensor], row_weights: Tensor | None = None):
-        self._known, self._row_weights = {**known}, row_weights  # (B, M)
+    def __init__(self, values: Mapping[str, Tensor], row_weights: Tensor | None = None):
+        self._values, self._row_weights = {**values}, row_weights  # (B, M)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.NAMES:
             raise KeyError(name)
-        if name not in self._known:
+        if name not in self._values:
             weights = self._row_weights
             rows = weights.sum().clamp(min=1)  # an ignored row has no weight, any other a total of 1
-            self._known["weights"] = weights.sum(0) / rows
-            self._known["weight_entropy"] = torch.special.entr(weights).sum() / rows
-        return self._known[name]
+            self._values["weights"] = weights.sum(0) / rows
+            self._values["weight_entropy"] = torch.special.entr(weights).sum() / rows
+        return self._values[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.NAMES)

@@ -164,5 +164,5 @@ class LearnedAtOne(nn.Module):
         at_one = self.options | {"temperature": 1.0, "attention_objective": "label"}
         learned = ensemble_kd(student_logits.detach(), snapshot_logits, labels, query=query, keys=keys, **at_one)
         result = ensemble_kd(student_logits, snapshot_logits, labels, scores=learned.weights.log(), **self.options)
-        known = {"loss": result.loss.detach(), "attention_loss": learned.attention_loss.detach()}
-        return result.loss + learned.attention_loss, Measurements(known, learned.weights)
+        measured = {"loss": result.loss.detach(), "attention_loss": learned.attention_loss.detach()}
+        return result.loss + learned.attention_loss, Measurements(measured, learned.weights)

@@ -172,8 +172,8 @@ def get(name: str) -> Weighting:
         entry = _REGISTRY.get(own)
         return entry if entry and entry.log_weights is function else register(own, own, function)
     if name not in _REGISTRY:
-        known = f"{', '.join(_REGISTRY)} or path/to/file.py:NAME"
-        raise ValueError(f"weighting must be one of {known}, got {name!r}{nearest(name, _REGISTRY)}")
+        wanted = f"{', '.join(_REGISTRY)} or path/to/file.py:NAME"
+        raise ValueError(f"weighting must be one of {wanted}, got {name!r}{nearest(name, _REGISTRY)}")
     return _REGISTRY[name]
 
 
@@ -201,7 +201,7 @@ def log_weights(
 
     entry = get(weighting)
     if entry.log_weights is None:
-        fixed = ", ".join(known.name for known in registered() if known.log_weights)
+        fixed = ", ".join(other.name for other in registered() if other.log_weights)
         raise ValueError(f"weighting must be one of {fixed}, got {weighting!r}")
     if len(snapshot_logits) < 2:
         return None

@@ -92,15 +92,15 @@ def _network(name: str, args: dict, sizes: dict) -> nn.Module:
 def _own_arguments(args, sizes: Mapping) -> dict:
     """The args of a model, where they are numbers, truths and texts by name, and lists of them."""
     plain = bool | int | float | str
-    known = dict(args) if isinstance(args, Mapping) else {} if args is None else None
-    if known is None or not all(
+    arguments = dict(args) if isinstance(args, Mapping) else {} if args is None else None
+    if arguments is None or not all(
         isinstance(name, str) and (isinstance(x, plain) or isinstance(x, list) and all(isinstance(y, plain) for y in x))
-        for name, x in known.items()
+        for name, x in arguments.items()
     ):
         raise ValueError(f"args must be numbers, truths, texts or lists of them by name, got {args!r:.200}")
-    if taken := sorted(known.keys() & sizes.keys()):
+    if taken := sorted(arguments.keys() & sizes.keys()):
         raise ValueError(f"args must leave {', '.join(taken)} to the data, got {args!r:.200}")
-    return known
+    return arguments
 
 
 def timm_config(name: str):

@@ -14,8 +14,8 @@ _ALIKE = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 def needs_guard() -> bool:
     """Whether this processor, as oneDNN sees it (ONEDNN_MAX_CPU_ISA), can meet that convolution: x86, no AVX-512."""
-    known = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    return known and not torch.ops.mkldnn._is_mkldnn_bf16_supported()  # which oneDNN says with AVX-512 only
+    x86 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return x86 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()  # which oneDNN says with AVX-512 only
 
 
 def guard(model: nn.Module) -> nn.Module:

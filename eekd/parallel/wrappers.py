@@ -14,7 +14,7 @@ def in_ddp() -> bool:
 
 def wrappers_alive(*kinds: type) -> list[nn.Module]:
     """All modules of these types that there are, which is slow to find out."""
-    return [found for found in gc.get_objects() if issubclass(type(found), kinds)]
+    return [candidate for candidate in gc.get_objects() if issubclass(type(candidate), kinds)]
 
 
 def around(module: nn.Module, wrappers: Iterable[nn.Module]) -> list[nn.Module]:

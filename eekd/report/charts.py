@@ -264,10 +264,10 @@ def bars(title: str, x: str, rows: list[tuple[str, list[float]]], parts: dict[st
         start, total, top = 0.0, sum(values), 6 + 30 * i
         chart.add("text", name, x=left - 10, y=top + 15, class_="end")
         for (part, colour), value in zip(parts.items(), values, strict=True):
-            told = tag("title", f"{name}, {part}: {value:.3g} ({value / (total or 1):.0%})")
+            tooltip = tag("title", f"{name}, {part}: {value:.3g} ({value / (total or 1):.0%})")
             wide = max(chart.x(start + value) - chart.x(start) - 1, 0)
             chart.add(
-                "rect", told, x=chart.x(start), y=top, width=wide, height=22, class_="fill", style=f"color: {colour}"
+                "rect", tooltip, x=chart.x(start), y=top, width=wide, height=22, class_="fill", style=f"color: {colour}"
             )
             start += value
         chart.add("text", f"{total:.3g}", x=chart.x(total) + 6, y=top + 15)
@@ -290,12 +290,12 @@ def heatmap(title: str, axis: str, values: list[list[float]], colour: str) -> Ht
                 tag("text", i + 1, x=left + middle, y=side * m + 15, class_="middle of"),
             ]
         for j, value in enumerate(row):
-            told = tag("title", f"{axis} {i + 1} and {j + 1}: {100 * value:.2f} %")
+            tooltip = tag("title", f"{axis} {i + 1} and {j + 1}: {100 * value:.2f} %")
             style = f"color: {colour}; fill-opacity: {0.06 + 0.5 * value / most:.3f}"
             parts.append(
                 tag(
                     "rect",
-                    told,
+                    tooltip,
                     x=left + side * j,
                     y=side * i,
                     rx=2,

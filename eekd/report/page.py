@@ -61,12 +61,12 @@ def several(folder: Path) -> bytes | None:
     if not (folder / "summary.json").exists():
         raise FileNotFoundError(f"{folder} has not ended: continue it with --resume {folder}, or draw one of its seeds")
     summary = read_record(folder / "summary.json", "seconds", "seeds", "rows")
-    known = {}
+    summaries = {}
     for seed in summary["seeds"]:
         own = folder / f"seed-{seed}"
-        known[seed] = read_record(own / "summary.json", "seconds", "rows")
+        summaries[seed] = read_record(own / "summary.json", "seconds", "rows")
         report(own)
-    return seeds_page.draw(folder, config, summary, known)
+    return seeds_page.draw(folder, config, summary, summaries)
 
 
 def header(run: Run) -> Html:
@@ -181,8 +181,8 @@ def so_far(run: Run) -> list[dict]:
             "seconds_per_epoch": net.mean("seconds"),
         } | own
 
-    known, untimed = run.teacher.known, {"seconds_per_epoch": None}
-    test = [m["accuracy"] for m in known["test"]["members"]] if known else [None] * (len(run.manifest) + 2)
+    record, untimed = run.teacher.known, {"seconds_per_epoch": None}
+    test = [m["accuracy"] for m in record["test"]["members"]] if record else [None] * (len(run.manifest) + 2)
     rows = [row("teacher", run.teacher, test[-2])]
     for i, entry in enumerate(run.manifest):
         val = entry["metrics"].get("val_accuracy")
@@ -197,8 +197,8 @@ def so_far(run: Run) -> list[dict]:
                 **untimed,
             )
         )
-    if known:
-        val = known["val"]["members"][-1]["accuracy"]
+    if record:
+        val = record["val"]["members"][-1]["accuracy"]
         rows.append(row("ensemble", run.teacher, test[-1], name="ensemble", val_accuracy=val, **untimed))
     ends = {net.name: net.known["test"]["accuracy"] for net in run.students if net.known}
     for net in run.students:
@@ -263,10 +263,10 @@ def reliability(member: dict) -> Html:
     bins = member["reliability"]
     for confidence, accuracy, count in zip(bins["confidence"], bins["accuracy"], bins["count"], strict=True):
         if count:
-            told = f"{count} images: confidence {percent(confidence)} %, accuracy {percent(accuracy)} %"
+            tooltip = f"{count} images: confidence {percent(confidence)} %, accuracy {percent(accuracy)} %"
             chart.add(
                 "circle",
-                tag("title", told),
+                tag("title", tooltip),
                 cx=chart.x(100 * confidence),
                 cy=chart.y(100 * accuracy),
                 r=max(2.0, 11 * math.sqrt(count / sum(bins["count"]))),
@@ -303,10 +303,10 @@ def cost(run: Run) -> list[Html]:
     rows = []
     for net in (run.teacher, *run.students):
         means = map(net.mean, ("seconds", "seconds_teacher", "seconds_forward", "seconds_backward"))
-        known = [mean for mean in means if mean is not None]
-        if len(known) == 4:
-            whole, *known = known
-            rows.append((net.title, [*known, max(whole - sum(known), 0)]))
+        seconds = [mean for mean in means if mean is not None]
+        if len(seconds) == 4:
+            whole, *seconds = seconds
+            rows.append((net.title, [*seconds, max(whole - sum(seconds), 0)]))
     if not rows:
         return [missing("No epoch has been timed yet.")]
     ratios = [f"{name} {teacher / own:.1f}" for name, (teacher, own, *_) in rows if teacher and own]

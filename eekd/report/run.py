@@ -69,12 +69,12 @@ def read(folder: str | Path) -> Run:
         return read_record(path) if path.exists() else None
 
     def network(name, phase, own, record):
-        known = read_if_there(own / record)
-        check_metrics(own, known or {})
-        return Network(name, phase.model, phase.epochs, _rows(own / "metrics.jsonl"), known)
+        content = read_if_there(own / record)
+        check_metrics(own, content or {})
+        return Network(name, phase.model, phase.epochs, _rows(own / "metrics.jsonl"), content)
 
-    found = sorted(path.parent.name for path in folder.glob("students/*/metrics.jsonl"))
-    names = dict.fromkeys([*map(own_name, config.students), *found])
+    on_disk = sorted(path.parent.name for path in folder.glob("students/*/metrics.jsonl"))
+    names = dict.fromkeys([*map(own_name, config.students), *on_disk])
     students = [network(name, config.student, folder / "students" / name, "student.json") for name in names]
     # a student names its teacher as seen from its own folder, config.json as seen from where the run began
     teachers = []

@@ -12,7 +12,7 @@ from eekd.train.seeds import sentence
 
 def draw(folder: Path, config: Config, summary: dict, seeds: dict[int, dict]) -> bytes:
     """The page of `summary`, RUN/summary.json; `seeds` are the summaries of its seeds, whose pages lie in seed-N/."""
-    rows, found = summary["rows"], summary.get("findings", [])
+    rows, findings = summary["rows"], summary.get("findings", [])
     cells = [[title_of(row["name"]), row["model"], f"{row['parameters']:,}", percent(row["val"]),
               percent(row["test"]), points(row["over_ce"]), points(row["over_last"])]
              for row in rows]  # fmt: skip
@@ -22,7 +22,7 @@ def draw(folder: Path, config: Config, summary: dict, seeds: dict[int, dict]) ->
     between = [child for link in links for child in (link, " ")]
     return page(
         f"{config.data_name}, {len(seeds)} seeds · eekd",
-        tag("header", tag("h1", config.data_name), tag("p", sentence(summary)), *map(missing, found)),
+        tag("header", tag("h1", config.data_name), tag("p", sentence(summary)), *map(missing, findings)),
         tag(
             "section",
             tag("h2", "Results"),
@@ -44,20 +44,20 @@ def students(rows: list[dict], seeds: dict[int, dict]) -> Html:
     names = [row["name"] for row in rows if row["kind"] == "student"]
     if not names:
         return tag("p", "No student: this run trains teachers only.", class_="missing")
-    found = [{row["name"]: 100 * row["test_accuracy"] for row in known["rows"]} for known in seeds.values()]
+    accuracies = [{row["name"]: 100 * row["test_accuracy"] for row in summary["rows"]} for summary in seeds.values()]
     chart = Chart(
         "Students, seed by seed",
         "",
         "test accuracy, %",
         (-0.5, max(len(names) - 0.5, 0.5)),
-        limits([one[name] for one in found for name in names]),
+        limits([one[name] for one in accuracies for name in names]),
         width=640,
         whole=True,
     )
     chart.parts = [part for part in chart.parts if "middle of" not in part]  # places of names, not numbers
     for place, name in enumerate(names):
         chart.add("text", title_of(name), x=chart.x(place), y=chart.bottom + 17, class_="middle of")
-    for one in found:
+    for one in accuracies:
         line = "L".join(f"{chart.x(place):.5g},{chart.y(one[name]):.5g}" for place, name in enumerate(names))
         chart.add("path", d=f"M{line}", class_="rule", fill="none")
         for place, name in enumerate(names):

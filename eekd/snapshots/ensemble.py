@@ -159,8 +159,8 @@ class SnapshotEnsemble(nn.Module):
             model = factory() if factory else None
             for path, digest in zip(files, hashes, strict=True):
                 if load:
-                    if sha256 is not None and (found := checkpoint_sha256(path)) != digest:
-                        raise ValueError(f"{path} was changed or damaged: its SHA-256 must be {digest}, got {found}")
+                    if sha256 is not None and (actual := checkpoint_sha256(path)) != digest:
+                        raise ValueError(f"{path} was changed or damaged: its SHA-256 must be {digest}, got {actual}")
                     model = load(path)
                 if not isinstance(model, nn.Module):
                     name = "load" if load else "factory"

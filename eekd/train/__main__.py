@@ -119,11 +119,11 @@ def _main(flags: Flags) -> int:
         return _error(error)
     if flags.dry_run:
         screen.show(console, screen.plan(session))
-        for said in (*session.data.decisions, *session.notes, *screen.kept(session.config)):
-            console.print(f"- {printable(said)}", highlight=False)
+        for note in (*session.data.decisions, *session.notes, *screen.kept(session.config)):
+            console.print(f"- {printable(note)}", highlight=False)
         return 0
-    for said in session.notes:
-        console.print(printable(said), highlight=False)
+    for note in session.notes:
+        console.print(printable(note), highlight=False)
     try:
         with screen.Display(console, session.config.seeds) as display:
             if flags.resume:
@@ -145,8 +145,8 @@ def _main(flags: Flags) -> int:
         return 0
     if "seeds" not in summary:
         screen.show(console, screen.results(summary["rows"]))
-        for said in screen.kept(session.config):
-            console.print(said, highlight=False, soft_wrap=True)
+        for note in screen.kept(session.config):
+            console.print(note, highlight=False, soft_wrap=True)
         _print_gain(run)
         _print_findings(summary)
         console.print(f"{summary['seconds']:.0f} s in all; everything is in {printable(run)}", highlight=False)
@@ -266,8 +266,8 @@ def _warn(message: Warning, category: type, filename: str, lineno: int, file=Non
 
 def _rank() -> int:
     """The number of this process; 0 before it has joined the others."""
-    known = sys.modules.get("eekd.parallel")
-    return known.rank() if known else 0
+    module = sys.modules.get("eekd.parallel")
+    return module.rank() if module else 0
 
 
 def _notes(error: BaseException) -> list[str]:

@@ -47,12 +47,12 @@ def wanted_of(value: Any, kind: Any) -> str | None:
     """What the annotation `kind` wants in place of `value`; None when the value will do."""
     args = get_args(kind)
     if kind is StudentName:
-        known = choices(kind)
-        good = isinstance(value, str) and (value in known or is_file_name(value))
-        return None if good else f"one of {', '.join(known)}, path/to/file.py:NAME"
+        names = choices(kind)
+        good = isinstance(value, str) and (value in names or is_file_name(value))
+        return None if good else f"one of {', '.join(names)}, path/to/file.py:NAME"
     if get_origin(kind) is Literal:
-        known = any(type(value) is type(arg) and value == arg for arg in args)  # 1 is no true
-        return None if known else f"one of {', '.join(map(word, args))}"
+        good = any(type(value) is type(arg) and value == arg for arg in args)  # 1 is no true
+        return None if good else f"one of {', '.join(map(word, args))}"
     if get_origin(kind) in (UnionType, Union):
         wanted = [wanted_of(value, k) for k in args]
         return None if None in wanted else " or ".join(filter(None, wanted))
@@ -81,9 +81,9 @@ class Checked:
         for name in (f.name for f in dataclasses.fields(self)):  # pyright: ignore[reportArgumentType]  # of a subclass
             value = getattr(self, name)
             if wanted := wanted_of(value, kinds[name]):
-                known = choices(kinds[name])
-                wrong = [v for v in (value if isinstance(value, tuple) else (value,)) if v not in known]
-                hint = next(filter(None, (nearest(v, map(word, known)) for v in wrong)), "")
+                words = choices(kinds[name])
+                wrong = [v for v in (value if isinstance(value, tuple) else (value,)) if v not in words]
+                hint = next(filter(None, (nearest(v, map(word, words)) for v in wrong)), "")
                 raise ValueError(f"{self._prefix}{name} must be {wanted}, got {value!r}{hint}")
         for name, holds, wanted in self._rules():
             if not holds:

@@ -83,8 +83,8 @@ class Checkpoints:
                 damaged.append(str(error))
                 continue
             for fault in damaged:
-                told = f"{fault}; continuing from the checkpoint before it, {path}"
-                warnings.warn(told, RuntimeWarning, stacklevel=2)
+                message = f"{fault}; continuing from the checkpoint before it, {path}"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
             self._check(path, record)
             self._newest = [number]
             return {"tensors": tensors, **record}, path
@@ -208,8 +208,8 @@ def run_identity(name: str, session, phase, snapshots: list[str] | None = None) 
     if is_file_name(phase.model):
         settings["model"] = own_name(phase.model)
         more["model"] = described(Path(phase.model.rpartition(":")[0]))
-    known = {"phase": name, "images": session.data.fingerprint, "settings": settings, "snapshots": snapshots}
-    return known | {"bank": session.bank and session.bank.sha256} | more
+    identity = {"phase": name, "images": session.data.fingerprint, "settings": settings, "snapshots": snapshots}
+    return identity | {"bank": session.bank and session.bank.sha256} | more
 
 
 def setups_in(run: Path) -> Iterator[tuple[Path, dict]]:
@@ -229,12 +229,12 @@ def check_identity(path: Path, record: dict, identity: dict) -> None:
 
     A setting that there was not yet, and that has its default now, is no difference.
     """
-    known = record["setup"].get("settings", {})
+    recorded = record["setup"].get("settings", {})
     for name, (was, now) in differences({"": record["setup"]}, {"": identity}).items():
         _, what, *key = name.split(".")
         if what in SOURCES and key == ["file"]:  # it may move
             continue
-        if what == "settings" and key and key[0] not in known and now == _DEFAULTS.get(key[0]):
+        if what == "settings" and key and key[0] not in recorded and now == _DEFAULTS.get(key[0]):
             continue
         old = name == ".settings.model" and is_file_name(was) and own_name(was) == now
         if old or (name == ".model" and was is None):  # written before the network's file was hashed
@@ -298,5 +298,5 @@ def _own(folder: Path) -> list[Path]:
     The JSON come first. Removed in this order, they leave nothing that is taken for a damaged checkpoint after a kill.
     """
     name = re.compile(r"\d+\.(json|safetensors)|\.\d+\.(json|safetensors)\.tmp")
-    found = [path for path in folder.iterdir() if name.fullmatch(path.name)]
-    return sorted(found, key=lambda path: path.suffix != ".json")
+    files = [path for path in folder.iterdir() if name.fullmatch(path.name)]
+    return sorted(files, key=lambda path: path.suffix != ".json")

@@ -334,11 +334,11 @@ def _read(cls: type, values: Any, prefix: str = "") -> Any:
 
 def differences(one: dict, other: dict, prefix: str = "") -> dict[str, tuple]:
     """Where two nested dicts differ: {dotted name: (value in one, value in the other)}, None for what is absent."""
-    found = {}
+    changed = {}
     for name in one | other:
         a, b = one.get(name), other.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            found |= differences(a, b, f"{prefix}{name}.")
+            changed |= differences(a, b, f"{prefix}{name}.")
         elif a != b:
-            found[prefix + name] = a, b
-    return found
+            changed[prefix + name] = a, b
+    return changed

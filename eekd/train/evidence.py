@@ -28,13 +28,13 @@ from eekd.train.checkpoints import provenance
 FORMAT = 1
 
 
-def keep_evidence(folder: Path, stem: str, tensors: dict, known: dict, session, loss: EEKDLoss | None) -> Path:
+def keep_evidence(folder: Path, stem: str, tensors: dict, facts: dict, session, loss: EEKDLoss | None) -> Path:
     """Writes what replay reads, and returns the path of its JSON."""
     path = folder / (stem + f"-process-{parallel.rank()}" * (not parallel.is_main_process()) + ".json")
     sha256 = save_tensors(path.with_suffix(".safetensors"), tensors)
     classes = len(session.data.classes)
     write_json_atomic(path, {
-        "format": FORMAT, "sha256": sha256, **known, "classes": classes, "criterion": loss and loss_options(loss),
+        "format": FORMAT, "sha256": sha256, **facts, "classes": classes, "criterion": loss and loss_options(loss),
         "settings": dataclasses.asdict(session.config), "made_with": provenance(session.device),
     })  # fmt: skip
     return path

@@ -14,11 +14,11 @@ def findings(rows: list[dict], classes: int, images: int) -> list[str]:
     rows = [row for row in rows if row["val_accuracy"] is not None]
     networks = [row for row in rows if row["kind"] in ("snapshot", "student")]
     guessing = [row for row in networks if guesses(row["val_accuracy"], classes, images)]
-    found = [_at_chance(row, [r for r in rows if r["kind"] == "snapshot"]) for row in guessing]
+    sentences = [_at_chance(row, [r for r in rows if r["kind"] == "snapshot"]) for row in guessing]
     last = next((row for row in rows if row["kind"] == "teacher"), None)
     ensemble = next((row for row in rows if row["kind"] == "ensemble"), None)
     if last and ensemble and "chance" not in (lost := _lost(ensemble, last, images)) and lost:
-        found.append(
+        sentences.append(
             f"The ensemble of snapshots is {lost} below the last of them: early snapshots are weak. Try --students "
             "last or attention, fewer --teacher.snapshots, or a longer teacher."
         )
@@ -27,11 +27,11 @@ def findings(rows: list[dict], classes: int, images: int) -> list[str]:
     below = {name: lost for name, lost in below.items() if lost}
     if below:
         names = ", ".join(f"{name} by {lost}" for name, lost in below.items())
-        found.append(
+        sentences.append(
             f"Students below the one without a teacher (ce): {names}. Try --seeds 5 to see whether that is chance, a "
             "larger --student.alpha, a lower --student.temperature, or more --student.epochs."
         )
-    return found
+    return sentences
 
 
 def guesses(accuracy: float, classes: int, images: int) -> bool:
@@ -42,15 +42,15 @@ def guesses(accuracy: float, classes: int, images: int) -> bool:
 
 def _at_chance(row: dict, snapshots: list[dict]) -> str:
     accuracy = f"{row['val_accuracy']:.1%} of the validation images are right"
-    said = f"{row['name'].capitalize()} is no better than chance: {accuracy}. "
+    sentence = f"{row['name'].capitalize()} is no better than chance: {accuracy}. "
     if row["kind"] == "student":
-        return said + "Try a lower --student.lr, or more --student.epochs."
+        return sentence + "Try a lower --student.lr, or more --student.epochs."
     if row["name"] == snapshots[-1]["name"]:
-        return said + (
+        return sentence + (
             "It is the finished teacher: look at --teacher.mean and --teacher.std, at the order of the classes "
             "(--classes), and at --teacher.lr."
         )
-    return said + "Try fewer --teacher.snapshots, a longer teacher, or --students last or attention."
+    return sentence + "Try fewer --teacher.snapshots, a longer teacher, or --students last or attention."
 
 
 def _lost(row: dict, other: dict, images: int) -> str:

@@ -27,8 +27,8 @@ def with_checkpoints(config: Config) -> Config:
     """The settings with the absolute path of every checkpoint, in their order, as the teacher's M snapshots."""
     files = tuple(str(file.absolute()) for file in checkpoint_files(config.checkpoints))
     teacher = dataclasses.replace(config.teacher, schedule="step", epochs=len(files), snapshots=len(files))
-    if teacher.mean is None and (found := stored_with(Path(files[-1]))):
-        own, _ = found
+    if teacher.mean is None and (stored := stored_with(Path(files[-1]))):
+        own, _ = stored
         teacher = dataclasses.replace(teacher, mean=tuple(own["mean"]), std=tuple(own["std"]))
     return dataclasses.replace(config, checkpoints=files, teacher=teacher)
 
@@ -100,9 +100,9 @@ def import_teacher(session: Session, folder: Path) -> dict:
             write_atomic(folder / name, b"")
     parallel.barrier()
     ensemble = session.load_snapshots(folder, features=False)
-    known = {split: diagnose(session, ensemble, session.loader(split, phase)) for split in ("val", "test")}
+    measured = {split: diagnose(session, ensemble, session.loader(split, phase)) for split in ("val", "test")}
     if parallel.is_main_process():
-        record = {"format": FORMAT, "setup": identity} | known | {"metrics": metrics_of(folder), "sources": sources}
+        record = {"format": FORMAT, "setup": identity} | measured | {"metrics": metrics_of(folder), "sources": sources}
         write_json_atomic(folder / RECORD, finite(record))
     parallel.barrier()
     return read_json(folder / RECORD)

@@ -165,11 +165,11 @@ def _titles(folder: Path) -> tuple[str, str]:
 def _known(folder: Path, name: str, make) -> str:
     """The name by which a service knows this phase, kept in its folder, so that a resumed run goes on in its place."""
     path = folder / TRACKERS
-    known = read_json(path) if path.exists() else {}
-    if name not in known:
-        known[name] = make()
-        write_json_atomic(path, known)
-    return known[name]
+    names = read_json(path) if path.exists() else {}
+    if name not in names:
+        names[name] = make()
+        write_json_atomic(path, names)
+    return names[name]
 
 
 def _flat(settings: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -53,26 +53,26 @@ class LossCheck(Callback):
         """Compares `total`, which the loss made of what it was given."""
         if not self.left:
             return
-        found, device = differs(loss, *given), given[0].device
-        flags = torch.stack([torch.tensor(found is not None, device=device), ~total.isfinite()])
+        difference, device = differs(loss, *given), given[0].device
+        flags = torch.stack([torch.tensor(difference is not None, device=device), ~total.isfinite()])
         wrong, bad = self.agree(flags.float()).tolist()
         self.left -= not bad
         if not wrong:
             return
-        if not found:
+        if not difference:
             raise FloatingPointError(f"{self.name}: in another process the loss differs from its formula")
         logits, snapshot_logits, labels, features, snapshot_features = given
         tensors = {"student_logits": logits, "labels": labels, "student_features": features}
         tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         tensors |= snapshot_tensors(snapshot_logits, snapshot_features)
         tensors |= {f"network.{name}": tensor for name, tensor in loss.state_dict().items()}
-        known = {"phase": self.name, "found": found}
-        path = keep_evidence(self.folder, "loss-differs", tensors, known, self.session, loss)
+        facts = {"phase": self.name, "found": difference}
+        path = keep_evidence(self.folder, "loss-differs", tensors, facts, self.session, loss)
         made, backend = provenance(device), backend_for(device)
         raise FloatingPointError(
-            f"{self.name}: {found}, by backend {backend} on {made['device']} ({made['cpu_capability']}) with torch "
-            f"{made['torch']}; build eekd again, or train in Python within eekd.use_backend of another backend; the "
-            f"inputs are in {path}"
+            f"{self.name}: {difference}, by backend {backend} on {made['device']} ({made['cpu_capability']}) with "
+            f"torch {made['torch']}; build eekd again, or train in Python within eekd.use_backend of another backend; "
+            f"the inputs are in {path}"
         )
 
 

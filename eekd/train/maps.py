@@ -18,12 +18,12 @@ class FeatureMaps:
     """
 
     def __init__(self, network: nn.Module, run, image: Tensor):
-        self._kept, found, training = {}, {}, network.training
+        self._kept, by_size, training = {}, {}, network.training
 
         def look(module, inputs, output):
             if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2:].numel() > 1:
-                found.pop(tuple(output.shape[2:]), None)
-                found[tuple(output.shape[2:])] = module, tuple(output.shape[1:])
+                by_size.pop(tuple(output.shape[2:]), None)
+                by_size[tuple(output.shape[2:])] = module, tuple(output.shape[1:])
 
         hooks = [module.register_forward_hook(look) for module in network.modules()]
         with torch.no_grad():
@@ -31,8 +31,8 @@ class FeatureMaps:
         network.train(training)
         for hook in hooks:
             hook.remove()
-        self.shapes = {size: shape for size, (_, shape) in found.items()}
-        for size, (module, _) in found.items():
+        self.shapes = {size: shape for size, (_, shape) in by_size.items()}
+        for size, (module, _) in by_size.items():
             module.register_forward_hook(self._keep(size))
 
     def _keep(self, size):

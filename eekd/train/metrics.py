@@ -109,13 +109,13 @@ class Calibration:
 
     def all(self) -> list[dict]:
         """Of each predictor accuracy, nll, ece and reliability: confidence, accuracy and count of each bin."""
-        found = []
+        results = []
         for likelihood, (confidence, hits, count) in zip(self.likelihood, self.bins.unbind(1), strict=True):
             sums = {"accuracy": hits.sum(), "nll": -likelihood, "ece": (hits - confidence).abs().sum()}
             bins = {"confidence": _means(confidence, count), "accuracy": _means(hits, count)}
             means = {name: (x / count.sum()).item() for name, x in sums.items()}  # NaN where there are no images
-            found.append(means | {"reliability": bins | {"count": count.long().tolist()}})
-        return found
+            results.append(means | {"reliability": bins | {"count": count.long().tolist()}})
+        return results
 
 
 def _means(sums: Tensor, count: Tensor) -> list[float | None]:
@@ -184,8 +184,8 @@ class MetricsLogger(Callback):
         failed = True
         try:
             if parallel.is_main_process():
-                known = dataclasses.asdict(trainer.config), len(self.rows)
-                self.logs = [Safely(kind, self.folder, *known) for kind in self.kinds]
+                arguments = dataclasses.asdict(trainer.config), len(self.rows)
+                self.logs = [Safely(kind, self.folder, *arguments) for kind in self.kinds]
             yield
             failed = False
         finally:

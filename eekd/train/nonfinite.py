@@ -150,35 +150,38 @@ class NonFiniteGuard(Callback):
         step, loss = self.first.item() if scale is None else self.step, self.loss.item()
         lr, generators = self.begun[step]
         self._restore(generators)
-        known = {"phase": trainer.name, "step": step + 1, "epoch": trainer.epoch + 1, "lr": lr, "loss": str(loss)}
-        found, index, path = self._find(known)
+        facts = {"phase": trainer.name, "step": step + 1, "epoch": trainer.epoch + 1, "lr": lr, "loss": str(loss)}
+        bad, index, path = self._find(facts)
         self._restore(generators)
         what = f"a gradient is not finite at loss {loss:.4g}" if math.isfinite(loss) else f"the loss became {loss}"
-        where = f"epoch {known['epoch']} at learning rate {lr:.3g}, step {step + 1}, samples {_some(index)}"
-        if found:
-            first = f"the first bad tensor is {found}"
-            first += f", of sample {_some(index[found.rows])}" if found.rows else ""
+        where = f"epoch {facts['epoch']} at learning rate {lr:.3g}, step {step + 1}, samples {_some(index)}"
+        if bad:
+            first = f"the first bad tensor is {bad}"
+            first += f", of sample {_some(index[bad.rows])}" if bad.rows else ""
         else:
             first = "nothing was bad when the batch was run again" + " by this process" * (parallel.world_size() > 1)
-        told = f"{trainer.name}: {what} in {where}: {first}; saved in {path}"
+        message = f"{trainer.name}: {what} in {where}: {first}; saved in {path}"
         if scale is not None:
-            raise FloatingPointError(
-                f"{told}; no loss scale down to {scale:.2g} makes it finite: try a lower lr or precision bf16 or fp32"
-            )
+            message += f"; no loss scale down to {scale:.2g} makes it finite"
+            raise FloatingPointError(f"{message}: try a lower lr or precision bf16 or fp32")
         if not self.skip:
-            raise FloatingPointError(f"{told}; try a lower lr or precision fp32, or skip such steps by non_finite skip")
+            raise FloatingPointError(
+                f"{message}; try a lower lr or precision fp32, or skip such steps by non_finite skip"
+            )
         trainer.skipped += 1
         if trainer.skipped > self.budget:
-            raise FloatingPointError(f"{told}; skip_budget {self.budget} is used up: try a lower lr or precision fp32")
+            raise FloatingPointError(
+                f"{message}; skip_budget {self.budget} is used up: try a lower lr or precision fp32"
+            )
         self._clear()
         trainer.batches = trainer.batches_from(trainer.step)  # the loader has gone back
-        warnings.warn(f"{told}; the step is skipped", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"{message}; the step is skipped", RuntimeWarning, stacklevel=4)
 
-    def _find(self, known: dict) -> tuple[Found | None, Tensor, Path]:
+    def _find(self, facts: dict) -> tuple[Found | None, Tensor, Path]:
         """Runs the batches of a step again until one is bad, and keeps all that this takes."""
         trainer, trained = self.trainer, self.trainer.trained
         kept: tuple = ()
-        for part in itertools.islice(trainer.batches_from(known["step"] - 1), trainer.config.accumulate):
+        for part in itertools.islice(trainer.batches_from(facts["step"] - 1), trainer.config.accumulate):
             weights = {f"network.{name}": parallel.full_tensor(x).clone() for name, x in trained.state_dict().items()}
             generators = random_state(trainer.device)
             # Compiled code does not run what watches.
@@ -194,10 +197,10 @@ class NonFiniteGuard(Callback):
         given = watch.given
         taught = (given["snapshot_logits"], given.get("snapshot_features")) if given else part.teacher
         tensors |= snapshot_tensors(*taught) if taught else {}
-        known |= {"found": watch.found and str(watch.found), "spec": trainer.session.spec(trainer.phase)}
+        facts |= {"found": watch.found and str(watch.found), "spec": trainer.session.spec(trainer.phase)}
         if type(trainer).__module__ not in REPLAYED:
-            known["method"] = type(trainer).__name__  # whose loss nobody else computes
-        path = keep_evidence(self.folder, f"non-finite-{known['step']}", tensors, known, trainer.session, loss)
+            facts["method"] = type(trainer).__name__  # whose loss nobody else computes
+        path = keep_evidence(self.folder, f"non-finite-{facts['step']}", tensors, facts, trainer.session, loss)
         return watch.found, part.index, path
 
 

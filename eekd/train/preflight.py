@@ -57,21 +57,21 @@ def preflight(
     snapshots. Returns what looks wrong and can be meant, a sentence each. ValueError, one sentence, for a network that
     cannot run on the images or does not give a logit for each class; else what a loss raises.
     """
-    session, found = _Alone(session), []
+    session, notes = _Alone(session), []
     config, generators = session.config, random_state(session.device)
     try:
         batch = _batch(session, config.teacher)
         teacher = teacher.to(session.device).to(memory_format=session.layout)
-        found += _looks(session, config.teacher, batch.images)
+        notes += _looks(session, config.teacher, batch.images)
         with _running(session, config.teacher):
             _check_logits(session, config.teacher, teacher, batch.images)
             if trains_teacher:
                 _step(TeacherTrainer(session), TaughtBatch(*batch))
             if finished:
-                found += _guesses(session, teacher)
+                notes += _guesses(session, teacher)
         if methods:
             batch = _batch(session, config.student)
-            found += _looks(session, config.student, batch.images)
+            notes += _looks(session, config.student, batch.images)
         for method in methods:
             with _running(session, config.student):
                 outputs = None if method.weighting == "ce" else _outputs(session, teacher, method, batch)
@@ -83,7 +83,7 @@ def preflight(
                 _step(trainer, TaughtBatch(*batch, outputs))
     finally:
         set_random_state(generators, session.device)
-    return found
+    return notes
 
 
 def _batch(session: Session, phase: Phase) -> Batch:

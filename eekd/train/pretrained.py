@@ -64,11 +64,11 @@ def read_start(phase: Phase, spec: dict, entry: str | None = None) -> Start | No
         return None
     if phase.weights == "timm":
         return _from_timm(phase, spec)
-    found = checkpoint_files(phase.weights)
-    if len(found) > 1:
-        names = some(path.name for path in found)
-        raise ValueError(f"{phase._prefix}weights must be one checkpoint, got {len(found)} in {phase.weights}: {names}")
-    [path] = found
+    files = checkpoint_files(phase.weights)
+    if len(files) > 1:
+        names = some(path.name for path in files)
+        raise ValueError(f"{phase._prefix}weights must be one checkpoint, got {len(files)} in {phase.weights}: {names}")
+    [path] = files
     sha256 = weights_sha256(path)
     return Start(str(path), sha256, load_weights(path, sha256, entry=entry))
 
@@ -174,9 +174,9 @@ def resized_by(phase: Phase) -> str | None:
     if "timm" in (phase.weights, phase.mean):
         own = getattr(models.timm_config(phase.model.removeprefix("timm:")), "interpolation", None)
     elif phase.weights:
-        stored = (found for found, _ in _stored_with(Path(phase.weights)))
+        stored = (content for content, _ in _stored_with(Path(phase.weights)))
         numbers = {str(number): name for name, number in RESAMPLE.items()}  # as a Hugging Face processor has them
-        kinds = (str(found.get("interpolation") or numbers.get(str(found.get("resample")), "")) for found in stored)
+        kinds = (str(own.get("interpolation") or numbers.get(str(own.get("resample")), "")) for own in stored)
         own = next(filter(None, kinds), None)
     return own if own in RESAMPLE else None
 
@@ -196,9 +196,9 @@ def _of_timm(name: str) -> dict | None:
 
 def stored_with(path: Path) -> tuple[dict, str] | None:
     """The mean and std that lie beside a checkpoint, and in which file."""
-    for found, name in _stored_with(path):
-        if _numbers(found.get("mean")) and _numbers(found.get("std")):
-            return {"mean": found["mean"], "std": found["std"]}, name
+    for content, name in _stored_with(path):
+        if _numbers(content.get("mean")) and _numbers(content.get("std")):
+            return {"mean": content["mean"], "std": content["std"]}, name
     return None
 
 
@@ -215,26 +215,26 @@ def _stored_with(path: Path) -> Iterator[tuple[dict, str]]:
         except (OSError, ValueError, RecursionError):
             continue
         for place in places:
-            found = content
+            part = content
             for key in place:
-                found = found.get(key) if isinstance(found, dict) else None
-            if isinstance(found, dict):
-                yield found if place else _of_processor(found), name
+                part = part.get(key) if isinstance(part, dict) else None
+            if isinstance(part, dict):
+                yield part if place else _of_processor(part), name
 
 
-def _of_processor(said: dict) -> dict:
+def _of_processor(settings: dict) -> dict:
     """What a Hugging Face processor does to images from 0 to 1: `mean`, `std` and, where it resizes, `resample`."""
-    mean, std = said.get("image_mean"), said.get("image_std")
-    if said.get("do_normalize") is False:
+    mean, std = settings.get("image_mean"), settings.get("image_std")
+    if settings.get("do_normalize") is False:
         channels = len(mean) if isinstance(mean, list) else 3
         mean, std = [0.0] * channels, [1.0] * channels
-    factor = said.get("rescale_factor", 1 / 255) if said.get("do_rescale") is not False else 1
-    found = {"resample": said.get("resample")} if said.get("do_resize") is not False else {}
+    factor = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale") is not False else 1
+    processing = {"resample": settings.get("resample")} if settings.get("do_resize") is not False else {}
     try:
-        shift, scale = float(bool(said.get("rescale_offset"))), 255 * factor
-        return found | {"mean": [(x + shift) / scale for x in mean], "std": [x / scale for x in std]}
+        shift, scale = float(bool(settings.get("rescale_offset"))), 255 * factor
+        return processing | {"mean": [(x + shift) / scale for x in mean], "std": [x / scale for x in std]}
     except (TypeError, ZeroDivisionError):  # no mean and std
-        return found
+        return processing
 
 
 def _numbers(value) -> bool:

@@ -32,31 +32,31 @@ def replay(path: str | Path, device: str = "cpu") -> Found | str | None:
 
 
 def _replay(path: Path, device: str) -> Found | str | None:
-    known = read_json(path)
-    if not isinstance(known, dict):
-        raise ValueError(f"{path} must be an object, got a {type(known).__name__}")
-    if known.get("format") != FORMAT:
-        raise ValueError(f"{path} must have format {FORMAT}, got {known.get('format')!r:.100}")
-    if missing := [name for name in ("sha256", "classes", "criterion", "settings") if name not in known]:
-        raise ValueError(f"{path} must have {', '.join(missing)}, got {', '.join(known):.100}")
-    if own := known.get("method"):
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} must be an object, got a {type(record).__name__}")
+    if record.get("format") != FORMAT:
+        raise ValueError(f"{path} must have format {FORMAT}, got {record.get('format')!r:.100}")
+    if missing := [name for name in ("sha256", "classes", "criterion", "settings") if name not in record]:
+        raise ValueError(f"{path} must have {', '.join(missing)}, got {', '.join(record):.100}")
+    if own := record.get("method"):
         raise ValueError(f"{path} must be of one of eekd's methods, got {own!r:.100}, which has a loss of its own")
-    tensors = load_tensors(path.with_suffix(".safetensors"), known["sha256"])
+    tensors = load_tensors(path.with_suffix(".safetensors"), record["sha256"])
     weights = {name.removeprefix("network."): tensors.pop(name) for name in [*tensors] if name.startswith("network.")}
     generators = tensors.pop("random", torch.empty(0))
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    criterion, settings = known["criterion"], known["settings"]
+    criterion, settings = record["criterion"], record["settings"]
     loss = criterion and EEKDLoss(**criterion).to(device)
     snapshot_logits, snapshot_features = tensors.get("snapshot_logits"), tensors.get("snapshot_features")
     if "snapshot_atoms" in tensors:
         logits, indices, atoms = (tensors[f"snapshot_{part}"] for part in ("logits", "indices", "atoms"))
-        snapshot_logits = TopKLogits(logits, indices, atoms, known["classes"])
+        snapshot_logits = TopKLogits(logits, indices, atoms, record["classes"])
     if "images" not in tensors:
         load_state(loss, weights, path)
         given = tensors["student_logits"], snapshot_logits, tensors.get("labels"), tensors.get("student_features")
         return differs(loss, *given, snapshot_features)
     runtime = Runtime(settings["precision"], settings["channels_last"], torch.device(device))
-    network = runtime.build(known["spec"])
+    network = runtime.build(record["spec"])
     trained = nn.ModuleList([network, loss]) if loss else network
     load_state(trained, weights, path)
     capture = LastFeatures(network.train(), settings["student"]["layer"], features=bool(loss and loss.attention))

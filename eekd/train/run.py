@@ -82,8 +82,9 @@ def _train(run: Path, session: Session, progress: Progress) -> Path:
         train_student(config, teacher, method, folder, session=session, progress=progress, resume=True)
     if parallel.is_main_process() and not (run / "summary.json").exists():
         rows, seconds = table(teacher, list(students.values())), time.perf_counter() - start
-        found = findings(rows, len(session.data.classes), len(session.data.val))
-        write_json_atomic(run / "summary.json", {"format": FORMAT, "seconds": seconds, "rows": rows, "findings": found})
+        summary = {"format": FORMAT, "seconds": seconds, "rows": rows}
+        summary["findings"] = findings(rows, len(session.data.classes), len(session.data.val))
+        write_json_atomic(run / "summary.json", summary)
     parallel.barrier()
     return run
 
@@ -93,8 +94,8 @@ def _train_seeds(run: Path, session: Session, progress: Progress) -> Path:
     for seed in seeds:
         config, folder = dataclasses.replace(session.config, seed=seed, seeds=1), run / f"seed-{seed}"
 
-        def of_seed(phase: str, *known, seed=seed) -> None:
-            progress(f"{phase}, seed {seed}", *known)
+        def of_seed(phase: str, *state, seed=seed) -> None:
+            progress(f"{phase}, seed {seed}", *state)
 
         if parallel.is_main_process():
             folder.mkdir(exist_ok=True)
@@ -102,8 +103,8 @@ def _train_seeds(run: Path, session: Session, progress: Progress) -> Path:
                 write_settings(folder, config, session.data, session.device)
         parallel.barrier()
         with _alone(folder):
-            made = located(read_settings(folder))
-            if changed := differences(dataclasses.asdict(made), dataclasses.asdict(config)):
+            recorded = located(read_settings(folder))
+            if changed := differences(dataclasses.asdict(recorded), dataclasses.asdict(config)):
                 raise ValueError(f"{folder} holds a run with another {', '.join(changed)}")
             _train(folder, Session(config, session.data), of_seed)
     if parallel.is_main_process() and not (run / "summary.json").exists():
@@ -170,10 +171,10 @@ def prepare(config: Config, run: str | Path | None = None) -> Session:
     for phase, is_trained in trained.items():
         session.micro_batch(phase)
         networks[phase] = network = models.build(**session.spec(phase))
-        _, said = session.normalization(phase)
+        _, note = session.normalization(phase)
         started = is_trained and session.start(phase)
         resized = is_trained and resized_otherwise(phase, session.config.interpolation)
-        for sentence in (started and started.load(network, len(session.data.classes)), said, resized):
+        for sentence in (started and started.load(network, len(session.data.classes)), note, resized):
             if sentence:
                 session.notes.append(f"The {type(phase).__name__.lower()} {sentence}")
         layer_scales(phase, network)
@@ -212,13 +213,13 @@ def check_data(session: Session, run: Path) -> None:
 
 def table(teacher: Path, students: list[Path]) -> list[dict]:
     """The rows of summary.json, from what the phases left in their folders."""
-    manifest, known = read_manifest(teacher), read_teacher(teacher)
+    manifest, measured = read_manifest(teacher), read_teacher(teacher)
     epochs = [entry["step"] for entry in manifest["snapshots"]]
     *snapshots, ensemble = [
         {"val_accuracy": val["accuracy"], "test_accuracy": test["accuracy"]}
-        for val, test in zip(known["val"]["members"], known["test"]["members"], strict=True)
+        for val, test in zip(measured["val"]["members"], measured["test"]["members"], strict=True)
     ]
-    seconds = [row["seconds"] for row in read_metrics(teacher, known)]  # none of somebody else's teacher
+    seconds = [row["seconds"] for row in read_metrics(teacher, measured)]  # none of somebody else's teacher
     size = parameters(manifest["spec"])
     network = {"model": manifest["spec"]["name"], "parameters": size, "epochs": epochs[-1]}
     timed = {"seconds_per_epoch": sum(seconds) / len(seconds) if seconds else None}

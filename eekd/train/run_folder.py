@@ -104,21 +104,21 @@ def metrics_of(folder: Path) -> dict[str, str]:
 
 def read_record(path: Path, *keys: str) -> dict:
     """The object in a JSON file that has these keys; ValueError where it has not, or another format."""
-    known = read_json(path)
-    if not isinstance(known, dict) or known.get("format") != FORMAT or not known.keys() >= set(keys):
+    record = read_json(path)
+    if not isinstance(record, dict) or record.get("format") != FORMAT or not record.keys() >= set(keys):
         wanted = f"an object with format {FORMAT}" + f" and {', '.join(keys)}" * bool(keys)
-        raise ValueError(f"{path} must be {wanted}, got {repr(known)}")
-    return known
+        raise ValueError(f"{path} must be {wanted}, got {repr(record)}")
+    return record
 
 
 def check_metrics(folder: Path, record: dict) -> None:
     """ValueError or FileNotFoundError where a metrics file is not the one that `record` of its phase names."""
     if "metrics" not in record:
         return
-    known = record["metrics"]
-    if not isinstance(known, dict) or known.keys() != set(METRICS):
-        raise ValueError(f"{folder} must have a record with metrics of {' and '.join(METRICS)}, got {repr(known)}")
-    for name, sha256 in known.items():
+    hashes = record["metrics"]
+    if not isinstance(hashes, dict) or hashes.keys() != set(METRICS):
+        raise ValueError(f"{folder} must have a record with metrics of {' and '.join(METRICS)}, got {repr(hashes)}")
+    for name, sha256 in hashes.items():
         read_checked(folder / name, sha256)
 
 
@@ -184,25 +184,25 @@ def write_settings(run: Path, config: Config, data: ImageData, device: torch.dev
     write_atomic(run / "config.json", settings)
 
 
-def changes(run: Path, known: dict, data: ImageData) -> str:
-    """What is not as it was when `run` wrote down its data, the entry `known` of environment.json, in words."""
-    found = []
-    if known.get("class_names") not in (None, list(data.classes)):
-        found.append("the classes, or their order, are others")
+def changes(run: Path, before: dict, data: ImageData) -> str:
+    """What is not as it was when `run` wrote down its data, the entry `before` of environment.json, in words."""
+    sentences = []
+    if before.get("class_names") not in (None, list(data.classes)):
+        sentences.append("the classes, or their order, are others")
     if (run / FILES).is_file() and data.contents and data.contents.files is not None:
         was = set(read_bytes(run / FILES).decode().splitlines())
         now = set(map(printable, data.contents.files))
         for what, names in (("gone", was - now), ("new", now - was)):
             if names:
-                found.append(f"{what}: {counted(sorted(names), 'file')}")
-    elif isinstance(known.get("found"), dict) and data.contents:
+                sentences.append(f"{what}: {counted(sorted(names), 'file')}")
+    elif isinstance(before.get("found"), dict) and data.contents:
         now = data.contents.counts
-        found += [
+        sentences += [
             f"{part} has {sum(now.get(part, [])):,} images instead of {sum(was):,}"
-            for part, was in known["found"].items()
+            for part, was in before["found"].items()
             if isinstance(was, list) and was != now.get(part)
         ]
-    return "; ".join(found) or "their content, or the settings they are read with, differ"
+    return "; ".join(sentences) or "their content, or the settings they are read with, differ"
 
 
 def read_settings(run: str | Path) -> Config:
@@ -211,11 +211,11 @@ def read_settings(run: str | Path) -> Config:
     if not path.is_file():
         raise FileNotFoundError(f"{run} is not the folder of a run: it has no config.json")
     noted = path.with_name("environment.json")
-    known = read_json(noted) if noted.exists() else {}
-    if not isinstance(known, dict):
-        raise ValueError(f"{noted} must be an object, got a {type(known).__name__}")
-    made = known.get("config_sha256")
-    if made and made != sha256_of(path):
+    facts = read_json(noted) if noted.exists() else {}
+    if not isinstance(facts, dict):
+        raise ValueError(f"{noted} must be an object, got a {type(facts).__name__}")
+    digest = facts.get("config_sha256")
+    if digest and digest != sha256_of(path):
         raise ValueError(
             f"{path} was changed or damaged since the run began: copy it and give the copy by --config to "
             "run other settings"

@@ -42,15 +42,15 @@ class Display:
     def __exit__(self, *error):
         self.bars.stop()
 
-    def __call__(self, name: str, done: int, total: int, known: dict) -> None:
+    def __call__(self, name: str, done: int, total: int, metrics: dict) -> None:
         phase, comma, seed = name.partition(", ")
         title = title_of(phase) + comma + seed
         if name not in self.tasks:
             self.tasks[name] = self.bars.add_task(title, total=total, state="")
-        state = f"epoch {known['epoch']}/{known['epochs']}  loss {known['train_loss']:.3f}"
-        if "val_accuracy" in known:
-            state += f"  val {known['val_accuracy']:.2%}"
-            if not self.console.is_terminal and (self.seeds == 1 or known["epoch"] == known["epochs"]):
+        state = f"epoch {metrics['epoch']}/{metrics['epochs']}  loss {metrics['train_loss']:.3f}"
+        if "val_accuracy" in metrics:
+            state += f"  val {metrics['val_accuracy']:.2%}"
+            if not self.console.is_terminal and (self.seeds == 1 or metrics["epoch"] == metrics["epochs"]):
                 self.console.print(f"{title}: {state}", highlight=False)
         self.bars.update(self.tasks[name], completed=done, state=state)
 
@@ -70,8 +70,8 @@ def check_data(console: Console, config: Config) -> int:
     for sentence in (*checked.notes, *checked.faults):
         console.print(f"- {printable(sentence)}", highlight=False, soft_wrap=True)
     faults = f"{len(checked.faults):,} things are" if len(checked.faults) != 1 else "1 thing is"
-    found = f"{faults} wrong, listed last" if checked.faults else "nothing is wrong"
-    console.print(f"{checked.images:,} images of {printable(config.data)} were read: {found}.", highlight=False)
+    verdict = f"{faults} wrong, listed last" if checked.faults else "nothing is wrong"
+    console.print(f"{checked.images:,} images of {printable(config.data)} were read: {verdict}.", highlight=False)
     return 2 if checked.faults else 0
 
 
@@ -98,9 +98,9 @@ def plan(session: "Session") -> Table:
 
 def kept(config: Config) -> list[str]:
     """A sentence for each of teacher and students of which an average of the weights is kept."""
-    said = "The {} that are validated, saved and exported are averages of the weights (ema {:g})."
+    sentence = "The {} that are validated, saved and exported are averages of the weights (ema {:g})."
     phases = (("snapshots", config.teacher), ("students", config.student))
-    return [said.format(who, phase.ema) for who, phase in phases if phase.ema]
+    return [sentence.format(who, phase.ema) for who, phase in phases if phase.ema]
 
 
 def _chosen(session: "Session") -> str:

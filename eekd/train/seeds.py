@@ -26,20 +26,20 @@ def summary_of(run: Path, seeds: range) -> dict:
     """The content of RUN/summary.json, from those of its seeds, but for the format."""
     each = [read_record(run / f"seed-{seed}" / "summary.json", "seconds", "rows") for seed in seeds]
     rows = []
-    for same in zip(*(known["rows"] for known in each), strict=True):
+    for same in zip(*(summary["rows"] for summary in each), strict=True):
         row = {key: same[0][key] for key in ("kind", "name", "model", "parameters", "epochs")}
         for split in ("val", "test"):
             row[split] = mean_std([one[f"{split}_accuracy"] for one in same])
         times = [one["seconds_per_epoch"] for one in same]
         rows.append(row | {"seconds_per_epoch": None if None in times else mean(times)})
-    test = [{row["name"]: row["test_accuracy"] for row in known["rows"] if row["kind"] == "student"} for known in each]
+    test = [{row["name"]: row["test_accuracy"] for row in one["rows"] if row["kind"] == "student"} for one in each]
     for row in rows:
         for other in ("ce", "last"):
             row[f"over_{other}"] = None
             if row["kind"] == "student" and other in test[0] and row["name"] not in ("ce", other):
                 these, those = ({n: one[name] for n, one in enumerate(test)} for name in (row["name"], other))
                 row[f"over_{other}"] = paired(these, those)
-    return {"seconds": sum(known["seconds"] for known in each), "seeds": [*seeds], "rows": rows}
+    return {"seconds": sum(summary["seconds"] for summary in each), "seeds": [*seeds], "rows": rows}
 
 
 def sentence(summary: dict) -> str:

@@ -25,17 +25,17 @@ from eekd.train.runtime import Runtime, chosen
 
 SPLIT = ("train_limit", "val_fraction", "split_seed")  # settings that decide which images there are
 
-Progress = Callable[[str, int, int, dict], object]  # phase, steps done, steps in all, what is known so far
+Progress = Callable[[str, int, int, dict], object]  # phase, steps done, steps in all, the metrics so far
 
 
-def lines(phase: str, done: int, total: int, known: dict) -> None:
+def lines(phase: str, done: int, total: int, metrics: dict) -> None:
     """Prints a line after every epoch."""
-    if "val_accuracy" in known and parallel.is_main_process():
-        epoch, loss, accuracy = f"{known['epoch']}/{known['epochs']}", known["train_loss"], known["val_accuracy"]
-        print(f"{phase}: epoch {epoch}, loss {loss:.3f}, validation accuracy {accuracy:.2%}", flush=True)
+    if "val_accuracy" in metrics and parallel.is_main_process():
+        epoch, loss = f"{metrics['epoch']}/{metrics['epochs']}", metrics["train_loss"]
+        print(f"{phase}: epoch {epoch}, loss {loss:.3f}, validation accuracy {metrics['val_accuracy']:.2%}", flush=True)
 
 
-def quiet(phase: str, done: int, total: int, known: dict) -> None:
+def quiet(phase: str, done: int, total: int, metrics: dict) -> None:
     """Shows no progress."""
 
 

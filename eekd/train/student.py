@@ -216,8 +216,8 @@ def method_of(method: "str | Callable | type[StudentTrainer]") -> Method:
         return Method(name, own, own.weighting, file)
     if not callable(own) or isinstance(own, type):
         raise TypeError(f"{name} must be {wanted}, got {own if isinstance(own, type) else type(own).__name__}")
-    known = next((entry for entry in weightings.registered() if entry.log_weights is own), None)
-    entry = known or weightings.register(name, name, cast(Callable, own))
+    registered = next((entry for entry in weightings.registered() if entry.log_weights is own), None)
+    entry = registered or weightings.register(name, name, cast(Callable, own))
     return Method(entry.name, StudentTrainer, entry.name, file)
 
 

@@ -120,10 +120,10 @@ def diagnose(session: Session, ensemble: SnapshotEnsemble, loader: Loader) -> di
         predicted = calibration.add(torch.cat([each, mean]), labels)
         differ += (predicted[:m, None] != predicted[None, :m]).sum(-1)
     calibration.reduce()
-    found = calibration.all()
+    results = calibration.all()
     names = [f"snapshot {i}" for i in range(1, m + 1)] + ["ensemble"]
-    images = sum(found[0]["reliability"]["count"])
+    images = sum(results[0]["reliability"]["count"])
     return {
-        "members": [{"name": name} | member for name, member in zip(names, found, strict=True)],
+        "members": [{"name": name} | member for name, member in zip(names, results, strict=True)],
         "disagreement": (parallel.all_reduce_sum(differ) / images).tolist(),
     }

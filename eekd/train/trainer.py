@@ -170,8 +170,8 @@ class Trainer:
         if self.pause:
             self.running_loss = self.means["loss"]
             self.tell("on_pause")
-        known = {"epoch": self.epoch + 1, "epochs": self.phase.epochs, "train_loss": self.running_loss}
-        self.progress(self.name, self.step, self.total_steps, known)
+        state = {"epoch": self.epoch + 1, "epochs": self.phase.epochs, "train_loss": self.running_loss}
+        self.progress(self.name, self.step, self.total_steps, state)
 
     def compute_loss(self, batch: TaughtBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch, a mean over its samples, and measurements by name, which are means, too.
@@ -213,14 +213,14 @@ class Trainer:
         # A fused optimizer reads memory in the parameter's order.
         strides = {name: x.stride() for name, x in tensors.items() if name[:1] == "o" and not x.is_contiguous()}
         tensors |= {f"means.{name}": parallel.all_gather(tensor) for name, tensor in self.means.sums.items()}
-        known = {
+        values = {
             "epoch": self.epoch, "batch": self.step - self.epoch * self.steps_per_epoch, "rows": self.rows,
             "skips": self.skipped, "seconds": time.perf_counter() - self._start, "clock": self.timer.all(),
             "means": list(self.means.sums), "counts": parallel.all_gather(torch.tensor(self.means.count)).tolist(),
             "scaler": self.scaler.state_dict(), "optimizer": rest, "strides": strides,
         }  # fmt: skip
         tensors["random"] = parallel.all_gather(random_state(self.device))
-        return {"tensors": tensors, **known}
+        return {"tensors": tensors, **values}
 
     def load_state_dict(self, state: dict, source: str | Path = "the state") -> None:
         """Restores what `state_dict` returned; ValueError, which names `source`, if it does not fit."""
