@@ -5,7 +5,7 @@ Beside the files of `eekd.hf.banks`, a row being a sample, or of token classifie
     rows-0.safetensors …   logits (rows, M, C) and, unless left out, features (rows, M, D)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ from eekd.hf.teachers import Teachers
 @torch.no_grad()
 def write_classifier_bank(
     folder: str | Path,
-    teachers: Teachers,
+    teachers: Teachers | str | Path | Sequence[str | Path],
     dataset,
     data_collator: Callable = default_data_collator,
     *,
@@ -33,8 +33,9 @@ def write_classifier_bank(
 ) -> "ClassifierBank":
     """Runs the teachers over the samples of a dataset and stores their logits and features.
 
-        bank = write_classifier_bank("bank", Teachers.load("teacher-run"), train_dataset, collator)
+        bank = write_classifier_bank("bank", "teacher-run", train_dataset, collator)
 
+    `teachers` are Teachers, or the checkpoints that `Teachers.load` takes.
     A sample, or of token classifiers a token, takes 2 M (C + D) bytes (4 M (C + D) in float32), or without `features`
     2 M C, for C classes and features of width D. Only the weighting "attention" needs features: the input of the last
     layer, or of `feature_layer`, as in `EEKDConfig`. `processing_class` is the tokenizer. If it is given, a trainer
@@ -44,7 +45,7 @@ def write_classifier_bank(
     `dtype`, features of several widths, and what `ClassifierHead` raises; FileExistsError if the folder holds a bank.
     """
     writer = Writer(folder, dtype)
-    teachers.to(device)
+    teachers = (teachers if isinstance(teachers, Teachers) else Teachers.load(teachers)).to(device)
     heads, names, longest, width = None, [], 1, 0
     for number, batch in enumerate(batches(teachers, dataset, data_collator, batch_size, device)):
         if number == 0:

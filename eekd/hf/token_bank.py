@@ -7,7 +7,7 @@ Beside the files of `eekd.hf.banks`, a row being a token that is no padding:
     heads.safetensors      weight.m (V, H) and bias.m (V) of the teachers, of one where all share it; none of top-k
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,7 @@ class StoredHead:
 @torch.no_grad()
 def write_token_bank(
     folder: str | Path,
-    teachers: Teachers,
+    teachers: Teachers | str | Path | Sequence[str | Path],
     dataset,
     data_collator: Callable,
     *,
@@ -49,8 +49,9 @@ def write_token_bank(
 ) -> "TokenBank":
     """Runs the teachers over the sequences of a dataset and stores their outputs for each token.
 
-        bank = write_token_bank("bank", Teachers.load("teacher-run"), train_dataset, collator)
+        bank = write_token_bank("bank", "teacher-run", train_dataset, collator)
 
+    `teachers` are Teachers, or the checkpoints that `Teachers.load` takes.
     Without `top_k` it stores the last hidden states, 2 H M bytes per token (4 H M in float32), and the heads. They are
     exact, up to `dtype`, at any temperature. With `top_k` K it stores the logits of the K likeliest tokens, the next
     token always among them, and a summary of the others (`eekd.top_k_logits`): (2 K + 48) M + 4 K bytes per token.
@@ -60,7 +61,7 @@ def write_token_bank(
     range of `dtype`, and what `LanguageHead.verify` raises; FileExistsError if the folder holds a bank.
     """
     writer = Writer(folder, dtype)
-    teachers.to(device)
+    teachers = (teachers if isinstance(teachers, Teachers) else Teachers.load(teachers)).to(device)
     heads = teachers.language_heads()
     classes = min(len(head.weight) for head in heads)
     widths = {head.weight.shape[1] for head in heads}

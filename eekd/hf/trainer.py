@@ -92,7 +92,10 @@ class EEKDMixin:
         else:
             several = isinstance(teachers, Sequence | nn.ModuleList) and all(isinstance(x, nn.Module) for x in teachers)
             if not several or not len(teachers):
-                raise ValueError(f"teachers must be a list of at least one model, got {repr(teachers)[:100]!r}")
+                raise ValueError(
+                    f"teachers must be a list of at least one model, got {repr(teachers)[:100]!r}; teacher_checkpoints "
+                    "takes folders"
+                )
             models = list(teachers)[-1:] if last else list(teachers)
             checks.check_apart(self.model, models)
             self.teachers = Teachers(models, [f"teacher {m + 1}" for m in range(len(models))])

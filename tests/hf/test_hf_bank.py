@@ -58,7 +58,7 @@ def test_a_run_from_a_bank_is_that_with_the_teachers(tmp_path):
 
 def test_a_shared_head_is_kept_once(tmp_path):
     run, _ = lora_run(tmp_path, language_model("llama", 24, 1), target_modules=["q_proj", "v_proj"])
-    bank = write_token_bank(tmp_path / "bank", Teachers.load(run), Texts(), collate)
+    bank = write_token_bank(tmp_path / "bank", run, Texts(), collate)
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "bank").iterdir()}
     assert 4 * VOCAB * 24 < sizes["heads.safetensors"] < 2 * 4 * VOCAB * 24
     assert len({head.weight.data_ptr() for head in bank.language_heads()}) == 1

@@ -10,6 +10,7 @@ from tiny import (
     VOCAB,
     Texts,
     batch_for,
+    check_formula,
     classifier,
     collate,
     compare,
@@ -35,16 +36,7 @@ def check(student, teachers, folder, batch, **options):
     """Loss and gradients of a batch are those of the formula, with the models' own logits."""
     options = dict(weighting="uniform", temperature=2.0) | options
     trainer = EEKDTrainer(student, settings(folder, **options), teachers=teachers, data_collator=collate)
-    loss, got = loss_of(trainer, batch)
-    student.zero_grad()
-    s, y = rows_of(student, batch)
-    with torch.no_grad():
-        z = [rows_of(teacher.eval(), batch)[0] for teacher in teachers]
-    want = formula(s, z, y, torch.full((len(y), len(z)), 1 / len(z)), 2.0) / len(y)
-    want.backward()
-    torch.testing.assert_close(loss, want.detach(), rtol=1e-4, atol=1e-5)
-    compare(got, gradients(student))
-    return got
+    return check_formula(trainer, teachers, batch)
 
 
 def batch_of(count=6):

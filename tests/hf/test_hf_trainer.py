@@ -1,6 +1,5 @@
 """EEKDTrainer accumulates, logs, saves, resumes and evaluates as its base does."""
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -18,18 +17,19 @@ from tiny import (
     compare,
     data_for,
     formula,
+    gradients,
     language_model,
+    loss_of,
     rows_of,
     run_of,
     save,
     settings,
-    tokenizer_of,
     trained,
     trainer_of,
     transformers,
 )
 
-from eekd.hf import EEKDArguments, EEKDConfig, EEKDMixin, EEKDTrainer
+from eekd.hf import EEKDConfig, EEKDTrainer
 from eekd.io.tensors import load_tensors, save_tensors
 
 
@@ -55,6 +55,46 @@ def test_an_update_is_the_same_however_it_is_accumulated(kind, weighting, tmp_pa
         compare(state, states[0], rtol=1e-4, atol=1e-5)
     before = (language_model() if kind == "gpt2" else classifier(kind)).state_dict()
     assert any(not torch.equal(before[name], states[0][name]) for name in before)
+
+
+def test_a_trainer_that_would_divide_by_the_parts_does_not(tmp_path):
+    """As a Trainer of transformers 5 does whose own loss is a mean of each part."""
+    run, states = run_of("gpt2", tmp_path), []
+
+    class Mean(EEKDTrainer):
+        def __init__(self, *args, **named):
+            super().__init__(*args, **named)
+            self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = False
+
+    for size, steps in ((8, 1), (2, 4)):
+        args = settings(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps)
+        trainer = Mean(language_model(), args, teacher_checkpoints=run, train_dataset=Texts(), data_collator=collate)
+        trainer.train()
+        states.append(trainer.model.state_dict())
+    compare(*states, rtol=1e-4, atol=1e-5)
+
+
+def test_the_attentions_gradients_are_those_of_one_update(tmp_path):
+    """The Trainer clears the model's alone."""
+    found = []
+
+    class Look(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **named):
+            states = [{k: x.clone() for k, x in m.state_dict().items()} for m in (trainer.model, trainer.criterion)]
+            found.append((*states, gradients(trainer.criterion)))
+
+    batch = collate([Texts()[i] for i in range(6)])
+    run = run_of("gpt2", tmp_path)
+    options = dict(data=[0] * 6, collator=lambda rows: batch, callbacks=[Look()], max_steps=3)
+    trainer = trainer_of(language_model(), run, tmp_path, **options)
+    trainer.train()
+    assert len(found) == 3
+    again = trainer_of(language_model(), run, tmp_path)
+    for model, criterion, want in found:
+        again.model.load_state_dict(model)
+        again.criterion.load_state_dict(criterion)
+        loss_of(again, batch)
+        compare(gradients(again.criterion), want, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -204,43 +244,6 @@ def test_evaluation_is_that_of_a_plain_trainer(kind, tmp_path):
     torch.testing.assert_close(torch.tensor(got.predictions), torch.tensor(want.predictions))
     trainer.args.prediction_loss_only = True
     assert trainer.evaluate(data)["eval_loss"] == pytest.approx(want.metrics["test_loss"], rel=1e-6)
-
-
-def test_the_mixin_makes_an_sft_trainer_one_too(tmp_path):
-    trl = pytest.importorskip("trl", reason="needs trl, of the extra trl")
-    datasets = pytest.importorskip("datasets", reason="needs datasets, of the extra data")
-
-    @dataclasses.dataclass
-    class Config(EEKDArguments, trl.SFTConfig):
-        pass
-
-    class SFT(EEKDMixin, trl.SFTTrainer):
-        pass
-
-    texts = [" ".join(f"t{i}" for i in Texts()[n]["input_ids"]) for n in range(16)]
-    states, losses = [], []
-    for size, steps in ((8, 1), (2, 4)):
-        args = Config(
-            str(tmp_path / "sft"), max_steps=2, per_device_train_batch_size=size, gradient_accumulation_steps=steps,
-            use_cpu=True, report_to="none", save_strategy="no", max_length=32, learning_rate=0.1, optim="sgd",
-            max_grad_norm=0.0, bf16=False, lr_scheduler_type="constant", weighting="uniform", logging_steps=1,
-            eos_token="t0",
-        )  # fmt: skip
-        student = language_model("llama")
-        trainer = SFT(
-            student, args, train_dataset=datasets.Dataset.from_dict({"text": texts}), processing_class=tokenizer_of(),
-            eval_dataset=datasets.Dataset.from_dict({"text": texts}), teachers=[language_model("llama", 24, 1)],
-        )  # fmt: skip
-        trainer.train()
-        assert "eval_loss" in trainer.evaluate()
-        states.append(student.state_dict())
-        losses.append(trainer.state.log_history[0]["distillation_loss"])
-    compare(*states, rtol=1e-4, atol=1e-5)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    args.loss_type = "dft"
-    with pytest.raises(ValueError, match="^(loss_type must be nll|compute_loss_func must be None) to distil"):
-        SFT(student, args, train_dataset=datasets.Dataset.from_dict({"text": texts}), teachers=[],
-            processing_class=tokenizer_of())  # fmt: skip
 
 
 def test_activation_checkpoints_change_nothing(tmp_path):

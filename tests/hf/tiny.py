@@ -157,6 +157,21 @@ def loss_of(trainer, batch, items=None):
     return loss.detach(), gradients(trainer.model)
 
 
+def check_formula(trainer, teachers, batch, temperature=2.0):
+    """Loss and gradients of a batch are those of the formula, with the models' own logits; the gradients."""
+    loss, got = loss_of(trainer, batch)
+    student = trainer.model
+    student.zero_grad()
+    s, y = rows_of(student, batch)
+    with torch.no_grad():
+        z = [rows_of(teacher.eval(), batch)[0] for teacher in teachers]
+    want = formula(s, z, y, torch.full((len(y), len(z)), 1 / len(z)), temperature) / len(y)
+    want.backward()
+    torch.testing.assert_close(loss, want.detach(), rtol=1e-4, atol=1e-5)
+    compare(got, gradients(student))
+    return got
+
+
 def classifier(kind, width=16, seed=0, **options):
     """Of sequences, of tokens or of images."""
     torch.manual_seed(seed)
