@@ -121,15 +121,13 @@ inline bool any(Mask mask) {
 
 // 1 / x of a normal number up to 2^126, to 1e-7: a division takes as long as all else about a column.
 [[gnu::always_inline]] inline Vec<float> inverse(Vec<float> x) {
+  [[maybe_unused]] const auto refined = [x](auto guess) { return Vec<float>(guess) * (2.f - x * Vec<float>(guess)); };
 #if defined(__AVX512F__)
-  const Vec<float> guess = Vec<float>(_mm512_rcp14_ps(__m512(x)));
+  return refined(_mm512_rcp14_ps(__m512(x)));
 #elif defined(__AVX2__)
-  const Vec<float> guess = Vec<float>(_mm256_rcp_ps(__m256(x)));
+  return refined(_mm256_rcp_ps(__m256(x)));
 #else
   return 1.f / x;
-#endif
-#if defined(__AVX2__)
-  return guess * (2.f - x * guess);
 #endif
 }
 inline Vec<double> inverse(Vec<double> x) { return 1.0 / x; }
