@@ -382,8 +382,7 @@ STABLE_TORCH_LIBRARY_IMPL(eekd, CUDA, m) {
 PYBIND11_MODULE(_C, m) {
   static constexpr const char* kIsas[] = {"baseline", "avx2", "avx512"};
   m.doc() = "Build facts; the ops themselves are torch.ops.eekd.";
-  // From 3 on labels may be soft, from 4 on those of sparse_ensemble_kd too.
-  m.attr("ops_version") = 4;  // of the ops' signatures, which eekd/ops/backend.py compares with its own
+  m.attr("ops_version") = 4;  // of the ops' arguments, which eekd/ops/backend.py compares with its own
   m.attr("torch_version") = EEKD_TORCH_VERSION;  // of the headers; any torch from 2.10 loads the library
   m.attr("cuda_version") = EEKD_CUDA_VERSION;    // empty where no CUDA kernels were built
   m.attr("cuda_architectures") = EEKD_CUDA_ARCHITECTURES;

@@ -112,8 +112,9 @@ def test_a_build_without_cuda(monkeypatch):
 
 
 @pytest.mark.bad_input
-def test_a_library_that_is_older_than_the_code():
-    code = "import torch, eekd._C; del eekd._C.ops_version; import eekd.ops"
+@pytest.mark.parametrize("older", ["del eekd._C.ops_version", "eekd._C.ops_version = 3"])
+def test_a_library_that_is_older_than_the_code(older):
+    code = f"import torch, eekd._C; {older}; import eekd.ops"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stderr.splitlines()[-1] == (
         "ImportError: eekd's compiled kernels are of another version than its Python code; build them again with "

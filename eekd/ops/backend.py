@@ -15,7 +15,7 @@ except ImportError as error:
         "non-editable install from the source folder, where the uncompiled sources shadow it"
     ) from None
 
-if getattr(_C, "ops_version", 1) not in (2, 3, 4):  # of the ops' signatures, counted in csrc/bindings.cpp
+if getattr(_C, "ops_version", 1) != 4:  # of the ops' arguments, counted in csrc/bindings.cpp
     raise ImportError(
         "eekd's compiled kernels are of another version than its Python code; build them again with `pip install -e .`"
     )
@@ -48,11 +48,6 @@ def backend_for(device: torch.device) -> str:
         return "reference"  # kernels know nothing of torch.func and torch.vmap
     # On GPUs the C++/CUDA kernels have not been measured against Triton's yet, so the more portable of the two runs.
     return "triton" if device.type == "cuda" else "native"
-
-
-def takes_soft_labels(backend: str, sparse: bool) -> bool:
-    """Whether the kernels of `ensemble_kd`, or of the sparse op, take soft labels; else the reference computes them."""
-    return backend == "triton" or _C.ops_version >= (4 if sparse else 3)
 
 
 def namespace(device: torch.device, backend: str | None = None):

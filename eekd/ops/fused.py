@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from eekd.ops import checks, reference
-from eekd.ops.backend import backend_for, namespace, takes_soft_labels
+from eekd.ops.backend import backend_for, namespace
 
 
 class EnsembleKD(NamedTuple):
@@ -34,10 +34,9 @@ def distil(student_logits, snapshot_logits, tail, indices, labels, attention, op
     snapshots, count = checks.checked_snapshots(snapshot_logits, rows, columns, device, indices is None)
     if indices is not None:
         tail = checks.checked_tail(tail, student, snapshots[0], count)
-    soft = False
     if labels is not None:
         labels = checks.checked_hard_or_soft_labels(labels, rows, student.shape[1], device)
-        if soft := labels.dim() == 2:
+        if labels.dim() == 2:
             labels = checks.unit_stride(labels)
     scores, query, keys = attention
     if query is not None or keys is not None:
@@ -60,7 +59,7 @@ def distil(student_logits, snapshot_logits, tail, indices, labels, attention, op
     if wants_attention and labels is None and not kl_objective:
         raise ValueError('labels must be given for attention_objective="label", got None; give labels or use "kl"')
     backend = backend_for(device)
-    if backend == "reference" or (soft and not takes_soft_labels(backend, indices is not None)):
+    if backend == "reference":
         z = snapshots[0] if isinstance(snapshot_logits, Tensor) else snapshots
         formula = partial(reference.sparse_ensemble_kd, snapshot_tail=tail, indices=indices)
         return EnsembleKD(
