@@ -16,7 +16,8 @@ from triton import next_power_of_2
 
 from . import launch
 from .columns import columns
-from .launch import MEAN, alignment, define_forward, forward, planned, start
+from .launch import alignment, define_forward, planned, start
+from .outputs import Call
 from .rows import (
     LN2,
     LOG2E,
@@ -541,52 +542,27 @@ def scale_kernel(
         _scale(d_keys, M, D, d_attention_loss, attention_stride, count, B, ATTENTION_PER_ROW, DP, TILE)
 
 
-SCHEMA = (
-    "(Tensor student, Tensor[] snapshots, Tensor? labels, Tensor? scores, Tensor? query, "
-    "Tensor? keys, float temperature, float alpha, bool logit_fusion, bool kl_objective, int reduction, "
-    "int ignore_index, bool wants_student, bool wants_attention) -> Tensor[]"
-)
-
-
-def plan(
-    student,
-    snapshots,
-    labels,
-    scores,
-    query,
-    keys,
-    temperature,
-    alpha,
-    logit_fusion,
-    kl_objective,
-    mean,
-    ignore_index,
-    loss,
-    d_student,
-    d_scores,
-    d_query,
-    cut=None,
-):
-    """The launch for these tensors, as `cut` or else as the launch table has it."""
+def plan(call: Call, outputs: list, cut: launch.Launch | None = None):
+    """The launch for a call, as `cut` or else as the launch table has it."""
+    student, snapshots, labels = call[:3]
+    loss, _, _, _, d_scores, d_query, _ = outputs
     rows, classes = student.shape
-    stacked = snapshots[0].dim() == 3
-    m = snapshots[0].shape[0] if stacked else len(snapshots)
     wide = loss.dtype == torch.float64
     sizes = student.element_size(), snapshots[0].element_size()
-    soft = labels is not None and labels.is_floating_point()
-    lines = (student, *snapshots, labels) if soft else (student, *snapshots)
+    lines = (student, *snapshots, labels) if call.soft else (student, *snapshots)
     vector, shifted = alignment(
         classes,
-        min(*sizes, labels.element_size()) if soft else min(sizes),
+        min(x.element_size() for x in lines),
         [x.data_ptr() // x.element_size() for x in lines],
         [x.stride(-2) for x in lines] if rows > 1 else [classes],
-        [snapshots[0].stride(0)] if stacked and m > 1 else [],
+        [snapshots[0].stride(0)] if call.stacked and call.count > 1 else [],
     )
+    attends = d_scores is not None or d_query is not None
     # M pointers take the registers that M lines would.
-    again = soft or logit_fusion or not stacked or (kl_objective and (d_scores is not None or d_query is not None))
+    again = call.soft or call.logit_fusion or not call.stacked or (call.kl_objective and attends)
     cut = cut or launch.launch_for(
         classes + (vector - 1 if shifted else 0),
-        m,
+        call.count,
         8 if wide else max(sizes),
         launch.architecture(student.device),
         again,
@@ -595,48 +571,14 @@ def plan(
     return planned(
         rows_kernel,
         cut,
-        student,
-        snapshots,
-        labels,
-        scores,
-        query,
-        keys,
-        temperature,
-        alpha,
-        logit_fusion,
-        kl_objective,
-        mean,
-        ignore_index,
-        loss,
-        d_scores,
-        d_query,
-        label_stride=labels.stride(0) if soft else 0,
-        SOFT=soft,
+        call,
+        outputs,
+        label_stride=labels.stride(0) if call.soft else 0,
         VECTOR=vector,
         SHIFTED=shifted,
         V=held,
         T=max(1, min(32 * cut.num_warps, cut.block // held)),
     )
-
-
-def fill(
-    student,
-    snapshots,
-    labels,
-    scores,
-    query,
-    keys,
-    temperature,
-    alpha,
-    logit_fusion,
-    kl_objective,
-    reduction,
-    ignore_index,
-    outputs,
-):
-    """Fills the outputs. A label that is neither a class nor `ignore_index` gives NaN, for a GPU cannot raise."""
-    options = temperature, alpha, logit_fusion, kl_objective, reduction == MEAN, ignore_index
-    forward(rows_kernel, plan, student, snapshots, (), labels, scores, query, keys, options, outputs)
 
 
 BWD_SCHEMA = (
@@ -689,7 +631,7 @@ def ensemble_kd_bwd(d_loss, d_attention_loss, count, d_student, d_scores, d_quer
         start(scale_kernel, grid, (*tensors, *numbers), {"num_warps": 4}, key, pointers % 16 == 0)
 
 
-define_forward("ensemble_kd_fwd", SCHEMA, fill)
+define_forward("ensemble_kd_fwd", "", rows_kernel, plan)
 torch.library.define("eekd_triton::ensemble_kd_bwd", BWD_SCHEMA)
 torch.library.impl("eekd_triton::ensemble_kd_bwd", ("cpu", "cuda"))(ensemble_kd_bwd)
 torch.library.register_fake("eekd_triton::ensemble_kd_bwd")(lambda *args: None)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton import next_power_of_2
 
-from .outputs import allocate, wanted
+from .outputs import Call, allocate, call_of, wanted
 from .rows import COUNTS, SEPARATE, counted
 
 # A tile of R rows is held in registers as fp32: M snapshots, rounded up to a power of two, and three lines of the
@@ -179,33 +179,15 @@ class Plan(NamedTuple):
     options: dict
 
 
-def planned(
-    kernel,
-    cut,
-    student,
-    snapshots,
-    labels,
-    scores,
-    query,
-    keys,
-    temperature,
-    alpha,
-    logit_fusion,
-    kl_objective,
-    mean,
-    ignore_index,
-    loss,
-    d_scores,
-    d_query,
-    **more,
-) -> Plan:
+def planned(kernel, cut: Launch, call: Call, outputs: list, **more) -> Plan:
     """The launch of `kernel` cut like this, whose arguments are `more` and those that depend on the tensors here."""
+    student, snapshots, labels, scores, query, keys = call[:6]
+    loss, _, _, _, d_scores, d_query, _ = outputs
+    mean, stacked, m = call.reduction == MEAN, call.stacked, call.count
     rows, classes = student.shape
-    stacked = snapshots[0].dim() == 3
-    m = snapshots[0].shape[0] if stacked else len(snapshots)
     row_strides = [z.stride(-2) for z in snapshots]
     attends = d_scores is not None or d_query is not None
-    counts = mean and labels is not None and labels.dim() == 1  # of soft labels every row counts
+    counts = mean and labels is not None and not call.soft  # of soft labels every row counts
     padded = next_power_of_2(m)
     width = 0 if query is None else query.shape[1]
     numbers = more | dict(
@@ -219,16 +201,17 @@ def planned(
         query_stride=0 if query is None else query.stride(0),
         key_stride=0 if keys is None else keys.stride(0),
         key_row_stride=0 if keys is None else keys.stride(1),
-        temperature=temperature,
-        alpha=alpha,
+        temperature=call.temperature,
+        alpha=call.alpha,
         row_scale=1.0 / rows if mean and not counts else 1.0,
-        ignore_index=ignore_index,
+        ignore_index=call.ignore_index,
         M=m,
         STACKED=stacked,
-        LOGIT=logit_fusion,
-        BY_KL=attends and kl_objective,
-        BY_LABEL=attends and not kl_objective,
-        CE=labels is not None and alpha > 0,
+        LOGIT=call.logit_fusion,
+        BY_KL=attends and call.kl_objective,
+        BY_LABEL=attends and not call.kl_objective,
+        CE=labels is not None and call.alpha > 0,
+        SOFT=call.soft,
         SUM=loss.dim() == 0,
         COUNT_BLOCK=next_power_of_2(rows) if counts and rows <= COUNT_IN_PROGRAM else 0,
         ON_CHIP=cut.on_chip,
@@ -247,15 +230,18 @@ def planned(
 _plans = {}  # of tensors that begin at multiples of 16 bytes
 
 
-def forward(kernel, plan, student, snapshots, more, labels, scores, query, keys, options, outputs) -> None:
-    """Fills the outputs of a forward, whose other inputs are `more`, by the launch that `plan` makes of its arguments.
+def forward(kernel, plan, call: Call, outputs: list) -> None:
+    """Fills the outputs of a call by the launch that `plan` makes of it.
+
+    A label that is neither a class nor `ignore_index`, and an index that is no class, give NaN: a GPU cannot raise.
 
     One launch for the rows; one more to add up a scalar loss, in a fixed order; and one before, to count the rows of a
     mean, where there are too many for every program to count them. Each of the small launches has all its loads under
     way at once, for their latency is most of its time.
     """
-    loss, attention_loss, weights, d_student, d_scores, d_query, d_keys = outputs
-    mean, ignore_index = options[-2:]
+    student, snapshots, labels, scores, query, keys = call[:6]
+    more = () if call.indices is None else (call.tail, call.indices)
+    loss, attention_loss, _, d_student, d_scores, d_query, _ = outputs
     rows = student.shape[0]
     if rows == 0:
         loss.zero_()
@@ -263,8 +249,7 @@ def forward(kernel, plan, student, snapshots, more, labels, scores, query, keys,
         return
     device = student.device
     snapshots = tuple(snapshots)
-    one = snapshots[0]
-    stacked = one.dim() == 3
+    one, stacked = snapshots[0], call.stacked
     reduces = loss.dim() == 0
     key = (
         kernel.__name__,
@@ -279,7 +264,7 @@ def forward(kernel, plan, student, snapshots, more, labels, scores, query, keys,
         None if labels is None else (labels.dtype, labels.stride()),
         None if scores is None else (scores.stride(0), scores.dtype),
         None if query is None else (query.shape[1], query.stride(0), query.dtype, *keys.stride(), keys.dtype),
-        options,
+        call[6:12],
         reduces,
         d_student is None,
         d_scores is None,
@@ -292,9 +277,7 @@ def forward(kernel, plan, student, snapshots, more, labels, scores, query, keys,
     aligned = pointers % 16 == 0
     found = _plans.get(key) if aligned else None
     if found is None:
-        found = plan(
-            student, snapshots, *more, labels, scores, query, keys, *options, loss, d_student, d_scores, d_query
-        )
+        found = plan(call, outputs)
         if aligned:
             if len(_plans) >= KEPT:
                 _plans.clear()
@@ -302,7 +285,7 @@ def forward(kernel, plan, student, snapshots, more, labels, scores, query, keys,
     grid = found.grid
     count = parts = None
     o_loss, o_attention_loss = loss, attention_loss
-    if mean and labels is not None and labels.dim() == 1 and rows > COUNT_IN_PROGRAM:
+    if call.reduction == MEAN and labels is not None and not call.soft and rows > COUNT_IN_PROGRAM:
         count = student.new_empty(COUNTS.value, dtype=torch.int32)
     if reduces:
         parts = loss.new_empty((2, -(-grid[0] // 4) * 4))  # both rows at multiples of 16 bytes
@@ -322,7 +305,7 @@ def forward(kernel, plan, student, snapshots, more, labels, scores, query, keys,
     )
     with torch.cuda.device_of(student):
         if count is not None:
-            counting = (labels, count, rows, ignore_index, 1024)
+            counting = (labels, count, rows, call.ignore_index, 1024)
             grid_of_counts = (COUNTS.value, 1, 1)
             start(count_kernel, grid_of_counts, counting, {"num_warps": 4}, ("count", device, *counting[2:]), aligned)
         start(kernel, grid, (*tensors, *found.numbers), found.options, key, aligned)
@@ -334,17 +317,24 @@ def forward(kernel, plan, student, snapshots, more, labels, scores, query, keys,
             start(sum_kernel, (2, 1, 1), sums, {"num_warps": warps}, ("sum", device, loss.dtype, grid[0]), aligned)
 
 
-def define_forward(name: str, schema: str, fill) -> None:
-    """The op eekd_triton::`name`: allocates its outputs, and fills them by `fill`, which takes them last."""
+def define_forward(name: str, more: str, kernel, plan) -> None:
+    """The op eekd_triton::`name`, whose tensors are also `more`: allocates its outputs, and fills them."""
 
     def op(*args):
-        outputs = allocate(*args)
-        fill(*args[:-2], outputs)
+        call = call_of(*args)
+        outputs = allocate(call)
+        forward(kernel, plan, call, outputs)
         return wanted(outputs)
+
+    schema = (
+        f"(Tensor student, Tensor[] snapshots, {more}Tensor? labels, Tensor? scores, Tensor? query, Tensor? keys, "
+        "float temperature, float alpha, bool logit_fusion, bool kl_objective, int reduction, int ignore_index, "
+        "bool wants_student, bool wants_attention) -> Tensor[]"
+    )
 
     torch.library.define(f"eekd_triton::{name}", schema)
     torch.library.impl(f"eekd_triton::{name}", ("cpu", "cuda"))(op)
-    torch.library.register_fake(f"eekd_triton::{name}")(lambda *args: wanted(allocate(*args)))
+    torch.library.register_fake(f"eekd_triton::{name}")(lambda *args: wanted(allocate(call_of(*args))))
 
 
 @triton.jit

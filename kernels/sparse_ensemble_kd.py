@@ -14,7 +14,8 @@ import triton.language as tl
 from triton import next_power_of_2
 
 from . import launch
-from .launch import MEAN, alignment, define_forward, forward, planned
+from .launch import alignment, define_forward, planned
+from .outputs import Call
 from .rows import (
     LN2,
     LOG2E,
@@ -207,8 +208,10 @@ def _follow_rest(z, target, w, used, k, z_top, z_sum, LOGIT: tl.constexpr, SHARE
     else:
         line = scaled(z, z_top, k) + tl.where(used, log2(w * inverse(z_sum)), float("-inf"))
         most = tl.max(line, 1)
-        log_p = most + log2(tl.sum(tl.exp2(line - finite(most)[:, None]), 1))
-        share = w - tl.exp2(line - log_p[:, None])
+        each = tl.exp2(line - finite(most)[:, None])
+        total = tl.sum(each, 1)
+        log_p = most + log2(total)
+        share = w - each * inverse(total)[:, None]
     shares = tl.zeros_like(w)
     if SHARES:
         follows = used & ((target != 0) & (log_p != float("-inf")))[:, None]
@@ -580,13 +583,6 @@ def sparse_rows_kernel(
     )
 
 
-SCHEMA = (
-    "(Tensor student, Tensor[] snapshots, Tensor tail, Tensor indices, Tensor? labels, Tensor? scores, Tensor? query, "
-    "Tensor? keys, float temperature, float alpha, bool logit_fusion, bool kl_objective, int reduction, "
-    "int ignore_index, bool wants_student, bool wants_attention) -> Tensor[]"
-)
-
-
 def by_rule(classes: int, kept: int, itemsize: int, soft: bool = False) -> launch.Launch:
     """How the student's rows are cut: as the dense op's of one snapshot, for as many numbers are kept of a column.
 
@@ -598,35 +594,13 @@ def by_rule(classes: int, kept: int, itemsize: int, soft: bool = False) -> launc
     return cut._replace(maxnreg=FOR_THREE if kept <= 64 and itemsize == 2 else cut.maxnreg)
 
 
-def plan(
-    student,
-    snapshots,
-    tail,
-    indices,
-    labels,
-    scores,
-    query,
-    keys,
-    temperature,
-    alpha,
-    logit_fusion,
-    kl_objective,
-    mean,
-    ignore_index,
-    loss,
-    d_student,
-    d_scores,
-    d_query,
-    cut=None,
-):
-    """The launch for these tensors, as `cut` or else as the rule has it."""
+def plan(call: Call, outputs: list, cut: launch.Launch | None = None):
+    """The launch for a call, as `cut` or else as the rule has it."""
+    student, snapshots, labels = call[:3]
     rows, classes = student.shape
-    kept = indices.shape[1]
-    stacked = snapshots[0].dim() == 3
-    m = snapshots[0].shape[0] if stacked else len(snapshots)
-    size, wide = student.element_size(), loss.dtype == torch.float64
-    soft = labels is not None and labels.is_floating_point()
-    lines = (student, labels) if soft else (student,)
+    kept = call.indices.shape[1]
+    size, wide = student.element_size(), outputs[0].dtype == torch.float64
+    lines = (student, labels) if call.soft else (student,)
     vector, shifted = alignment(
         classes,
         min(x.element_size() for x in lines),
@@ -635,13 +609,13 @@ def plan(
         [],
     )
     strides = [z.stride(-2) for z in snapshots] if rows > 1 else [kept]
-    if stacked and m > 1:
+    if call.stacked and call.count > 1:
         strides.append(snapshots[0].stride(0))
     size_kept = snapshots[0].element_size()
     pointers = [z.data_ptr() // size_kept for z in snapshots]
     kvector = alignment(kept, size_kept, pointers, [], strides).vector
-    cut = cut or by_rule(classes + (vector - 1 if shifted else 0), kept, 8 if wide else size, soft)
-    threads, whole, padded = 32 * cut.num_warps, next_power_of_2(kept), next_power_of_2(m)
+    cut = cut or by_rule(classes + (vector - 1 if shifted else 0), kept, 8 if wide else size, call.soft)
+    threads, whole, padded = 32 * cut.num_warps, next_power_of_2(kept), next_power_of_2(call.count)
 
     def at_most(numbers):
         return min(whole, next_power_of_2(max(1, numbers // cut.rows) + 1) // 2)
@@ -650,27 +624,13 @@ def plan(
     return planned(
         sparse_rows_kernel,
         cut,
-        student,
-        snapshots,
-        labels,
-        scores,
-        query,
-        keys,
-        temperature,
-        alpha,
-        logit_fusion,
-        kl_objective,
-        mean,
-        ignore_index,
-        loss,
-        d_scores,
-        d_query,
+        call,
+        outputs,
         K=kept,
-        tail_stride=tail.stride(0),
-        tail_row_stride=tail.stride(1),
-        indices_stride=indices.stride(0),
-        label_stride=labels.stride(0) if soft else 0,
-        SOFT=soft,
+        tail_stride=call.tail.stride(0),
+        tail_row_stride=call.tail.stride(1),
+        indices_stride=call.indices.stride(0),
+        label_stride=labels.stride(0) if call.soft else 0,
         VECTOR=vector,
         SHIFTED=shifted,
         KVECTOR=kvector,
@@ -681,28 +641,4 @@ def plan(
     )
 
 
-def fill(
-    student,
-    snapshots,
-    tail,
-    indices,
-    labels,
-    scores,
-    query,
-    keys,
-    temperature,
-    alpha,
-    logit_fusion,
-    kl_objective,
-    reduction,
-    ignore_index,
-    outputs,
-):
-    """Fills the outputs. An index or a label that is not a class gives NaN, for a GPU cannot raise."""
-    options = temperature, alpha, logit_fusion, kl_objective, reduction == MEAN, ignore_index
-    forward(
-        sparse_rows_kernel, plan, student, snapshots, (tail, indices), labels, scores, query, keys, options, outputs
-    )
-
-
-define_forward("sparse_ensemble_kd_fwd", SCHEMA, fill)
+define_forward("sparse_ensemble_kd_fwd", "Tensor tail, Tensor indices, ", sparse_rows_kernel, plan)

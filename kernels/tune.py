@@ -27,6 +27,7 @@ from triton import next_power_of_2
 from eekd.info import environment
 from eekd.kernels import ensemble_kd, launch
 from eekd.kernels.launch import Launch
+from eekd.kernels.outputs import Call
 from eekd.kernels.rows import SEPARATE
 from eekd.ops import reference
 
@@ -108,24 +109,9 @@ def candidates(classes: int, snapshots: int, itemsize: int, again: bool) -> list
 def planned(shape: Shape, cut: Launch, tensors: list):
     """The plan of a launch on student, snapshots, labels, scores and outputs."""
     student, logits, labels, scores, outputs = tensors
-    return ensemble_kd.plan(
-        student,
-        (logits,),
-        labels,
-        scores,
-        None,
-        None,
-        5.0,
-        0.5,
-        shape.fusion == "logit",
-        False,
-        False,
-        -100,
-        outputs[0],
-        *outputs[3:],
-        None,
-        cut,
-    )
+    options = 5.0, 0.5, shape.fusion == "logit", False, 0, -100, True, True
+    call = Call(student, (logits,), labels, scores, None, None, *options)
+    return ensemble_kd.plan(call, [*outputs, None, None], cut)
 
 
 def arguments(planned, tensors: list) -> tuple:

@@ -80,7 +80,9 @@ def test_the_ops_whole_suites_in_the_interpreter():
 BAD_INDICES = """
 import mmap
 import torch
-from eekd.kernels import sparse_ensemble_kd
+from eekd.kernels import sparse_ensemble_kd as kernels
+from eekd.kernels.launch import forward
+from eekd.kernels.outputs import Call
 
 torch.manual_seed(0)
 rows, count, classes, kept = 4, 3, 40, 7
@@ -93,10 +95,10 @@ student, z = torch.randn(rows, classes), torch.randn(count, rows, kept)
 tail, indices = torch.randn(count, rows), torch.stack([torch.randperm(classes)[:kept] for _ in range(rows)])
 indices[1, 2], indices[2, 0], indices[2, 1] = classes, -1, 2**40 + 3
 loss, attention_loss, weights = torch.empty(rows), torch.empty(rows), torch.empty(rows, count)
-sparse_ensemble_kd.fill(
-    student, [z], tail, indices, torch.zeros(rows, dtype=torch.long), None, None, None, 5.0, 0.5, False, False, 0,
-    -100, (loss, attention_loss, weights, d_student, None, None, None),
-)
+labels = torch.zeros(rows, dtype=torch.long)
+call = Call(student, [z], labels, None, None, None, 5.0, 0.5, False, False, 0, -100, True, False, tail, indices)
+outputs = [loss, attention_loss, weights, d_student, None, None, None]
+forward(kernels.sparse_rows_kernel, kernels.plan, call, outputs)
 assert loss.isnan().tolist() == [False, True, True, False], loss
 assert d_student[[0, 3]].isfinite().all() and d_student[1:3].isnan().any()
 assert (memory[:around] == 7).all() and (memory[around + rows * classes :] == 7).all()
@@ -239,6 +241,8 @@ LAUNCHES = (
     RECORDER
     + """
 from eekd.kernels import ensemble_kd as kernels
+from eekd.kernels.launch import forward
+from eekd.kernels.outputs import Call
 
 
 def step(student, snapshots, labels, upstream, *attention):
@@ -246,7 +250,8 @@ def step(student, snapshots, labels, upstream, *attention):
     outputs = [torch.empty_like(upstream), torch.empty_like(upstream), torch.empty(rows, count)]
     grads = [torch.empty_like(x) if x is not None else None for x in (student, *attention)]
     launched.clear()
-    kernels.fill(student, snapshots, labels, *attention, 5.0, 0.5, False, False, 1, -100, (*outputs, *grads))
+    call = Call(student, snapshots, labels, *attention, 5.0, 0.5, False, False, 1, -100, True, True)
+    forward(kernels.rows_kernel, kernels.plan, call, [*outputs, *grads])
     kernels.ensemble_kd_bwd(upstream, upstream, None, *grads)
     # Tensors are new in every step, and so is what the profiler would be told; all else must be the same.
     return [

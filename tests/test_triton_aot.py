@@ -14,6 +14,7 @@ ASTSource = pytest.importorskip("triton.compiler").ASTSource
 GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
 
 launch = pytest.importorskip("eekd.kernels.launch")
+Call = pytest.importorskip("eekd.kernels.outputs").Call
 rows = pytest.importorskip("eekd.kernels.rows")
 SEPARATE = rows.SEPARATE.value
 pytestmark = pytest.mark.full
@@ -81,20 +82,10 @@ def arguments(count, classes, dtype, fusion, objective, attention="scores", whol
     labels, student = empty(rows, dtype=torch.int64), empty(rows, classes, dtype=dtype)
     if soft:
         labels = empty(rows, classes, dtype=dtype)
-    options = (5.0, 0.5, fusion == "logit", objective == "kl", True, -100)
-    scores, query, keys = inputs
-    planned = module.plan(
-        student,
-        snapshots,
-        *more,
-        labels,
-        *inputs,
-        *options,
-        empty(dtype=dtype if dtype == torch.float64 else torch.float32),
-        student,
-        scores,
-        query,
-    )
+    options = 5.0, 0.5, fusion == "logit", objective == "kl", launch.MEAN, -100, True, True
+    call = Call(student, snapshots, labels, *inputs, *options, *more)
+    outputs = [empty(dtype=dtype if dtype == torch.float64 else torch.float32), None, None, student, *inputs]
+    planned = module.plan(call, outputs)
     tensors = (
         student, logits if whole else snapshots, *more, labels, *inputs, empty(dtype=torch.int32), empty(rows),
         empty(rows), empty(rows, count), student, *inputs,

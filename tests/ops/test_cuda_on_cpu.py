@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import READINGS, SIZES, kd, kept, readings, sizes, tensors
-from numerics import assert_same_bits, check, evaluate
+from numerics import assert_same_bits, check, evaluate, exact
 from test_ensemble_kd import (  # noqa: F401  these run here once more
     test_a_label_of_no_probability_in_fp32,
     test_a_label_on_a_masked_column,
@@ -70,7 +70,7 @@ from test_sparse_ensemble_kd import (  # noqa: F401  and these
     test_padded_vocabulary_inside_and_outside,
 )
 
-from eekd.kernels.outputs import allocate, wanted
+from eekd.kernels.outputs import Call, allocate, call_of, wanted
 from eekd.ops.checks import DTYPES, MAX_SNAPSHOTS
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
@@ -191,19 +191,17 @@ class Emulator:
         facts = (list(DEVICES).index(name), *DEVICES[name])
         self.library.emulate(ctypes.byref((ctypes.c_int * len(facts))(*facts)))
 
-    def ensemble_kd_fwd(self, student, snapshots, *rest):
-        outputs = allocate(student, snapshots, *rest)
-        self._forward(None, None, student, snapshots, *rest[:-2], *outputs)
+    def ensemble_kd_fwd(self, *args):
+        call = call_of(*args)
+        outputs = allocate(call)
+        self._forward(call, outputs)
         return wanted(outputs)
 
-    def sparse_ensemble_kd_fwd(self, student, snapshots, tail, indices, *rest):
-        outputs = allocate(student, snapshots, *rest)
-        self._forward(tail, indices, student, snapshots, *rest[:-2], *outputs)
-        return wanted(outputs)
+    sparse_ensemble_kd_fwd = ensemble_kd_fwd
 
-    def _forward(self, *args):
+    def _forward(self, call: Call, outputs: list):
         if not self.edge:
-            return self._launch(*args)
+            return self._launch(call, outputs)
         copies = []
 
         def move(x):
@@ -214,37 +212,16 @@ class Emulator:
             copies.append((x, guarded(x, self.edge)))
             return copies[-1][1]
 
-        self._launch(*map(move, args))
+        self._launch(Call(*map(move, call)), move(outputs))
         for x, copy in copies:
             x.copy_(copy)
 
-    def _launch(
-        self,
-        tail,
-        indices,
-        student,
-        snapshots,
-        labels,
-        scores,
-        query,
-        keys,
-        temperature,
-        alpha,
-        logit_fusion,
-        kl_objective,
-        reduction,
-        ignore_index,
-        loss,
-        attention_loss,
-        weights,
-        d_student,
-        d_scores,
-        d_query,
-        d_keys,
-    ):
-        snapshots = snapshots[0] if snapshots[0].dim() == 3 else snapshots
+    def _launch(self, call: Call, outputs: list):
+        student, snapshots, labels, scores, query, keys = call[:6]
+        loss, attention_loss, weights, d_student, d_scores, d_query, d_keys = outputs
+        snapshots = snapshots[0] if call.stacked else snapshots
         rows, classes = student.shape
-        hard, soft = (None, labels) if labels is not None and labels.dim() == 2 else (labels, None)
+        hard, soft = (None, labels) if call.soft else (labels, None)
         pointers = {
             "labels": hard, "weights": weights, "d_student": d_student, "d_scores": d_scores, "d_query": d_query,
             "d_keys": d_keys,
@@ -259,12 +236,12 @@ class Emulator:
             label_weights=matrix(soft),
             scores=matrix(scores),
             query=matrix(query),
-            temperature=temperature,
-            alpha=alpha,
-            fusion=logit_fusion,
-            objective=kl_objective,
-            ignore_index=ignore_index,
-            row_scale=1 / max(rows, 1) if reduction == 1 else 1,
+            temperature=call.temperature,
+            alpha=call.alpha,
+            fusion=call.logit_fusion,
+            objective=call.kl_objective,
+            ignore_index=call.ignore_index,
+            row_scale=1 / max(rows, 1) if call.reduction == 1 else 1,
             loss=per_row[0].data_ptr(),
             attention_loss=per_row[1].data_ptr(),
             **{name: value.data_ptr() for name, value in pointers.items() if value is not None},
@@ -274,21 +251,21 @@ class Emulator:
             if keys is not None:
                 args.keys[m] = matrix(keys[m])
         launcher = self.library.ensemble_kd_fwd
-        if indices is not None:
+        if call.indices is not None:
             launcher = self.library.sparse_ensemble_kd_fwd
             args = SparseArguments(
                 kd=args,
-                k=indices.shape[1],
-                tail=tail.data_ptr(),
-                tail_stride=tail.stride(),
-                indices=indices.data_ptr(),
-                indices_stride=indices.stride(0),
+                k=call.indices.shape[1],
+                tail=call.tail.data_ptr(),
+                tail_stride=call.tail.stride(),
+                indices=call.indices.data_ptr(),
+                indices_stride=call.indices.stride(0),
             )
         scalars = (loss.data_ptr(), attention_loss.data_ptr()) if loss.dim() == 0 else (None, None)
         error = launcher(
             ctypes.byref(args),
             loss.dtype == torch.float64,
-            reduction == 1,
+            call.reduction == 1,
             *map(ctypes.c_void_p, scalars),
             (ctypes.c_int * 32)(*[-1] * 32),
         )
@@ -359,6 +336,20 @@ def test_every_dtype_on_and_off_chip(backend, dtype, classes, fusion, objective)
     for attention in ("uniform", "query"):
         x = tensors(2, 3, classes, dtype=dtype, attention=attention)
         check(x, fusion=fusion, attention_objective=objective)
+
+
+@pytest.mark.parametrize("k", [None, 20], ids=["dense", "sparse"])
+@pytest.mark.parametrize("classes", [100, 3000])
+def test_shares_of_a_tiny_probability_keep_their_digits(backend, classes, k):
+    """They are of differences of logits, which fp32 has, and not of logarithms of thousands, which it rounds."""
+    x = tensors(3, 4, classes)
+    x["labels"] = torch.nn.functional.one_hot(torch.full((3,), 7), classes).float()
+    x["snapshot_logits"][:, :, 7] -= 20000
+    if k:
+        x |= kept(x["snapshot_logits"], torch.arange(k).expand(3, k), 1.0)
+    got, truth = evaluate(kd, x, temperature=1.0), exact(x, temperature=1.0)
+    torch.testing.assert_close(got["d_scores"].double(), truth["d_scores"].double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got["attention_loss"].double(), truth["attention_loss"])
 
 
 @sizes((3, 3, 16), (3, 3, 1000), (3, 3, 3000), (2, 2, 1000, 50), (2, 2, 4104, 50), (2, 2, 20000, 50))
