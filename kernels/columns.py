@@ -330,14 +330,17 @@ def _follow(
             line = scaled(_line(z[j], classes, INSIDE, ACC), z_tops[j][:, None], k)
             lines = lines + (line + log2(w[j] * inverse(z_sums[j]))[:, None],)
             most = tl.maximum(most, lines[j])
+        shares = ()
         total = tl.zeros_like(s)
         for j in tl.static_range(M):
-            total += tl.exp2(lines[j] - finite(most))
+            shares = shares + (tl.exp2(lines[j] - finite(most)),)
+            total += shares[j]
         log_p = most + log2(total)
         followed = followed + (_sum(tl.where(given, target * log_p, 0.0), V, T),)
         given = given & (log_p != float("-inf"))
+        ratio = target * inverse(total)
         for j in tl.static_range(M if SHARES else 0):
-            moved = target * (w[j][:, None] - tl.exp2(lines[j] - log_p))
+            moved = target * w[j][:, None] - ratio * shares[j]
             followed = followed + (_sum(tl.where(given, moved, 0.0), V, T),)
     return followed
 

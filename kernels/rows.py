@@ -290,8 +290,10 @@ def follow(
     else:
         line = scaled(z, z_top[:, :, None], k) + tl.where(used, log2(w * inverse(z_sum)), float("-inf"))[:, :, None]
         most = tl.max(line, 1)
-        log_p = most + log2(tl.sum(tl.exp2(line - finite(most)[:, None, :]), 1))
-        share = w[:, :, None] - tl.exp2(line - log_p[:, None, :])
+        each = tl.exp2(line - finite(most)[:, None, :])
+        total = tl.sum(each, 1)
+        log_p = most + log2(total)
+        share = w[:, :, None] - each * inverse(total)[:, None, :]
     shares = tl.zeros_like(w)
     if SHARES:
         follows = used[:, :, None] & (given & (log_p != float("-inf")))[:, None, :]

@@ -306,7 +306,10 @@ struct Kernel : RowKernel<T> {
     for (int done = 0; done < columns; done += stretch()) {  // the same for all threads of a warp
       const int c = first() + done;
       T s[width], p[width], x[width], r[width];
-      [[maybe_unused]] T label[width], log_p_tiny[width];
+      [[maybe_unused]] T label[width];
+      const auto logit = [&](int u) {
+        return [this, i = c + u * step()](int j) { return load<T, E>(line(j).data, line(j).dtype, i); };
+      };
       if constexpr (soft) read_labels(c, label);
       read(line(row.used), c, s);
       if (probability) {
@@ -340,8 +343,7 @@ struct Kernel : RowKernel<T> {
           } else if (!(p[u] < std::numeric_limits<T>::min())) {  // or NaN
             label_log_p += label[u] * log(p[u]);
           } else {
-            log_p_tiny[u] = log2_of_tiny(c + u * step());
-            label_log_p += label[u] * T(kLn2) * log_p_tiny[u];
+            label_log_p += label[u] * this->log_of_tiny(logit(u));
           }
         }
       }
@@ -377,8 +379,8 @@ struct Kernel : RowKernel<T> {
               share_label += label[u] * (x[u] - target_max);
             else if (!(p[u] < std::numeric_limits<T>::min()))
               share_label += label[u] * (row.w[j] - row.scale[j] * fast_exp2((x[u] - max) * k) / p[u]);
-            else if (log_p_tiny[u] != -std::numeric_limits<T>::infinity())
-              share_label += label[u] * (row.w[j] - fast_exp2((x[u] - max) * k + log2(row.scale[j]) - log_p_tiny[u]));
+            else
+              share_label += label[u] * (row.w[j] - this->share_of_tiny(j, logit(u)));
           }
         }
         if constexpr (soft) {
@@ -416,20 +418,6 @@ struct Kernel : RowKernel<T> {
     }
     group.sync();
     group.sync_blocks();  // the shared memory of a block that has ended is gone
-  }
-
-  // log2 p of a column where p is too small for a number. Rare.
-  __device__ T log2_of_tiny(int i) const {
-    T most = -std::numeric_limits<T>::infinity(), sum = 0;
-#pragma unroll 1
-    for (int j = 0; j < row.used; ++j) {
-      const Line from = line(j);
-      const T z = load<T, E>(from.data, from.dtype, i);
-      const T l = (z - finite(row.target[j].max)) * k + log2(row.scale[j]), larger = l > most ? l : most;
-      sum = sum * fast_exp2(most - finite(larger)) + fast_exp2(l - finite(larger));
-      most = larger;
-    }
-    return most + log2(sum);
   }
 
   __device__ void run() {

@@ -188,6 +188,42 @@ struct RowKernel {
       a.weights[b * snapshots + m] = static_cast<float>(row.e[m]);
   }
 
+  // p = exp((z - max) / τ) 2^log2_rest of a column where p is too small for a number; z is the logit of the snapshot
+  // that has most of p, max its largest. One number would round away what the shares of p are made of.
+  struct Tiny {
+    T z, max, log2_rest;
+  };
+  template <class F>
+  __device__ Tiny tiny(F logit) const {  // logit(j) is that of snapshot j in the column; rare
+    constexpr T none = -std::numeric_limits<T>::infinity();
+    T most = none, sum = 0;
+    Tiny t{none, 0, 0};
+#pragma unroll 1
+    for (int j = 0; j < row.used; ++j) {
+      const T z = logit(j), max = finite(row.target[j].max), scale = log2(row.scale[j]), l = (z - max) * k + scale;
+      if (l > most) most = l, t = {z, max, scale};
+    }
+#pragma unroll 1
+    for (int j = 0; j < row.used && most != none; ++j) sum += share(j, logit(j), t);
+    if (sum > 0) t.log2_rest += log2(sum);
+    return t;
+  }
+  __device__ T share(int j, T z, Tiny t) const {
+    const T above = (z - t.z) - (finite(row.target[j].max) - t.max);
+    return fast_exp2(above * k + (log2(row.scale[j]) - t.log2_rest));
+  }
+  template <class F>
+  __device__ T log_of_tiny(F logit) const {
+    const Tiny t = tiny(logit);
+    return (t.z - t.max) / tau + T(kLn2) * t.log2_rest;
+  }
+  // w_j p_j / p in such a column.
+  template <class F>
+  __device__ T share_of_tiny(int j, F logit) const {
+    const Tiny t = tiny(logit);
+    return t.z == -std::numeric_limits<T>::infinity() ? row.w[j] : share(j, logit(j), t);
+  }
+
   // Of soft labels: what they add to the loss, their attention_loss, and its gradient in row.scale. By one thread.
   __device__ T soft_labels(T& loss) {
     const bool probability = a.fusion == Fusion::probability;

@@ -50,7 +50,7 @@ __host__ __device__ Layout layout(const Launch& l, int line_bytes) {
   at.statistics = round(sizeof(SparseRow<T>));
   at.sums = at.statistics + round(3 * warps * sizeof(SoftmaxSum<T>));
   at.tile = at.sums + round((l.soft ? 5 : 1) * warps * sizeof(T));
-  at.bits = at.tile + round((l.soft ? 5 : 2) * l.threads * sizeof(T));
+  at.bits = at.tile + round((l.soft ? 3 : 2) * l.threads * sizeof(T));
   at.line = at.bits + l.segment / 8;
   at.size = at.line + (l.keeps ? round(line_bytes + 15) : 0);
   return at;
@@ -70,10 +70,10 @@ struct Kernel : RowKernel<T> {
   const bool probability;
   const Layout at;
   SparseRow<T>& row;
-  SoftmaxSum<T>* const statistics;                // [tail, hard, mixture][warp]
-  T* const sums;                                  // [slot][warp]
-  T *const tile_p, *const tile_r;                 // of as many columns as threads
-  T *const tile_y, *const tile_z, *const tile_l;  // likewise of soft labels: their weights, and Tiny where p is tiny
+  SoftmaxSum<T>* const statistics;  // [tail, hard, mixture][warp]
+  T* const sums;                    // [slot][warp]
+  T *const tile_p, *const tile_r;   // of as many columns as threads
+  T* const tile_y;                  // likewise of soft labels, their weights
   unsigned* const bits;
   const char* line;  // the student's row
   int marked = -1;   // the first class of the segment whose bits are set
@@ -94,8 +94,6 @@ struct Kernel : RowKernel<T> {
         tile_p(reinterpret_cast<T*>(shared + at.tile)),
         tile_r(tile_p + l.threads),
         tile_y(tile_r + l.threads),
-        tile_z(tile_y + l.threads),
-        tile_l(tile_z + l.threads),
         bits(reinterpret_cast<unsigned*>(shared + at.bits)),
         line(static_cast<const char*>(a.student.data) + b * a.student.stride * bytes_of(a.student.dtype)) {}
 
@@ -316,13 +314,8 @@ struct Kernel : RowKernel<T> {
           tile_y[group.thread] = weight;
           if (weight != 0) {  // 0 times -inf is 0
             const bool tiny = probability && p < std::numeric_limits<T>::min();
-            T l = probability ? log(p) : x * inverse;
-            if (tiny) {
-              const Tiny t = tiny_at(c);
-              tile_z[group.thread] = t.z, tile_l[group.thread] = t.log2_rest;
-              l = t.z * inverse + T(kLn2) * t.log2_rest;
-            }
-            sum_of_log_p += weight * l;
+            const auto logit = [&](int j) { return z(j, c); };
+            sum_of_log_p += weight * (tiny ? this->log_of_tiny(logit) : probability ? log(p) : x * inverse);
           }
         }
         if (c == columns) {
@@ -353,8 +346,8 @@ struct Kernel : RowKernel<T> {
               share_label += weight * x;
             else if (!(p < std::numeric_limits<T>::min()))  // or NaN
               share_label += weight * (row.w[j] - row.scale[j] * fast_exp2(x * k) / p);
-            else if (tile_z[i] != -kInf)
-              share_label += weight * (row.w[j] - fast_exp2((x - tile_z[i]) * k + (log2(row.scale[j]) - tile_l[i])));
+            else
+              share_label += weight * (row.w[j] - this->share_of_tiny(j, [&](int m) { return z(m, done + i); }));
           }
         }
         if constexpr (soft) {
@@ -376,28 +369,6 @@ struct Kernel : RowKernel<T> {
       for (int j = 0; probability && j < row.used; ++j) row.moved[j] /= row.target[j].sum;
     }
     group.sync();
-  }
-
-  // p = exp(z / τ) 2^log2_rest of a column where p is too small for a number, z a snapshot's logit less its largest. A
-  // sum of both would round away what a posterior is made of: that of another logit by its difference from z.
-  struct Tiny {
-    T z, log2_rest;
-  };
-  __device__ Tiny tiny_at(int c) const {  // rare
-    T most = -kInf, sum = 0;
-    Tiny t{-kInf, 0};
-#pragma unroll 1
-    for (int j = 0; j < row.used; ++j) {
-      const T x = z(j, c) - finite(row.target[j].max), scale = log2(row.scale[j]), l = x * k + scale;
-      if (l > most) most = l, t = {x, scale};
-    }
-#pragma unroll 1
-    for (int j = 0; j < row.used && most != -kInf; ++j) {
-      const T x = z(j, c) - finite(row.target[j].max);
-      sum += fast_exp2((x - t.z) * k + (log2(row.scale[j]) - t.log2_rest));
-    }
-    if (sum > 0) t.log2_rest += log2(sum);
-    return t;
   }
 
   // Of the gradient of the CE: what Σ exp is divided by and the coefficient times.
