@@ -109,7 +109,8 @@ def by_rule(classes: int, snapshots: int, itemsize: int, again: bool = False) ->
     warps = next_power_of_2(-(-rows * block // (32 * held)))
     if block <= ROW * (2 if snapshots == 1 else 1) and warps <= 8:
         return Launch(rows, block, True, warps, 1, None)
-    block = min(block // 2, 32 * STREAMING_WARPS * max(16 // itemsize, 2 ** int(math.log2(STREAMED_COLUMNS / words))))
+    held = min(held, max(16 // itemsize, 2 ** int(math.log2(STREAMED_COLUMNS / words))))
+    block = min(block // 2, 32 * STREAMING_WARPS * held)
     while block * itemsize * (snapshots + 1) > READ_AHEAD and block > 256:
         block //= 2
     ahead = READ_AHEAD // ((snapshots + 1) * block * itemsize)
