@@ -177,7 +177,8 @@ def _forward(
     d_hidden = torch.zeros(rows if wants_hidden else 0, student_hidden.shape[1], dtype=dtype, device=device)
     d_bias = torch.zeros(len(student_bias) if wants_bias else 0, dtype=dtype, device=device)
     d_scores = torch.zeros((rows, count) if wants_scores else (0,), dtype=dtype, device=device)
-    gradient = WeightGradient(student_weight, classes, dtype, len(chunks) == 1) if wants_weight else None
+    few = len(chunks) == 1 or counted < student_hidden.shape[1]  # rows, of whose gradients (N, V) is less than (V, H)
+    gradient = WeightGradient(student_weight, classes, dtype, few) if wants_weight else None
     factor = attention = None
     if reduction == "mean":
         factor = attention = 1 / (denominator if denominator is not None else torch.full((), max(counted, 1))).to(
@@ -285,26 +286,29 @@ class Head:
 class WeightGradient:
     """Σ over chunks of gradientᵀ hidden, (V, H): summed in the computing dtype, rounded once at the end.
 
-    Of one chunk each tile of classes is rounded where it is made, so that no second (V, H) is needed.
+    A sum (V, H) of another dtype than the weight's is memory beyond the output. Gradients of `few` rows take less: they
+    are kept, and each tile of classes is rounded where it is made.
     """
 
-    def __init__(self, weight: Tensor, classes: int, dtype: torch.dtype, once: bool):
+    def __init__(self, weight: Tensor, classes: int, dtype: torch.dtype, few: bool):
         # A fp16 gradient stays as it was summed until upstream, a loss scale mostly, is known: it might underflow.
-        kept = dtype if weight.dtype == torch.float16 else weight.dtype
-        self.classes, self.kept = classes, kept
-        self.sum = torch.zeros(weight.shape, dtype=kept if once else dtype, device=weight.device)
-        self.tile = classes if self.sum.dtype == dtype else TILE
+        self.dtype = dtype if weight.dtype == torch.float16 else weight.dtype
+        self.chunks = [] if few and self.dtype != dtype else None
+        self.sum = torch.zeros(weight.shape, dtype=dtype if self.chunks is None else self.dtype, device=weight.device)
+        self.classes = classes
 
     def add(self, gradient: Tensor, hidden: Tensor) -> None:
-        for start in range(0, self.classes, self.tile):
-            tile = slice(start, min(start + self.tile, self.classes))
-            if self.sum.dtype == hidden.dtype:
-                self.sum[tile].addmm_(gradient[:, tile].t(), hidden)
-            else:
-                self.sum[tile] = gradient[:, tile].t() @ hidden
+        if self.chunks is None:
+            self.sum[: self.classes].addmm_(gradient.t(), hidden)
+        else:
+            self.chunks.append((gradient, hidden))
 
     def result(self) -> Tensor:
-        return self.sum.to(self.kept)
+        for start in range(0, self.classes if self.chunks else 0, TILE):
+            tile = slice(start, min(start + TILE, self.classes))
+            gradient, hidden = (torch.cat(x) for x in zip(*((g[:, tile], h) for g, h in self.chunks), strict=True))
+            self.sum[tile] = gradient.t() @ hidden
+        return self.sum.to(self.dtype)
 
 
 @torch.library.register_fake("eekd::linear_ensemble_kd_fwd")
@@ -418,16 +422,19 @@ def _mix(w: Tensor, hidden, heads, softcap, temperature: float, y: Tensor | None
     soft = checks.is_soft(y)
     for m, x in enumerate(hidden):
         heads[m](x, softcap, out=z)
-        z.div_(temperature).sub_(z.logsumexp(1, keepdim=True) - log_w[:, m, None])
+        if temperature != 1:
+            z.div_(temperature)
         if soft:
+            z.sub_(z.logsumexp(1, keepdim=True) - log_w[:, m, None])
             torch.logaddexp(out, z, out=out) if m else out.copy_(z)
             continue
-        if y is not None:
-            found.append(z.gather(1, y[:, None])[:, 0])
-        if m:
-            out += z.exp_()
-        else:
-            torch.exp(z, out=out)
+        z.sub_(z.amax(1, keepdim=True))
+        at_label = None if y is None else z.gather(1, y[:, None])[:, 0]
+        total = z.exp_().sum(1)
+        if at_label is not None:
+            found.append(at_label - total.log() + log_w[:, m])
+        share = (w[:, m] / total)[:, None]
+        out.addcmul_(z, share) if m else torch.mul(z, share, out=out)
     if not soft:
         out.log_()
     out.mul_(temperature)
