@@ -25,8 +25,8 @@ onednn = pytest.mark.skipif(
 )
 
 
-def on_avx2(program: str, **more: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1", **more}
+def on_avx2(program: str, isa: str = "AVX2") -> subprocess.CompletedProcess:
+    env = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program],
         env=env,
@@ -43,10 +43,15 @@ def affected(monkeypatch):
 
 
 @onednn
-def test_the_convolution_dies_without_the_guard_and_not_with_it():
-    bare = on_avx2(FIVE_LINES)
+@pytest.mark.parametrize("isa, channels, dtype", [
+    ("AVX2", 4, "float32"), ("ALL", 4, "float32"), ("ALL", 15, "float32"), ("ALL", 15, "bfloat16"),
+])  # fmt: skip
+def test_the_convolution_dies_without_the_guard_and_not_with_it(isa, channels, dtype):
+    program = FIVE_LINES.replace("(4,", f"({channels},").replace("(8, 4,", f"(8, {channels},")
+    program = program.replace("memory_format=", f"torch.{dtype}, memory_format=")
+    bare = on_avx2(program, isa)
     guard = "from eekd.models import convolutions\nconvolutions.guard(conv)\nfor _"
-    guarded = on_avx2(FIVE_LINES.replace("for _", guard))
+    guarded = on_avx2(program.replace("for _", guard), isa)
     assert (guarded.returncode, guarded.stdout) == (0, "survived\n"), guarded.stderr
     if bare.returncode == 0:
         pytest.skip(f"torch {torch.__version__} survives: is it mended? Then limit the guard to the versions before")
@@ -66,7 +71,7 @@ class Watch(TorchDispatchMode):
         if op is torch.ops.aten.convolution_backward.default:
             dy, x, weight, bias, stride = args[:5]
             Watch.seen += 1
-            few = set(weight.shape[2:]) == {1} and max(stride) > 1 and weight.shape[1] < 8
+            few = set(weight.shape[2:]) == {1} and max(stride) > 1 and weight.shape[1] < 16
             assert not few, f"{name} met {tuple(weight.shape)} with stride {stride}"
         return op(*args, **(kwargs or {}))
 
@@ -101,7 +106,7 @@ def test_every_named_model_trains_a_step_in_channels_last(names):
 
 @onednn
 def test_without_the_guard_a_model_meets_the_convolution():
-    assert "resnet8_w4 met (8, 4, 1, 1) with stride [2, 2]" in train_each(["resnet8_w4"], guarded=False).stderr
+    assert "resnet8_w4 met (16, 8, 1, 1) with stride [2, 2]" in train_each(["resnet8_w4"], guarded=False).stderr
 
 
 def strided(kind=nn.Conv2d, channels=4, stride=2, **more) -> nn.Module:
@@ -142,7 +147,7 @@ def test_a_guarded_convolution_compiles_and_is_traced(affected):
 
 
 @pytest.mark.parametrize("module", [
-    strided(channels=8), strided(stride=1), strided(groups=2), strided(padding=1), nn.Conv2d(4, 8, 3, 2),
+    strided(channels=16), strided(stride=1), strided(groups=2), strided(padding=1), nn.Conv2d(4, 8, 3, 2),
     nn.Linear(4, 8), nn.ConvTranspose2d(4, 8, 1, 2),
 ], ids=repr)  # fmt: skip
 def test_other_layers_stay_as_they_are(affected, module):
@@ -159,7 +164,10 @@ def test_nothing_is_done_where_it_is_not_needed(monkeypatch):
     assert "_conv_forward" not in guard(strided()).__dict__
 
 
-def test_only_a_processor_without_avx512_needs_it(monkeypatch):
+def test_only_a_processor_of_x86_needs_it(monkeypatch):
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert needs_guard() == torch.backends.mkldnn.is_available()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     assert not needs_guard()
 
@@ -178,7 +186,7 @@ def net(num_classes, in_channels, image_size):
     sizes = dict(num_classes=3, in_channels=3, image_size=8)
     built = models.build(f"{tmp_path}/mine.py:net", **sizes)
     assert guarded_in(built) == ["0", "2"]
-    assert len(guarded_in(models.build("resnet8_w4", **sizes))) == 1
+    assert len(guarded_in(models.build("resnet8_w4", **sizes))) == 2
     sys.path.insert(0, str(tmp_path))
     try:
         from mine import net

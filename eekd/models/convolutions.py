@@ -1,7 +1,7 @@
-"""Keeps networks from a convolution of torch that writes outside its memory, on processors without AVX-512.
+"""Keeps networks from a convolution of torch that writes outside its memory, on x86 processors.
 
 oneDNN, which computes torch's convolutions on a CPU, has a backward for weights of 1×1 kernels with a stride, whose
-work space is too small for 2 to 7 input channels in channels_last. docs/reference/reliability.md says
+work space is too small for 2 to 15 input channels in channels_last. docs/reference/reliability.md says
 which shapes and versions.
 """
 
@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+FEW = 16  # input channels: fewer are affected with AVX-512, fewer than 8 with AVX2
 _ALIKE = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
 def needs_guard() -> bool:
-    """Whether this processor, as oneDNN sees it (ONEDNN_MAX_CPU_ISA), can meet that convolution: x86, no AVX-512."""
-    x86 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    return x86 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()  # which oneDNN says with AVX-512 only
+    """Whether this processor can meet that convolution: x86, with AVX2 or AVX-512."""
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def guard(model: nn.Module) -> nn.Module:
@@ -36,7 +36,7 @@ def guard(model: nn.Module) -> nn.Module:
 
 def _affected(module) -> bool:
     ones, none = set(module.kernel_size) == {1}, not any(module.padding) or module.padding in ("valid", "same")
-    return ones and none and max(module.stride) > 1 and module.groups == 1 and module.in_channels < 8
+    return ones and none and max(module.stride) > 1 and module.groups == 1 and module.in_channels < FEW
 
 
 class Strided:
