@@ -7,7 +7,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -39,12 +39,15 @@ class Split:
     images     (N, C, S, S) uint8, or as many `Encoded` images
     labels     (N,) int64
     mean, std  one number per channel, for images scaled to [0, 1]
+    files      of images in memory, the `Encoded` images that they were made from, where these hold more pixels; a
+               random resized crop is cut from them
     """
 
     images: Tensor | Encoded
     labels: Tensor
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    files: Encoded | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -168,9 +171,10 @@ def load(
 
     Image files become squares of `image_size`. By default they keep their size if most are squares of one size, at most
     64; else they become 224. A split is one uint8 tensor if that takes at most `memory_budget` bytes; otherwise images
-    are decoded when needed. `interpolation`, "bilinear" or "bicubic", says how they are resized. `channels` is 1 or 3;
-    by default 1 if all images of a sample are grey, else 3. `classes` are the class names in order, or a file with one
-    per line; by default they are sorted alphabetically.
+    are decoded when needed. Random resized crops (augment imagenet) are cut from the files in both cases, unless these
+    are squares of `image_size`. `interpolation`, "bilinear" or "bicubic", says how they are resized. `channels` is 1 or
+    3; by default 1 if all images of a sample are grey, else 3. `classes` are the class names in order, or a file with
+    one per line; by default they are sorted alphabetically.
 
     `image_column` and `label_column` name the columns of a table if their types do not tell. `config_name` names a
     configuration of a Hugging Face dataset. With `streaming`, nothing of such a dataset is stored on disk: a uniform
@@ -260,9 +264,12 @@ def load(
         if isinstance(images, Encoded):
             images.interpolation = interpolation
     options = image_size, memory_budget, interpolation
-    parts = {part: (_settle(images, y, *options), y) for part, (images, y) in parts.items()}
-    mean, std = _STATISTICS.get(name) or statistics(parts["train"][0])
-    splits = {part: Split(images, y, mean, std) for part, (images, y) in parts.items()}
+    settled = {part: (_settle(images, y, *options), y) for part, (images, y) in parts.items()}
+    mean, std = _STATISTICS.get(name) or statistics(settled["train"][0])
+    splits = {part: Split(images, y, mean, std) for part, (images, y) in settled.items()}
+    files = parts["train"][0]
+    if isinstance(files, Encoded) and isinstance(splits["train"].images, Tensor) and not files.at_size:
+        splits["train"] = replace(splits["train"], files=files)
     return ImageData(
         name, classes, augment, **splits, interpolation=interpolation, decisions=tuple(said), contents=opened.contents
     )

@@ -54,7 +54,10 @@ class Encoded:
     interpolation  how it is resized, "bilinear" or "bicubic", both antialiased
     folders  where the files must lie whose paths are data, as those in a table are; None: anywhere
     bad      what happens at an image that cannot be read
+    at_size  whether the images are known to be squares of image_size
     """
+
+    at_size = False
 
     def __init__(
         self,

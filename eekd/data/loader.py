@@ -48,7 +48,7 @@ class Loader:
     train=True shuffles by a hash of (seed, epoch, sample) and augments by a hash of (view_seed, view, sample);
     train=False does neither. The view is the epoch, modulo `views` if that is given. view_seed is `seed` by default;
     for a logit bank, give the bank's views and seed. A split in memory is moved to the device as a whole. An encoded
-    split is decoded by `workers` processes (0: by this one).
+    split, and the files that a random resized crop is cut from, are decoded by `workers` processes (0: by this one).
 
     In training images are cropped (`augment`), changed by `auto_augment` ("trivial" or "rand", by the workers),
     flipped, partly erased with probability `erasing`, and mixed by `mixup` and `cutmix`, the parameters of their
@@ -61,6 +61,8 @@ class Loader:
     the k-th batch of one loader with world_size times the batch size, `rows(k)` samples. Every rank has the same number
     of batches. If the last batch is too small for all ranks, training drops it, and otherwise some ranks get an empty
     batch. Samples that are mixed with each other are in the same batch, so each is decoded once.
+
+    Attributes: `encoded`, the images that are decoded for every view, None where they are in memory.
 
     Raises TypeError or ValueError for impossible arguments, and for training without a single batch; ImportError for
     auto_augment without Pillow.
@@ -133,17 +135,18 @@ class Loader:
         self._fill = mean.flatten().round().to(torch.uint8).to(self.device)
         self._labels = split.labels.to(self.device)
         policy = self.shown.get("auto_augment", "none")
-        self._encoded = split.images if isinstance(split.images, Encoded) else None
+        images = split.images if self.augment != "imagenet" or split.files is None else split.files
+        self.encoded = images if isinstance(images, Encoded) else None
         self._decoder: DataLoader | None = None
         self._images: Tensor | None = None
-        if isinstance(split.images, Tensor) and policy == "none":
-            self._images = split.images.to(self.device)
+        if isinstance(images, Tensor) and policy == "none":
+            self._images = images.to(self.device)
         else:
             if policy != "none":
                 pillow()
             self._work = []  # of the epoch: (view, samples of a batch), each batch for one process
             self._decoder = DataLoader(
-                _Decoder(split, self._fill.cpu(), self.view_seed, self.augment, policy, self.shown.get("erasing", 0.0)),
+                _Decoder(images, split.labels, self._fill.cpu(), self.view_seed, self.augment, self.shown),
                 batch_size=None,
                 sampler=self._work,
                 num_workers=workers,
@@ -255,8 +258,8 @@ class Loader:
         for (_, index), (images, faults) in made:
             if isinstance(images, Exception):
                 raise images
-            if self._encoded is not None:
-                self._encoded.bad.note(faults)
+            if self.encoded is not None:
+                self.encoded.bad.note(faults)
             yield images.to(self.device, non_blocking=True), index.to(self.device)
 
     def _batch(self, images: Tensor, present: Tensor, index: Tensor, view: int) -> Batch:
@@ -296,9 +299,9 @@ class _Decoder(Dataset):
     Raised in a worker, it would come with the worker's traceback in its text.
     """
 
-    def __init__(self, split: Split, fill: Tensor, seed: int, kind: str, policy: str, erasing: float):
-        self.images, self.labels, self.fill = split.images, split.labels, fill
-        self.seed, self.kind, self.policy, self.erasing = seed, kind, policy, erasing
+    def __init__(self, images: Tensor | Encoded, labels: Tensor, fill: Tensor, seed: int, kind: str, shown: dict):
+        self.images, self.labels, self.fill, self.seed, self.kind = images, labels, fill, seed, kind
+        self.policy, self.erasing = shown.get("auto_augment", "none"), shown.get("erasing", 0.0)
 
     def __getitem__(self, work: tuple[int, np.ndarray]) -> tuple[Tensor | Exception, list[str]]:
         view, index = work

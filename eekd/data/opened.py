@@ -108,8 +108,10 @@ def _encoded(
     def encode(images: Sequence, channels: int, size: int) -> Encoded:
         return Encoded(images, channels=channels, image_size=size, folders=found.folders, bad=bad)
 
-    channels, size, said = decide(look_at(encode(images, 3, 1)), image_size, channels)
+    look = look_at(encode(images, 3, 1))
+    channels, size, said = decide(look, image_size, channels)
     parts = {part: (encode(images, channels, size), labels) for part, (images, labels) in found.parts.items()}
+    parts["train"][0].at_size = look.sizes.keys() == {(size, size)}
     augment = found.augment or ("imagenet" if size > 64 else "crop" if channels == 1 else "crop-flip")
     return parts, augment, said
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from samples import folder, images, png
 
-from eekd.data import Encoded, load
+from eekd.data import Encoded, Loader, load
 
 bad_input = pytest.mark.bad_input
 
@@ -41,6 +41,23 @@ def test_large_images_become_squares(tmp_path):
     )
     assert all((whole == image).flatten(1).all(1).any() for image in data.train.images)
     assert load(str(tmp_path), image_size=24).test.images.shape == (10, 3, 24, 24)
+
+
+def test_random_crops_are_cut_from_the_files(tmp_path):
+    """The squares in memory hold fewer pixels."""
+    root = str(folder(tmp_path, ["train", "val"], size=(90, 120), each=5))
+    memory, files = (load(root, image_size=70, memory_budget=budget) for budget in (1 << 30, 0))
+    assert isinstance(memory.train.images, torch.Tensor) and isinstance(files.train.images, Encoded)
+    for kind in ("imagenet", "none"):
+        views = [next(iter(Loader(data.train, batch_size=8, augment=kind))) for data in (memory, files)]
+        assert torch.equal(views[0].images, views[1].images), kind
+    assert Loader(memory.train, batch_size=8, augment="none").encoded is None  # what is in memory is used
+    assert memory.val.files is None and memory.test.files is None
+
+
+def test_crops_of_squares_of_the_right_size_are_cut_in_memory(tmp_path):
+    data = load(str(folder(tmp_path, ["train", "val"], size=(70, 70), each=5)), image_size=70)
+    assert data.augment == "imagenet" and Loader(data.train, batch_size=8, augment="imagenet").encoded is None
 
 
 def test_grey_files_have_one_channel(tmp_path):
