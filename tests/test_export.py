@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -25,6 +26,7 @@ from eekd.export.evaluation import batches, data_of, evaluate, teacher_of
 from eekd.export.gain import gain
 from eekd.export.latency import latencies
 from eekd.io.files import read_json, write_json_atomic
+from eekd.train import __main__ as cli
 from eekd.train import train
 
 from eekd.train.config import Config, Student as Phase, Teacher  # isort: skip
@@ -226,6 +228,34 @@ def test_the_gain_is_one_line(run, capsys):
     assert "\n" not in line
 
 
+def test_the_gain_is_the_last_line_and_cannot_fail_a_run(run, capsys, monkeypatch):
+    assert cli.main(["--resume", str(run)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("The student taught by attention has 100% of")
+
+    def fails(*args, **options):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("eekd.export.gain.latencies", fails)
+    assert cli.main(["--resume", str(run)]) == 0
+    told = capsys.readouterr()
+    assert "the student's speed was not measured: no memory" in told.err and "everything is in" in told.out
+
+
+def test_the_gain_of_large_images_takes_no_minutes(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run")
+    path, asked = tmp_path / "run/students/attention/student.json", []
+    record = read_json(path)
+    record["spec"]["image_size"] = record["teacher"]["spec"]["image_size"] = 224
+    write_json_atomic(path, record)
+
+    def timed(networks, images, seconds, least):
+        asked.append((len(images), least))
+        return {"student": {"p50": 1.0}, "teacher": {"p50": 3.0}}
+
+    monkeypatch.setattr("eekd.export.gain.latencies", timed)
+    assert "3.0 times its speed on this CPU" in gain(tmp_path / "run") and asked == [(2, 3)]
+
+
 def test_predict_names_files_and_folders(folder, digits, tmp_path, capsys):
     for number in range(3):
         (tmp_path / "some" / "deep").mkdir(parents=True, exist_ok=True)
@@ -255,7 +285,7 @@ def test_predict_names_files_and_folders(folder, digits, tmp_path, capsys):
     (["STUDENT", "empty"], "images must be files or folders of images"),
     (["empty", "x.png"], "config.json is missing"),
     (["STUDENT", "x.png", "--top", "0"], "top must be at least 1"),
-    (["STUDENT", "x.png", "--device", "gpu"], "gpu"),
+    (["STUDENT", "x.png", "--device", "gpu"], "device must be one that torch finds here, got 'gpu'"),
 ])  # fmt: skip
 def test_predict_says_what_is_wrong(folder, tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)
@@ -312,12 +342,28 @@ def test_an_exported_program_needs_no_eekd(folder, digits, tmp_path, isa):
     assert done.stdout == "same\n", done.stderr
 
 
+def test_the_card_says_how_the_programs_were_checked(folder, digits, tmp_path):
+    student = load_student(folder)
+    images = student.normalize(digits.val.images)
+    found = export(student, tmp_path / "out", ["torch-export"], images=images, labels=digits.val.labels, what="a | b")
+    assert found["images"] == len(digits.val) and set(found["files"]) == {"model.safetensors", "model.pt2"}
+    text, file = (tmp_path / "out/README.md").read_text(), found["files"]["model.pt2"]
+    assert f"| `model.pt2` | {file['bytes'] / 1e6:.3g} | {file['difference']:.2g} | {file['accuracy']:.2%} |" in text
+    assert "on 144 a \\| b:" in text and "model.onnx" not in text
+    again = load_student(tmp_path / "out")
+    assert again.facts["exported"] == found
+    assert "model.pt2" not in (again.save(tmp_path / "copy") / "README.md").read_text()  # which is not there
+    program = torch.export.load(tmp_path / "out/model.pt2").module()
+    for count in (1, 2, 5):
+        torch.testing.assert_close(program(images[:count]), student(images[:count]), rtol=1e-3, atol=1e-4)
+
+
 def test_a_program_that_differs_is_not_left_behind(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("eekd.export.formats._torch_export", lambda student, images, path: (
         path.write_text("") * 0 + torch.zeros(len(images), 10)))  # fmt: skip
     with pytest.raises(RuntimeError, match="must give the network's logits, got one "):
         export(load_student(folder), tmp_path / "out", ["torch-export"])
-    assert not (tmp_path / "out" / "model.pt2").exists()
+    assert not (tmp_path / "out").exists()  # so that the command can be given again
 
 
 @pytest.mark.full
@@ -328,6 +374,8 @@ def test_onnx_gives_the_same_logits_and_int8_says_what_it_costs(folder, digits, 
     assert export_command.main([str(folder), "--out", str(out), "--to", "onnx", "--int8"]) == 0
     told = capsys.readouterr().out
     assert "model.int8.onnx: accuracy" in told and "points against fp32" in told
+    assert "for convolutions keep their fp32 weights" in told  # most weights are theirs
+    assert "| `model.int8.onnx` |" in (out / "README.md").read_text()
     student = load_student(out)
     images = student.normalize(digits.test.images[:7])
     session = onnxruntime.InferenceSession(out / "model.onnx")

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from PIL import Image
 
 from eekd import load_student, models
 from eekd.export.evaluation import teacher_of
@@ -328,3 +329,21 @@ def test_a_run_from_before_files_were_hashed_goes_on(elsewhere, tmp_path):
         write_json_atomic(path, record)
     (elsewhere / "summary.json").unlink()
     assert cli.main(["--resume", str(elsewhere)]) == 0
+
+
+def test_what_makes_a_training_slow_is_said_before_it(tmp_path, capsys):
+    for number in range(40):
+        (tmp_path / "data" / str(number % 2)).mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((80, 70), 50).save(tmp_path / "data" / str(number % 2) / f"{number}.png")
+    flags = ["--data", str(tmp_path / "data"), "--teacher.model", "mlp64", "--student.model", "mlp64", "--dry-run"]
+
+    def told(*more):
+        assert cli.main([*flags, *more]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    said = told("--image-size", "96")
+    assert "mlp64 is made for images of 32 x 32, and takes about 9 times as long for 96 x 96" in said
+    assert "--workers N leaves this to N processes" in said
+    said = told("--image-size", "96", "--workers", "1", "--augment", "none")
+    assert "--workers N" not in said
+    assert "mlp64 is made" not in told("--image-size", "64")

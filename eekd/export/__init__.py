@@ -3,7 +3,8 @@
 An exported folder holds
 
     config.json          format, eekd; model: the arguments of eekd.models.build; classes; preprocessing, as
-                         eekd.data.ImageData.preprocessing says it; sha256 of model.safetensors; provenance; results
+                         eekd.data.ImageData.preprocessing says it; sha256 of model.safetensors; provenance; results;
+                         exported: size and outcome of each file below
     model.safetensors    the weights
     README.md            a card: what the student is, how to use it, and how good it is
     model.pt2            with --to torch-export: torch.export.load("model.pt2").module()(images)

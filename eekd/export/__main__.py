@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
 def _export(given: argparse.Namespace) -> int:
     from eekd.export import export, load_student
     from eekd.export.evaluation import batches, data_of, run_of
+    from eekd.export.formats import INT8, ONNX
+    from eekd.export.student import WEIGHTS
 
     student, images, labels, what = load_student(given.student), None, None, "noise"
     if given.data or run_of(Path(given.student)):
@@ -37,14 +39,17 @@ def _export(given: argparse.Namespace) -> int:
         split, what = ("val", "validation") if len(data.val) > 1 else ("test", "test")
         images, labels = next(batches(student, data, split, 256))
         what = f"{what} images of {data.name}"
-    checked = export(student, given.out, given.to, images=images, labels=labels, int8=given.int8)
-    for name, difference in checked["difference"].items():
-        print(f"{name}: logits within {difference:.2g} of the network's on {checked['images']} {printable(what)}")
-    if given.int8 and checked["accuracy"]:
-        small, whole = checked["accuracy"]["model.int8.onnx"], checked["accuracy"]["model.safetensors"]
-        print(
-            f"model.int8.onnx: accuracy {small:.2%} on these images, {100 * (small - whole):+.2f} points against fp32"
-        )
+    checked = export(student, given.out, given.to, images=images, labels=labels, int8=given.int8, what=what)
+    files, where = checked["files"], f"{checked['images']} {printable(what)}"
+    for name in [name for name in files if name not in (WEIGHTS, INT8)]:
+        print(f"{name}: logits within {files[name]['difference']:.2g} of the network's on {where}")
+    if given.int8:
+        small, whole = files[INT8], files[ONNX]
+        why = ", for convolutions keep their fp32 weights" * (small["bytes"] > whole["bytes"] / 2)
+        print(f"{INT8}: {small['bytes'] / 1e6:.3g} MB in place of {whole['bytes'] / 1e6:.3g} MB{why}")
+        if "accuracy" in small:
+            points = 100 * (small["accuracy"] - whole["accuracy"])
+            print(f"{INT8}: accuracy {small['accuracy']:.2%} on {where}, {points:+.2f} points against fp32")
     print(f"wrote {printable(given.out)}")
     return 0
 

@@ -22,10 +22,8 @@ student = eekd.load_student("path/to/this/folder")
 print(student.predict("image.png", top=3))
 ```
 
-`model.pt2` (`torch.export.load("model.pt2").module()`) and `model.onnx`, where they are here, need no eekd: they
-take float32 images (B, {channels}, {size}, {size}) and give logits. Make them so: take the centred square of
-{zoom:g} times the shorter side, resize it by {interpolation} interpolation, scale it to [0, 1], subtract mean
-{mean} and divide by std {std}.
+{programs}Images become inputs so: take the centred square of {zoom:g} times the shorter side, resize it by
+{interpolation} interpolation to {size} x {size}, scale it to [0, 1], subtract mean {mean} and divide by std {std}.
 
 ## How good it is
 
@@ -33,7 +31,7 @@ take float32 images (B, {channels}, {size}, {size}) and give logits. Make them s
 
 Trained on `{data}`, {epochs} epochs, seed {seed}. {teacher}
 
-## Where it comes from
+{exported}## Where it comes from
 
 ```json
 {provenance}
@@ -56,7 +54,6 @@ def card(facts: dict) -> str:
         some=_plain(some),
         size=data["image_size"],
         colour="grey" if data["channels"] == 1 else "in colour",
-        channels=data["channels"],
         zoom=data["zoom"],
         interpolation=data.get("interpolation", "bilinear"),
         mean=[round(x, 4) for x in data["mean"]],
@@ -67,6 +64,8 @@ def card(facts: dict) -> str:
         seed=provenance.get("seed", "?"),
         teacher=_plain(taught),
         provenance=json.dumps(provenance, indent=1),
+        programs=_programs(facts),
+        exported=_exported(facts.get("exported")),
     )
 
 
@@ -78,6 +77,37 @@ def _table(results: dict) -> str:
     if len(lines) == 2 and "test" in results:
         lines.append(f"| this student | | {results['val']['accuracy']:.2%} | {results['test']['accuracy']:.2%} |")
     return "\n".join(lines) if len(lines) > 2 else "Nothing was measured."
+
+
+def _programs(facts: dict) -> str:
+    """How the folder's files that need no eekd are called."""
+    uses = {
+        "model.pt2": '`torch.export.load("model.pt2").module()(images)` needs torch alone.',
+        "model.onnx": "`model.onnx` runs in any ONNX runtime: input `images`, output `logits`.",
+        "model.int8.onnx": "`model.int8.onnx` is the same with linear layers of 8 bits.",
+    }
+    said = [uses[name] for name in (facts.get("exported") or {"files": {}})["files"] if name in uses]
+    if not said:
+        return ""
+    data = facts["preprocessing"]
+    size = f"(B, {data['channels']}, {data['image_size']}, {data['image_size']})"
+    return " ".join([*said, f"They take float32 images {size}, for any B, and give logits."]) + "\n\n"
+
+
+def _exported(found: dict | None) -> str:
+    """The files as they were measured when they were written."""
+    if not found or len(found["files"]) < 2:
+        return ""
+    lines = [
+        f"The files here, on {found['images']} {_plain(found['what'])}:",
+        "",
+        "| file | MB | largest difference of a logit | accuracy |",
+        "|---|--:|--:|--:|",
+    ]
+    for name, file in found["files"].items():
+        accuracy = f"{file['accuracy']:.2%}" if "accuracy" in file else ""
+        lines.append(f"| `{name}` | {file['bytes'] / 1e6:.3g} | {file['difference']:.2g} | {accuracy} |")
+    return "\n".join(lines) + "\n\n"
 
 
 def _plain(text) -> str:

@@ -1,6 +1,7 @@
 """A student as files that other programs read."""
 
 import logging
+import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eekd.export import FORMATS
-from eekd.export.student import Student
+from eekd.export.student import WEIGHTS, Student
 from eekd.io.files import write_atomic
 
 PROGRAM, ONNX, INT8 = "model.pt2", "model.onnx", "model.int8.onnx"
@@ -18,16 +19,18 @@ TOLERANCE = 1e-3  # how far a logit of an exported program may be from the netwo
 
 def export(
     student: Student, folder: str | Path, to: Sequence[str] = ("safetensors",), *,
-    images: Tensor | None = None, labels: Tensor | None = None, int8: bool = False,
+    images: Tensor | None = None, labels: Tensor | None = None, int8: bool = False, what: str | None = None,
 ) -> dict:  # fmt: skip
     """Writes a student to a new folder, as `eekd.export` describes it, and returns what was checked.
 
     "safetensors" and "hub-folder" are the same folder, which every other format adds a file to. Each program is run
     on `images` (B, C, S, S), preprocessed, by default noise, and must give the network's logits. `int8` adds an ONNX
-    file whose linear layers have weights of 8 bits; with `labels` its accuracy on the images is compared.
+    file whose linear layers have weights of 8 bits; with `labels` its accuracy on the images is compared. `what` says
+    which images they are. config.json and the card get the outcome.
 
-    Returns {"images": B, "difference": {file: largest difference of a logit}, "accuracy": {file: fraction}}. Raises
-    ImportError where the extra "export" is missing, RuntimeError where a program gives other logits.
+    Returns {"images": B, "what": what, "files": {file: {"bytes": ..., "difference": largest difference of a logit,
+    "accuracy": fraction, with labels}}}. If anything fails nothing is left: ImportError where the extra "export" is
+    missing, RuntimeError where a program gives other logits.
     """
     if unknown := [name for name in to if name not in FORMATS]:
         raise ValueError(f"to must be of {', '.join(FORMATS)}, got {unknown[0]!r}")
@@ -35,41 +38,55 @@ def export(
         _need_onnx()
     elif int8:
         raise ValueError(f"to must have onnx where int8 is asked for, got {', '.join(to)}")
-    data = student.facts["preprocessing"]
+    data, what = student.facts["preprocessing"], what or ("noise" if images is None else "images")
     if images is None:
         shape = 4, data["channels"], data["image_size"], data["image_size"]
         images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    if len(images) < 2:
+    elif len(images) < 2:
         raise ValueError(f"images must be at least 2, got {len(images)}")
-    student = student.cpu().eval()
+    student, images = student.cpu().eval(), images.cpu()
+    folder = student.save(folder)
+    try:
+        checked = {"images": len(images), "what": what, "files": {}}
+        outputs = _outputs(student, folder, to, images, int8)
+        for name, got in outputs.items():
+            facts = {"bytes": (folder / name).stat().st_size}
+            facts["difference"] = (got - outputs[WEIGHTS]).abs().max().item()
+            if labels is not None:
+                facts["accuracy"] = (got.argmax(1) == labels.cpu()).double().mean().item()
+            checked["files"][name] = facts
+        student.facts = {**student.facts, "exported": checked}
+        student.describe(folder)
+    except BaseException:
+        shutil.rmtree(folder)  # which was new, or empty
+        raise
+    return checked
+
+
+def _outputs(student: Student, folder: Path, to: Sequence[str], images: Tensor, int8: bool) -> dict[str, Tensor]:
+    """Writes the programs and returns the logits of each file in the folder."""
     with torch.inference_mode():
-        logits = student(images.cpu())
-    folder, checked, outputs = student.save(folder), {"images": len(images), "difference": {}, "accuracy": {}}, {}
+        outputs = {WEIGHTS: student(images)}
     if "torch-export" in to:
         outputs[PROGRAM] = _torch_export(student, images, folder / PROGRAM)
     if "onnx" in to:
         outputs[ONNX] = _onnx(student, images, folder / ONNX)
     for name, got in outputs.items():
-        difference = (got - logits).abs().max().item()
-        checked["difference"][name] = difference
-        if not difference <= TOLERANCE * logits.abs().max().item():
-            (folder / name).unlink()
+        difference, largest = (x.abs().max().item() for x in (got - outputs[WEIGHTS], outputs[WEIGHTS]))
+        if not difference <= TOLERANCE * largest:
             raise RuntimeError(f"{folder / name} must give the network's logits, got one {difference:.3g} off")
     if int8:
         outputs[INT8] = _int8(folder / ONNX, folder / INT8, images)
-        checked["difference"][INT8] = (outputs[INT8] - logits).abs().max().item()
-    if labels is not None:
-        for name, got in {"model.safetensors": logits, **outputs}.items():
-            checked["accuracy"][name] = (got.argmax(1) == labels).double().mean().item()
-    return checked
+    return outputs
 
 
 def _torch_export(student: Student, images: Tensor, path: Path) -> Tensor:
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(student.network, (images[:2],), dynamic_shapes=({0: batch},))
     torch.export.save(program, path)
+    run = program.module()
     with torch.inference_mode():
-        return _logits(program.module()(images))
+        return torch.cat([_logits(run(part)) for part in images.tensor_split([1])])  # see _run
 
 
 def _onnx(student: Student, images: Tensor, path: Path) -> Tensor:
@@ -99,7 +116,7 @@ def _run(path: Path, images: Tensor) -> Tensor:
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     # In two batches of unlike size, which a file with a fixed batch would refuse.
-    parts = images.cpu().tensor_split([1])
+    parts = images.tensor_split([1])
     return torch.cat([torch.from_numpy(session.run(None, {"images": part.numpy()})[0]) for part in parts])
 
 

@@ -8,17 +8,20 @@ from torch import Tensor
 
 
 @torch.inference_mode()
-def latencies(calls: dict[str, Callable[[Tensor], object]], images: Tensor, seconds: float = 1.0) -> dict[str, dict]:
+def latencies(
+    calls: dict[str, Callable[[Tensor], object]], images: Tensor, seconds: float = 1.0, least: int = 10
+) -> dict[str, dict]:
     """Milliseconds a call takes on `images`, by name: p50, p95 and how many were timed.
 
-    Calls take turns, so that all of them meet the same machine; about `seconds` for each of them, at least 10 times.
+    Calls take turns, so that all of them meet the same machine; about `seconds` for each of them, `least` times at
+    least.
     """
     for call in calls.values():
-        for _ in range(3):  # sets things up
+        for _ in range(min(3, least)):  # sets things up
             call(images)
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds * len(calls)
-    while time.perf_counter() < end or len(times[next(iter(times))]) < 10:
+    while time.perf_counter() < end or len(times[next(iter(times))]) < least:
         for name, call in calls.items():
             _wait(images)
             start = time.perf_counter()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import eekd
 from eekd import models
 from eekd.data.encoded import RESAMPLE, Encoded
-from eekd.io.files import read_json, write_atomic, write_json_atomic
+from eekd.io.files import first_line, read_json, write_atomic, write_json_atomic
 from eekd.io.tensors import load_state, load_tensors, save_tensors
 from eekd.kept_code import check_code
 from eekd.snapshots.wrappers import logits_of
@@ -101,12 +101,16 @@ class Student(nn.Module, ModelHubMixin):  # pyright: ignore[reportGeneralTypeIss
         return folder
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        sha256 = save_tensors(save_directory / WEIGHTS, self.network.state_dict())
+        self.facts = {key: value for key, value in self.facts.items() if key != "exported"} | {"sha256": sha256}
+        self.describe(save_directory)
+
+    def describe(self, folder: Path) -> None:
+        """Writes config.json and README.md of the facts."""
         from eekd.export.card import card
 
-        sha256 = save_tensors(save_directory / WEIGHTS, self.network.state_dict())
-        self.facts = {**self.facts, "sha256": sha256}
-        write_json_atomic(save_directory / CONFIG, self.facts)
-        write_atomic(save_directory / CARD, card(self.facts).encode())
+        write_json_atomic(folder / CONFIG, self.facts)
+        write_atomic(folder / CARD, card(self.facts).encode())
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, revision=None, cache_dir=None, force_download=False,
@@ -157,7 +161,12 @@ def load_student(
     else:
         network = factory()
     load_state(network, state, weights)
-    return Student(network, facts).to(device)
+    try:
+        return Student(network, facts).to(device)
+    except (AssertionError, RuntimeError) as error:  # of a torch without CUDA, of a machine without a GPU
+        raise ValueError(
+            f"device must be one that torch finds here, got {str(device)!r}: {first_line(error)}"
+        ) from None
 
 
 def _only_student(folder: Path) -> Path:

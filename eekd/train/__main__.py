@@ -119,7 +119,7 @@ def _main(flags: Flags) -> int:
         return _error(error)
     if flags.dry_run:
         screen.show(console, screen.plan(session))
-        for note in (*session.data.decisions, *session.notes, *screen.kept(session.config)):
+        for note in (screen.takes(session), *session.data.decisions, *session.notes, *screen.kept(session.config)):
             console.print(f"- {printable(note)}", highlight=False)
         return 0
     for note in session.notes:
@@ -147,7 +147,6 @@ def _main(flags: Flags) -> int:
         screen.show(console, screen.results(summary["rows"]))
         for note in screen.kept(session.config):
             console.print(note, highlight=False, soft_wrap=True)
-        _print_gain(run)
         _print_findings(summary)
         console.print(f"{summary['seconds']:.0f} s in all; everything is in {printable(run)}", highlight=False)
     else:
@@ -155,17 +154,21 @@ def _main(flags: Flags) -> int:
         from eekd.train.seeds import sentence
 
         screen.show(console, screen.over_seeds(summary))
-        _print_gain(run)
         _print_findings(summary)
         print(f"{sentence(summary)} {summary['seconds']:.0f} s in all. Report: {printable(report(run))}".strip())
+    _print_gain(run)
     return 0
 
 
 def _print_gain(run: Path) -> None:
+    """The last line of a run, which is whole whether or not its networks can be timed now."""
     from eekd.export.gain import gain
 
-    if line := gain(run):
-        print(line)
+    try:
+        if line := gain(run):
+            print(line)
+    except (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        warnings.warn(f"the student's speed was not measured: {in_words(error)}", stacklevel=2)
 
 
 def _print_findings(summary: dict) -> None:

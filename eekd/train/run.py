@@ -8,13 +8,14 @@ from pathlib import Path
 
 from eekd import models, parallel
 from eekd.bank import LogitBank
+from eekd.data.encoded import SMALL
 from eekd.io.files import write_json_atomic
 from eekd.io.lock import locked
 from eekd.kept_code import check_code, stand_in
 from eekd.snapshots import SnapshotEnsemble, read_manifest
 from eekd.snapshots.features import LastFeatures
 from eekd.train.checkpoints import setups_in
-from eekd.train.config import Config, differences, located
+from eekd.train.config import Config, Phase, differences, located
 from eekd.train.findings import findings
 from eekd.train.import_checkpoints import check_checkpoints, import_teacher, with_checkpoints
 from eekd.train.logs import asked_for
@@ -196,7 +197,24 @@ def prepare(config: Config, run: str | Path | None = None) -> Session:
         networks[config.teacher] = SnapshotEnsemble.load(earlier / "teacher", features=False).models[-1]
     finished = bool(earlier or (config.checkpoints and not imported))
     session.notes += preflight(session, methods, networks[config.teacher], trained[config.teacher], finished)
+    session.notes += _slow(session, [phase for phase, is_trained in trained.items() if is_trained])
     return session
+
+
+def _slow(session: Session, phases: list[Phase]) -> list[str]:
+    """What makes the training of these phases slower than it needs to be, a sentence each."""
+    found, size = [], session.data.image_size
+    for phase in phases:
+        if size > SMALL and phase.model in models.names():
+            found.append(
+                f"{phase.model} is made for images of 32 x 32, and takes about {size**2 / 32**2:.0f} times as long for "
+                f"{size} x {size}: --image-size sets another size; timm:NAME names networks for photographs."
+            )
+    if not session.config.workers and any(session.loader("train", x, train=True).encoded is not None for x in phases):
+        found.append(
+            "The training process decodes the files for every view; --workers N leaves this to N processes beside it."
+        )
+    return list(dict.fromkeys(found))
 
 
 def check_data(session: Session, run: Path) -> None:

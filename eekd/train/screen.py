@@ -13,6 +13,7 @@ from eekd.io.files import printable
 from eekd.statistics import percent, points
 from eekd.train.checked import title_of
 from eekd.train.config import Config
+from eekd.user_code import own_name
 
 if TYPE_CHECKING:  # torch, and what needs it, comes after the command line is read: --help is quick then
     from eekd.train import Session
@@ -96,6 +97,16 @@ def plan(session: "Session") -> Table:
     return table
 
 
+def takes(session: "Session") -> str:
+    """A sentence with the time that a run takes, and each of its phases."""
+    from eekd.train.estimate import seconds
+
+    seeds = session.config.seeds
+    each = {title_of(own_name(name)): seeds * took for name, took in seconds(session).items()}
+    parts = ", ".join(f"{name} {_duration(took)}" for name, took in each.items())
+    return f"It takes about {_duration(sum(each.values()))} on this {session.device.type}, without validation: {parts}."
+
+
 def kept(config: Config) -> list[str]:
     """A sentence for each of teacher and students of which an average of the weights is kept."""
     sentence = "The {} that are validated, saved and exported are averages of the weights (ema {:g})."
@@ -168,6 +179,13 @@ def show(console: Console, table: Table) -> None:
 
 def _name(text: str) -> Text:
     return Text(printable(text), no_wrap=True, overflow="ellipsis")
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.2g} {unit}" if seconds < 10 * length else f"{seconds / length:,.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _size(count: float) -> str:

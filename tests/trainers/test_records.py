@@ -13,7 +13,7 @@ from eekd import models
 from eekd.io.files import sha256_of
 from eekd.io.tensors import load_tensors
 from eekd.snapshots import SnapshotEnsemble, read_manifest
-from eekd.train import prepare, train, train_student
+from eekd.train import estimate, prepare, train, train_student
 from eekd.train.estimate import plan
 from eekd.train.metrics import MetricsLogger, PhaseTimer, RunningMeans, evaluate
 from eekd.train.run import table
@@ -254,6 +254,21 @@ def test_plan_agrees_with_the_run(run, config):
     host = {row["name"]: row for row in plan(prepare(dataclasses.replace(later, snapshots_on="cpu")))}
     assert host["attention"]["memory"] == known["attention"]["memory"]  # all on a CPU
     assert known["attention"]["memory"] == known["ce"]["memory"] + snapshot * later.teacher.snapshots
+
+
+def test_the_time_of_a_run_is_told_from_a_batch(config, monkeypatch):
+    """With a stand-in for the clock: forward and backward take 3 s a batch, the snapshots 1 s each, files nothing."""
+    monkeypatch.setattr(estimate, "_time", lambda session, call, *args: 1.0 if call is estimate._ask else 3.0)
+    session = prepare(dataclasses.replace(config, students=("ce", "last", "attention"), augment="none"))
+    told = estimate.seconds(session)
+    phase, images = session.config.student, len(session.data.train)
+    rows, snapshots = session.loader("train", phase, train=True).rows(0), session.config.teacher.snapshots
+    assert told["ce"] == pytest.approx(3 * phase.epochs * images / rows, rel=0.3)  # the last batch is smaller
+    assert told["last"] - told["ce"] == pytest.approx(images / rows)  # asked once, for the images stay the same
+    assert told["attention"] - told["ce"] == pytest.approx(snapshots * images / rows)
+    session = prepare(dataclasses.replace(config, students=("attention",), augment="crop"))
+    changing = estimate.seconds(session)["attention"]
+    assert changing - told["ce"] == pytest.approx(snapshots * phase.epochs * images / rows, rel=0.3)
 
 
 def test_plan_is_of_one_of_several_processes(config, monkeypatch):
