@@ -84,6 +84,20 @@ def test_checkpointed_gradients_are_the_gradients(tmp_path):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_100", "convnext_atto"])
+def test_layers_of_convolutional_networks_learn_at_timms_rates(name):
+    timm = pytest.importorskip("timm")
+    phase = Student(model=f"timm:{name}", optimizer="adamw", layer_decay=0.7, weight_decay=0.05, epochs=1)
+    network = models.build(phase.model, num_classes=10, in_channels=3, image_size=32)
+    found = {id(p): group for group in build_optimizer(phase, network).param_groups for p in group["params"]}
+    theirs = timm.optim.param_groups_layer_decay(network, 0.05, layer_decay=0.7)
+    assert sum(len(group["params"]) for group in theirs) == len(found) and len({g["lr_scale"] for g in theirs}) > 2
+    for group in theirs:
+        for parameter in group["params"]:
+            ours = found[id(parameter)]
+            assert (ours.get("lr_scale", 1), ours["weight_decay"]) == (group["lr_scale"], group["weight_decay"])
+
+
 def test_the_plan_knows_that_less_is_kept():
     kept = [plan(session_of(vit(grad_checkpointing=on, epochs=1)))[-1]["memory"] for on in (False, True)]
     assert kept[1] < 0.8 * kept[0]

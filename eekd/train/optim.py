@@ -17,7 +17,7 @@ def learning_rate(phase: Phase, step: int, total: int) -> float:
 
     step: lr / 10^(milestones passed);  cosine: from lr to min_lr by half a cosine, after the warm-up;
     one_cycle: up from lr/25 to lr in the first 30 % of training, then down to lr/250,000, both by half a cosine (Smith
-    and Topin, "Super-Convergence", 2018, with torch's numbers);
+    and Topin, "Super-Convergence", 2018, with torch's numbers; momentum stays);
     cyclic: the cosine over each of the M stages (Huang et al., "Snapshot Ensembles", 2017).
     Warm-up: with step and cosine, lr rises linearly over warmup_epochs.
     """
