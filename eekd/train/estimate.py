@@ -60,7 +60,7 @@ def seconds(session: Session) -> dict[str, float]:
     Forward and backward, the snapshots, and decoding, where files are decoded; not validation, losses, and checkpoints.
     """
     config, size, generators = session.config, session.data.image_size, random_state(session.device)
-    teacher, found = session.build(session.spec(config.teacher)).eval(), {}
+    teacher, times = session.build(session.spec(config.teacher)).eval(), {}
     for name, phase, teaching in _phases(session):
         network, loader = session.build(session.spec(phase)).train(), session.loader("train", phase, train=True)
         rows = min(loader.batch_size, max(4, TIMED // size**2))
@@ -71,9 +71,9 @@ def seconds(session: Session) -> dict[str, float]:
         shown = phase.epochs * loader.rows(0) * len(loader) / parallel.world_size()
         asked = shown if loader.varies or parallel.world_size() > 1 else len(loader.split)  # see teaching.remembered
         learning, reading = shown * step + asked * teaching * ask, shown * read / max(config.workers, 1)
-        found[name] = (max(learning, reading) if config.workers else learning + reading) / rows
+        times[name] = (max(learning, reading) if config.workers else learning + reading) / rows
     set_random_state(generators, session.device)
-    return found
+    return times
 
 
 def _step(session: Session, network: nn.Module, images: Tensor) -> None:
