@@ -3,10 +3,13 @@
 import ast
 import importlib.util
 import sys
+import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _folders: set[Path] = set()  # of the files that were run
+_EEKD = Path(__file__).resolve().parent
 _stand_ins: dict[Path, tuple[Path, Path]] = {}  # of files that may be missing: a copy, and where its neighbours are
 
 
@@ -25,8 +28,8 @@ def load(name: str, what: str):
     """Runs the file of `path/to/file.py:NAME` and returns its NAME; `what` says in an error what NAME must be.
 
     The file may import its neighbours. Where two files have neighbours of one name, each gets its own. Raises
-    FileNotFoundError for a missing file, ImportError or ValueError for one that imports what is not there or is not
-    Python, AttributeError for a missing name, and what the file raises.
+    FileNotFoundError for a missing file, ImportError for one that imports what is not there, AttributeError for a
+    missing name, and ValueError, with the line, for one that is not Python or raises anything.
     """
     path, _, attribute = name.rpartition(":")
     file, folder = place_of(path)
@@ -38,20 +41,57 @@ def load(name: str, what: str):
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up by name
     sys.path.insert(0, str(folder))
+    _folders.update((folder, file.parent))
     try:
         spec.loader.exec_module(module)
     except ImportError as error:
         raise ImportError(f"{path} cannot be run: {error}") from error
     except SyntaxError as error:
         raise ValueError(f"{path} cannot be run: {error.msg} in {error.filename}, line {error.lineno}") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{path} cannot be run: {place_and_cause(error)}") from error
     finally:
         sys.path.remove(str(folder))
     if str(folder) not in sys.path:
         sys.path.append(str(folder))  # for what its functions import when they are called
-    _folders.add(folder)
     if not hasattr(module, attribute):
         raise AttributeError(f"{path} must define {attribute!r}, {what}")
     return getattr(module, attribute)
+
+
+@contextmanager
+def errors_of(name: str) -> Iterator[None]:
+    """Whatever the code of path/to/file.py:NAME raises becomes a ValueError of one sentence, with file and line."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{name!r} fails: {place_and_cause(error)}") from error
+
+
+def place_and_cause(error: BaseException) -> str:
+    """What an error is, after the last three places in the user's files that it came through, the innermost last."""
+    lines = str(error).strip().splitlines() or [""]
+    told = ": ".join(filter(None, (type(error).__name__, lines[0][:300])))
+    return ": ".join(filter(None, ("; ".join(places(error)[-3:]), told)))
+
+
+def places(error: BaseException) -> list[str]:
+    """`file.py, line 12, in function` for each place in the user's files that an error came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [f"{f.filename}, line {f.lineno}, in {f.name}" for f in frames if _is_users(Path(f.filename))]
+
+
+def is_eekds(error: BaseException) -> bool:
+    """Whether it is eekd's own code that raised an error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(_EEKD)
+
+
+def _is_users(file: Path) -> bool:
+    """Whether a file is the user's own: one that was run, or is below it, and not of an installed package or eekd."""
+    inside = next((folder for folder in _folders if file.is_relative_to(folder)), None)
+    packaged = inside and "site-packages" in file.relative_to(inside).parts
+    return bool(inside) and not packaged and not file.resolve().is_relative_to(_EEKD)
 
 
 def stand_in(file: str | Path, copy: Path, folder: Path) -> None:

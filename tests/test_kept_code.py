@@ -131,7 +131,7 @@ def test_a_run_from_before_neighbours_were_hashed_goes_on(of_parts):
         ("def net(:", ValueError, "nets.py cannot be run: invalid syntax in .*nets.py, line 1$"),
         ("from torch import nn\nnet = nn.Linear(2, 2)", TypeError, "must be a function that returns .*, got a Linear$"),
         ("net = 5", TypeError, "nets.py:net' must be callable with the keywords"),
-        ("from torch import nn\nclass net(nn.Module): pass", TypeError, "fails with num_classes, in_channels, image_"),
+        ("from torch import nn\nclass net(nn.Module): pass", ValueError, "fails: TypeError: .* argument 'num_classes'"),
         ("other = 5", AttributeError, "nets.py must define 'net', a function that returns an nn.Module$"),
     ],
 )

@@ -1,6 +1,7 @@
 """The registry of data sets: names, and the functions that read them."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -96,7 +97,9 @@ def find(name: str, reading: Reading) -> Found:
         others = [field.name for field in fields(Reading) if field.name not in ("root", "classes", "skip_bad")]
         if not own_file:
             reading.refuse(name, *others)
-        return validate(name, read(reading))
+        with user_code.errors_of(name) if own_file else nullcontext():
+            found = read(reading)
+        return validate(name, found)
     path = Path(reading.root or "", name).expanduser()
     if path.exists():
         return read_path(path, reading)

@@ -13,6 +13,7 @@ from eekd.data.encoded import RESAMPLE, Encoded
 from eekd.io.files import first_line, read_json, write_atomic, write_json_atomic
 from eekd.io.tensors import load_state, load_tensors, save_tensors
 from eekd.kept_code import check_code
+from eekd.models.outputs import take_output
 from eekd.snapshots.wrappers import logits_of
 
 try:  # the extra "hub"
@@ -159,7 +160,7 @@ def load_student(
             )
         network = models.build(**spec)
     else:
-        network = factory()
+        network = take_output(factory(), spec.get("output"))
     load_state(network, state, weights)
     try:
         return Student(network, facts).to(device)

@@ -9,17 +9,19 @@ from collections.abc import Mapping
 from functools import partial
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from eekd.io.files import nearest
 from eekd.models.convolutions import guard
 from eekd.models.mlp import mlp
 from eekd.models.mobilenetv2 import mobilenetv2
 from eekd.models.normalization import renormalize
+from eekd.models.outputs import take_output
 from eekd.models.resnet import resnet, resnet50
 from eekd.models.shufflenet import shufflenetv1, shufflenetv2
 from eekd.models.vgg import DEPTHS, vgg
 from eekd.models.wrn import wrn
-from eekd.user_code import is_file_name, load
+from eekd.user_code import errors_of, is_file_name, load
 
 MODELS = {
     **{f"resnet{depth}": partial(resnet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
@@ -51,19 +53,21 @@ def build(
     image_size: int = 32,
     args: Mapping | None = None,
     normalization: dict | None = None,
+    output: str | None = None,
 ) -> nn.Module:
     """A fresh classifier: images (B, in_channels, image_size, image_size) to logits (B, num_classes).
 
     `name` is one of `names()`, `timm:NAME`, or `path/to/file.py:factory`, where the factory takes the other
     three arguments by keyword and returns an nn.Module. `args` are the model's own, by name, such as timm's
     drop_path_rate. `normalization` is for images that are normalised differently than the network needs: `given` and
-    `own`, each with a `mean` and a `std` for every channel of images scaled to [0, 1]. A manifest stores all arguments
-    as a dict, `spec`; `build(**spec)` makes the model again. Its convolutions are guarded, see
+    `own`, each with a `mean` and a `std` for every channel of images scaled to [0, 1]. `output` names the logits among
+    several outputs, see `eekd.models.outputs.TakeOutput`: the model then returns them alone. A manifest stores all
+    arguments as a dict, `spec`; `build(**spec)` makes the model again. Its convolutions are guarded, see
     `eekd.models.convolutions.guard`.
 
     Raises ValueError for an unknown name, naming the nearest, for sizes below 1, and for args that the model does not
-    take or that would load something; FileNotFoundError and AttributeError for a missing file or factory; TypeError
-    for a factory of another kind.
+    take or that would load something, and, with file and line, for whatever a file or factory raises; FileNotFoundError
+    and AttributeError for a missing one; TypeError for a factory of another kind.
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a string such as 'resnet20', got {type(name).__name__}")
@@ -74,7 +78,7 @@ def build(
     network = guard(_network(name, _own_arguments(args, sizes), sizes))
     if normalization is not None:
         network.register_forward_pre_hook(renormalize(normalization, in_channels))
-    return network
+    return take_output(network, output)
 
 
 def _network(name: str, args: dict, sizes: dict) -> nn.Module:
@@ -148,10 +152,10 @@ def _from_file(name: str, args: dict, **sizes: int) -> nn.Module:
     except (TypeError, ValueError) as error:
         wanted = ", ".join([*sizes, *args])
         raise TypeError(f"{name!r} must be callable with the keywords {wanted}: {error}") from error
-    try:
+    with errors_of(name):
         model = factory(**sizes, **args)
-    except TypeError as error:
-        raise TypeError(f"{name!r} fails with {', '.join([*sizes, *args])}: {error}") from error
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name!r} must return an nn.Module, got {type(model).__name__}")
+    if lazy := [key for key, x in model.named_parameters() if isinstance(x, UninitializedParameter)]:
+        raise ValueError(f"{name!r} must give its layers their sizes, got a lazy one, with the parameter {lazy[0]}")
     return model

@@ -13,6 +13,7 @@ from eekd.io.files import first_line, read_json
 from eekd.io.state_dicts import load_state
 from eekd.io.tensors import load_weights
 from eekd.kept_code import setup_of, stand_in
+from eekd.models.outputs import take_output
 from eekd.snapshots.features import LastFeatures
 from eekd.snapshots.files import checkpoint_files, checkpoint_sha256
 from eekd.snapshots.forward import BatchNormFolded, HostOffloaded, RankSharded, pinned
@@ -118,7 +119,9 @@ class SnapshotEnsemble(nn.Module):
         files = [path.with_name(entry["file"]) for entry in entries]
         hashes = [entry["sha256"] for entry in entries]
         options = {"features": features, "reuse": reuse, "snapshots_on": snapshots_on}
-        return cls.from_files(files, factory or build, device, layer, sha256=hashes, **options)
+        output = (spec or {}).get("output")
+        own = (lambda: take_output(factory(), output)) if callable(factory) and output else factory
+        return cls.from_files(files, own or build, device, layer, sha256=hashes, **options)
 
     @classmethod
     def from_files(

@@ -1,5 +1,7 @@
 """The last feature of any classifier: what goes into the layer that makes its logits."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -35,9 +37,10 @@ class LastFeatures:
         layer: the name of the layer.
 
     Raises ValueError if there is no such layer, if the features are not (B, dim), if the layer does not give the
-    logits, and for TorchScript; RuntimeError after `remove`, if the model's forward does not run the layer exactly
-    once, if a model with parameters to train gives logits without a gradient in training, and if the model is trained
-    without the DistributedDataParallel around it, which would average no gradients.
+    logits, or another one of as many outputs does, and for TorchScript; RuntimeError after `remove`, if the model's
+    forward does not run the layer exactly once, if a model with parameters to train gives logits without a gradient in
+    training, and if the model is trained without the DistributedDataParallel around it, which would average no
+    gradients.
     """
 
     def __init__(self, model: nn.Module, layer: str | None = None, *, features: bool = True, leave_hook: bool = True):
@@ -47,6 +50,7 @@ class LastFeatures:
         self.layer = self._dim = self._classes = self._module = self._hook = None
         self._tap: Any = None
         self._past_ddp, self._looks, self._chooses = False, 0, False
+        self._alike: dict[str, nn.Module] = {}  # layers of as many outputs, until it is known which gives the logits
         self._hooks_each_call = not leave_hook
         if features:
             self._find(bare_model(model), layer)
@@ -69,6 +73,8 @@ class LastFeatures:
             linear = isinstance(module, nn.Linear)
             self._kind = "nn.Linear" if linear else "1×1 convolution"
             self._classes = module.out_features if linear else module.out_channels
+            alike = classifiers(modules, self._classes)
+            self._alike = alike if len(alike) > 1 and not hasattr(model, "_orig_mod") else {}
         elif layer not in modules:
             raise ValueError(f"layer must be in the model, got {layer!r}{nearest(layer, modules, cutoff=0)}")
         module = modules[layer]
@@ -99,8 +105,10 @@ class LastFeatures:
             return output, logits, None
         self._tap.clear()
         hook = self._attach() if self._hooks_each_call else None
+        look = bool(self._alike) and not torch.compiler.is_compiling()
         try:
-            output = self.model(*inputs, **named)
+            with watched(self._alike) if look else nullcontext({}) as given:
+                output = self.model(*inputs, **named)
         finally:
             if hook is not None:
                 hook.remove()
@@ -108,8 +116,10 @@ class LastFeatures:
         self._check_gradient(logits)
         self._tap.clear()
         if features is None:
+            heads = [name for name, rows in given.items() if same_rows(rows, logits)]
+            hint = f" ({heads[0]!r} gives the logits)" if heads else ""
             raise RuntimeError(
-                f"{self.layer!r} must run once in the model's forward, got none; name another by layer=, or make "
+                f"{self.layer!r} must run once in the model's forward, got none; name another by layer={hint}, or make "
                 "LastFeatures before a compiled model first runs"
             )
         if again:
@@ -119,7 +129,21 @@ class LastFeatures:
                 f"the last {self._kind}, {self.layer!r}, must give the {logits.shape[-1]} logits, got "
                 f"{self._classes} values; name the classifier by layer="
             )
+        if look and len(logits):
+            self._check_head(given, logits)
         return output, logits, self._rows(features, logits)
+
+    def _check_head(self, given: Mapping[str, Tensor], logits: Tensor) -> None:
+        """ValueError where another layer than that of the features gives the logits; looked at once."""
+        heads = [name for name, rows in given.items() if rows is logits] or [
+            name for name, rows in given.items() if same_rows(rows, logits)
+        ]
+        if heads and self.layer not in heads:
+            raise ValueError(
+                f"the last {self._kind}, {self.layer!r}, must give the logits, got those of {heads[0]!r}; name the "
+                "classifier by layer="
+            )
+        self._alike = {}
 
     def _rows(self, features: Tensor, logits: Tensor) -> Tensor:
         """(B, dim) of the layer's input."""
@@ -214,10 +238,40 @@ class Tap:
         return Tap, ()
 
 
+def classifiers(modules: Mapping[str, nn.Module], classes: int) -> dict[str, nn.Module]:
+    """The linear layers and 1×1 convolutions that have so many outputs, by name."""
+    linear = {name: m for name, m in modules.items() if isinstance(m, nn.Linear) and m.out_features == classes}
+    return linear | {n: m for n, m in modules.items() if _is_pointwise(m) and m.out_channels == classes}
+
+
+@contextmanager
+def watched(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """What each of the modules returns while this lasts, by name; of one that runs again its last output."""
+    given: dict[str, Tensor] = {}
+    hooks = [
+        module.register_forward_hook(lambda _, inputs, rows, name=name: given.update({name: rows}))
+        for name, module in modules.items()
+    ]
+    try:
+        yield given
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def same_rows(rows: Tensor, logits: Tensor) -> bool:
+    """Whether a layer's output is these logits, maybe in another dtype."""
+    return rows is logits or (rows.shape == logits.shape and torch.equal(rows.to(logits.dtype), logits))
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    return isinstance(module, _CONVOLUTIONS) and set(module.kernel_size) == {1}
+
+
 def classifier_of(modules: dict[str, nn.Module]) -> str | None:
     """The last linear layer, or where there is none the last 1×1 convolution."""
     backwards = list(reversed(modules.items()))
     linear = next((name for name, module in backwards if isinstance(module, nn.Linear)), None)
     if linear is not None:
         return linear
-    return next((n for n, m in backwards if isinstance(m, _CONVOLUTIONS) and set(m.kernel_size) == {1}), None)
+    return next((name for name, module in backwards if _is_pointwise(module)), None)

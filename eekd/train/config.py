@@ -19,6 +19,8 @@ class Phase(Checked):
 
     model: str = "resnet8"  # a name of eekd.models, timm:NAME or path/to/file.py:factory
     layer: str | None = None  # the layer whose input is the feature for the attention; none: the last linear layer
+    # which of several outputs are the logits: a number in a tuple, or a name; none: .logits, ["logits"] or the first
+    output: str | None = None
     # weights to start from: the file or folder of a checkpoint, or timm for timm's own weights; none: random weights
     weights: str | None = None
     # the normalisation of this network's images, after scaling to [0, 1]: a number for each channel; timm: as the timm

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from eekd import parallel
+from eekd import parallel, user_code
 from eekd.data import Batch
 from eekd.io.files import first_line
 from eekd.method.losses import EEKDLoss
 from eekd.models.normalization import Renormalize
-from eekd.snapshots.features import LastFeatures
+from eekd.models.outputs import outputs_of
+from eekd.snapshots.features import LastFeatures, classifiers, same_rows, watched
 from eekd.snapshots.wrappers import are_probabilities, logits_of
 from eekd.train.config import Phase
 from eekd.train.findings import guesses
@@ -64,26 +65,30 @@ def preflight(
         teacher = teacher.to(session.device).to(memory_format=session.layout)
         notes += _looks(session, config.teacher, batch.images)
         with _running(session, config.teacher):
-            _check_logits(session, config.teacher, teacher, batch.images)
+            notes += _check_logits(session, config.teacher, teacher, batch.images)
             if trains_teacher:
-                _step(TeacherTrainer(session), TaughtBatch(*batch))
+                trainer = TeacherTrainer(session)
+                notes += _check_logits(session, config.teacher, trainer.network, batch.images, training=True)
+                _step(trainer, TaughtBatch(*batch))
             if finished:
                 notes += _guesses(session, teacher)
         if methods:
             batch = _batch(session, config.student)
             notes += _looks(session, config.student, batch.images)
         for method in methods:
-            with _running(session, config.student):
+            with _running(session, config.teacher):
                 outputs = None if method.weighting == "ce" else _outputs(session, teacher, method, batch)
+            with _running(session, config.student, method):
                 speaker = teacher if method.reads_maps else outputs and Preview(outputs)
                 # Of a network FeatureMaps make a Teacher.
                 trainer = method.trainer(session, speaker, method.weighting, name=method.name)  # pyright: ignore
-                _check_logits(session, config.student, trainer.network, batch.images)
+                for training in (False, True):
+                    notes += _check_logits(session, config.student, trainer.network, batch.images, training)
                 outputs = trainer.teacher(batch) if method.reads_maps else outputs
                 _step(trainer, TaughtBatch(*batch, outputs))
     finally:
         set_random_state(generators, session.device)
-    return notes
+    return list(dict.fromkeys(notes))
 
 
 def _batch(session: Session, phase: Phase) -> Batch:
@@ -95,36 +100,82 @@ def _batch(session: Session, phase: Phase) -> Batch:
 
 
 @contextmanager
-def _running(session: Session, phase: Phase) -> Iterator[None]:
-    """Errors of a network's own code as one sentence."""
+def _running(session: Session, phase: Phase, method: Method | None = None) -> Iterator[None]:
+    """Errors of a network's own code, or of a method's, as one sentence."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
-        if parallel.is_peer_failure(error):
+    except Exception as error:
+        places = user_code.places(error)
+        if isinstance(error, RuntimeError) and parallel.is_peer_failure(error):
             raise
+        if "layer=" in str(error) and user_code.is_eekds(error):
+            told = str(error).replace("layer=", f"--{phase._prefix}layer")
+            raise ValueError(f"{phase._prefix}model {phase.model}: {told}") from error
+        if not isinstance(error, RuntimeError) and not places and user_code.is_eekds(error):
+            raise  # a sentence of eekd's
         data = session.data
         size = f"{data.channels} x {data.image_size} x {data.image_size}"
-        raise ValueError(
-            f"{phase._prefix}model {phase.model} fails on images of {size}: {first_line(error)}"
-        ) from error
+        who = f"{phase._prefix}model {phase.model} fails on images of {size}"
+        if method and method.file and places and places[-1].startswith(f"{method.file},"):
+            who = f"the student {method.name} fails"
+        cause = first_line(error) if type(error) is RuntimeError and not places else user_code.place_and_cause(error)
+        raise ValueError(f"{who}: {cause}") from error
 
 
 @torch.no_grad()
-def _check_logits(session: Session, phase: Phase, network: nn.Module, images: Tensor) -> None:
-    """ValueError unless the network gives a logit for each class, in eval mode, as it is validated."""
-    logits, classes = logits_of(session.run(network.eval(), images)), len(session.data.classes)
+def _check_logits(
+    session: Session, phase: Phase, network: nn.Module, images: Tensor, training: bool = False
+) -> list[str]:
+    """A sentence on what is taken for the logits where several outputs could be meant.
+
+    ValueError unless the network gives a logit for each class, and where it is not clear which output holds them.
+    """
+    classes, who = len(session.data.classes), f"{phase._prefix}model {phase.model}"
+    try:
+        with watched(classifiers(dict(network.named_modules()), classes)) as given:
+            output = session.run(network.train(training), images)
+    except ValueError as error:
+        if not user_code.is_eekds(error):
+            raise
+        raise ValueError(f"{who}: {error}") from error
+    names = {id(x): name for name, x in outputs_of(output).items() if x.shape == (len(images), classes)}
+    hint = f"; --{phase._prefix}output {next(iter(names.values()))} would take one that fits" if names else ""
+    try:
+        logits = logits_of(output)
+    except ValueError as error:
+        raise ValueError(f"{who}: {error}{hint}") from None
     if logits.shape != (len(images), classes):
         raise ValueError(
-            f"{phase._prefix}model {phase.model} must give {classes} logits an image, one for each class of "
-            f"{session.data.name}, got outputs of shape {tuple(logits.shape)} for {len(images)} images"
+            f"{who} must give {classes} logits an image, one for each class of {session.data.name}, got outputs of "
+            f"shape {tuple(logits.shape)} for {len(images)} images{hint}"
         )
     if are_probabilities(logits):
         raise ValueError(
-            f"{phase._prefix}model {phase.model} must give logits, got probabilities, which sum to 1 for each image: "
-            "leave out its softmax, for the losses apply their own"
+            f"{who} must give logits, got probabilities, which sum to 1 for each image: leave out its softmax, for the "
+            "losses apply their own"
         )
+    if not logits.isfinite().all():
+        raise ValueError(f"{who} must give finite logits, got NaN or infinity{' in training' * training}")
+    taken, kind = names.get(id(logits), "logits"), type(phase).__name__.lower()
+    notes = []
+    if logits.min() > 0 and logits.max() < 1:
+        notes.append(f"The {kind} gives numbers from 0 to 1 only, as a sigmoid does; the losses want logits.")
+    if len(names) < 2 or taken == "logits":
+        return notes
+    heads = [names[id(x)] for x in outputs_of(output).values() if any(same_rows(rows, x) for rows in given.values())]
+    if heads and taken not in heads:
+        raise ValueError(
+            f"{who} must say which of its outputs {', '.join(names.values())} of {classes} values are the logits, for "
+            f"{taken} would be taken and {heads[0]} comes from a layer of {classes} outputs: give "
+            f"--{phase._prefix}output"
+        )
+    return [
+        *notes,
+        f"Of the {kind}'s {len(names)} outputs of {classes} values ({', '.join(names.values())}), {taken} is taken for "
+        f"the logits; {phase._prefix}output takes another.",
+    ]
 
 
 @torch.no_grad()

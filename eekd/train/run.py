@@ -172,6 +172,8 @@ def prepare(config: Config, run: str | Path | None = None) -> Session:
     for phase, is_trained in trained.items():
         session.micro_batch(phase)
         networks[phase] = network = models.build(**session.spec(phase))
+        if is_trained and not any(parameter.requires_grad for parameter in network.parameters()):
+            raise ValueError(f"{phase._prefix}model {phase.model} must have parameters to train, got none")
         _, note = session.normalization(phase)
         started = is_trained and session.start(phase)
         resized = is_trained and resized_otherwise(phase, session.config.interpolation)

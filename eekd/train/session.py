@@ -76,7 +76,8 @@ class Session(Runtime):
             name=phase.model, num_classes=len(data.classes), in_channels=data.channels, image_size=data.image_size
         )
         own, _ = self.normalization(phase)
-        return spec | ({"args": args} if args else {}) | ({"normalization": own} if own else {})
+        more = {"args": args, "normalization": own, "output": phase.output}
+        return spec | {name: value for name, value in more.items() if value}
 
     def normalization(self, phase: Phase) -> tuple[dict | None, str | None]:
         """The normalization of the network's spec, None where it is the data's; and a sentence that says so."""
