@@ -9,33 +9,26 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from reprlib import repr  # a damaged file must not become a page of error
-from typing import NamedTuple
 
 from eekd.io.files import printable
 
+from .columns import (
+    LABELS,
+    SPLIT_COLUMNS,
+    Table,
+    classes_of,
+    column_named,
+    label_column,
+    labels_among,
+    ordered,
+    split_column,
+    warn_of_doubtful,
+)
 from .formats import read_bytes
 from .registry import Found, Reading
-from .tables import UNLABELLED_CLASS
 from .walk import TABLES, Passed, counted, entries, images_in, is_image, plural, split_of
 
-_LABELS = (
-    "label", "labels", "class", "class_name", "classname", "category", "target", "label_name", "species", "breed",
-)  # fmt: skip
-_SPLIT_COLUMNS = ("split", "set", "subset", "partition", "usage", "dataset")
-_MARKS = {f"is_{name}": name for name in ("train", "val", "valid", "validation", "test")}  # as fastai's is_valid
-_TRUE, _FALSE = ("1", "true", "1.0", "yes"), ("0", "false", "0.0", "no")
 _TRIED = 50  # rows that tell which column holds what
-
-
-class Table(NamedTuple):
-    """Rows of text; `columns` are their names, or numbers where there are no names."""
-
-    path: Path
-    columns: list[str]
-    rows: list[list[str]]
-
-    def column(self, number: int) -> list[str]:
-        return [row[number] for row in self.rows]
 
 
 class Images:
@@ -81,7 +74,8 @@ def read_table(path: Path, columns: int = 2) -> Table:
     """The table in a file, of UTF-8; the first row may be names. ValueError where it is none of so many columns."""
     ending = path.suffix.lower()
     try:
-        text = read_bytes(path).decode("utf-8-sig")
+        data = read_bytes(path)
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")  # as Excel writes it
         if ending in (".json", ".jsonl", ".ndjson"):
             return _from_json(path, text)
         if re.match(r"sep=[,;|\t]\r?\n", text):  # which Excel reads
@@ -117,6 +111,7 @@ def _from_json(path: Path, text: str) -> Table:
         value = [[name, label] for name, label in value.items()]
     if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
         columns = list(dict.fromkeys(name for row in value for name in row))
+        columns = [name for name in columns if name in LABELS or not any(_nested(row.get(name)) for row in value)]
         rows = [[row.get(name) for name in columns] for row in value]
     else:
         columns, rows = ["0", "1"], value
@@ -126,10 +121,14 @@ def _from_json(path: Path, text: str) -> Table:
         and all(x is None or isinstance(x, str | int | float) for x in row)
         for row in rows
     )
-    if not plain or not rows:
+    if not plain or not rows or not columns:
         wanted = "a list of objects of path and label, or an object of path: label or of label: [paths]"
         raise ValueError(f"{path} must be {wanted}, got {repr(value)}")
     return Table(path, [str(name) for name in columns], [["" if x is None else str(x) for x in row] for row in rows])
+
+
+def _nested(value) -> bool:
+    return isinstance(value, list | dict)
 
 
 def _with_header(table: Table, images: Images) -> Table:
@@ -152,75 +151,13 @@ def _is_image(text: str, images: Images) -> bool:
 def _image_column(table: Table, images: Images, asked: str | None) -> int | None:
     """The column that names most images, or that asked for; None where no column names any."""
     if asked is not None:
-        return _column(table, asked, "image_column")
+        return column_named(table, asked, "image_column")
     hits = []
     for k in range(len(table.columns)):  # a label can be called as a file is without its ending
         values = {row[k].strip() for row in table.rows[:_TRIED]}
         named = [value for value in values if _is_image(value, images)]
         hits.append((sum(is_image(value) for value in named), len(named)))
     return hits.index(max(hits)) if max(hits)[1] else None
-
-
-def _column(table: Table, name: str, setting: str) -> int:
-    if name not in table.columns:
-        raise ValueError(f"{setting} must be one of {', '.join(table.columns)}, got {name!r}")
-    return table.columns.index(name)
-
-
-def _split_column(table: Table) -> tuple[int | None, list[str | None]]:
-    """The column that tells the splits, and the split of each row."""
-    for number, name in enumerate(map(str.lower, table.columns)):
-        column = [value.strip().lower() for value in table.column(number)]
-        if name in _SPLIT_COLUMNS and all(map(split_of, set(column))):
-            return number, [split_of(value) for value in column]
-        if name in _MARKS and set(column) <= {*_TRUE, *_FALSE}:
-            part = split_of(_MARKS[name])
-            other = "test" if part == "train" else "train"
-            return number, [part if value in _TRUE else other for value in column]
-    return None, []
-
-
-def _labels(table: Table, taken: set[int | None], asked: str | None) -> list[str] | None:
-    """The label of each row; None where no column can be meant by it."""
-    if asked is not None:
-        return table.column(_column(table, asked, "label_column"))
-    others = [k for k in range(len(table.columns)) if k not in taken and table.columns[k].lower() not in ("", "index")]
-    lowered = [name.lower() for name in table.columns]
-    for name in _LABELS:
-        if name in lowered and lowered.index(name) in others:
-            return table.column(lowered.index(name))
-    if len(others) == 1:
-        return table.column(others[0])
-    try:  # a column for each class, with a 1 in that of the image
-        marks = [[float(row[k]) for k in others] for row in table.rows]
-    except ValueError:
-        marks = []
-    if marks and all(sorted(row)[-2:] == [0, 1] and min(row) == 0 and sum(row) == 1 for row in marks):
-        return [table.columns[others[row.index(1)]] for row in marks]
-    if table.columns[:2] == ["0", "1"] and 1 in others:  # no names: path and label come first
-        return table.column(1)
-    return None
-
-
-def _classes_of(file: Path, labels: list[str]) -> list[str]:
-    """Labels as names of classes: 1.0, as a table with gaps has it, is 1. ValueError where they are measurements."""
-    labels = [label.strip() for label in labels]
-    numbers = [label for label in labels if re.fullmatch(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", label.lower())]
-    if len(numbers) < len(labels) or all(map(str.isdecimal, numbers)):
-        return labels
-    if all(re.fullmatch(r"-?\d+(\.0*)?", label) for label in numbers):
-        return [label.partition(".")[0] for label in labels]
-    distinct = len(set(labels))
-    if distinct > max(len(labels) / 2, 10):
-        raise ValueError(f"{file} must have classes as labels, got {distinct} different numbers such as {labels[0]}")
-    return labels
-
-
-def ordered(labels: Iterable[str]) -> list[str]:
-    """Classes in order: by number where all are whole numbers, else by the alphabet."""
-    distinct = set(labels)
-    numbers = all(label.removeprefix("-").isascii() and label.removeprefix("-").isdecimal() for label in distinct)
-    return sorted(distinct, key=int) if numbers else sorted(distinct)
 
 
 def read_annotations(files: dict[str, Path], reading: Reading, base: Path | None = None) -> Found:
@@ -244,14 +181,22 @@ def read_annotations(files: dict[str, Path], reading: Reading, base: Path | None
             raise ValueError(
                 f"{file} must name images below {base}, got none in its columns {names}: --root says where they are"
             )
-        split, splits = _split_column(table)
-        labels = _labels(table, {place, split}, reading.label_column)
-        if labels is None or not any(labels):
+        split, splits = split_column(table)
+        unlabelled = part != "train" and reading.label_column not in (None, *table.columns)
+        column = None if unlabelled else label_column(table, {place, split}, reading.label_column)
+        labels, labelled_by = column or ([], "")
+        if not any(labels):
             if part != "train":
                 passed.phrases.append(f"{printable(file.name)}, which has no labels")
                 continue
             raise ValueError(f"{file} must have a column label, got {names}: --label-column says which it is")
-        labels, missing, again = _classes_of(file, labels), [], 0
+        for name in set(table.columns) - {labelled_by}:
+            if name.lower() in SPLIT_COLUMNS and split is None:
+                values = sorted({value or "nothing" for value in table.column(table.columns.index(name))})
+                passed.phrases.append(
+                    f"the column {printable(name)}, whose {counted(values, 'value', 3)} tell no splits"
+                )
+        labels, missing, again = classes_of(file, labels, "label" if reading.label_column else labelled_by), [], 0
         for number, (name, label) in enumerate(zip(table.column(place), labels, strict=True), 1):
             path = images.find(name)
             if path is None:
@@ -272,12 +217,14 @@ def read_annotations(files: dict[str, Path], reading: Reading, base: Path | None
             passed.phrases.append(f"{counted(missing, 'row')} of {printable(file.name)} whose images are missing")
         if again:
             passed.phrases.append(f"{plural(again, 'row')} of {printable(file.name)} that name an image again")
-        said.append(f"{printable(file.name)} names the images in {printable(table.columns[place])}.")
+        said.append(
+            f"{printable(file.name)} names the images in {printable(table.columns[place])}, their labels in "
+            f"{printable(labelled_by)}."
+        )
     if "train" not in found:
         raise ValueError(f"{files['train']} must name images to train on, got {', '.join(found)}")
     classes = ordered(found["train"].values())
-    if {"-1", "0"} <= set(classes):
-        warnings.warn(UNLABELLED_CLASS.format(files["train"], [*found["train"].values()].count("-1")), stacklevel=2)
+    warn_of_doubtful(files["train"], found["train"].values())
     number = {name: k for k, name in enumerate(classes)}
     parts = {}
     for part, pairs in found.items():
@@ -292,12 +239,12 @@ def read_annotations(files: dict[str, Path], reading: Reading, base: Path | None
 
 
 def labels_beside(
-    folder: Path, images: Sequence[str], classes: list[str], passed: Passed, label_column: str | None = None
+    folder: Path, images: Sequence[str], classes: list[str], passed: Passed, asked: str | None = None
 ) -> tuple[list[str], list[int], list[str]] | None:
     """Paths, labels and classes of the images in a folder without classes, from a table in it or beside it.
 
-    With `classes`, all labels are one of them, or begin with it. None where there is no such table; images that it does
-    not name are left out.
+    `asked` names the column of the labels. With `classes`, all labels are one of them, or begin with it. None where
+    there is no such table; images that it does not name are left out.
     """
     known = Images(folder, images)
     own = split_of(folder.name)
@@ -314,35 +261,34 @@ def labels_beside(
                 continue
             if number is None:
                 continue
-            found = {known.find(row[number]): row for row in table.rows}
-            found.pop(None, None)
-            if 2 * len(found) < len(images):
+            named = [(image, row) for row in table.rows if (image := known.find(row[number]))]
+            if 2 * len(dict(named)) < len(images):
                 continue
-            if classes:
-                labels = _among(classes, table, number, found)
-            else:
-                labels = _labels(
-                    table._replace(rows=list(found.values())), {number, _split_column(table)[0]}, label_column
-                )
-                if labels and not all(labels):
-                    labels = None
+            table = table._replace(rows=[row for _, row in named])
+            labels = labels_among(classes, table, number) if classes else _labels_of(table, number, asked)
             if not labels:
+                passed.unusable.append(printable(path.name))
                 continue
+            if not classes:
+                warn_of_doubtful(path, labels)
+            found: dict[str, str] = {}
+            for (image, _), label in zip(named, labels, strict=True):
+                if (other := found.setdefault(image, label)) != label:
+                    raise ValueError(f"{path} must have one label for {image!r}, got {other!r} and {label!r}")
             if left := len(images) - len(found):
                 passed.phrases.append(
                     f"{plural(left, 'image')} of {printable(folder.name)}/ that {printable(path.name)} lacks"
                 )
+            passed.said.append(f"{printable(path.name)} names the labels of the images in {printable(folder.name)}/.")
             names = classes or ordered(labels)
-            return list(found), [names.index(label) for label in labels], names
+            return list(found), [names.index(label) for label in found.values()], names
     return None
 
 
-def _among(classes: list[str], table: Table, number: int, found: dict[str, list[str]]) -> list[str] | None:
-    """The labels of the rows found: of the one column in which each entry, or its first word, is a class."""
-    names = set(classes)
-    for k in range(len(table.columns)):
-        labels = [row[k].strip() for row in found.values()]
-        labels = [label if label in names else label.partition(" ")[0] for label in labels]
-        if k != number and set(labels) <= names:
-            return labels
-    return None
+def _labels_of(table: Table, number: int, asked: str | None) -> list[str] | None:
+    """The labels in a table whose column of that number names images; None where it is one of something else."""
+    labels, column = label_column(table, {number, split_column(table)[0]}, asked) or ([], "")
+    try:
+        return classes_of(table.path, labels, "label" if asked else column) if labels and all(labels) else None
+    except ValueError:
+        return None

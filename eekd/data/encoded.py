@@ -101,6 +101,10 @@ class Encoded:
             raise ValueError(f"image {row} must be bytes or the path of a file, got a {type(item).__name__}")
         if isinstance(item, bytes):
             return item, f"image {row}"
+        if "://" in item:
+            raise ValueError(
+                f"image {row} must be bytes or the path of a file, got an address: download {item[:200]!r}"
+            )
         if self.folders is not None:
             places = [folder / item for folder in self.folders if (folder / item).is_relative_to(folder)]
             if not places or ".." in Path(item).parts:

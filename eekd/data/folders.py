@@ -1,6 +1,7 @@
 """Folders of images: which of them are splits, which are classes, and what lies there besides."""
 
 import os
+import re
 import unicodedata
 from collections import defaultdict
 from pathlib import Path
@@ -10,9 +11,29 @@ from eekd.io.files import nearest, printable
 from .annotations import labels_beside, read_annotations
 from .registry import SPLITS, Found, Reading
 from .tables import is_saved, read_parquet, read_saved
-from .walk import TABLES, UNLABELLED, Passed, counted, entries, holds_images, images_in, is_image, is_leftover, split_of
+from .walk import (
+    TABLES,
+    UNLABELLED,
+    Passed,
+    counted,
+    entries,
+    holds_images,
+    images_in,
+    is_image,
+    is_leftover,
+    split_of,
+    splits_among,
+)
 
-_PACKED = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
+# What is given in place of images, by its name, and the way on.
+_ADVICE = {
+    r"^(data_batch_[1-5]|test_batch)(\.bin)?$": "--data cifar10 --root FOLDER reads it",
+    r"^(fine_label_names\.txt|coarse_label_names\.txt)$": "--data cifar100 --root FOLDER reads it",
+    r"idx[13]-ubyte(\.gz)?$|-\d+-of-\d+$|\.(npz|npy|pt|pth|pkl|pickle|h5|hdf5|mat|tfrecords?|lmdb|mdb|dcm|nii)$": (
+        "a function of your own reads it, --data FILE.py:NAME"
+    ),
+    r"\.(zip|tar|gz|tgz|bz2|xz|7z|rar|zst)$": "unpack it and give the folder",
+}
 _WANTED = "must be CLASS/*.png, train/CLASS/*.png, parquet, or a table of paths and labels"
 
 
@@ -24,14 +45,14 @@ def read_path(path: Path, reading: Reading) -> Found:
             return read_parquet(path, reading)
         if ending in TABLES:
             return read_annotations({"train": path}, reading)
-        advice = ": unpack it and give the folder" if ending in _PACKED else ""
-        raise ValueError(f"{path} {_WANTED}, got a file {path.suffix or 'without an ending'}{advice}")
+        raise ValueError(f"{path} {_WANTED}, got a file {path.suffix or 'without an ending'}{_advice([path.name])}")
     if is_saved(path):
         return read_saved(path, reading)
     if _has_parquet(path) and not holds_images(path):
         return read_parquet(path, reading)
-    reading.refuse(f"the folder of images {path}", "image_column", "label_column", "config_name", "keep")
-    return _read_folder(_unwrapped(path), reading)
+    reading.refuse(f"the folder of images {path}", "image_column", "config_name", "keep")
+    passed = Passed()
+    return _read_folder(_unwrapped(path, passed), reading, passed)
 
 
 def _has_parquet(path: Path) -> bool:
@@ -42,13 +63,21 @@ def _has_parquet(path: Path) -> bool:
     )
 
 
-def _unwrapped(path: Path) -> Path:
+def _unwrapped(path: Path, passed: Passed) -> Path:
     """The folder meant, where there is nothing in this one but another folder of folders."""
     while True:
         folders, files = entries(path)
-        if len(folders) != 1 or any(is_image(file.name) for file in files) or "train" in _tables(path):
+        if any(is_image(file.name) for file in files) or "train" in _tables(path):
             return path
-        if split_of(folders[0].name) or len(entries(folders[0].path)[0]) < 1:
+        if len(folders) > 1:  # images/ beside folders of other things
+            filled = [entry for entry in folders if holds_images(entry.path)]
+            if len(filled) == 1 and filled[0].name.lower() in UNLABELLED:
+                tables = {entry.name: _tables(Path(entry.path)) for entry in folders if entry not in filled}
+                lists = [f"{name}/{file.name}" for name, found in tables.items() for file in found.values()]
+                if lists:
+                    passed.phrases.append(f"{counted(sorted(lists), 'list', 3)}, which could tell the splits")
+                folders = filled
+        if len(folders) != 1 or split_of(folders[0].name) or len(entries(folders[0].path)[0]) < 1:
             return path
         path = Path(folders[0].path)
 
@@ -59,11 +88,11 @@ def _tables(path: Path) -> dict[str, Path]:
     return {part: file for file in files if (part := split_of(file.stem))}
 
 
-def _read_folder(path: Path, reading: Reading) -> Found:
+def _read_folder(path: Path, reading: Reading, passed: Passed) -> Found:
     if "train" in (tables := _tables(path)) and not any(split_of(entry.name) for entry in entries(path)[0]):
         return read_annotations(tables, reading, path)
     splits, beside = _splits(path, reading)
-    passed, said = Passed(), []
+    said = []
     if beside:
         passed.phrases.append(f"{counted(beside, 'folder')} beside train/")
     if not splits:
@@ -86,7 +115,9 @@ def _read_folder(path: Path, reading: Reading) -> Found:
             said.append(
                 f"{printable(folder.name)}/ is {'the training data' if part == 'train' else f'the {part} split'}."
             )
-    return Found(parts, classes, folders=None, base=path, said=said, left_out=passed.all())
+    if not passed.said:
+        reading.refuse(f"the folders of classes in {path}", "label_column")
+    return Found(parts, classes, folders=None, base=path, said=said + passed.said, left_out=passed.all())
 
 
 def _splits(path: Path, reading: Reading) -> tuple[dict[str, Path], list[str]]:
@@ -97,10 +128,10 @@ def _splits(path: Path, reading: Reading) -> tuple[dict[str, Path], list[str]]:
             raise ValueError(f"split must name folders of {path}, got {missing[0]!r}; there are {', '.join(folders)}")
         chosen = dict(zip(named(reading.split), (path / name for name in reading.split), strict=True))
         return chosen, [name for name in folders if name not in reading.split]
-    candidates = {}
-    for name in sorted(folders, key=lambda name: (name not in SPLITS, name)):  # the plain name comes first
-        if (part := split_of(name)) and name not in (reading.classes or ()):
-            candidates.setdefault(part, folders[name])
+    candidates, known = {}, splits_among(folders)
+    for name in sorted(known, key=lambda name: (name not in SPLITS, name)):  # the plain name comes first
+        if name not in (reading.classes or ()):
+            candidates.setdefault(known[name], folders[name])
     others = [name for name in folders if folders[name] not in candidates.values()]
     if "train" in candidates:
         flat = not any(holds_images(entry.path) for entry in entries(_inner(candidates["train"]))[0])
@@ -148,6 +179,21 @@ def _refuse_unknown_splits(path: Path, folders: dict[str, Path], reading: Readin
         )
 
 
+def _advice(names: list[str]) -> str:
+    """What to do with the first name that something is known about."""
+    return next(
+        (f": {way}" for form, way in _ADVICE.items() if any(re.search(form, name.lower()) for name in names)), ""
+    )
+
+
+def _instead(folder: Path, passed: Passed) -> str:
+    """What lies in a folder without images, and what to do with it."""
+    names = sorted(entry.name for found in entries(folder) for entry in found)
+    if passed.endings:
+        return f"{passed.all()[-1]}{_advice([*names, *passed.endings])}"
+    return f"none among {counted(names, 'name', 3)}{_advice(names)}" if names else "an empty folder"
+
+
 def _inner_folders(folder: Path, files: list[str]) -> list[str]:
     """A sentence where images of a class lie in several folders, which could be meant as classes."""
     inner, start = defaultdict(set), len(str(folder)) + 1
@@ -181,18 +227,21 @@ def _labelled(folder: Path, part: str, classes: list[str], passed: Passed, readi
     filled = {name: images for name, images in filled.items() if images}
     known = {unicodedata.normalize("NFC", name): number for number, name in enumerate(classes)}
     places = {name: known.get(unicodedata.normalize("NFC", name)) for name in filled}
-    unlabelled = len(filled) == 1 and all(name.lower() in UNLABELLED or split_of(name) for name in filled)
+    unlabelled = len(filled) == 1 and all(
+        name.lower() in UNLABELLED or split_of(name) or name == folder.name for name in filled
+    )
     if (not filled and loose) or (unlabelled and (part == "train" or None in places.values())):
         images = [entry.path for entry in loose] + [image for images in filled.values() for image in images]
-        found = labels_beside(folder, images, classes, passed)
+        found = labels_beside(folder, images, classes, passed, reading.label_column)
         if found or part != "train":
             return found
+        tried = f" ({passed.unusable[0]} names them, but no column of it can be their label)" if passed.unusable else ""
         raise ValueError(
             f"{folder} holds {len(images):,} images and no folders of classes: give a table of their paths and labels, "
-            "--data FILE.csv"
+            f"--data FILE.csv{tried}"
         )
     if not filled:
-        raise ValueError(f"{folder} must hold images as {folder}/CLASS/*.png, got none")
+        raise ValueError(f"{folder} must hold images as {folder}/CLASS/*.png, got {_instead(folder, passed)}")
     if part == "train":
         classes = list(filled)
         places = {name: number for number, name in enumerate(classes)}

@@ -18,8 +18,12 @@ _ORIENTATION = 0x0112  # Exif 2.3, 4.6.4 A: from 1, as stored, to 8
 # How an image of that orientation is turned: Pillow's FLIP_LEFT_RIGHT, ROTATE_180, FLIP_TOP_BOTTOM, and so on.
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 # What stands in files that only look like images.
-_OTHERS = {b"<svg": "SVG", b"<?xml": "XML or SVG", b"%!ps": "PostScript", b"%pdf": "PDF"}
-_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}  # ISO 14496-12, ftyp
+_OTHERS = {
+    b"<svg": "SVG", b"<?xml": "XML or SVG", b"%!ps": "PostScript", b"%pdf": "PDF", b"8bps": "Photoshop's",
+    b"\0\0\0\x0cjp  ": "JPEG 2000", b"\xff\x4f\xff\x51": "JPEG 2000", b"\0\0\0\x0cjxl ": "JPEG XL",
+}  # fmt: skip
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"mif1": "HEIF", b"msf1": "HEIF"}  # ISO 14496-12, ftyp
+_BRANDS |= dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"), "HEIC")
 
 
 def open_image(data: bytes, name: str):

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from eekd.io.files import printable
+from eekd.io.files import printable, stranger
 
 from .augment import SPLIT, random_bits
+from .columns import classes_of, warn_of_doubtful
 from .registry import SPLITS, Found, Reading
 from .walk import counted, is_leftover, split_of
 
-UNLABELLED_CLASS = "{}: -1 is read as a class, of {:,} images; if it means that there is no label, take these rows out"
 _LABELS = ("label", "fine_label", "labels", "target", "class")
 _IMAGES = ("image", "img")
 _HUB_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -40,9 +40,38 @@ def read_parquet(path: Path, reading: Reading) -> Found:
     files, left_out = {"train": [str(path)]}, []
     if path.is_dir():
         files, left_out = _by_split(path, reading)
+    shards = [Path(file) for split in files.values() for file in split]
+    for file in shards:
+        with open(file, "rb") as start:
+            if what := stranger(start.read(100), "file", {}):
+                raise ValueError(f"{file} must be parquet, got {what}")
+    left_out = [*left_out, *(_lacking(shards) if path.is_dir() else ())]
     found, _ = _load(problem, ValueError, reading, "parquet", data_files=files)
     found = _read(str(path), found, reading, [path if path.is_dir() else path.parent])
-    return found._replace(left_out=[*found.left_out, *left_out])
+    said = [*found.said, *(_mixed(path, files) if path.is_dir() else ())]
+    return found._replace(left_out=[*found.left_out, *left_out], said=said)
+
+
+def _mixed(path: Path, files: dict[str, list[str]]) -> list[str]:
+    """A sentence for each split whose files lie in several folders, which could be different data sets."""
+    folders = {
+        part: sorted({str(Path(file).parent.relative_to(path)) for file in found}) for part, found in files.items()
+    }
+    several = {part: names for part, names in folders.items() if len(names) > 1}
+    return [
+        f"The parquet files of {part} lie in {counted(names, 'folder', 3)}: all are read."
+        for part, names in several.items()
+    ]
+
+
+def _lacking(files: Sequence[Path]) -> list[str]:
+    """A phrase where the names of shards, NAME-00000-of-00005, say that there are more than these."""
+    numbers: dict[tuple, set[str]] = {}
+    for file in files:
+        if name := re.fullmatch(r"(.+)-(\d+)-of-(\d+)(-\w+)?", file.stem):
+            numbers.setdefault((file.parent, name[1], int(name[3])), set()).add(name[2])
+    gaps = {name: (count - len(have), count) for (_, name, count), have in numbers.items() if len(have) < count}
+    return [f"{gap} of the {count} shards of {printable(name)}, not there" for name, (gap, count) in gaps.items()]
 
 
 def is_saved(path: Path) -> bool:
@@ -212,8 +241,10 @@ def _read(source: str, found, reading: Reading, folders: Sequence) -> Found:
             cells, labels = split[image], list(split[label])
         if {type(y) for y in labels} == {float} and all(y == y // 1 for y in labels):  # as a table with gaps has them
             labels = [int(y) for y in labels]
-        if not {type(y) for y in labels} <= {int, str, bool}:
-            raise ValueError(f"{source} must have integers or strings in {label}, got mixed or missing values")
+        odd = [k for k, y in enumerate(labels) if type(y) not in (int, str, bool)]
+        if odd:
+            got = f"{printable(repr(labels[odd[0]]))[:100]} in row {odd[0]} of {name} and {len(odd) - 1} more"
+            raise ValueError(f"{source} must have an integer or a string in {label}, one class an image, got {got}")
         if labels and set(labels) != {-1}:  # as the hub hides the labels of a test set
             raw[part] = cells, labels
         else:
@@ -224,8 +255,10 @@ def _read(source: str, found, reading: Reading, folders: Sequence) -> Found:
     if len({type(y) for y in values}) > 1:
         raise ValueError(f"{source} must have integers or strings in {label}, got mixed or missing values")
     names = getattr(features[label], "names", None)
-    if not names and -1 in values and 0 in values:
-        warnings.warn(UNLABELLED_CLASS.format(source, raw["train"][1].count(-1)), stacklevel=2)
+    if not names:
+        column = "label" if label in (reading.label_column, *_LABELS) else label
+        classes_of(f"{source}, column {label},", map(str, raw["train"][1]), column)
+        warn_of_doubtful(source, map(str, raw["train"][1]))
     number = {y: i for i, y in enumerate(range(len(names)) if names else sorted(values))}
     parts = {}
     for part, (cells, labels) in raw.items():

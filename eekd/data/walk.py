@@ -46,6 +46,22 @@ def split_of(name: str) -> str | None:
     return next((split for split, names in _SPLITS.items() if re.fullmatch(names, words[0])), None)
 
 
+def splits_among(names: Iterable[str]) -> dict[str, str]:
+    """The split of each name that tells one, alone or by the word that tells it from another: x_train and x_test."""
+    names = list(names)
+    found = {name: split for name in names if (split := split_of(name))}
+    if "train" in found.values():
+        return found
+    alike: dict[tuple, dict[str, str]] = {}
+    for name in names:
+        words = [word for word in re.split("[^a-z0-9]+", name.lower()) if word]
+        for k, word in enumerate(words):
+            if split := split_of(word):
+                alike.setdefault((*words[:k], *words[k + 1 :]), {})[name] = split
+    several = [splits for splits in alike.values() if len(set(splits.values())) > 1 and "train" in splits.values()]
+    return several[0] if len(several) == 1 else found
+
+
 def is_image(name: str) -> bool:
     """Whether a file of this name is read as an image."""
     return name.lower().endswith(ENDINGS)
@@ -53,12 +69,14 @@ def is_image(name: str) -> bool:
 
 @dataclass
 class Passed:
-    """What was found in folders of images and not read."""
+    """What was found in folders of images and not read; `said` is what was decided on the way."""
 
     endings: Counter = field(default_factory=Counter)
     dangling: int = 0
     empty: list[str] = field(default_factory=list)
     phrases: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+    unusable: list[str] = field(default_factory=list)  # tables that name images and no labels
 
     def count(self, entry: os.DirEntry) -> None:
         ending = os.path.splitext(entry.name)[1].lower()

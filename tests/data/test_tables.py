@@ -65,8 +65,8 @@ def test_no_hub_is_one_sentence(hub, monkeypatch, name):
     [
         ({"picture": [1, 2], "label": [0, 1]}, "must have the columns image and label, got picture, label"),
         ({"image": [b"", b""], "kind": [0, 1], "age": [0, 1]}, "got image, kind, age: --label-column names"),
-        ({"image": [b"", b""], "label": [0, None]}, "integers or strings in label, got mixed or missing"),
-        ({"image": [b"", b""], "label": [0.5, 1.0]}, "integers or strings in label, got mixed or missing"),
+        ({"image": [b"", b""], "label": [0, None]}, "in label, one class an image, got "),
+        ({"image": [b"", b""], "label": [0.5, 1.0]}, "in label, one class an image, got "),
         ({"image": [b"", b""], "label": [0, 1]}, "image 0 must be bytes or the path of a file, got nothing"),
         ({"image": [b"abc", b""], "label": [0, 1]}, "image 0 is damaged or no image"),
     ],

@@ -51,6 +51,7 @@ def test_class_folders_without_splits(tmp_path):
     [("Training", "Testing"), ("train", "Test"), ("TRAIN", "TEST"), ("train", "valid"), ("train", "validation"),
      ("seg_train/seg_train", "seg_test/seg_test"), ("training_set/training_set", "test_set/test_set"),
      ("train_images", "test_images"), ("trainset", "testset"), ("train2017", "val2017"), ("train/images", "val/images"),
+     ("letters_train/letters_train", "letters_test/letters_test"), ("xray-train", "xray-val"),
      ("data/train", "data/test"), ("archive/data/train", "archive/data/test"), ("Train", "dev"), ("train", "eval")],
 )  # fmt: skip
 def test_splits_by_the_names_people_give_them(tmp_path, train, test):
@@ -140,6 +141,40 @@ def test_a_class_that_is_called_as_a_split_is(tmp_path, name):
     assert data.classes == tuple(sorted((name, "bus", "car"))) and warning is None
 
 
+def test_images_beside_folders_of_other_things(tmp_path):
+    """CUB's: a number for each image, which is no label; Food-101's: lists of the splits."""
+    put(tmp_path, *several("images/cat", "images/dog"))
+    paths = enumerate(several("cat", "dog"), 1)
+    (tmp_path / "images.txt").write_text("".join(f"{number} {path}\n" for number, path in paths))
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "notes.txt").write_text("words")
+    data, warning = read(tmp_path)
+    assert data.classes == ("cat", "dog") and warning is None
+    (tmp_path / "meta" / "train.txt").write_text("cat/000\n")
+    assert read(tmp_path)[1].endswith("left out are 1 list (meta/train.txt), which could tell the splits")
+
+
+@bad_input
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ((), "got an empty folder$"),
+        (("train.zip", "test.zip"), r"got none among 2 names \(test.zip, train.zip\): unpack it and give the folder$"),
+        (("data_batch_1", "test_batch"), "--data cifar10 --root FOLDER reads it$"),
+        (("train-images-idx3-ubyte.gz",), "a function of your own reads it, --data FILE.py:NAME$"),
+        (("train-00000-of-00004",), "a function of your own reads it"),
+        (("a/1.dcm", "b/2.dcm"), r"got 2 files of other kinds \(2 .dcm\): a function of your own reads it"),
+        (("a/1", "b/2"), r"got 2 files of other kinds \(2 no ending\)$"),
+    ],
+)
+def test_what_is_there_in_place_of_images_is_told(tmp_path, files, said):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=said):
+        load(str(tmp_path))
+
+
 @bad_input
 @pytest.mark.parametrize(
     ("paths", "said"),
@@ -152,7 +187,7 @@ def test_a_class_that_is_called_as_a_split_is(tmp_path, name):
         (several("val/cat", "test/cat"), "got test/, val/ and no train/"),
         (several("train"), "train holds 10 images and no folders of classes: give a table"),
         (several("pictures"), "at least two"),
-        (several(".hidden/cat", ".hidden/dog"), "must hold images as .*, got none"),
+        (several(".hidden/cat", ".hidden/dog"), "must hold images as .*, got "),
     ],
 )
 def test_what_cannot_be_meant_is_refused(tmp_path, paths, said):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import warnings
 
 import pytest
@@ -142,6 +143,85 @@ def test_the_metadata_of_an_imagefolder(tmp_path):
         put(tmp_path, *several(part, each=20))
         table(tmp_path / part, "metadata.csv", zip([f"{k:03}.png" for k in range(20)], LABELS, strict=True))
     assert sizes(read(tmp_path)[0]) == (18, 2, 20)
+
+
+def test_tables_with_a_column_for_each_class_beside_each_split(tmp_path):
+    """Roboflow's."""
+    for part, each in (("train", 12), ("valid", 6), ("test", 6)):
+        put(tmp_path, *several(part, each=each))
+        rows = [(f"{k:03}.png", k % 2, (k + 1) % 2) for k in range(each)]
+        table(tmp_path / part, "_classes.csv", rows, ("filename", " cat", " dog"))
+    data, warning = read(tmp_path)
+    assert data.classes == ("cat", "dog") and sizes(data) == (12, 6, 6) and warning is None
+
+
+def test_a_column_can_be_named_of_a_table_beside_flat_images(tmp_path):
+    put(tmp_path, *several("train", each=20), *several("test", each=4))
+    rows = [(f"{k:03}", "xyz"[k % 3], LABELS[k]) for k in range(20)]
+    table(tmp_path, "train.csv", rows, ("id", "kind", "animal"))
+    table(tmp_path, "test.csv", [(f"{k:03}",) for k in range(4)], ("id",))
+    data, _ = read(tmp_path, label_column="animal")
+    assert data.classes == ("cat", "dog") and "train.csv names the labels of the images in train/." in data.decisions
+    with pytest.raises(ValueError, match=r"\(train.csv names them, but no column of it can be their label\)$"):
+        load(str(tmp_path))
+
+
+@bad_input
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        (lambda k: "holdout" if k > 14 else "train", "column split, whose 2 values .holdout, train. tell no splits"),
+        (lambda k: "" if k > 14 else "train", "the column split, whose 2 values .nothing, train. tell no splits"),
+    ],
+)
+def test_a_split_column_that_tells_no_splits_is_said(tmp_path, label, said):
+    put(tmp_path, *PATHS)
+    rows = [(path, LABELS[k], label(k)) for k, path in enumerate(PATHS)]
+    _, warning = read(table(tmp_path, "l.csv", rows, ("path", "label", "split")))
+    assert re.search(said, warning)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (("a", "b", "NA"), "NA is read as a class, of 6 images; if it means that there is no label"),
+        (("a", "b", "a|b"), "'a.b' is read as one class, though its parts are classes too"),
+        (("scab", "rust", "scab rust"), "'scab rust' is read as one class, though its parts"),
+        (("hot", "dog", "hot cat"), None),
+    ],
+)
+def test_classes_that_could_be_none_or_several_are_said(tmp_path, labels, said):
+    put(tmp_path, *PATHS)
+    _, warning = read(table(tmp_path, "l.csv", [(path, labels[k % 3]) for k, path in enumerate(PATHS)]))
+    assert re.search(said, warning) if said else warning is None
+
+
+@bad_input
+@pytest.mark.parametrize("place", ["file", "folder"])
+def test_a_column_of_ids_or_captions_is_no_label(tmp_path, place):
+    put(tmp_path, *several("train", each=20))
+    rows = [{"file_name": f"{k:03}.png", "text": f"caption {k}", "box": [1, 2]} for k in range(20)]
+    (tmp_path / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    said = "must have classes as labels, got 20 different ones in 20 rows such as 'caption 0'"
+    said = said if place == "file" else "metadata.jsonl names them, but no column of it can be their label"
+    with pytest.raises(ValueError, match=said):
+        load(str(tmp_path / "train/metadata.jsonl" if place == "file" else tmp_path))
+
+
+def test_a_table_of_excel_in_utf_16(tmp_path):
+    put(tmp_path, *PATHS)
+    text = "path\tlabel\n" + "".join(f"{p}\t{y}\n" for p, y in zip(PATHS, LABELS, strict=True))
+    (tmp_path / "l.csv").write_text(text, encoding="utf-16")
+    check(read(tmp_path / "l.csv", memory_budget=0)[0])
+
+
+@bad_input
+def test_two_labels_of_an_image_in_a_table_beside_are_refused(tmp_path):
+    put(tmp_path, *several("train", each=20))
+    rows = [(f"{k:03}.png", LABELS[k]) for k in range(20)]
+    table(tmp_path, "labels.csv", [*rows, ("000.png", "dog")], ("id", "breed"))
+    with pytest.raises(ValueError, match="labels.csv must have one label for '.*000.png', got 'cat' and 'dog'$"):
+        load(str(tmp_path))
 
 
 def test_images_elsewhere(tmp_path):
@@ -306,6 +386,34 @@ def test_hidden_parquet_is_passed_over_and_parts_without_a_split_are_named(tmp_p
     assert sizes(data) == (36, 4, 40) and "1 parquet file (more.parquet) whose names tell no split" in warning
 
 
+def test_shards_that_are_missing_are_named(tmp_path, hub):
+    for number in (0, 2):
+        parquet(hub, tmp_path / f"data/train-0000{number}-of-00003.parquet")
+    assert read(tmp_path)[1].endswith("left out are 1 of the 3 shards of train, not there")
+    assert read(tmp_path / "data/train-00000-of-00003.parquet")[1] is None
+
+
+def test_parquet_in_several_folders_is_said(tmp_path, hub):
+    for name in "ab":
+        parquet(hub, tmp_path / name / "train-00000-of-00001.parquet")
+    assert "The parquet files of train lie in 2 folders (a, b): all are read." in read(tmp_path)[0].decisions
+
+
+@bad_input
+def test_parquet_that_is_none_is_told(tmp_path, hub):
+    (tmp_path / "train.parquet").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match="train.parquet must be parquet, got a pointer of Git LFS: `git lfs pull`"):
+        load(str(tmp_path))
+    addresses = [f"https://x.org/{k}.png" for k in range(40)]
+    hub.Dataset.from_dict({"image": addresses, "label": FOUR}).to_parquet(str(tmp_path / "train.parquet"))
+    with pytest.raises(ValueError, match="^image 0 must be bytes or the path of a file, got an address: download 'htt"):
+        load(str(tmp_path))
+    captions = [f"caption {k}" for k in range(40)]
+    rows(hub, image=hub.Image, text=captions).to_parquet(str(tmp_path / "train.parquet"))
+    with pytest.raises(ValueError, match="column text, must have classes as labels, got 40 different ones in 40 rows"):
+        load(str(tmp_path))
+
+
 def rows(hub, n=40, **columns):
     cells = [{"bytes": png(x), "path": None} for x in images(n, 3, 16).transpose(0, 2, 3, 1)]
     columns = {name: cells if column is hub.Image else column for name, column in columns.items()}
@@ -434,5 +542,8 @@ def test_what_save_to_disk_wrote(tmp_path, hub):
 def test_labels_that_are_none_are_refused(tmp_path, hub, labels):
     cells = [png(x) for x in images(40, 3, 16).transpose(0, 2, 3, 1)]
     hub.Dataset.from_dict({"image": cells, "label": labels}).to_parquet(str(tmp_path / "t.parquet"))
-    with warnings.catch_warnings(), pytest.raises(ValueError, match="integers or strings in label, got mixed"):
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(ValueError, match=r"in label, one class an image, got (\[0\]|0.5) in row 0"),
+    ):
         load(str(tmp_path / "t.parquet"))
