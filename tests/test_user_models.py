@@ -406,6 +406,30 @@ def test_attention_of_a_student_that_nobody_wrapped_is_not_noticed(two_processes
     assert other.module is not None
 
 
+@pytest.fixture
+def sharded(two_processes):
+    """A function that shards a network over this one process."""
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    return lambda net, **options: torch.distributed.fsdp.fully_shard(net, mesh=mesh, **options)
+
+
+def test_attention_beside_the_shards_of_another_network_is_not_noticed(sharded):
+    gc.collect()
+    others, net = [sharded(Net().requires_grad_(False)), sharded(Net())], Net()
+    criterion, batch = taught(net)
+    criterion(*batch)
+    assert net not in others
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("options", [{}, {"reshard_after_forward": True}, {"reshard_after_forward": False}])
+def test_attention_outside_the_shards_of_its_student_is_noticed(sharded, options):
+    gc.collect()
+    criterion, batch = taught(sharded(Net(), **options))
+    with pytest.raises(RuntimeError, match="^EEKDLoss must run inside DistributedDataParallel or FSDP, as its"):
+        criterion(*batch)
+
+
 # from the command line
 
 FILE = """

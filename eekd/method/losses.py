@@ -1,6 +1,6 @@
 """The student's loss: how the snapshots are weighted, and `ensemble_kd`, or `sparse_ensemble_kd`, with the weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -152,15 +152,15 @@ class EEKDLoss(nn.Module):
             return
         from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-        wrappers = parallel.wrappers_alive(DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
-        around = parallel.around(self, wrappers)
-        if any(not isinstance(wrapper, DistributedDataParallel) for wrapper in around):
+        replicated = parallel.wrappers_alive(DistributedDataParallel)
+        sharded = parallel.wrappers_alive(FullyShardedDataParallel, FSDPModule)
+        if parallel.around(self, sharded):
             return
-        trained = _parameters_of(student_logits) if wrappers else set()
-        if around or any(
-            not isinstance(wrapper, DistributedDataParallel)  # whose parameters are not those it computes with
-            or any(id(parameter) in trained for parameter in wrapper.parameters())
-            for wrapper in wrappers
+        trained = _parameters_of(student_logits) if replicated or sharded else set()
+        if (
+            parallel.around(self, replicated)
+            or any(id(parameter) in trained for wrapper in replicated for parameter in wrapper.parameters())
+            or (any(p.requires_grad for wrapper in sharded for p in wrapper.parameters()) and trained - _held(sharded))
         ):
             raise RuntimeError(
                 "EEKDLoss must run inside DistributedDataParallel or FSDP, as its student does, for nothing averages "
@@ -180,6 +180,13 @@ def _parameters_of(output: Tensor) -> set[int]:
             seen.add(node)
             nodes += (following for following, _ in node.next_functions)
     return {id(node.variable) for node in seen if hasattr(node, "variable")}
+
+
+def _held(sharded: Iterable[nn.Module]) -> set[int]:
+    """The id of every parameter of a module outside of the shards, whose modules compute with parameters not theirs."""
+    inside = {id(module) for wrapper in sharded for module in wrapper.modules()}
+    outside = (module for module in parallel.wrappers_alive(nn.Module) if id(module) not in inside)
+    return {id(parameter) for module in outside for parameter in vars(module).get("_parameters", {}).values()}
 
 
 class Measurements(Mapping):
