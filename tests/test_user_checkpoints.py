@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import shutil
+import zipfile
 from collections import OrderedDict
 
 import pytest
@@ -114,7 +115,7 @@ def test_nan_in_weights_is_said(tmp_path):
     [net] = nets(1)
     net.head.weight.data[0, 0] = float("nan")
     torch.save(net.state_dict(), tmp_path / "n.pt")
-    with pytest.warns(UserWarning, match=r"n.pt holds NaN in head.weight: was it saved after the training diverged\?$"):
+    with pytest.warns(UserWarning, match=r"n.pt holds NaN or infinity in head.weight: was it saved after"):
         SnapshotEnsemble.from_files(tmp_path / "n.pt", Net)
 
 
@@ -128,6 +129,7 @@ def test_nan_in_weights_is_said(tmp_path):
         (b"\x1f\x8b\x08" + b"x" * 50, "got a gzip archive: unpack it$"),
         (b"\x89HDF\r\n\x1a\n" + b"x" * 50, "got a file of HDF5, as Keras writes them$"),
         (b'{"epoch": 3}', "got text: JSON$"),
+        (b"PK\3\4" + b"x" * 50, "unpickling: it is cut off or damaged$"),
         (b"lr: 0.1\n", "unpickling: it is no file of torch.save, or damaged$"),
     ],
 )
@@ -314,6 +316,56 @@ def test_a_list_keeps_its_order_and_the_order_of_letters_is_said(tmp_path):
     check(paths[::-1], written[::-1])
     with pytest.warns(UserWarning, match="in the order of letters: ck-1.pt, ck-10.pt, ck-2.pt; is the last the fin"):
         check(sorted(paths), [written[0], written[2], written[1]])
+
+
+@pytest.mark.parametrize(
+    ("names", "kept", "said"),
+    [
+        (("epoch=1", "epoch=2", "last", "best"), (0, 1), "left out best.pt, last.pt, for the best and the last are"),
+        (("checkpoint-9.pth", "checkpoint-10.pth", "model_best"), (0, 1), "left out model_best.pt, for the best"),
+        (("model_9", "model_10", "final"), (0, 1, 2), None),
+        (("best", "epoch-3"), (1, 0), None),
+        (("early", "late"), (0, 1), "no number tells the order of early.pt, late.pt; is the last the finished model"),
+    ],
+)
+@pytest.mark.parametrize("folders", [False, True])
+def test_names_beside_numbers(tmp_path, names, kept, said, folders, recwarn):
+    written = nets(len(names))
+    for name, net in zip(names, written, strict=True):
+        if folders:
+            hugging_face(tmp_path / name, net)
+        else:
+            torch.save(net.state_dict(), tmp_path / f"{name}.pt")
+    check(tmp_path, [written[k] for k in kept])
+    messages = [str(warning.message) for warning in recwarn]
+    said = said and (said.replace(".pt", "") if folders else said)
+    assert len(messages) == bool(said) and all(said in message for message in messages)
+
+
+def test_a_version_of_lightning_is_its_checkpoints(tmp_path):
+    [net] = nets(1)
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"state_dict": net.state_dict()}, tmp_path / "checkpoints" / "epoch=1-step=3.ckpt")
+    check(tmp_path, [net])
+
+
+@pytest.mark.bad_input
+def test_shards_without_their_index_and_pointers_are_told(tmp_path):
+    hugging_face(tmp_path / "a", nets(1)[0], 2)
+    (tmp_path / "a" / "model-00002-of-00002.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match="00002.safetensors must be a safetensors file, got a pointer of Git LFS"):
+        SnapshotEnsemble.from_files(tmp_path / "a", Net)
+    (tmp_path / "a" / "model.safetensors.index.json").unlink()
+    with pytest.raises(ValueError, match="a must hold the index of its shards, model-00001.*, got none, .*json$"):
+        checkpoint_files(tmp_path / "a")
+    (tmp_path / "zero").mkdir()
+    (tmp_path / "zero" / "zero_to_fp32.py").write_text("")
+    with pytest.raises(ValueError, match="zero_to_fp32.py .* makes weights of the shards of ZeRO$"):
+        checkpoint_files(tmp_path / "zero")
+    with zipfile.ZipFile(tmp_path / "m.keras", "w") as archive:
+        archive.writestr("config.json", "{}")
+    with pytest.raises(ValueError, match="it is a zip archive of config.json, which torch.save does not write$"):
+        load_weights(tmp_path / "m.keras")
 
 
 @pytest.mark.bad_input

@@ -54,13 +54,9 @@ def weights_file(folder: Path) -> Path:
     """The file, or the index of several, that holds a checkpoint's weights; of an adapter its own."""
     if file := files.weights_file(folder, (*ADAPTER_WEIGHTS, *files.WEIGHTS)):
         return file
-    inside, hint = [path.name for path in folder.iterdir()], ""
-    if any(name.startswith("pytorch_model_fsdp") for name in inside):
-        hint = f"; `accelerate merge-weights {folder}/pytorch_model_fsdp_0 {folder}` makes one of the shards of FSDP"
-    elif "zero_to_fp32.py" in inside:
-        hint = f"; `python {folder}/zero_to_fp32.py {folder} {folder}` makes them of the shards of ZeRO"
+    inside = [path.name for path in folder.iterdir()]
     raise FileNotFoundError(
-        f"{folder} must hold {files.WEIGHTS[0]}, its shards or an adapter, got {some(inside)}{hint}"
+        f"{folder} must hold {files.WEIGHTS[0]}, its shards or an adapter, got {some(inside)}{files.merger(folder)}"
     )
 
 

@@ -104,8 +104,10 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str | Path
     if reasons := mismatch(own, state):
         raise ValueError(f"{source} does not fit this {type(model).__name__}: {reasons}")
     plain = {name: x for name, x in state.items() if type(x) in (Tensor, nn.Parameter) and x.is_floating_point()}
-    if holes := [name for name, x in plain.items() if x.isnan().any()]:
-        warnings.warn(f"{source} holds NaN in {some(holes)}: was it saved after the training diverged?", stacklevel=2)
+    if holes := [name for name, x in plain.items() if (x.isnan() | x.isposinf()).any()]:
+        warnings.warn(
+            f"{source} holds NaN or infinity in {some(holes)}: was it saved after the training diverged?", stacklevel=2
+        )
     model.load_state_dict({name: state[bare] for name, bare in zip(model.state_dict(), own, strict=True)})
 
 

@@ -67,6 +67,8 @@ def check_tensors(tensors: Mapping[str, Tensor], source: str | Path) -> None:
 def load_tensors(path: str | Path, sha256: str | None = None) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU; errors of `read_checked`, ValueError where damaged."""
     data = read_checked(path, sha256)
+    if what := stranger(data, "file", _OTHERS):
+        raise ValueError(f"{path} must be a safetensors file, got {what}")
     try:
         return safetensors.torch.load(data)
     except Exception as error:  # damaged bytes make the reader raise whatever it stumbles over
@@ -135,13 +137,18 @@ def _torch_file(path: Path, sha256: str | None):
     try:
         if data.startswith(b"PK"):
             with zipfile.ZipFile(io.BytesIO(data)) as archive:  # torch.save packs nothing
-                if any("/code/" in name for name in archive.namelist()):
+                names = archive.namelist()
+                if not any(name.endswith("data.pkl") for name in names):
+                    raise ValueError(f"it is a zip archive of {some(names)}, which torch.save does not write")
+                if any("/code/" in name for name in names):
                     raise ValueError(
                         "it is a TorchScript archive; give it as SnapshotEnsemble.from_files(..., load=torch.jit.load)"
                     )
                 if (size := sum(member.file_size for member in archive.infolist())) > len(data):
                     raise ValueError(f"it unpacks {len(data)} bytes to {size}")
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} cannot be read as tensors without unpickling: it is cut off or damaged") from error
     except Exception as error:
         # The reader begins with the advice to do without its protection.
         lines = [line for line in str(error).splitlines() if "Unpickler error: " in line or "GLOBAL" in line]

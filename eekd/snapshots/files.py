@@ -8,13 +8,24 @@ from pathlib import Path
 
 from eekd.io.files import read_json, sha256_of
 from eekd.io.state_dicts import some
-from eekd.io.tensors import weights_sha256
+from eekd.io.tensors import INDEX, weights_sha256
 
 # The weights in a folder that save_pretrained, Trainer or accelerate wrote, as transformers looks for them.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".tar", ".index.json")
 SCHEDULE = "eekd_snapshots.json"  # beside checkpoint-* folders: which of them eekd.hf.SnapshotCallback saved
-BESIDE = re.compile(r"^(optimizer|scheduler|scaler|rng|random_states|training_args|trainer_state|\.)")  # no weights
+# Names of files without weights, of shards, and of what repeats another checkpoint.
+BESIDE = re.compile(
+    r"^(optimizer|scheduler|scaler|rng|random_states|training_args|trainer_state|\.)|_optim_states\.pt$"
+)
+SHARD = re.compile(r"-\d+-of-\d+\.\w+$")
+COPY = re.compile(r"(^|[^a-z])(best|last|latest)([^a-z]|$)", re.IGNORECASE)
+# What shards that torch cannot load are made one file by, where a file of this name is among them.
+MERGERS = {
+    ".metadata": "torch.distributed.checkpoint.format_utils.dcp_to_torch_save makes a file of it",
+    "zero_to_fp32.py": "`python {0}/zero_to_fp32.py {0} {0}` makes weights of the shards of ZeRO",
+    "pytorch_model_fsdp_0": "`accelerate merge-weights {0}/pytorch_model_fsdp_0 {0}` makes weights of FSDP's shards",
+}
 
 
 def checkpoint_files(paths: str | Path | Sequence[str | Path], folders: bool = False) -> list[Path]:
@@ -99,23 +110,45 @@ def _in_folder(folder: Path, folders: bool) -> list[Path]:
     if snapshots := scheduled(folder):
         return [one for path in snapshots for one in _in_folder(path, folders)]
     inside = sorted(folder.iterdir(), key=natural)
-    steps = [path for path in inside if path.is_dir() and not BESIDE.match(path.name)]
-    steps = [one for one in (_one(path, folders) for path in steps) if one]
+    steps = [path for path in inside if path.is_dir() and not BESIDE.search(path.name)]
+    steps = {path.name: one for path in steps if (one := _one(path, folders))}
     own = _one(folder, folders)
     if steps and own:
         beside = own.name if own != folder else "weights"
         warnings.warn(f"{folder} is read as its {len(steps)} folders of checkpoints, without {beside}", stacklevel=4)
     if steps:
-        return steps
+        return _in_order(folder, steps)
     if own:
         return [own]
-    files = [path for path in inside if path.name.endswith(ENDINGS) and path.is_file() and not BESIDE.match(path.name)]
+    files = [path for path in inside if path.name.endswith(ENDINGS) and path.is_file() and not BESIDE.search(path.name)]
     if indices := [path for path in files if path.name.endswith(".index.json")]:
         files = indices  # which name their shards
+    if not files and (folder / "checkpoints").is_dir():  # of a version of Lightning
+        return _in_folder(folder / "checkpoints", folders)
     if not files:
-        hint = "; torch.distributed.checkpoint.format_utils.dcp_to_torch_save makes a file of it"
-        raise ValueError(
-            f"{folder} must hold checkpoints ({', '.join(ENDINGS)}), got {some(path.name for path in inside)}"
-            + hint * (folder / ".metadata").is_file()
-        )
-    return files
+        names = some(path.name for path in inside)
+        raise ValueError(f"{folder} must hold checkpoints ({', '.join(ENDINGS)}), got {names}{merger(folder)}")
+    if shards := [path.name for path in files if SHARD.search(path.name)]:
+        raise ValueError(f"{folder} must hold the index of its shards, {some(shards)}, got none, *{INDEX}")
+    return _in_order(folder, {path.name: path for path in files})
+
+
+def merger(folder: Path) -> str:
+    """The end of an error about a folder of shards: what makes weights of them; "" where that is not known."""
+    return next((f"; {how.format(folder)}" for name, how in MERGERS.items() if (folder / name).exists()), "")
+
+
+def _in_order(folder: Path, found: dict[str, Path]) -> list[Path]:
+    """Checkpoints by the numbers in their names, then those without; none called best or last beside numbered ones."""
+    copies = [name for name in found if COPY.search(name)]
+    numbered = [name for name in found if re.search(r"\d", name.partition(".")[0]) and name not in copies]
+    names = numbered + [name for name in found if name not in numbered and name not in copies]
+    if len(numbered) > 1 and copies:
+        told = some(copies)
+        warnings.warn(f"{folder}: left out {told}, for the best and the last are among the others", stacklevel=5)
+    else:
+        names += copies
+    if len(names) > 1 and not numbered:
+        told = ", ".join(names)
+        warnings.warn(f"{folder}: no number tells the order of {told}; is the last the finished model?", stacklevel=5)
+    return [found[name] for name in names]
