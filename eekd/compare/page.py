@@ -4,6 +4,7 @@ import importlib.util
 import math
 import re
 import shlex
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from eekd.compare.methods import KINDS
@@ -37,13 +38,14 @@ def page(record: dict, figures: str | None = None, more: str = "") -> str:
     def figure(name):
         return [f"![{FIGURES[name]}]({figures}{name}.svg)", ""] if name in shown else []
 
+    advice = record.get("advice", {}).get("text")
     lines = [
         "# Ways to teach a student, compared",
         "",
         *_setting(record),
         "",
-        *_advice(record),
-        *_verdicts(record),
+        *([f"**{plain(advice)}**", ""] if advice else []),
+        *_table("claim of the paper | here", ((row["claim"], row["verdict"]) for row in record["claims"]), 2),
         "",
         "## Every method",
         "",
@@ -84,98 +86,78 @@ def _setting(record: dict) -> list[str]:
     ]
 
 
-def _advice(record: dict) -> list[str]:
-    text = record.get("advice", {}).get("text")
-    return [f"**{plain(text)}**", ""] if text else []
-
-
-def _verdicts(record: dict) -> list[str]:
-    return [
-        "| claim of the paper | here |",
-        "|---|---|",
-        *(f"| {row['claim']} | {row['verdict']} |" for row in record["claims"]),
-    ]
+def _table(columns: str, rows: Iterable[Sequence[str]], texts: int = 1) -> list[str]:
+    """The lines of a table whose columns hold numbers, apart from the first `texts`."""
+    marks = "---|" * texts + "--:|" * (columns.count("|") + 1 - texts)
+    return [f"| {columns} |", f"|{marks}", *(f"| {' | '.join(cells)} |" for cells in rows)]
 
 
 def _methods(record: dict) -> list[str]:
     over = [name for name in ("ce", "uniform", "last") if any(row.get(f"over_{name}") for row in record["methods"])]
-    heads = "".join(f" over {'CE' if name == 'ce' else name}, points |" for name in over)
-    lines = [f"| method | name | M | validation, % | test, % |{heads}", "|---|---|--:|--:|--:|" + "--:|" * len(over)]
-    for row in record["methods"]:
-        cells = [row["title"], f"`{row['name']}`", str(len(row["epochs"]) or ""), percent(row["val"]),
-                 percent(row["test"]), *(points(row.get(f"over_{name}")) for name in over)]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    heads = "".join(f" | over {'CE' if name == 'ce' else name}, points" for name in over)
+    cells = (
+        [row["title"], f"`{row['name']}`", str(len(row["epochs"]) or ""), percent(row["val"]), percent(row["test"]),
+         *(points(row.get(f"over_{name}")) for name in over)]
+        for row in record["methods"]
+    )  # fmt: skip
+    return _table(f"method | name | M | validation, % | test, %{heads}", cells, 2)
 
 
 def _ensembles(record: dict) -> list[str]:
     if not record["ensembles"]:
         return []
-    lines = [
-        "| teacher | its snapshots, test % | ensemble (mean of probabilities), test % | over the ordinary one, "
-        "points |",
-        "|---|---|--:|--:|",
-    ]
-    for row in record["ensembles"]:
-        each = " ".join(f"{100 * accuracy:.1f}" for accuracy in row["members"])
-        lines.append(f"| {KINDS[row['kind']]} | {each} | {percent(row['test'])} | {points(row['over_ordinary'])} |")
-    return [*lines, ""]
+    cells = (
+        (KINDS[row["kind"]], " ".join(f"{100 * accuracy:.1f}" for accuracy in row["members"]), percent(row["test"]),
+         points(row["over_ordinary"]))
+        for row in record["ensembles"]
+    )  # fmt: skip
+    columns = (
+        "teacher | its snapshots, test % | ensemble (mean of probabilities), test % | over the ordinary one, points"
+    )
+    return [*_table(columns, cells, 2), ""]
 
 
 def _weights(record: dict) -> list[str]:
     rows = [row for row in record["methods"] if row["weights"] and len(row["weights"]) > 1]
-    if not rows:
-        return []
-    lines = ["| method | mean weight of each snapshot, last epoch | entropy, nats | of at most |", "|---|---|--:|--:|"]
-    for row in rows:
-        weights = " ".join(f"{weight:.2f}" for weight in row["weights"])
-        most = math.log(len(row["weights"]))
-        lines.append(f"| {row['title']} | {weights} | {row['weight_entropy']:.2f} | {most:.2f} |")
-    return [*lines, ""]
+    cells = (
+        (row["title"], " ".join(f"{weight:.2f}" for weight in row["weights"]), f"{row['weight_entropy']:.2f}",
+         f"{math.log(len(row['weights'])):.2f}")
+        for row in rows
+    )  # fmt: skip
+    columns = "method | mean weight of each snapshot, last epoch | entropy, nats | of at most"
+    return [*_table(columns, cells, 2), ""] if rows else []
 
 
 def _number(record: dict) -> list[str]:
     series = {name: series_of(record, name) for name in ("uniform", "attention")}
-    if not any(series.values()):
-        return []
-    lines = [
-        "| M | uniform, test % | attention, test % | teacher forwards per image: online | from a bank |",
-        "|--:|--:|--:|--:|--:|",
-    ]
+    cells = []
     for m in sorted(set().union(*series.values())):
         rows = [series[name].get(m) for name in series]
         cost = next(row["cost"] for row in rows if row)
-        each = [cost[key] / record["images"] for key in ("teaching", "teaching_bank")]
-        lines.append(
-            f"| {m} | {' | '.join(percent(row['test']) if row else '' for row in rows)} | "
-            f"{each[0]:.0f} | {each[1]:.0f} |"
-        )
-    return [*lines, ""]
+        each = (f"{cost[key] / record['images']:.0f}" for key in ("teaching", "teaching_bank"))
+        cells.append((f"{m}", *(percent(row["test"]) if row else "" for row in rows), *each))
+    columns = "M | uniform, test % | attention, test % | teacher forwards per image: online | from a bank"
+    return [*_table(columns, cells, 0), ""] if cells else []
 
 
 def _cost(record: dict) -> list[str]:
     base = next((row["cost"] for row in record["methods"] if row["name"] == "ce"), None)
-    head = "| method | teachers | train teachers | teach: online | bank | train student | TFLOP: online | bank | "
+    columns = "method | teachers | train teachers | teach: online | bank | train student | TFLOP: online | bank | "
     lines = [
         "Forwards of one image by the named network, in millions. A training step counts as three forwards. Each "
         "method pays for its own teachers and bank.",
         "",
-        head + "s: teachers | bank | student |",
-        "|---|" + "--:|" * 10,
     ]
+    cells = []
     for row in record["methods"]:
         cost, seconds = row["cost"], row["seconds"]
         forwards = [cost[key] for key in ("teacher_training", "teaching", "teaching_bank", "student_training")]
         flops = [cost[key] for key in ("gflops_online", "gflops_bank")]
         spent = [seconds[key] for key in ("teachers", "bank", "student")]
-        cells = [
-            row["title"],
-            str(cost["teachers"]),
-            *(number(x, 1e-6, ".3g") for x in forwards),
-            *(number(x, 1e-3, ",.3g") for x in flops),
-            *(number(x, 1, ",.0f") for x in spent),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        numbers = [number(x, 1e-6, ".3g") for x in forwards] + [number(x, 1e-3, ",.3g") for x in flops]
+        numbers += [number(x, 1, ",.0f") for x in spent]
+        cells.append((row["title"], str(cost["teachers"]), *numbers))
+    lines += _table(columns + "s: teachers | bank | student", cells)
     flops = record["flops"]
     if base and flops:
         lines += [
@@ -192,14 +174,9 @@ def online(record: dict) -> list[str]:
     rows = [row for row in record["methods"] if row["over_online"]]
     if not rows:
         return []
-    lines = [
-        f"## A bank of {record['views']} views against snapshots that run",
-        "",
-        "| method | from the bank, test % | over online, points |",
-        "|---|--:|--:|",
-    ]
-    lines += [f"| {row['title']} | {percent(row['test'])} | {points(row['over_online'])} |" for row in rows]
-    return [*lines, ""]
+    cells = ((row["title"], percent(row["test"]), points(row["over_online"])) for row in rows)
+    table = _table("method | from the bank, test % | over online, points", cells)
+    return [f"## A bank of {record['views']} views against snapshots that run", "", *table, ""]
 
 
 def _reason(row: dict) -> str:

@@ -150,7 +150,9 @@ def write_json_atomic(path: str | Path, value, sync: bool = True) -> str:
     An object is sealed: its last entry is "own_sha256", by which `read_json` finds any byte that changed.
     """
     try:
-        data = _sealed(value) if isinstance(value, dict) else _json(value)
+        data = _json(value)
+        if isinstance(value, dict):
+            data = _json({**value, SEAL: hashlib.sha256(data).hexdigest()})
     except (RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be written as JSON: {error}") from error
     if len(data) > LARGEST_JSON:
@@ -160,10 +162,6 @@ def write_json_atomic(path: str | Path, value, sync: bool = True) -> str:
 
 def _json(value) -> bytes:
     return json.dumps(value, indent=2, allow_nan=False).encode() + b"\n"
-
-
-def _sealed(value: dict) -> bytes:
-    return _json({**value, SEAL: hashlib.sha256(_json(value)).hexdigest()})
 
 
 def json_bytes(path: str | Path) -> bytes:
