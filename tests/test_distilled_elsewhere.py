@@ -1,4 +1,4 @@
-"""Distilled in Hugging Face's Trainer, accelerate and Lightning, and the examples with them."""
+"""Distilled in Hugging Face's Trainer, accelerate and Lightning, and the examples with them; torchdistill's numbers."""
 
 import importlib
 import re
@@ -28,6 +28,23 @@ def test_the_example_with(name, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.chdir(tmp_path)
     assert importlib.import_module(f"with_{name}").main(3) > 0.6
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 1.0])  # at 0 theirs leaves the square of the temperature out
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
+def test_numbers_are_those_of_torchdistill(temperature, alpha):
+    losses = pytest.importorskip("torchdistill.losses.mid_level", reason="torchdistill is not installed")
+    generator = torch.Generator().manual_seed(0)
+    s, z = (3 * torch.randn(2, 6, 7, generator=generator)).unbind()
+    s, y = s.requires_grad_(), torch.randint(7, (6,), generator=generator)
+    theirs = losses.KDLoss("s", "output", "z", "output", temperature, alpha)
+    found = []
+    for loss in (
+        eekd.EEKDLoss("last", temperature=temperature, alpha=alpha)(s, z[None], y)[0],
+        theirs({"s": {"output": s}}, {"z": {"output": z}}, y),
+    ):
+        found.append((loss.detach(), *torch.autograd.grad(loss, s)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
 
 
 # Hugging Face's Trainer
@@ -160,6 +177,24 @@ def test_features_of_sequences_are_what_the_last_layer_reads(kind, as_tuples):
     output = distilled(**inputs, labels=torch.tensor([0, 1, 2, 0]))
     (output[0] if as_tuples else output.loss).backward()
     assert all(p.grad.abs().sum() > 0 for p in distilled.criterion.parameters())
+
+
+@pytest.mark.bad_input
+def test_a_model_of_two_heads_is_asked_which(tmp_path):
+    """A distilled DeiT says the mean of both: the attention must not read one of the two without a word."""
+    needs("transformers")
+    from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
+
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=3)
+    net = DeiTForImageClassificationWithTeacher(DeiTConfig(**sizes, image_size=8, patch_size=4, num_channels=1)).eval()
+    images = torch.randn(4, 1, 8, 8)
+    with pytest.raises(ValueError, match="got the mean of 'cls_classifier' and 'distillation_classifier'; name"):
+        eekd.SnapshotEnsemble([net])(images)
+    logits, features = eekd.SnapshotEnsemble([net], layer="cls_classifier")(images)
+    with torch.no_grad():
+        torch.testing.assert_close(features[0], net.deit(images).last_hidden_state[:, 0])
+        torch.testing.assert_close(logits[0], net(images).logits)
+    assert eekd.SnapshotEnsemble([net], features=False)(images)[0].shape == (1, 4, 3)
 
 
 # Several processes

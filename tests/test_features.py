@@ -180,7 +180,9 @@ def test_an_unknown_layer_is_answered_with_the_nearest(net, layer, nearest):
 
 def test_a_layer_without_matrix_says_its_width_after_a_call(net, x):
     capture = LastFeatures(net, "last")
-    with pytest.raises(RuntimeError, match="^the width of the features is not known: call this once, 'last' does not"):
+    with pytest.raises(
+        RuntimeError, match="^the width of the features is not known: call this once, for 'last' has none"
+    ):
         _ = capture.dim
     logits, features = capture(x)
     assert torch.equal(logits, features) and capture.dim == 3

@@ -1,6 +1,6 @@
 """The last feature of any classifier: what goes into the layer that makes its logits."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -143,6 +143,11 @@ class LastFeatures:
                 f"the last {self._kind}, {self.layer!r}, must give the logits, got those of {heads[0]!r}; name the "
                 "classifier by layer="
             )
+        if not heads and are_mean(given.values(), logits):
+            raise ValueError(
+                f"the logits must be those of one layer, got the mean of {' and '.join(map(repr, given))}; name the one "
+                "whose input the features are by layer="
+            )
         self._alike = {}
 
     def _rows(self, features: Tensor, logits: Tensor) -> Tensor:
@@ -262,6 +267,12 @@ def watched(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 def same_rows(rows: Tensor, logits: Tensor) -> bool:
     """Whether a layer's output is these logits, maybe in another dtype."""
     return rows is logits or (rows.shape == logits.shape and torch.equal(rows.to(logits.dtype), logits))
+
+
+def are_mean(outputs: Iterable[Tensor], logits: Tensor) -> bool:
+    """Whether the logits are the mean of several layers' outputs, as those of a distilled DeiT are."""
+    rows = [x.detach().to(logits.dtype) for x in outputs if x.shape == logits.shape]
+    return len(rows) > 1 and torch.allclose(torch.stack(rows).mean(0), logits, rtol=1e-2, atol=1e-4)
 
 
 def _is_pointwise(module: nn.Module) -> bool:
