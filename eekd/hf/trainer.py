@@ -197,13 +197,16 @@ class EEKDMixin:
         if not self._eekd_verified:
             self._eekd_verify(inputs)
         student = self.model
-        said, forward = self.task.teach(inputs, self.accelerator.autocast), student.forward
+        forward, kind = student.forward, self.args.device.type
+        with torch.autocast(kind, enabled=False):  # transformers 4 computes a whole loss in one
+            said = self.task.teach(inputs, self.accelerator.autocast)
 
         def joined(*args, **named):
             # The loss is made inside the student's forward, where DistributedDataParallel sees that the head is used.
             with self.task.tap() as found:
                 output = forward(*args, **named)
-            loss, measured = self.task.loss(self.criterion, output, found, said, items)
+            with torch.autocast(kind, enabled=False):
+                loss, measured = self.task.loss(self.criterion, output, found, said, items)
             return {"loss": loss, **measured}
 
         with replaced(student, joined):

@@ -56,6 +56,20 @@ def test_a_run_from_a_bank_is_that_with_the_teachers(tmp_path):
     compare(*states, rtol=1e-2, atol=1e-3)  # float16
 
 
+@pytest.mark.parametrize("options", [dict(weighting="attention"), dict(weighting="uniform", top_k=4)])
+def test_a_bank_inside_autocast(options, tmp_path):
+    """Transformers 4 computes the whole loss in one."""
+    options, found = {"top_k": 0} | options, []
+    write_token_bank(tmp_path / "bank", run_of("llama", tmp_path), Texts(), collate, top_k=options.pop("top_k"))
+    batch = collate([Texts()[i] for i in range(6)])
+    for half in (False, True):
+        trainer = trainer_with(language_model("llama"), tmp_path / "bank", tmp_path, bf16=half, **options)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            found.append(loss_of(trainer, batch)[0])
+    assert found[1].dtype == torch.float32
+    torch.testing.assert_close(*found, rtol=3e-2, atol=1e-2)
+
+
 def test_a_shared_head_is_kept_once(tmp_path):
     run, _ = lora_run(tmp_path, language_model("llama", 24, 1), target_modules=["q_proj", "v_proj"])
     bank = write_token_bank(tmp_path / "bank", run, Texts(), collate)

@@ -94,6 +94,18 @@ def test_a_run_from_a_bank_is_that_with_the_teachers(kind, tmp_path):
     compare(*states, rtol=1e-2, atol=1e-3)  # float16
 
 
+def test_a_bank_inside_autocast(tmp_path):
+    """Transformers 4 computes the whole loss in one."""
+    (data, collator), found = data_of("bert"), []
+    write_classifier_bank(tmp_path / "bank", run_of("bert", tmp_path), data, collator)
+    batch = collator([data[i] for i in range(6)])
+    for half in (False, True):
+        trainer = trainer_with("bert", tmp_path / "bank", tmp_path, bf16=half)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            found.append(loss_of(trainer, batch)[0])
+    torch.testing.assert_close(*found, rtol=3e-2, atol=1e-2)
+
+
 def test_a_bank_takes_the_bytes_that_are_documented(tmp_path):
     run, (data, collator) = run_of("bert", tmp_path), data_of("bert")
     sizes = {}
