@@ -145,8 +145,8 @@ class LastFeatures:
             )
         if not heads and are_mean(given.values(), logits):
             raise ValueError(
-                f"the logits must be those of one layer, got the mean of {' and '.join(map(repr, given))}; name the one "
-                "whose input the features are by layer="
+                f"the logits must be those of one layer, got the mean of {' and '.join(map(repr, given))}; name the "
+                "one whose input the features are by layer="
             )
         self._alike = {}
 
