@@ -173,6 +173,16 @@ def test_the_card_says_what_was_measured_and_obeys_no_name(folder):
     assert "<script>" not in card(hostile).partition("## Where")[0] and "\\|b" in card(hostile)
 
 
+def test_the_card_names_data_without_the_folders_above_them(run, folder, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run/environment.json"
+    record = read_json(path)
+    for name, public in (("/home/me/secret/cats", "cats"), ("owner/cats", "owner/cats"), ("digits", "digits")):
+        write_json_atomic(path, record | {"data": record["data"] | {"name": name}})
+        text = card(load_student(tmp_path / "run/students/attention").facts)
+        assert f"Trained on `{public}`" in text and "secret" not in text
+
+
 def test_evaluation_agrees_with_the_run(folder, digits):
     record = read_json(folder / "student.json")
     found = evaluate(load_student(folder), digits, teacher=teacher_of(folder), seconds=0.05)
@@ -353,7 +363,10 @@ def test_the_card_says_how_the_programs_were_checked(folder, digits, tmp_path):
     again = load_student(tmp_path / "out")
     assert again.facts["exported"] == found
     assert "model.pt2" not in (again.save(tmp_path / "copy") / "README.md").read_text()  # which is not there
-    program = torch.export.load(tmp_path / "out/model.pt2").module()
+    stored = torch.export.load(tmp_path / "out/model.pt2")
+    assert not any(x.any() for x in stored.example_inputs[0])  # none of the images
+    assert file["bytes"] < found["files"]["model.safetensors"]["bytes"] + 200_000
+    program = stored.module()
     for count in (1, 2, 5):
         torch.testing.assert_close(program(images[:count]), student(images[:count]), rtol=1e-3, atol=1e-4)
 

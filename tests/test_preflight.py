@@ -223,7 +223,7 @@ def rows(teacher=0.9, snapshots=(0.7, 0.9), ensemble=0.9, **students):
             ["ce.: last by 20.00 points, uniform by 0.10 points .which may be chance"],
         ),
         (rows(last=0.6), []),
-        (rows(ce=0.1, last=0.9), ["Ce is no better than chance: .* lower --student.lr"]),
+        (rows(ce=0.1, last=0.9), ["CE only is no better than chance: .* lower --student.lr"]),
     ],
 )
 def test_what_was_not_wanted_is_said(given, told):
@@ -342,7 +342,7 @@ def test_what_makes_a_training_slow_is_said_before_it(tmp_path, capsys):
         return " ".join(capsys.readouterr().out.split())
 
     said = told("--image-size", "96")
-    assert "mlp64 is made for images of 32 x 32, and takes about 9 times as long for 96 x 96" in said
+    assert "mlp64 is made for images of 32 x 32; one of 96 x 96 takes about 9 times as long" in said
     assert "--workers N leaves this to N processes" in said
     said = told("--image-size", "96", "--workers", "1", "--augment", "none")
     assert "--workers N" not in said

@@ -38,7 +38,7 @@ def _export(given: argparse.Namespace) -> int:
         data = data_of(student, given.student, given.data, given.root)
         split, what = ("val", "validation") if len(data.val) > 1 else ("test", "test")
         images, labels = next(batches(student, data, split, 256))
-        what = f"{what} images of {data.name}"
+        what = f"{what} images of {Path(data.name).name}"
     checked = export(student, given.out, given.to, images=images, labels=labels, int8=given.int8, what=what)
     files, where = checked["files"], f"{checked['images']} {printable(what)}"
     for name in [name for name in files if name not in (WEIGHTS, INT8)]:

@@ -22,7 +22,7 @@ student = eekd.load_student("path/to/this/folder")
 print(student.predict("image.png", top=3))
 ```
 
-{programs}Images become inputs so: take the centred square of {zoom:g} times the shorter side, resize it by
+{programs}To prepare an image, take the centred square of {zoom:g} times the shorter side, resize it by
 {interpolation} interpolation to {size} x {size}, scale it to [0, 1], subtract mean {mean} and divide by std {std}.
 
 ## How good it is

@@ -82,7 +82,8 @@ def _outputs(student: Student, folder: Path, to: Sequence[str], images: Tensor, 
 
 def _torch_export(student: Student, images: Tensor, path: Path) -> Tensor:
     batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(student.network, (images[:2],), dynamic_shapes=({0: batch},))
+    example = torch.zeros_like(images[:2])  # which the file keeps
+    program = torch.export.export(student.network, (example,), dynamic_shapes=({0: batch},))
     torch.export.save(program, path)
     run = program.module()
     with torch.inference_mode():

@@ -237,7 +237,7 @@ def facts_of(folder: Path) -> dict:
             "snapshot_weights": record.get("weights"),
             "ema": record.get("ema"),
             "teacher": teacher and {"model": teacher["spec"], "snapshots": teacher["snapshots"]},
-            "data": begun.get("data", {}).get("name"),
+            "data": _public(begun.get("data", {}).get("name")),
             "images_sha256": record["setup"]["images"],
             "epochs": record["setup"]["settings"]["epochs"],
             "seed": record["seed"],
@@ -245,6 +245,11 @@ def facts_of(folder: Path) -> dict:
         },
         "results": {"val": record["val"], "test": record["test"], "run": summary.get("rows", [])},
     }
+
+
+def _public(name: str | None) -> str | None:
+    """What data are called without the folders that lead to them."""
+    return Path(name).name if name and Path(name).is_absolute() else name
 
 
 def _encoded(image):

@@ -2,6 +2,7 @@
 
 import math
 
+from eekd.train.checked import title_of
 from eekd.train.seeds import verdict
 
 
@@ -41,8 +42,8 @@ def guesses(accuracy: float, classes: int, images: int) -> bool:
 
 
 def _at_chance(row: dict, snapshots: list[dict]) -> str:
-    accuracy = f"{row['val_accuracy']:.1%} of the validation images are right"
-    sentence = f"{row['name'].capitalize()} is no better than chance: {accuracy}. "
+    title, accuracy = title_of(row["name"]), f"{row['val_accuracy']:.1%} of the validation images are right"
+    sentence = f"{title[0].upper() + title[1:]} is no better than chance: {accuracy}. "
     if row["kind"] == "student":
         return sentence + "Try a lower --student.lr, or more --student.epochs."
     if row["name"] == snapshots[-1]["name"]:

@@ -206,17 +206,18 @@ def prepare(config: Config, run: str | Path | None = None) -> Session:
 def _slow(session: Session, phases: list[Phase]) -> list[str]:
     """What makes the training of these phases slower than it needs to be, a sentence each."""
     found, size = [], session.data.image_size
-    for phase in phases:
-        if size > SMALL and phase.model in models.names():
-            found.append(
-                f"{phase.model} is made for images of 32 x 32, and takes about {size**2 / 32**2:.0f} times as long for "
-                f"{size} x {size}: --image-size sets another size; timm:NAME names networks for photographs."
-            )
+    made = dict.fromkeys(phase.model for phase in phases if phase.model in models.names())
+    if size > SMALL and made:
+        found.append(
+            f"{' and '.join(made)} {'is' if len(made) == 1 else 'are'} made for images of 32 x 32; one of {size} x "
+            f"{size} takes about {size**2 / 32**2:.0f} times as long: --image-size sets another size, and timm:NAME names "
+            "networks for photographs."
+        )
     if not session.config.workers and any(session.loader("train", x, train=True).encoded is not None for x in phases):
         found.append(
             "The training process decodes the files for every view; --workers N leaves this to N processes beside it."
         )
-    return list(dict.fromkeys(found))
+    return found
 
 
 def check_data(session: Session, run: Path) -> None:
