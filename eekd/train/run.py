@@ -210,8 +210,8 @@ def _slow(session: Session, phases: list[Phase]) -> list[str]:
     if size > SMALL and made:
         found.append(
             f"{' and '.join(made)} {'is' if len(made) == 1 else 'are'} made for images of 32 x 32; one of {size} x "
-            f"{size} takes about {size**2 / 32**2:.0f} times as long: --image-size sets another size, and timm:NAME names "
-            "networks for photographs."
+            f"{size} takes about {size**2 / 32**2:.0f} times as long: --image-size sets another size, and timm:NAME "
+            "names networks for photographs."
         )
     if not session.config.workers and any(session.loader("train", x, train=True).encoded is not None for x in phases):
         found.append(
