@@ -12,7 +12,6 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from eekd.method import weightings
 from eekd.method.losses import EEKDLoss
 from eekd.snapshots import LastFeatures, SnapshotEnsemble
-from eekd.snapshots.wrappers import are_probabilities
 
 OTHER_PROBLEMS = "multi_label_classification", "regression"  # of a Hugging Face config: their loss is not ours
 
@@ -111,8 +110,6 @@ class Distilled(nn.Module):
             raise ValueError(
                 f"student must give logits (B, C), got {tuple(logits.shape)}: eekd.hf is for language models"
             )
-        if self.measurements is None and are_probabilities(logits):
-            raise ValueError("student must give logits, got probabilities, which sum to 1: leave out its softmax")
         snapshot_logits, snapshot_features = self.ensemble(*inputs, **named)
         loss, self.measurements = self.criterion(logits, snapshot_logits, labels, features, snapshot_features)
         if num_items_in_batch is not None:

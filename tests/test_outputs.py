@@ -146,8 +146,6 @@ def test_what_is_taken_of_several_outputs_is_said(command, capsys):
         assert printed(capsys).count(told) == 1
     assert command("heads", "--students", "last", "--dry-run", "--teacher.output", "1") == 0
     assert "taken" not in printed(capsys)
-    assert command("sigmoid", "--students", "last", "--dry-run") == 0
-    assert "The teacher gives numbers from 0 to 1 only, as a sigmoid does; the losses want logits." in printed(capsys)
 
 
 @pytest.mark.bad_input
@@ -171,6 +169,7 @@ def test_what_is_taken_of_several_outputs_is_said(command, capsys):
             ["--students", "attention"],
             "teacher.model .*: 'aux' must run once in .*, got none; name another by --teacher.layer .'head' gives the",
         ),
+        ("sigmoid", [], "teacher.model .*:sigmoid must give logits, got what the sigmoid '2' makes of them: leave it"),
         ("lazy", [], "lazy' must give its layers their sizes, got a lazy one, with the parameter 1.weight"),
         ("infinite", [], "teacher.model .*infinite must give finite logits, got NaN or infinity"),
         (

@@ -300,9 +300,23 @@ def test_a_model_whose_logits_have_no_gradient_is_noticed(features):
 
 @pytest.mark.bad_input
 def test_probabilities_are_no_logits():
-    with pytest.raises(ValueError, match="^student must give logits, got probabilities, which sum to 1: leave out its"):
+    with pytest.raises(ValueError, match="^student_logits must be logits, got probabilities, which sum to 1: leave"):
         Distilled(Net(lambda z: z.softmax(1)), SnapshotEnsemble([Net()]))(rows(), labels=torch.zeros(6).long())
     Distilled(Net(lambda z: z.log_softmax(1)), SnapshotEnsemble([Net()]))(rows(), labels=torch.zeros(6).long())
+
+
+@pytest.mark.bad_input
+def test_probabilities_in_a_loop_of_ones_own_are_refused_at_first():
+    z, snapshots, labels = torch.randn(6, 3, requires_grad=True), torch.randn(2, 6, 3), torch.zeros(6).long()
+    told = "^{} must be logits, got probabilities, which sum to 1: leave out the softmax$"
+    for loss in (EEKDLoss("uniform"), EEKDLoss("last")):
+        with pytest.raises(ValueError, match=told.format("student_logits")):
+            loss(z.softmax(1), snapshots, labels)
+        for given in (snapshots.softmax(2), list(snapshots.softmax(2))):
+            with pytest.raises(ValueError, match=told.format("snapshot_logits")):
+                loss(z, given, labels)
+        loss(torch.eye(3)[[0, 1, 2, 0, 1, 2]], snapshots, labels)
+        loss(z.softmax(1), snapshots, labels)  # a later batch is not looked at
 
 
 def test_a_model_that_no_graph_can_be_made_of_runs_without_noise(capfd):

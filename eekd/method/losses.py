@@ -11,7 +11,7 @@ from eekd.method import weightings
 from eekd.method.attention import SnapshotAttention
 from eekd.method.topk import TopKLogits
 from eekd.ops import ensemble_kd, sparse_ensemble_kd
-from eekd.ops.checks import as_number, in_one_dimension
+from eekd.ops.checks import are_probabilities, as_number, in_one_dimension
 
 
 class EEKDLoss(nn.Module):
@@ -42,7 +42,8 @@ class EEKDLoss(nn.Module):
             yourself.
 
     Raises ValueError for options out of range, missing features for "attention", missing labels for "confidence",
-    and a single class, which leaves nothing to learn; else what `ensemble_kd` raises.
+    a single class, which leaves nothing to learn, and probabilities in place of the first logits; else what
+    `ensemble_kd` raises.
     Source: Wang et al., arXiv 2202.12488; objective "label" is this project's.
     """
 
@@ -81,7 +82,7 @@ class EEKDLoss(nn.Module):
             self.attention = SnapshotAttention(student_dim, snapshot_dim, embed_dim, normalize, scale)  # pyright: ignore
         self.weighting = entry.name
         self.detach_query = detach_query
-        self.check_wrapper, self._looks = True, 0
+        self.check_wrapper, self._looks, self._first = True, 0, True
         self.options = {
             "temperature": temperature,
             "alpha": alpha,
@@ -133,10 +134,23 @@ class EEKDLoss(nn.Module):
             result = sparse_ensemble_kd(student_logits, z.logits, tail, z.indices, labels, **by, **self.options)
         else:
             result = ensemble_kd(student_logits, snapshot_logits, labels, **by, **self.options)
+        if self._first and not torch.compiler.is_compiling():
+            self._check_logits(student_logits, snapshot_logits)
         learns_by_label = self.attention is not None and self.options["attention_objective"] == "label"
         loss = result.loss + result.attention_loss if learns_by_label else result.loss
         measured = {"loss": result.loss.detach(), "attention_loss": result.attention_loss.detach()}
         return loss, Measurements(measured, result.weights)
+
+    def _check_logits(self, student_logits: Tensor, snapshot_logits: Tensor | list[Tensor] | TopKLogits) -> None:
+        """ValueError where the first logits are probabilities; to look at later ones would wait for the GPU."""
+        capturing = student_logits.is_cuda and torch.cuda.is_current_stream_capturing()
+        if torch._C._are_functorch_transforms_active() or capturing or student_logits.is_meta:
+            return
+        snapshots = snapshot_logits[0] if isinstance(snapshot_logits, list | tuple) else snapshot_logits
+        for name, rows in (("student_logits", student_logits), ("snapshot_logits", snapshots)):
+            if isinstance(rows, Tensor) and are_probabilities(rows):
+                raise ValueError(f"{name} must be logits, got probabilities, which sum to 1: leave out the softmax")
+        self._first = False
 
     def _check_wrapper(self, student_logits: Tensor) -> None:
         """RuntimeError where the attention is trained outside what averages the student's gradients."""

@@ -224,3 +224,13 @@ def checked_scores(scores, rows: int, count: int, device: torch.device) -> Tenso
 
 def unit_stride(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
+
+
+def are_probabilities(logits: Tensor) -> bool:
+    """Whether rows (..., C) are what a softmax gives: no number is negative, and each row sums to 1.
+
+    Rows of zeros and ones alone are not: they are what people write by hand.
+    """
+    z = logits.detach().float()
+    known = z.numel() and z.ndim > 1 and z.min() >= 0 and (z.sum(-1) - 1).abs().max() < 1e-2
+    return bool(known and ((z > 0) & (z < 1)).any())

@@ -41,12 +41,6 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return twin.eval()
 
 
-def are_probabilities(logits: Tensor) -> bool:
-    """Whether outputs (B, C) are what a softmax gives: no number is negative, and each row sums to 1."""
-    z = logits.detach().float()
-    return bool(len(z) and z.ndim == 2 and z.min() >= 0 and (z.sum(1) - 1).abs().max() < 1e-2)
-
-
 def logits_of(output) -> Tensor:
     """The logits (B, C) in what a model returns.
 

@@ -13,8 +13,9 @@ from eekd.io.files import first_line
 from eekd.method.losses import EEKDLoss
 from eekd.models.normalization import Renormalize
 from eekd.models.outputs import outputs_of
+from eekd.ops.checks import are_probabilities
 from eekd.snapshots.features import LastFeatures, classifiers, same_rows, watched
-from eekd.snapshots.wrappers import are_probabilities, logits_of
+from eekd.snapshots.wrappers import logits_of
 from eekd.train.config import Phase
 from eekd.train.findings import guesses
 from eekd.train.random_state import random_state, set_random_state
@@ -134,7 +135,9 @@ def _check_logits(
     """
     classes, who = len(session.data.classes), f"{phase._prefix}model {phase.model}"
     try:
-        with watched(classifiers(dict(network.named_modules()), classes)) as given:
+        modules = dict(network.named_modules())
+        sigmoids = {name: module for name, module in modules.items() if isinstance(module, nn.Sigmoid)}
+        with watched(classifiers(modules, classes)) as given, watched(sigmoids) as squashed:
             output = session.run(network.train(training), images)
     except ValueError as error:
         if not user_code.is_eekds(error):
@@ -158,12 +161,11 @@ def _check_logits(
         )
     if not logits.isfinite().all():
         raise ValueError(f"{who} must give finite logits, got NaN or infinity{' in training' * training}")
-    taken, kind = names.get(id(logits), "logits"), type(phase).__name__.lower()
-    notes = []
-    if logits.min() > 0 and logits.max() < 1:
-        notes.append(f"The {kind} gives numbers from 0 to 1 only, as a sigmoid does; the losses want logits.")
+    if squashers := [name for name, rows in squashed.items() if same_rows(rows, logits)]:
+        raise ValueError(f"{who} must give logits, got what the sigmoid {squashers[0]!r} makes of them: leave it out")
+    taken = names.get(id(logits), "logits")
     if len(names) < 2 or taken == "logits":
-        return notes
+        return []
     heads = [names[id(x)] for x in outputs_of(output).values() if any(same_rows(rows, x) for rows in given.values())]
     if heads and taken not in heads:
         raise ValueError(
@@ -172,9 +174,8 @@ def _check_logits(
             f"--{phase._prefix}output"
         )
     return [
-        *notes,
-        f"Of the {kind}'s {len(names)} outputs of {classes} values ({', '.join(names.values())}), {taken} is taken for "
-        f"the logits; {phase._prefix}output takes another.",
+        f"Of the {type(phase).__name__.lower()}'s {len(names)} outputs of {classes} values "
+        f"({', '.join(names.values())}), {taken} is taken for the logits; {phase._prefix}output takes another."
     ]
 
 
