@@ -98,8 +98,8 @@ def _compare(same: dict[bytes, list[tuple[str, int, str]]], classes: tuple[str, 
             pair = sorted({label: place for _, label, place in group}.items())[:2]
             quarrels.append(" = ".join(f"{printable(place)} ({printable(classes[label])})" for label, place in pair))
     for part, pairs in leaks.items():
-        checked.faults.append(f"{counted(pairs, 'image', _PAIRS)} of {part} are in train too")
+        checked.faults.append(f"{part} shares {counted(pairs, 'image', _PAIRS)} with train")
     if quarrels:
-        checked.faults.append(f"{counted(quarrels, 'pair', _PAIRS)} of equal images are of different classes")
+        checked.faults.append(f"equal images are of different classes: {counted(quarrels, 'pair', _PAIRS)}")
     if copies:
         checked.notes.append(f"{plural(copies, 'image')}: copies of others.")

@@ -35,6 +35,12 @@ class BadImages:
     budget: int = 10
     seen: set[str] = field(default_factory=set)
 
+    @staticmethod
+    def explain(error: Exception) -> None:
+        """Adds the ways on to the error of an image that stops a run."""
+        if not getattr(error, "__notes__", None):
+            error.add_note("--check-data lists all such images, --bad-images skip takes others in their place")
+
     def note(self, faults: Iterable[str]) -> None:
         """Warns of each image once; ValueError where there are more than `budget` of them."""
         for fault in faults:
@@ -140,6 +146,7 @@ class Encoded:
                 return self.decode(i, choose, change), faults
             except (OSError, ValueError) as error:
                 if not self.bad.skip:
+                    self.bad.explain(error)
                     raise
                 faults.append(in_words(error))
             if same is None:
@@ -153,8 +160,9 @@ class Encoded:
         """Image i, or None where it cannot be read and bad images are skipped."""
         try:
             return self.decode(i)
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
             if not self.bad.skip:
+                self.bad.explain(error)
                 raise
             return None
 
@@ -201,8 +209,9 @@ def look_at(images: Encoded) -> Look:
     def header(i: int):
         try:
             image = open_image(*images.read(i))
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
             if not images.bad.skip:
+                images.bad.explain(error)
                 raise
             return None  # it is met again, and counted, when all is read
         return image.size, image.mode in GREY, is_transparent(image), orientation(image) != 1, is_animated(image)

@@ -14,6 +14,7 @@ from .classes import order_of, read_classes, reordered
 from .encoded import BadImages, Encoded, decide, look_at
 from .registry import Found, Reading, find, validate
 
+LARGEST_SIZE = 8192  # of an image's side, in pixels
 Part = tuple[Tensor | Encoded, Tensor]
 
 
@@ -57,6 +58,8 @@ def open_data(
     """Finds a data set; `eekd.data.load` says what the arguments mean and what is raised."""
     if image_size is not None:
         check_int("image_size", image_size, 1)
+        if image_size > LARGEST_SIZE:
+            raise ValueError(f"image_size must be at most {LARGEST_SIZE}, got {image_size}")
     if channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels!r}")
     root = None if root is None else Path(root).expanduser()

@@ -117,6 +117,8 @@ def _main(flags: Flags) -> int:
         session = prepare(flags.settings, flags.resume)
     except (AttributeError, ImportError, OSError, TypeError, ValueError) as error:  # a name, a file, a value
         return _error(error)
+    except MemoryError:
+        return _fail("error: there is not enough memory; a smaller image_size or train_limit may fit", 2)
     if flags.dry_run:
         screen.show(console, screen.plan(session))
         for note in (screen.takes(session), *session.data.decisions, *session.notes, *screen.kept(session.config)):

@@ -41,8 +41,9 @@ def test_all_that_is_wrong_is_listed(sound):
     assert checked.images == 40 + 16
     faults = "\n".join(checked.faults)
     assert faults.count("is damaged or no image") == 13 and "none.png is damaged or no image (it is empty)" in faults
-    assert "1 image (" in faults and "leak.png = " in faults and "of test are in train too" in faults
-    assert "1 pair (" in faults and "002.png (cat) = " in faults and "other.png (dog)) of equal images" in faults
+    assert "1 image (" in faults and "leak.png = " in faults and "test shares 1 image" in faults
+    assert "equal images are of different classes: 1 pair (" in faults
+    assert "002.png (cat) = " in faults and "other.png (dog))" in faults
     notes = " ".join(checked.notes)
     for part in (
         "1 image: grey.",
@@ -131,6 +132,17 @@ def test_a_run_goes_on_from_any_folder_and_with_data_that_moved(sound, tmp_path,
     summary.unlink()
     assert main([*again, "--data", "../moved"]) == 2
     assert "the classes, or their order, are others" in capsys.readouterr().err
+
+
+@pytest.mark.bad_input
+def test_a_bad_image_names_the_ways_on(sound, monkeypatch, capsys):
+    (sound / "train/cat/bad.png").write_bytes(b"")
+    monkeypatch.chdir(sound.parent)
+    assert main(["--data", sound.name, *FLAGS, "--dry-run"]) == 2
+    told = "bad.png is damaged or no image (it is empty); --check-data lists all such images, --bad-images skip takes"
+    assert told in capsys.readouterr().err
+    assert main(["--data", sound.name, *FLAGS, "--image-size", "9000", "--dry-run"]) == 2
+    assert "image_size must be at most 8192, got 9000" in capsys.readouterr().err
 
 
 def test_runs_and_the_record_name_their_classes(sound, tmp_path, monkeypatch):
