@@ -53,14 +53,14 @@ class Images:
             return None
         best, most = [], 0
         exact = self.named.get(parts[-1])
-        for known, path in exact or self.folded.get(parts[-1].casefold(), ()):
+        for parts_of, path in exact or self.folded.get(parts[-1].casefold(), ()):
             same = 1  # the name itself
-            while same < min(len(parts), len(known)) and (
-                parts[-same - 1] == known[-same - 1]
-                or (not exact and parts[-same - 1].casefold() == known[-same - 1].casefold())
+            while same < min(len(parts), len(parts_of)) and (
+                parts[-same - 1] == parts_of[-same - 1]
+                or (not exact and parts[-same - 1].casefold() == parts_of[-same - 1].casefold())
             ):
                 same += 1
-            if same >= min(len(parts), len(known), 2) and same >= most:
+            if same >= min(len(parts), len(parts_of), 2) and same >= most:
                 best, most = [*(best if same == most else []), path], same
         if len(best) > 1:
             exact = self.base.joinpath(*parts)
@@ -112,7 +112,7 @@ def _from_json(path: Path, text: str) -> Table:
     if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
         columns = list(dict.fromkeys(name for row in value for name in row))
         columns = [name for name in columns if name in LABELS or not any(_nested(row.get(name)) for row in value)]
-        rows = [[row.get(name) for name in columns] for row in value]
+        rows = [[row.get(name) for name in columns] for row in value]  # pyright: ignore[reportAttributeAccessIssue]
     else:
         columns, rows = ["0", "1"], value
     plain = isinstance(rows, list) and all(
@@ -170,8 +170,8 @@ def read_annotations(files: dict[str, Path], reading: Reading, base: Path | None
     base = base or reading.root or files["train"].parent
     if not base.is_dir():
         raise ValueError(f"root must be the folder of the images in {files['train']}, got {base}")
-    passed, said = Passed(), []
-    found: dict[str, dict[str, str]] = {}  # of each part: the label of each path
+    passed, notes = Passed(), []
+    labels_of: dict[str, dict[str, str]] = {}  # of each part: the label of each path
     images = Images(base, images_in(base, passed))
     for part, file in files.items():
         table = _with_header(read_table(file, 2 if part == "train" else 1), images)
@@ -204,10 +204,10 @@ def read_annotations(files: dict[str, Path], reading: Reading, base: Path | None
                 continue
             if label.lower() in ("", "nan"):
                 raise ValueError(f"{file} must have a label for {name!r}, got none in row {number}")
-            own = found.setdefault(splits[number - 1] if splits else part, {})
-            if (known := own.get(path, label)) != label:
+            own = labels_of.setdefault((splits[number - 1] if splits else None) or part, {})
+            if (other := own.get(path, label)) != label:
                 raise ValueError(
-                    f"{file} must have one label for {name!r}, got {known!r} and, in row {number}, {label!r}"
+                    f"{file} must have one label for {name!r}, got {other!r} and, in row {number}, {label!r}"
                 )
             again += path in own
             own[path] = label
@@ -217,25 +217,25 @@ def read_annotations(files: dict[str, Path], reading: Reading, base: Path | None
             passed.phrases.append(f"{counted(missing, 'row')} of {printable(file.name)} whose images are missing")
         if again:
             passed.phrases.append(f"{plural(again, 'row')} of {printable(file.name)} that name an image again")
-        said.append(
+        notes.append(
             f"{printable(file.name)} names the images in {printable(table.columns[place])}, their labels in "
             f"{printable(labelled_by)}."
         )
-    if "train" not in found:
-        raise ValueError(f"{files['train']} must name images to train on, got {', '.join(found)}")
-    classes = ordered(found["train"].values())
-    warn_of_doubtful(files["train"], found["train"].values())
+    if "train" not in labels_of:
+        raise ValueError(f"{files['train']} must name images to train on, got {', '.join(labels_of)}")
+    classes = ordered(labels_of["train"].values())
+    warn_of_doubtful(files["train"], labels_of["train"].values())
     number = {name: k for k, name in enumerate(classes)}
     parts = {}
-    for part, pairs in found.items():
-        if part != "train" and (both := pairs.keys() & found["train"].keys()):
+    for part, pairs in labels_of.items():
+        if part != "train" and (both := pairs.keys() & labels_of["train"].keys()):
             warnings.warn(f"{files['train']}: {plural(len(both), 'image')} of {part} are in train too", stacklevel=2)
         if strange := next((label for label in pairs.values() if label not in number), None):
             raise ValueError(
                 f"{files.get(part, files['train'])} has the label {strange!r} in {part}, which train has not"
             )
         parts[part] = list(pairs), [number[label] for label in pairs.values()]
-    return Found(parts, classes, base=base, said=said, left_out=passed.all())
+    return Found(parts, classes, base=base, said=notes, left_out=passed.all())
 
 
 def labels_beside(
@@ -246,7 +246,7 @@ def labels_beside(
     `asked` names the column of the labels. With `classes`, all labels are one of them, or begin with it. None where
     there is no such table; images that it does not name are left out.
     """
-    known = Images(folder, images)
+    candidates = Images(folder, images)
     own = split_of(folder.name)
     for place in (folder, folder.parent):
         tables = [Path(entry.path) for entry in entries(place)[1] if entry.name.lower().endswith(TABLES)]
@@ -255,13 +255,14 @@ def labels_beside(
         meant = [path for path in tables if place == folder or (split_of(path.stem) or "train") == (own or "train")]
         for path in sorted(meant, key=lambda path: (split_of(path.stem) != own, path.name)):
             try:
-                table = _with_header(read_table(path), known)
-                number = _image_column(table, known, None)
+                table = _with_header(read_table(path), candidates)
+                number = _image_column(table, candidates, None)
             except ValueError:  # a text of another kind
                 continue
             if number is None:
                 continue
-            named = [(image, row) for row in table.rows if (image := known.find(row[number]))]
+            named = [(candidates.find(row[number]) or "", row) for row in table.rows]
+            named = [(image, row) for image, row in named if image]
             if 2 * len(dict(named)) < len(images):
                 continue
             table = table._replace(rows=[row for _, row in named])
@@ -271,17 +272,17 @@ def labels_beside(
                 continue
             if not classes:
                 warn_of_doubtful(path, labels)
-            found: dict[str, str] = {}
+            labels_of: dict[str, str] = {}
             for (image, _), label in zip(named, labels, strict=True):
-                if (other := found.setdefault(image, label)) != label:
+                if (other := labels_of.setdefault(image, label)) != label:
                     raise ValueError(f"{path} must have one label for {image!r}, got {other!r} and {label!r}")
-            if left := len(images) - len(found):
+            if left := len(images) - len(labels_of):
                 passed.phrases.append(
                     f"{plural(left, 'image')} of {printable(folder.name)}/ that {printable(path.name)} lacks"
                 )
             passed.said.append(f"{printable(path.name)} names the labels of the images in {printable(folder.name)}/.")
             names = classes or ordered(labels)
-            return list(found), [names.index(label) for label in found.values()], names
+            return list(labels_of), [names.index(label) for label in labels_of.values()], names
     return None
 
 

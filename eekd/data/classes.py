@@ -38,12 +38,12 @@ def _text(path: str | os.PathLike) -> str:
         raise ValueError(f"{path} must be text in UTF-8: {error}") from None
 
 
-def reordered(found: Found, classes: tuple[str, ...]) -> Found:
+def reordered(dataset: Found, classes: tuple[str, ...]) -> Found:
     """The data set with labels that are places in `classes`; ValueError where a class of it is not among them."""
-    if strange := [name for name in found.classes if name not in classes]:
+    if strange := [name for name in dataset.classes if name not in classes]:
         raise ValueError(f"classes must name all classes of the data, got none of {counted(strange, 'class')}")
-    place = torch.tensor([classes.index(name) for name in found.classes])
-    return found._replace(parts={part: (x, place[y]) for part, (x, y) in found.parts.items()}, classes=classes)
+    place = torch.tensor([classes.index(name) for name in dataset.classes])
+    return dataset._replace(parts={part: (x, place[y]) for part, (x, y) in dataset.parts.items()}, classes=classes)
 
 
 def order_of(classes: tuple[str, ...], given: tuple[str, ...] | None) -> str:

@@ -216,22 +216,22 @@ def load(
         keep=math.ceil(train_limit / (1 - _TEST_FRACTION) / (1 - val_fraction)) + 1 if streaming else None,
         bad=BadImages(bad_images == "skip", bad_image_budget),
     )
-    parts, classes, augment, said = dict(opened.parts), opened.classes, opened.augment, list(opened.said)
+    parts, classes, augment, notes = dict(opened.parts), opened.classes, opened.augment, list(opened.said)
     whole, labels = parts["train"], parts["train"][1]
     given = [] if len(parts) == 1 else ["test"] if len(parts) == 2 else ["val", "test"]
     keep = torch.arange(len(labels))
     if len(parts) == 1:
         held = stratified(labels, round(_TEST_FRACTION * len(labels)), seed=0)
         parts["test"], keep = _subset(whole, keep[held]), keep[~held]
-        said.append(f"{_TEST_FRACTION:.0%} of the images are the test split, since there is no other.")
+        notes.append(f"{_TEST_FRACTION:.0%} of the images are the test split, since there is no other.")
     elif len(parts) == 2:
         if "val" in parts:
-            said.append("The val split is the test split, since there is no other.")
+            notes.append("The val split is the test split, since there is no other.")
         parts["test"] = parts.pop("val", None) or parts["test"]
     if "val" not in parts:
         held = stratified(labels[keep], round(val_fraction * len(keep)), seed)
         parts["val"], keep = _subset(whole, keep[held]), keep[~held]
-        said.append(f"{val_fraction:.0%} of the training images are held out to validate on (val_fraction).")
+        notes.append(f"{val_fraction:.0%} of the training images are held out to validate on (val_fraction).")
     if train_limit is not None:
         if not len(classes) <= train_limit <= len(keep):
             raise ValueError(f"train_limit must be from {len(classes)} (classes) to {len(keep)}, got {train_limit}")
@@ -271,7 +271,7 @@ def load(
     if isinstance(files, Encoded) and isinstance(splits["train"].images, Tensor) and not files.at_size:
         splits["train"] = replace(splits["train"], files=files)
     return ImageData(
-        name, classes, augment, **splits, interpolation=interpolation, decisions=tuple(said), contents=opened.contents
+        name, classes, augment, **splits, interpolation=interpolation, decisions=tuple(notes), contents=opened.contents
     )
 
 

@@ -217,13 +217,12 @@ def look_at(images: Encoded) -> Look:
         return image.size, image.mode in GREY, is_transparent(image), orientation(image) != 1, is_animated(image)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for known in pool.map(header, images.sample()):
-            if known:
-                look.sizes[known[0]] += 1
-                look.grey, look.transparent, look.turned, look.animated = (
-                    a + b
-                    for a, b in zip((look.grey, look.transparent, look.turned, look.animated), known[1:], strict=True)
-                )
+        for size, grey, transparent, turned, animated in filter(None, pool.map(header, images.sample())):
+            look.sizes[size] += 1
+            look.grey += grey
+            look.transparent += transparent
+            look.turned += turned
+            look.animated += animated
     return look
 
 
@@ -239,7 +238,7 @@ def decide(look: Look, image_size: int | None, channels: int | None) -> tuple[in
         why += f" and {look.grey} grey" * bool(colour and look.grey)
     else:
         chosen, why = channels, f"as asked for; {colour} {seen} in colour"
-    said = [f"{chosen} channel{'s' * (chosen > 1)}: {why}."]
+    notes = [f"{chosen} channel{'s' * (chosen > 1)}: {why}."]
 
     (width, height), most = look.sizes.most_common(1)[0]
     shapes = f"{width} x {height}"
@@ -256,12 +255,12 @@ def decide(look: Look, image_size: int | None, channels: int | None) -> tuple[in
             f"the images looked at are {shapes}, and not small squares (at most {SMALL} x {SMALL}) of one size; "
             "--image-size sets another"
         )
-    said.append(f"Size {size} x {size}: {why}.")
+    notes.append(f"Size {size} x {size}: {why}.")
     for count, what in (
         (look.transparent, "can be transparent: they are laid on white"),
         (look.turned, "are turned as their Exif orientation says"),
         (look.animated, "are animated: their first frame is read"),
     ):
         if count:
-            said.append(f"{count} {seen} {what}.")
-    return chosen, size, said
+            notes.append(f"{count} {seen} {what}.")
+    return chosen, size, notes

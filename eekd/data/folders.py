@@ -57,9 +57,9 @@ def read_path(path: Path, reading: Reading) -> Found:
 
 def _has_parquet(path: Path) -> bool:
     return any(
-        not any(is_leftover(part) for part in found.relative_to(path).parts)
+        not any(is_leftover(part) for part in file.relative_to(path).parts)
         for pattern in ("*.parquet", "*/*.parquet", "*/*/*.parquet")
-        for found in path.glob(pattern)
+        for file in path.glob(pattern)
     )
 
 
@@ -92,32 +92,32 @@ def _read_folder(path: Path, reading: Reading, passed: Passed) -> Found:
     if "train" in (tables := _tables(path)) and not any(split_of(entry.name) for entry in entries(path)[0]):
         return read_annotations(tables, reading, path)
     splits, beside = _splits(path, reading)
-    said = []
+    notes = []
     if beside:
         passed.phrases.append(f"{counted(beside, 'folder')} beside train/")
     if not splits:
         splits = {"train": path}
-        said.append(f"The folders of {printable(path.name)}/ are the classes.")
+        notes.append(f"The folders of {printable(path.name)}/ are the classes.")
     parts, classes = {}, []
     for part in SPLITS:
         folder = splits.get(part)
         if folder is None:
             continue
-        found = _labelled(folder, part, classes, passed, reading)
-        if found is None:
+        labelled = _labelled(folder, part, classes, passed, reading)
+        if labelled is None:
             passed.phrases.append(f"{printable(folder.name)}/, whose images have no labels")
             continue
         if part == "train":
-            classes = found[2]
-            said += _inner_folders(folder, found[0])
-        parts[part] = found[:2]
+            classes = labelled[2]
+            notes += _inner_folders(folder, labelled[0])
+        parts[part] = labelled[:2]
         if folder != path:
-            said.append(
+            notes.append(
                 f"{printable(folder.name)}/ is {'the training data' if part == 'train' else f'the {part} split'}."
             )
     if not passed.said:
         reading.refuse(f"the folders of classes in {path}", "label_column")
-    return Found(parts, classes, folders=None, base=path, said=said + passed.said, left_out=passed.all())
+    return Found(parts, classes, folders=None, base=path, said=notes + passed.said, left_out=passed.all())
 
 
 def _splits(path: Path, reading: Reading) -> tuple[dict[str, Path], list[str]]:
@@ -225,16 +225,16 @@ def _labelled(folder: Path, part: str, classes: list[str], passed: Passed, readi
         if not filled[entry.name]:
             passed.empty.append(f"{folder.name}/{entry.name}")
     filled = {name: images for name, images in filled.items() if images}
-    known = {unicodedata.normalize("NFC", name): number for number, name in enumerate(classes)}
-    places = {name: known.get(unicodedata.normalize("NFC", name)) for name in filled}
+    numbers = {unicodedata.normalize("NFC", name): number for number, name in enumerate(classes)}
+    places = {name: numbers.get(unicodedata.normalize("NFC", name)) for name in filled}
     unlabelled = len(filled) == 1 and all(
         name.lower() in UNLABELLED or split_of(name) or name == folder.name for name in filled
     )
     if (not filled and loose) or (unlabelled and (part == "train" or None in places.values())):
         images = [entry.path for entry in loose] + [image for images in filled.values() for image in images]
-        found = labels_beside(folder, images, classes, passed, reading.label_column)
-        if found or part != "train":
-            return found
+        labelled = labels_beside(folder, images, classes, passed, reading.label_column)
+        if labelled or part != "train":
+            return labelled
         tried = f" ({passed.unusable[0]} names them, but no column of it can be their label)" if passed.unusable else ""
         raise ValueError(
             f"{folder} holds {len(images):,} images and no folders of classes: give a table of their paths and labels, "

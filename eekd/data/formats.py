@@ -12,10 +12,9 @@ import pickle
 import re
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -29,13 +28,13 @@ BLOCK = 512  # bytes: what tar archives are made of
 
 
 @contextmanager
-def unpacked(path: str | Path) -> Iterator[BinaryIO]:
+def unpacked(path: str | Path) -> Iterator[io.BufferedIOBase]:
     """A file open to be read, unpacked where it is gzip (told by its first two bytes, not by its name).
 
     Raises what `open` does, and ValueError where it is no regular file (a pipe would be waited for) or too large.
     """
-    known = os.stat(path)
-    if not stat.S_ISREG(known.st_mode) or known.st_size > LARGEST:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST:
         raise ValueError(f"{path} must be a file of at most {LARGEST} bytes")
     with open(path, "rb") as file:
         if file.peek(2)[:2] == b"\x1f\x8b":
@@ -57,7 +56,7 @@ def read_bytes(path: str | Path) -> bytes:
     return data
 
 
-def _read(file: BinaryIO, count: int) -> bytes:
+def _read(file: io.BufferedIOBase, count: int) -> bytes:
     """The next `count` bytes or what there is of them, in memory for no more than that."""
     data = io.BytesIO()
     while count and (part := file.read(min(count, 1 << 20))):
@@ -74,7 +73,7 @@ def read_members(path: Path, names: set[str]) -> dict[str, bytes]:
     """
     if path.is_dir():
         return {name: read_bytes(path / name) for name in names if (path / name).is_file()}
-    found, total = {}, 0
+    members, total = {}, 0
     try:
         with unpacked(path) as file:
             while (header := _read(file, BLOCK)).strip(b"\0") or not header and not total:
@@ -93,10 +92,10 @@ def read_members(path: Path, names: set[str]) -> dict[str, bytes]:
                 elif len(data := _read(file, padded)) < size:
                     raise EOFError(f"{name!r} is cut off")
                 else:
-                    found[place.name] = data[:size]
+                    members[place.name] = data[:size]
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged or no tar archive: {error}") from None
-    return found
+    return members
 
 
 def _member(header: bytes) -> tuple[str, bytes, int]:
@@ -186,7 +185,8 @@ class _Dtype:
 class _Array:
     """Stands in for a numpy array of bytes in C order, so that numpy's own constructors are never called."""
 
-    shape, data = (), b""
+    shape: tuple[int, ...] = ()
+    data = b""
 
     def __init__(self, *_):
         pass
@@ -251,6 +251,12 @@ class _Unpickler(pickle._Unpickler):
     """,
     )
 
+    # What Python's has while it loads.
+    stack: list
+    read: Callable
+    append: Callable
+    pop_mark: Callable
+
     def __init__(self, data: bytes):
         super().__init__(_Steps(data), encoding="latin1")
 
@@ -274,7 +280,9 @@ class _Unpickler(pickle._Unpickler):
         state = self.stack.pop()
         self.stack[-1].__setstate__(state)  # only a stand-in has it: pickle would set attributes, of classes too
 
-    dispatch = {getattr(pickle, code)[0]: pickle._Unpickler.dispatch[getattr(pickle, code)[0]] for code in codes} | {
+    dispatch = {  # pyright: ignore[reportAssignmentType]
+        getattr(pickle, code)[0]: pickle._Unpickler.dispatch[getattr(pickle, code)[0]] for code in codes
+    } | {
         pickle.FRAME[0]: load_frame, pickle.DICT[0]: load_dict, pickle.EMPTY_DICT[0]: load_empty_dictionary,
         pickle.BUILD[0]: load_build,
     }  # fmt: skip

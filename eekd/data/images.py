@@ -48,7 +48,7 @@ def decode_image(data: bytes, name: str, mode: str):
         turn = orientation(image)
         image = _narrowed(image) if wide else _on_white(image) if is_transparent(image) else image
         if image and turn in _TURNS:
-            image = image.transpose(_TURNS[turn])
+            image = image.transpose(_TURNS[turn])  # pyright: ignore[reportArgumentType]
         image = image and image.convert(mode)
     except Exception as error:
         raise _damaged(data, name, error) from None

@@ -94,9 +94,9 @@ class Loader:
         if not isinstance(split, Split):
             raise TypeError(f"split must be a Split such as load(...).train, got a {type(split).__name__}")
         kinds = ("augment", augment, AUGMENTATIONS), ("auto_augment", auto_augment, POLICIES)
-        for name, value, known in kinds:
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        for name, value, choices in kinds:
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         if not 0 <= erasing <= 1 or not 0 <= label_smoothing < 1 or not min(mixup, cutmix) >= 0:
             raise ValueError(
                 "erasing must be from 0 to 1, label_smoothing from 0 to below 1, mixup and cutmix at least 0, got "
@@ -245,17 +245,17 @@ class Loader:
     def _gathered(self, work: tuple[int, Tensor]) -> tuple[Tensor, Tensor]:
         """Images in memory, cropped, mirrored and partly erased."""
         view, index = work
-        index, known = index.to(self.device), dict(seed=self.view_seed, view=view)
-        images = augment(self._images[index], index, kind=self.augment, **known)
+        index, draw = index.to(self.device), dict(seed=self.view_seed, view=view)
+        images = augment(self._images[index], index, kind=self.augment, **draw)
         if probability := self.shown.get("erasing"):
-            images = random_erase(images, index, self._fill, probability, **known)
+            images = random_erase(images, index, self._fill, probability, **draw)
         return images, index
 
     def _decoded(self, work: list[tuple[int, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Images that the workers made."""
         self._work[:] = [(view, index.cpu().numpy()) for view, index in work]  # a tensor would travel as a file
-        made = zip(work, self._decoder, strict=True)  # pyright: ignore[reportArgumentType]
-        for (_, index), (images, faults) in made:
+        decoded = zip(work, self._decoder, strict=True)  # pyright: ignore[reportArgumentType]
+        for (_, index), (images, faults) in decoded:
             if isinstance(images, Exception):
                 raise images
             if self.encoded is not None:
@@ -264,7 +264,7 @@ class Loader:
 
     def _batch(self, images: Tensor, present: Tensor, index: Tensor, view: int) -> Batch:
         """The samples `index` in view `view`, of the images of the samples `present`, which are the same or more."""
-        known, labels, others, share = dict(seed=self.view_seed, view=view), self._labels[index], None, None
+        draw, labels, others, share = dict(seed=self.view_seed, view=view), self._labels[index], None, None
         if self.mixes:
             partner = self._partner(view, index)
             if self._twice:
@@ -272,7 +272,7 @@ class Loader:
             else:
                 own, other = (images[torch.searchsorted(present, x.contiguous())] for x in (index, partner))
             by = {name: self.shown.get(name, 0.0) for name in ("mixup", "cutmix")}
-            images, share = mix(own, other, index, **by, **known)
+            images, share = mix(own, other, index, **by, **draw)
             others = self._labels[partner]
         if self.mixes or self.smoothing:
             labels = soft_labels(labels, self.classes, self.smoothing, others, share)
@@ -310,36 +310,36 @@ class _Decoder(Dataset):
         except (ImportError, OSError, ValueError) as error:
             return error, []
 
-    def _shown(self, index: Tensor, known: dict) -> tuple[Tensor, list[str]]:
+    def _shown(self, index: Tensor, draw: dict) -> tuple[Tensor, list[str]]:
         """The images (B, C, S, S) uint8, and what was wrong with some."""
         if isinstance(self.images, Tensor):
             images, faults, done = self.images[index], [], False
         else:
             done = self.kind in ("none", "imagenet")  # then all is done to an image while it is Pillow's
-            images, faults = self._decoded(self.images, index, done, known)
+            images, faults = self._decoded(self.images, index, done, draw)
         if not done:
-            images = apply_policy(crop(images, index, kind=self.kind, **known), index, self.policy, **known)
-            images = random_flip(images, index, **known) if flips(self.kind) else images
+            images = apply_policy(crop(images, index, kind=self.kind, **draw), index, self.policy, **draw)
+            images = random_flip(images, index, **draw) if flips(self.kind) else images
         if self.erasing:
-            images = random_erase(images, index, self.fill, self.erasing, **known)
+            images = random_erase(images, index, self.fill, self.erasing, **draw)
         return images, faults
 
-    def _decoded(self, images: Encoded, index: Tensor, whole: bool, known: dict) -> tuple[Tensor, list[str]]:
+    def _decoded(self, images: Encoded, index: Tensor, whole: bool, draw: dict) -> tuple[Tensor, list[str]]:
         """Images decoded and, where this is the `whole` of it, cropped, changed and mirrored."""
         none = [None] * len(index)
-        chooses = resized_crop_choosers(index, **known) if self.kind == "imagenet" else none
+        chooses = resized_crop_choosers(index, **draw) if self.kind == "imagenet" else none
         by_policy = none
         if whole and self.policy != "none":
-            by_policy = changes(index, self.policy, images.image_size, **known)
+            by_policy = changes(index, self.policy, images.image_size, **draw)
         if whole and flips(self.kind):
             by_policy = [
                 partial(_mirrored, change) if flipped else change
-                for change, flipped in zip(by_policy, flipped_rows(index, **known).tolist(), strict=True)
+                for change, flipped in zip(by_policy, flipped_rows(index, **draw).tolist(), strict=True)
             ]
         decoded, faults = torch.empty(len(index), *images.shape[1:], dtype=torch.uint8), []
         for row, (i, choose, change) in enumerate(zip(index.tolist(), chooses, by_policy, strict=True)):
-            decoded[row], said = images.decode_or_stand_in(i, self.labels, choose, change)
-            faults += said
+            decoded[row], problems = images.decode_or_stand_in(i, self.labels, choose, change)
+            faults += problems
         return decoded, faults
 
 

@@ -35,9 +35,9 @@ def _digits(reading: Reading) -> Found:
         from sklearn.datasets import load_digits
     except ImportError:
         raise ImportError("digits needs scikit-learn: pip install 'eekd[train]'") from None
-    digits = load_digits()
-    images = torch.from_numpy(digits.images * (255 / 16)).round_().to(torch.uint8).unsqueeze(1)
-    return Found({"train": (images, torch.from_numpy(digits.target).long())}, [*"0123456789"], "crop")
+    digits = dict(load_digits())  # pyright: ignore[reportCallIssue,reportArgumentType]
+    images = torch.from_numpy(digits["images"] * (255 / 16)).round_().to(torch.uint8).unsqueeze(1)
+    return Found({"train": (images, torch.from_numpy(digits["target"]).long())}, [*"0123456789"], "crop")
 
 
 @register("fashion-mnist")
@@ -54,7 +54,7 @@ def _fashion_mnist(reading: Reading) -> Found:
             if not plain.is_file() and not packed.is_file():
                 raise FileNotFoundError(f"{root} must hold fashion-mnist, got no {plain.name} (or .gz) in it")
             paths.append(plain if plain.is_file() else packed)
-        parts[part] = formats.read_idx_pair(*paths, len(_FASHION))
+        parts[part] = formats.read_idx_pair(paths[0], paths[1], len(_FASHION))
     return Found(parts, _FASHION, "crop")
 
 
@@ -76,11 +76,11 @@ class _Cifar(NamedTuple):
     def classes(self, members: dict[str, bytes], place: Path) -> list[str]:
         """The names in the archive's text or pickle file, or numbers where it has none."""
         text, pickled = self.names_files
-        names = None
+        names = []
         if text in members:
             names = members[text].decode("utf-8", "replace").split()
         elif pickled in members:
-            names = formats.read_pickle(members[pickled], f"{place}/{pickled}").get(self.names_key)
+            names = formats.read_pickle(members[pickled], f"{place}/{pickled}").get(self.names_key, [])
         named = isinstance(names, list) and len(names) == self.num_classes and all(type(name) is str for name in names)
         return names if named else [str(number) for number in range(self.num_classes)]
 

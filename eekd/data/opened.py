@@ -1,7 +1,7 @@
 """A data set that is found, its classes in order, its images ready to be decoded, before anything is split."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ class Contents:
 class Opened:
     """Images and labels of train, and perhaps of val and test, and what was decided and left out in finding them."""
 
-    parts: dict[str, Part]
+    parts: Mapping[str, Part]
     classes: tuple[str, ...]
     augment: str
     said: list[str]
@@ -76,17 +76,17 @@ def open_data(
         keep=keep,
         skip_bad=bad.skip,
     )
-    found = validate(name, find(name, reading))
+    dataset = validate(name, find(name, reading))
     if reading.classes:
-        found = reordered(found, reading.classes)
-    parts, augment, said = _encoded(found, image_size, channels, bad)
-    classes = tuple(found.classes)
+        dataset = reordered(dataset, reading.classes)
+    parts, augment, notes = _encoded(dataset, image_size, channels, bad)
+    classes = tuple(dataset.classes)
     if len(classes) < 2:
         raise ValueError(f"{name} must have at least two classes, got {', '.join(classes)}")
     listed = ", ".join(map(printable, classes[:8])) + ", ..." * (len(classes) > 8)
-    said = [*found.said, *said, f"{len(classes)} classes, {order_of(classes, reading.classes)}: {listed}."]
-    counts = {part: labels.bincount(minlength=len(classes)).tolist() for part, (_, labels) in found.parts.items()}
-    return Opened(parts, classes, augment, said, list(found.left_out), Contents(counts, _files(found)))
+    notes = [*dataset.said, *notes, f"{len(classes)} classes, {order_of(classes, reading.classes)}: {listed}."]
+    counts = {part: labels.bincount(minlength=len(classes)).tolist() for part, (_, labels) in dataset.parts.items()}
+    return Opened(parts, classes, augment, notes, list(dataset.left_out), Contents(counts, _files(dataset)))
 
 
 def _read_split(split: str | Sequence[str]) -> tuple[str, ...]:
@@ -97,34 +97,34 @@ def _read_split(split: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _encoded(
-    found: Found, image_size: int | None, channels: int | None, bad: BadImages
-) -> tuple[dict[str, Part], str, list[str]]:
+    dataset: Found, image_size: int | None, channels: int | None, bad: BadImages
+) -> tuple[Mapping[str, Part], str, list[str]]:
     """The splits with images to decode, or as tensors; the augmentation that suits them; what was decided."""
-    images = found.parts["train"][0]
+    images = dataset.parts["train"][0]
     if isinstance(images, Tensor):
         if channels not in (None, images.shape[1]):
             raise ValueError(f"channels must be {images.shape[1]}, which these images have, got {channels}")
         size = image_size or images.shape[3]
-        augment = found.augment or ("imagenet" if size > 64 else "crop" if images.shape[1] == 1 else "crop-flip")
-        return dict(found.parts), augment, [f"Size {size} x {size}: {'as asked for' if image_size else 'their own'}."]
+        augment = dataset.augment or ("imagenet" if size > 64 else "crop" if images.shape[1] == 1 else "crop-flip")
+        return dict(dataset.parts), augment, [f"Size {size} x {size}: {'as asked for' if image_size else 'their own'}."]
 
     def encode(images: Sequence, channels: int, size: int) -> Encoded:
-        return Encoded(images, channels=channels, image_size=size, folders=found.folders, bad=bad)
+        return Encoded(images, channels=channels, image_size=size, folders=dataset.folders, bad=bad)
 
     look = look_at(encode(images, 3, 1))
-    channels, size, said = decide(look, image_size, channels)
-    parts = {part: (encode(images, channels, size), labels) for part, (images, labels) in found.parts.items()}
+    channels, size, notes = decide(look, image_size, channels)
+    parts = {part: (encode(images, channels, size), labels) for part, (images, labels) in dataset.parts.items()}
     parts["train"][0].at_size = look.sizes.keys() == {(size, size)}
-    augment = found.augment or ("imagenet" if size > 64 else "crop" if channels == 1 else "crop-flip")
-    return parts, augment, said
+    augment = dataset.augment or ("imagenet" if size > 64 else "crop" if channels == 1 else "crop-flip")
+    return parts, augment, notes
 
 
-def _files(found: Found) -> list[str] | None:
+def _files(dataset: Found) -> list[str] | None:
     """What the files of all parts are called, from the folder `base`, in order."""
-    if found.base is None:
+    if dataset.base is None:
         return None
-    prefix = os.path.join(found.base, "")
-    return sorted(path.removeprefix(prefix) for images, _ in found.parts.values() for path in images)
+    prefix = os.path.join(dataset.base, "")
+    return sorted(path.removeprefix(prefix) for images, _ in dataset.parts.values() for path in images)
 
 
 def check_int(name: str, value, low: int | None = None) -> int:

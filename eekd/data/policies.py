@@ -36,9 +36,9 @@ def changes(index: Tensor, policy: str, side: int, *, seed: int, view: int) -> l
     """
     pillow()
     count = 1 if policy == "trivial" else RAND_OPERATIONS
-    draws, known = index[:, None] * count + torch.arange(count), dict(seed=seed, view=view)
+    draws = index[:, None] * count + torch.arange(count)
     chosen, levels, signs = (
-        random_below(n, stream=stream, index=draws, **known).tolist()
+        random_below(n, seed=seed, view=view, stream=stream, index=draws).tolist()
         for n, stream in ((len(OPERATIONS), OPERATION), (LEVELS, LEVEL), (2, SIGN))
     )
     most = strengths(policy, side)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class Found(NamedTuple):
     left_out  what it found and did not read, a phrase each
     """
 
-    parts: dict[str, tuple[Tensor | Sequence, Sequence[int] | Tensor]]
+    parts: dict[str, tuple[Any, Any]]
     classes: Sequence[str]
     augment: str | None = None
     folders: Sequence[Path] | None = None
@@ -109,20 +109,20 @@ def find(name: str, reading: Reading) -> Found:
     raise FileNotFoundError(f"there is no dataset {str(path)!r} in {Path.cwd()}{hint}")
 
 
-def validate(name: str, found: Found) -> Found:
+def validate(name: str, dataset: Found) -> Found:
     """What a reader found, with labels as tensors; ValueError or TypeError where it is not what `Found` says."""
-    if not isinstance(found, Found):
-        raise TypeError(f"{name} must return an eekd.data.Found, got a {type(found).__name__}")
-    if not found.parts.keys() <= set(SPLITS) or "train" not in found.parts:
-        raise ValueError(f"{name} must have the parts train, and perhaps val and test, got {', '.join(found.parts)}")
+    if not isinstance(dataset, Found):
+        raise TypeError(f"{name} must return an eekd.data.Found, got a {type(dataset).__name__}")
+    if not dataset.parts.keys() <= set(SPLITS) or "train" not in dataset.parts:
+        raise ValueError(f"{name} must have the parts train, and perhaps val and test, got {', '.join(dataset.parts)}")
     parts, shapes = {}, set()
-    for part, (images, labels) in found.parts.items():
+    for part, (images, labels) in dataset.parts.items():
         labels = torch.as_tensor(labels)
         if labels.dim() != 1 or labels.is_floating_point() or len(labels) != len(images) or not len(labels):
             got = f"{len(images)} images and labels {tuple(labels.shape)} {labels.dtype}"
             raise ValueError(f"{name} must have a whole number for each image of {part}, got {got}")
-        if labels.min() < 0 or labels.max() >= len(found.classes):
-            wanted = f"from 0 to {len(found.classes) - 1}"
+        if labels.min() < 0 or labels.max() >= len(dataset.classes):
+            wanted = f"from 0 to {len(dataset.classes) - 1}"
             raise ValueError(f"{name} must have labels {wanted} in {part}, got {labels.min()} to {labels.max()}")
         if isinstance(images, Tensor):
             if images.dim() != 4 or images.dtype != torch.uint8 or images.shape[2] != images.shape[3]:
@@ -139,4 +139,4 @@ def validate(name: str, found: Found) -> Found:
         raise TypeError(f"{name} must have images as tensors in all parts or in none, got them in {', '.join(tensors)}")
     if len(shapes) > 1:
         raise ValueError(f"{name} must have images of one shape, got {' and '.join(map(str, sorted(shapes)))}")
-    return found._replace(parts=parts)
+    return dataset._replace(parts=parts)

@@ -23,13 +23,14 @@ _HUB_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test"
 
 def read_hub(source: str, reading: Reading, problem: str) -> Found:
     """A data set of the hub by its id; `problem` begins the error where it cannot be had."""
-    datasets = _package(problem)
+    _package(problem)
+    from datasets.config import HF_DATASETS_CACHE
     from huggingface_hub.constants import HF_HUB_CACHE
 
     streaming = {"streaming": True} if reading.keep else {}
     names = [reading.config_name] if reading.config_name else []
-    found, cache = _load(problem, FileNotFoundError, reading, source, *names, **streaming)
-    return _read(source, found, reading, [cache or datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE])
+    splits, cache = _load(problem, FileNotFoundError, reading, source, *names, **streaming)
+    return _read(source, splits, reading, [cache or HF_DATASETS_CACHE, HF_HUB_CACHE])
 
 
 def read_parquet(path: Path, reading: Reading) -> Found:
@@ -46,10 +47,10 @@ def read_parquet(path: Path, reading: Reading) -> Found:
             if what := stranger(start.read(100), "file", {}):
                 raise ValueError(f"{file} must be parquet, got {what}")
     left_out = [*left_out, *(_lacking(shards) if path.is_dir() else ())]
-    found, _ = _load(problem, ValueError, reading, "parquet", data_files=files)
-    found = _read(str(path), found, reading, [path if path.is_dir() else path.parent])
-    said = [*found.said, *(_mixed(path, files) if path.is_dir() else ())]
-    return found._replace(left_out=[*found.left_out, *left_out], said=said)
+    splits, _ = _load(problem, ValueError, reading, "parquet", data_files=files)
+    dataset = _read(str(path), splits, reading, [path if path.is_dir() else path.parent])
+    said = [*dataset.said, *(_mixed(path, files) if path.is_dir() else ())]
+    return dataset._replace(left_out=[*dataset.left_out, *left_out], said=said)
 
 
 def _mixed(path: Path, files: dict[str, list[str]]) -> list[str]:
@@ -87,10 +88,10 @@ def read_saved(path: Path, reading: Reading) -> Found:
     datasets = _package(problem)
     reading.refuse(f"the saved data set {path}", "config_name", "keep")
     try:
-        found = datasets.load_from_disk(str(path))
+        splits = datasets.load_from_disk(str(path))
     except Exception as error:
         raise ValueError(f"{problem}: {_whole(error)}") from None
-    return _read(str(path), found if isinstance(found, dict) else {"train": found}, reading, [path])
+    return _read(str(path), splits if isinstance(splits, dict) else {"train": splits}, reading, [path])
 
 
 def _package(problem: str):
@@ -104,6 +105,8 @@ def _package(problem: str):
 def _load(problem: str, kind: type, reading: Reading, *arguments, **settings):
     """What `load_dataset` returns, and the folder that it cached in where that is not the usual one."""
     datasets = _package(problem)
+    from datasets.config import HF_DATASETS_CACHE
+
     try:
         try:
             return datasets.load_dataset(*arguments, **settings), None
@@ -112,7 +115,7 @@ def _load(problem: str, kind: type, reading: Reading, *arguments, **settings):
                 raise
             cache = tempfile.mkdtemp(prefix="eekd-datasets-")
             warnings.warn(
-                f"{datasets.config.HF_DATASETS_CACHE} cannot be written to ({_whole(error)}): the data are cached in "
+                f"{HF_DATASETS_CACHE} cannot be written to ({_whole(error)}): the data are cached in "
                 f"{cache}, which the next run does not use and you can remove",
                 stacklevel=2,
             )
@@ -155,25 +158,25 @@ def _by_split(path: Path, reading: Reading) -> tuple[dict[str, list[str]], list[
     return files, [f"{counted(names, 'parquet file')} whose names tell no split"] if rest else []
 
 
-def _splits(source: str, found, reading: Reading) -> tuple[dict[str, str], list[str]]:
+def _splits(source: str, splits, reading: Reading) -> tuple[dict[str, str], list[str]]:
     """{train, val, test: what the data set calls it}, and the names of splits that are not read."""
+    chosen: dict[str, str] = {}
     if reading.split:
-        if missing := [name for name in reading.split if name not in found]:
-            raise ValueError(f"split must name splits of {source}, {', '.join(found)}, got {missing[0]!r}")
+        if missing := [name for name in reading.split if name not in splits]:
+            raise ValueError(f"split must name splits of {source}, {', '.join(splits)}, got {missing[0]!r}")
         chosen = dict(zip(SPLITS if len(reading.split) == 3 else ("train", "test"), reading.split, strict=False))
     else:
-        chosen = {}
         for part, names in _HUB_NAMES.items():
-            others = [name for name in found if split_of(name) == part]
-            if name := next((name for name in (*names, *others) if name in found), None):
+            others = [name for name in splits if split_of(name) == part]
+            if name := next((name for name in (*names, *others) if name in splits), None):
                 chosen[part] = name
-        if "train" not in chosen and len(found) == 1:
-            chosen = {"train": next(iter(found))}
+        if "train" not in chosen and len(splits) == 1:
+            chosen = {"train": next(iter(splits))}
         if "train" not in chosen:
             raise ValueError(
-                f"{source} must have a split train, got {', '.join(found)}: --split TRAIN,TEST names those to read"
+                f"{source} must have a split train, got {', '.join(splits)}: --split TRAIN,TEST names those to read"
             )
-    return chosen, [name for name in found if name not in chosen.values()]
+    return chosen, [name for name in splits if name not in chosen.values()]
 
 
 def _image_column(source: str, features, reading: Reading) -> str:
@@ -219,24 +222,24 @@ def _label_column(source: str, features, image: str, reading: Reading) -> str:
     )
 
 
-def _read(source: str, found, reading: Reading, folders: Sequence) -> Found:
-    from datasets import Image, IterableDataset
+def _read(source: str, splits, reading: Reading, folders: Sequence) -> Found:
+    from datasets import Image
 
-    chosen, others = _splits(source, found, reading)
-    features = found[chosen["train"]].features
+    chosen, others = _splits(source, splits, reading)
+    features = splits[chosen["train"]].features
     if features is None:  # a stream without a header
-        features = next(iter(found[chosen["train"]].take(1)), {})
+        features = next(iter(splits[chosen["train"]].take(1)), {})
         features = dict.fromkeys(features)
     image = _image_column(source, features, reading)
     label = _label_column(source, features, image, reading)
-    raw, said = {}, []
+    raw, notes = {}, []
     for part, name in chosen.items():
-        split = found[name]
+        split = splits[name]
         if isinstance(split.features and split.features.get(image), Image):
             split = split.cast_column(image, Image(decode=False))
-        if isinstance(split, IterableDataset):
+        if reading.keep:
             cells, labels, count = _sampled(split, image, label, reading.keep)
-            said.append(f"{len(cells):,} of the {count:,} images of {name} are kept in memory.")
+            notes.append(f"{len(cells):,} of the {count:,} images of {name} are kept in memory.")
         else:
             cells, labels = split[image], list(split[label])
         if {type(y) for y in labels} == {float} and all(y == y // 1 for y in labels):  # as a table with gaps has them
@@ -265,11 +268,11 @@ def _read(source: str, found, reading: Reading, folders: Sequence) -> Found:
         if strange := set(labels) - number.keys():
             raise ValueError(f"{source} has the label {strange.pop()!r} in {part}, which is no class of it")
         parts[part] = cells, [number[value] for value in labels]
-    said.append(f"Images are in the column {printable(image)}, labels in {printable(label)}.")
-    said += [f"{printable(name)} is the {part} split." for part, name in chosen.items() if name != part]
+    notes.append(f"Images are in the column {printable(image)}, labels in {printable(label)}.")
+    notes += [f"{printable(name)} is the {part} split." for part, name in chosen.items() if name != part]
     left_out = [counted(others, "split")] if others else []
     folders = [Path(folder).absolute() for folder in folders]
-    return Found(parts, names or [str(y) for y in number], folders=folders, said=said, left_out=left_out)
+    return Found(parts, names or [str(y) for y in number], folders=folders, said=notes, left_out=left_out)
 
 
 def _sampled(stream, image: str, label: str, keep: int) -> tuple[list, list, int]:

@@ -32,9 +32,9 @@ def is_leftover(name: str) -> bool:
 def entries(folder: str | Path) -> tuple[list[os.DirEntry], list[os.DirEntry]]:
     """The folders and the files in a folder, each by name; links to them count as what they lead to."""
     with os.scandir(folder) as inside:
-        found = sorted((entry for entry in inside if not is_leftover(entry.name)), key=lambda entry: entry.name)
-    folders = [entry for entry in found if entry.is_dir()]
-    return folders, [entry for entry in found if not entry.is_dir()]
+        inside_folder = sorted((entry for entry in inside if not is_leftover(entry.name)), key=lambda entry: entry.name)
+    folders = [entry for entry in inside_folder if entry.is_dir()]
+    return folders, [entry for entry in inside_folder if not entry.is_dir()]
 
 
 def split_of(name: str) -> str | None:
@@ -87,18 +87,18 @@ class Passed:
 
     def all(self) -> list[str]:
         """A phrase for each kind."""
-        found = list(self.phrases)
+        phrases = list(self.phrases)
         if self.empty:
-            found.append(f"{counted(self.empty, 'folder')} without images")
+            phrases.append(f"{counted(self.empty, 'folder')} without images")
         if self.endings:
             kinds = ", ".join(
                 f"{count:,} {ending}"
                 for ending, count in sorted(self.endings.items(), key=lambda kind: (-kind[1], kind[0]))
             )
-            found.append(f"{plural(self.endings.total(), 'file')} of other kinds ({printable(kinds)})")
+            phrases.append(f"{plural(self.endings.total(), 'file')} of other kinds ({printable(kinds)})")
         if self.dangling:
-            found.append(f"{plural(self.dangling, 'link')} without a target")
-        return found
+            phrases.append(f"{plural(self.dangling, 'link')} without a target")
+        return phrases
 
 
 def images_in(folder: str | Path, passed: Passed | None = None) -> Iterator[str]:
@@ -111,8 +111,8 @@ def images_in(folder: str | Path, passed: Passed | None = None) -> Iterator[str]
             continue
         entered.add(real)
         with os.scandir(here) as inside:
-            found = [entry for entry in inside if not is_leftover(entry.name)]
-        for entry in found:
+            visible = [entry for entry in inside if not is_leftover(entry.name)]
+        for entry in visible:
             if entry.is_dir():
                 waiting.append(entry.path)
             elif not is_image(entry.name):

@@ -60,10 +60,12 @@ def distil(student_logits, snapshot_logits, tail, indices, labels, attention, op
         raise ValueError('labels must be given for attention_objective="label", got None; give labels or use "kl"')
     backend = backend_for(device)
     if backend == "reference":
-        z = snapshots[0] if isinstance(snapshot_logits, Tensor) else snapshots
-        formula = partial(reference.sparse_ensemble_kd, snapshot_tail=tail, indices=indices)
+        z = snapshots[0] if isinstance(snapshot_logits, Tensor) else list(snapshots)
+        formula = reference.ensemble_kd
+        if indices is not None:
+            formula = partial(reference.sparse_ensemble_kd, snapshot_tail=tail, indices=indices)
         return EnsembleKD(
-            *(reference.ensemble_kd if indices is None else formula)(
+            *formula(
                 student,
                 z,
                 labels=labels,
@@ -188,14 +190,10 @@ class _EnsembleKD(torch.autograd.Function):
         if d_attention_loss is None:
             d_scores = d_query = d_keys = None
         if ctx.scale is None or compiling:
-            if d_student is not None:
-                d_student = _scaled(d_student, d_loss, count, compiling)
-            if d_scores is not None:
-                d_scores = _scaled(d_scores, d_attention_loss, count, compiling)
-            elif d_query is not None:
-                d_query = _scaled(d_query, d_attention_loss, count, compiling)
-                d_keys = _scaled(d_keys, d_attention_loss, count, compiling)
-            return d_student, d_scores, d_query, d_keys, None
+            attention = [(x, d_attention_loss) for x in (d_scores, d_query, d_keys)]
+            pairs = (d_student, d_loss), *attention
+            scaled = [None if x is None or d is None else _scaled(x, d, count, compiling) for x, d in pairs]
+            return *scaled, None
         gradients = d_student, d_scores, d_query, d_keys
         if _keeps_graph():  # in place, unless the graph is kept for another backward
             gradients = [None if x is None else x.clone() for x in gradients]
@@ -205,7 +203,8 @@ class _EnsembleKD(torch.autograd.Function):
 
 
 # Private, and so allowed to go: then every graph counts as kept.
-_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+_autograd = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+_keeps_graph = getattr(_autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def _scaled(unit: Tensor, grad: Tensor, count: Tensor | int | None, compiling: bool) -> Tensor:

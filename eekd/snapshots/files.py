@@ -80,10 +80,10 @@ def scheduled(folder: Path) -> list[Path] | None:
     file = folder / SCHEDULE
     if not file.is_file():
         return None
-    known = read_json(file)
-    steps = known.get("steps") if isinstance(known, dict) else None
+    content = read_json(file)
+    steps = content.get("steps") if isinstance(content, dict) else None
     if not isinstance(steps, list) or not steps:
-        raise ValueError(f"{file} must name the steps of at least one snapshot, got {repr(known)[:100]}")
+        raise ValueError(f"{file} must name the steps of at least one snapshot, got {repr(content)[:100]}")
     if lacking := [step for step in steps if not (folder / f"checkpoint-{step}").is_dir()]:
         raise FileNotFoundError(
             f"{folder} must hold the snapshots of steps {some(map(str, steps))}, got none of "
