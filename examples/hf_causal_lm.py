@@ -55,10 +55,10 @@ def main(text: Path, steps: int = 150) -> dict[str, float]:
     trainers = {
         "teacher": lambda: Trainer(
             model(96, 3), TrainingArguments(str(folder / "teacher"), save_only_model=True, **common),
-            train_dataset=train, callbacks=[SnapshotCallback(4)],
+            train_dataset=train, callbacks=[SnapshotCallback(4)],  # pyright: ignore
         ),
         "student by cross-entropy": lambda: Trainer(
-            model(32, 1), TrainingArguments(str(folder / "alone"), **common), train_dataset=train
+            model(32, 1), TrainingArguments(str(folder / "alone"), **common), train_dataset=train  # pyright: ignore
         ),
         "student by EEKD": lambda: EEKDTrainer(
             model(32, 1), EEKDConfig(str(folder / "student"), weighting="attention", **common),

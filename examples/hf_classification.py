@@ -47,7 +47,7 @@ def main(files: list[Path], steps: int = 100) -> dict[str, float]:
         return BertForSequenceClassification(
             BertConfig(
                 vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-                num_attention_heads=4, max_position_embeddings=LONGEST, num_labels=len(files),
+                num_attention_heads=4, max_position_embeddings=LONGEST, num_labels=len(files),  # pyright: ignore
             )
         )  # fmt: skip
 
@@ -56,9 +56,9 @@ def main(files: list[Path], steps: int = 100) -> dict[str, float]:
         max_steps=steps, per_device_train_batch_size=32, learning_rate=2e-3, save_strategy="no", report_to="none",
         disable_tqdm=True, logging_steps=steps,
     )  # fmt: skip
-    data = dict(
+    data: dict[str, Any] = dict(
         train_dataset=train, data_collator=DataCollatorWithPadding(tokenizer), processing_class=tokenizer,
-        compute_metrics=lambda said: {"accuracy": (said.predictions.argmax(1) == said.label_ids).mean()},
+        compute_metrics=lambda outputs: {"accuracy": (outputs.predictions.argmax(1) == outputs.label_ids).mean()},
     )  # fmt: skip
     trainers = {
         "teacher": lambda: Trainer(
@@ -73,13 +73,13 @@ def main(files: list[Path], steps: int = 100) -> dict[str, float]:
             teacher_checkpoints=folder / "teacher", **data,
         ),
     }  # fmt: skip
-    found = {}
+    accuracies = {}
     for name, make in trainers.items():
         trainer = make()
         trainer.train()
-        found[name] = float(trainer.evaluate(val)["eval_accuracy"])
-        print(f"{name}: accuracy {found[name]:.1%}")
-    return found
+        accuracies[name] = float(trainer.evaluate(val)["eval_accuracy"])
+        print(f"{name}: accuracy {accuracies[name]:.1%}")
+    return accuracies
 
 
 if __name__ == "__main__":

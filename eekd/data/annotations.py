@@ -109,10 +109,11 @@ def _from_json(path: Path, text: str) -> Table:
         value = [[name, label] for label, names in value.items() for name in names]
     if isinstance(value, dict):
         value = [[name, label] for name, label in value.items()]
-    if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
-        columns = list(dict.fromkeys(name for row in value for name in row))
-        columns = [name for name in columns if name in LABELS or not any(_nested(row.get(name)) for row in value)]
-        rows = [[row.get(name) for name in columns] for row in value]  # pyright: ignore[reportAttributeAccessIssue]
+    records = [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+    if records and len(records) == len(value):
+        columns = list(dict.fromkeys(name for row in records for name in row))
+        columns = [name for name in columns if name in LABELS or not any(_nested(row.get(name)) for row in records)]
+        rows = [[row.get(name) for name in columns] for row in records]
     else:
         columns, rows = ["0", "1"], value
     plain = isinstance(rows, list) and all(

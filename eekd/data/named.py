@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,9 +35,9 @@ def _digits(reading: Reading) -> Found:
         from sklearn.datasets import load_digits
     except ImportError:
         raise ImportError("digits needs scikit-learn: pip install 'eekd[train]'") from None
-    digits = dict(load_digits())  # pyright: ignore[reportCallIssue,reportArgumentType]
-    images = torch.from_numpy(digits["images"] * (255 / 16)).round_().to(torch.uint8).unsqueeze(1)
-    return Found({"train": (images, torch.from_numpy(digits["target"]).long())}, [*"0123456789"], "crop")
+    digits: Any = load_digits()
+    images = torch.from_numpy(digits.images * (255 / 16)).round_().to(torch.uint8).unsqueeze(1)
+    return Found({"train": (images, torch.from_numpy(digits.target).long())}, [*"0123456789"], "crop")
 
 
 @register("fashion-mnist")

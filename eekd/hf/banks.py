@@ -80,7 +80,7 @@ class Writer:
             raise ValueError(f"{name} must be finite in {self.dtype}, got some that are not: choose another dtype")
         return stored
 
-    def add(self, keys: Sequence[bytes], lengths: Sequence[int], said: Mapping[str, Tensor]) -> None:
+    def add(self, keys: Sequence[bytes], lengths: Sequence[int], rows: Mapping[str, Tensor]) -> None:
         """The rows of a batch: `lengths` of them for each of its samples."""
         start = 0
         for key, length in zip(keys, lengths, strict=True):
@@ -89,7 +89,7 @@ class Writer:
                 self._keys.append(key)
                 self._lengths.append(length)
                 self.rows += length
-                for name, x in said.items():
+                for name, x in rows.items():
                     x = x[start : start + length]
                     self._said.setdefault(name, []).append(x)
                     self._bytes += x.nbytes
@@ -114,9 +114,9 @@ class Writer:
         if self._keys:
             keys = torch.from_numpy(np.frombuffer(b"".join(self._keys), np.uint8).reshape(-1, 16).copy())
             offsets = torch.tensor([0, *np.cumsum(self._lengths).tolist()])
-            said = {name: torch.cat(parts) for name, parts in self._said.items()}
+            tensors = {name: torch.cat(parts) for name, parts in self._said.items()}
             name = f"rows-{len(self.files)}.safetensors"
-            self.files[name] = save_tensors(self.folder / name, {"keys": keys, "offsets": offsets, **said})
+            self.files[name] = save_tensors(self.folder / name, {"keys": keys, "offsets": offsets, **tensors})
         self._clear()
 
     def _clear(self) -> None:
@@ -142,8 +142,8 @@ class Bank:
             path = self.folder / name
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing: write the bank again")
-            if (found := sha256_of(path)) != sha256:
-                raise ValueError(f"{path} was changed or damaged: its SHA-256 must be {sha256}, got {found}")
+            if (digest := sha256_of(path)) != sha256:
+                raise ValueError(f"{path} was changed or damaged: its SHA-256 must be {sha256}, got {digest}")
         self.snapshots = list(range(self.manifest.snapshots))[-1 if last else 0 :]
         self.names = [f"snapshot {m + 1} of {folder}" for m in self.snapshots]
         self._shards = [safe_open(self.folder / name, "pt") for name in self.manifest.files if name != HEADS]
@@ -171,32 +171,32 @@ class Bank:
 
     def check(self, tokenizer=None, teachers: list[Path] | None = None, dataset=None) -> None:
         """ValueError, one sentence, where the bank is of another tokenizer, other teachers or other data."""
-        own, said = tokenizer_sha256(tokenizer), self.manifest
-        if None not in (own, said.tokenizer) and own != said.tokenizer:
+        own, manifest = tokenizer_sha256(tokenizer), self.manifest
+        if None not in (own, manifest.tokenizer) and own != manifest.tokenizer:
             raise ValueError(f"{self.folder} must be of the trainer's tokenizer, got one of another")
-        if teachers is not None and [*map(weights_sha256, map(weights_file, teachers))] != said.teachers:
+        if teachers is not None and [*map(weights_sha256, map(weights_file, teachers))] != manifest.teachers:
             raise ValueError(f"{self.folder} must be of these {len(teachers)} checkpoints, got one of others")
         if dataset is None or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             return
-        rows = range(0, len(dataset), -(-len(dataset) // LOOKED_AT) if "pixel_values" in said.inputs else 1)
+        rows = range(0, len(dataset), -(-len(dataset) // LOOKED_AT) if "pixel_values" in manifest.inputs else 1)
         for row in rows:
             sample = dataset[row]
-            if not isinstance(sample, Mapping) or any(name not in sample for name in said.inputs):
+            if not isinstance(sample, Mapping) or any(name not in sample for name in manifest.inputs):
                 return  # the collator makes the inputs: batches are looked up as they come
-            if sample_key(sample, said.inputs) not in self._places:
+            if sample_key(sample, manifest.inputs) not in self._places:
                 raise ValueError(f"{self.folder} must hold every sample of train_dataset, got {row}, which it lacks")
 
     def rows(self, inputs: dict, names: Sequence[str], mask: Tensor) -> dict[str, Tensor]:
         """What is stored of a batch: (B, T, …), zeros where `mask` (B, T) has none."""
-        found = {name: [] for name in names}
+        slices = {name: [] for name in names}
         for row, key in enumerate(sample_keys(inputs, self.manifest.inputs)):
             if key not in self._places:
                 raise ValueError(f"{self.folder} must hold every sample of a batch, got {row}, which it lacks")
             shard, start, end = self._places[key]
             for name in names:
-                found[name].append(self._shards[shard].get_slice(name)[start:end])
+                slices[name].append(self._shards[shard].get_slice(name)[start:end])
         wanted = {}
-        for name, parts in found.items():
+        for name, parts in slices.items():
             rows = torch.cat(parts).to(mask.device)
             wanted[name] = rows.new_zeros(*mask.shape, *rows.shape[1:])
             wanted[name][mask] = rows
@@ -208,12 +208,12 @@ def read_manifest(folder: str | Path) -> Manifest:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: no bank, or one that was not finished")
-    known = read_json(path)
-    found = known.get("format") if isinstance(known, dict) else None
-    if found != FORMAT:
-        raise ValueError(f"{path} must have format {FORMAT}, got {found!r}")
+    content = read_json(path)
+    version = content.get("format") if isinstance(content, dict) else None
+    if version != FORMAT:
+        raise ValueError(f"{path} must have format {FORMAT}, got {version!r}")
     try:
-        return Manifest(**known)
+        return Manifest(**content)
     except TypeError as error:
         raise ValueError(f"{path} must be that of a bank, got other entries") from error
 
@@ -223,8 +223,8 @@ def batches(teachers: Teachers, dataset, data_collator: Callable, size: int, dev
     taken = {*teachers.named_inputs()}
 
     def own(sample):
-        known = isinstance(sample, Mapping) and not taken.isdisjoint(sample)
-        return {k: x for k, x in sample.items() if k in taken or k in LABELS} if known else sample
+        named = isinstance(sample, Mapping) and not taken.isdisjoint(sample)
+        return {k: x for k, x in sample.items() if k in taken or k in LABELS} if named else sample
 
     def collate(samples: list) -> dict:
         return data_collator([own(sample) for sample in samples])

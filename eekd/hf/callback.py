@@ -41,7 +41,7 @@ class SnapshotCallback(TrainerCallback):
             raise ValueError(f"snapshots must be at most {state.max_steps}, the steps of the run, got {self.snapshots}")
         self.steps = stage_ends(state.max_steps, self.snapshots)
         if state.is_world_process_zero:
-            write_json_atomic(Path(args.output_dir) / SCHEDULE, {"steps": self.steps})
+            write_json_atomic(Path(str(args.output_dir)) / SCHEDULE, {"steps": self.steps})
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step in self.steps:

@@ -1,12 +1,13 @@
 """What must fit between a student and its teachers before anything is trained."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import transformers
 from torch import nn
 
-from eekd.hf.heads import LanguageHead
+from eekd.hf.heads import LanguageHead, StoredHead
 from eekd.io.files import read_json
 from eekd.io.state_dicts import some
 
@@ -62,7 +63,7 @@ def check_apart(student: nn.Module, teachers: list[nn.Module]) -> None:
         raise ValueError("teachers must share no weights with the student, got one that does: give a copy")
 
 
-def check_tokenizers(folders: list[str], own) -> None:
+def check_tokenizers(folders: list[Path], own) -> None:
     """ValueError where a teacher's tokenizer gives an id another token than the student's does."""
     if own is None or not hasattr(own, "get_vocab"):
         return
@@ -84,7 +85,7 @@ def check_tokenizers(folders: list[str], own) -> None:
             )
 
 
-def check_processors(folders: list[str], own) -> None:
+def check_processors(folders: list[Path], own) -> None:
     """ValueError where a teacher's image processor scales or normalises images otherwise than the student's."""
     if not hasattr(own, "image_mean"):
         return
@@ -100,7 +101,7 @@ def check_processors(folders: list[str], own) -> None:
                 )
 
 
-def check_vocabularies(heads: dict[str, LanguageHead], tokenizer) -> None:
+def check_vocabularies(heads: Mapping[str, LanguageHead | StoredHead], tokenizer) -> None:
     """ValueError where heads of several sizes cannot be cut to one vocabulary."""
     sizes = {name: len(head.weight) for name, head in heads.items()}
     least = min(sizes, key=lambda name: sizes[name])

@@ -55,8 +55,8 @@ def write_classifier_bank(
             if features:
                 heads = teachers.classifier_heads(feature_layer)
                 teachers.verify(heads, torch.no_grad, batch)
-                if len(widths := {head.dim for head in heads}) > 1:
-                    raise ValueError(f"features must be False for teachers of several widths, got {sorted(widths)}")
+                if len(widths := sorted({str(head.dim) for head in heads})) > 1:
+                    raise ValueError(f"features must be False for teachers of several widths, got {', '.join(widths)}")
                 width = heads[0].dim
         logits, kept = teachers.logits_and_features(heads, batch, torch.no_grad)
         for name, z, config in zip(teachers.names, logits, teachers.configs(), strict=True):
@@ -64,10 +64,10 @@ def write_classifier_bank(
                 raise ValueError(f"{name} must give logits of its {config.num_labels} classes, got {z.shape[1]}")
         each = len(logits[0]) // len(batch[names[0]])
         mask, longest = _mask(batch, each), max(longest, each)
-        said = {"logits": writer.cast("logits", torch.stack(logits, 1)[mask.flatten()])}
+        outputs = {"logits": writer.cast("logits", torch.stack(logits, 1)[mask.flatten()])}
         if kept is not None:
-            said["features"] = writer.cast("features", torch.stack(kept, 1)[mask.flatten()])
-        writer.add(sample_keys(batch, names), mask.sum(1).tolist(), said)
+            outputs["features"] = writer.cast("features", torch.stack(kept, 1)[mask.flatten()])
+        writer.add(sample_keys(batch, names), mask.sum(1).tolist(), outputs)
     config, kind = teachers.configs()[0], CLASSIFIER if longest == 1 else TOKEN_CLASSIFIER
     writer.end(
         None, teachers, processing_class, kind=kind, classes=config.num_labels, width=width,
@@ -86,9 +86,9 @@ class ClassifierBank(Bank):
 
     def configs(self) -> list[SimpleNamespace]:
         """The classes of each teacher."""
-        said = self.manifest
-        labels = {int(i): name for i, name in (said.labels or {}).items()}
-        return [SimpleNamespace(num_labels=said.classes, id2label=labels, problem_type=None)] * len(self)
+        manifest = self.manifest
+        labels = {int(i): name for i, name in (manifest.labels or {}).items()}
+        return [SimpleNamespace(num_labels=manifest.classes, id2label=labels, problem_type=None)] * len(self)
 
     def classifier_heads(self, layer: str | None = None) -> list[SimpleNamespace]:
         """The width of each one's features; ValueError where none are stored."""
@@ -101,8 +101,8 @@ class ClassifierBank(Bank):
         each = inputs["input_ids"].shape[1] if self.manifest.kind == TOKEN_CLASSIFIER else 1
         names = ["logits", "features"] if heads else ["logits"]
         mask = _mask(inputs, each).to(self.device)
-        found = {name: x.flatten(0, 1) for name, x in self.rows(inputs, names, mask).items()}
-        logits, *features = ([x[:, m] for m in self.snapshots] for x in found.values())
+        outputs = {name: x.flatten(0, 1) for name, x in self.rows(inputs, names, mask).items()}
+        logits, *features = ([x[:, m] for m in self.snapshots] for x in outputs.values())
         return logits, features[0] if heads else None
 
 

@@ -8,6 +8,8 @@ import inspect
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +31,8 @@ class LanguageHead:
 
     def __init__(self, model: nn.Module, name: str):
         self.name = name
-        self.module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        embeddings = getattr(model, "get_output_embeddings", None)
+        self.module: Any = embeddings() if embeddings else None
         kind = type(self.module).__name__
         if self.module is None:
             raise ValueError(f"{name} must have a head (get_output_embeddings), got {type(model).__name__}")
@@ -62,14 +65,14 @@ class LanguageHead:
     @contextmanager
     def tap(self) -> Iterator[list[Tensor]]:
         """While it lasts, forwards put the last hidden states into the list and make no logits."""
-        found = []
+        taken = []
 
         def forward(hidden: Tensor) -> Tensor:
-            found.append(hidden)
+            taken.append(hidden)
             return hidden
 
         with replaced(self.module, forward):
-            yield found
+            yield taken
 
     @torch.no_grad()
     def verify(self, model: nn.Module, inputs: dict, rows: Tensor, half: bool) -> None:
@@ -84,9 +87,9 @@ class LanguageHead:
             with torch.autocast(hidden.device.type, enabled=False):
                 return nn.functional.linear(hidden.float(), self.weight.float(), bias)
 
-        with self.tap() as found:
+        with self.tap() as tapped:
             run(model, self.name, inputs)
-        raw = linear(only(found, self.name).flatten(0, -2)[rows])
+        raw = linear(only(tapped, self.name).flatten(0, -2)[rows])
         gain = (PROBE / raw.abs().max().clamp(min=1e-6)).item()
         own = [logits_of(run(model, self.name, inputs))]
         with replaced(self.module, lambda hidden: linear(hidden) * gain):
@@ -106,6 +109,17 @@ class LanguageHead:
             f"{self.name} must give the logits of its head, scaled and soft-capped as its configuration says; those of "
             f"{type(model).__name__} differ by {min(errors):.2g} times what rounding makes"
         )
+
+
+@dataclass
+class StoredHead:
+    """A teacher's head in a bank, as `LanguageHead` has it."""
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
 
 
 class ClassifierHead:
@@ -141,25 +155,25 @@ class ClassifierHead:
     @contextmanager
     def tap(self) -> Iterator[list[Tensor]]:
         """While it lasts, the logits have the features beside them, or the list gets the named layer's input."""
-        found = []
+        taken = []
         before = self.module.forward
         if self.layer is None:
             with replaced(self.module, lambda x: torch.cat((before(x), x), -1)):
-                yield found
+                yield taken
         else:
-            hook = self.module.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0]))
+            hook = self.module.register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0]))
             try:
-                yield found
+                yield taken
             finally:
                 hook.remove()
 
-    def split(self, logits: Tensor, found: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def split(self, logits: Tensor, tapped: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Logits and features of what a forward under `tap` gave, rows first: (N, C) and (N, D)."""
         if self.layer is None:
             features = logits[..., self.classes :]
             logits = logits[..., : self.classes]
         else:
-            features = only(found, self.name)
+            features = only(tapped, self.name)
         return logits.flatten(0, -2), features.flatten(0, -2)
 
     @torch.no_grad()
@@ -167,8 +181,8 @@ class ClassifierHead:
         """ValueError where logits taken with features are not the model's own, or features are not (N, D)."""
         own = logits_of(run(model, self.name, inputs)).flatten(0, -2)
         try:
-            with self.tap() as found:
-                logits, features = self.split(logits_of(run(model, self.name, inputs)), found)
+            with self.tap() as tapped:
+                logits, features = self.split(logits_of(run(model, self.name, inputs)), tapped)
             logits, own = logits.float(), own.float()  # beside features of 32 bits, logits of 16 become such
             right = features.shape[:1] == own.shape[:1] and torch.allclose(logits, own, rtol=1e-2, atol=1e-4)
         except RuntimeError:
@@ -196,18 +210,24 @@ def replaced(module: nn.Module, forward) -> Iterator[None]:
             module.forward = own
 
 
+def without_adapters(model: nn.Module) -> nn.Module:
+    """The model that PEFT's stands around, or the model itself."""
+    base = getattr(model, "get_base_model", None)
+    return base() if base else model
+
+
 def body_of(model: nn.Module) -> nn.Module | None:
     """What of a model stands below its head; None where that is no module of its own."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = without_adapters(model)
     body = getattr(model, "base_model", model)
     return None if body is model else body
 
 
-def only(found: list[Tensor], name: str) -> Tensor:
+def only(tapped: list[Tensor], name: str) -> Tensor:
     """What a layer was given; RuntimeError where it ran never, or more than once."""
-    if len(found) != 1:
-        raise RuntimeError(f"the forward of {name} must run its head once, got {len(found)} times")
-    return found[0]
+    if len(tapped) != 1:
+        raise RuntimeError(f"the forward of {name} must run its head once, got {len(tapped)} times")
+    return tapped[0]
 
 
 def accepted(model: nn.Module, inputs: dict) -> dict:
@@ -236,8 +256,7 @@ def named_inputs(model: nn.Module) -> list[str]:
 
 
 def _forward(model: nn.Module):
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inspect.signature(type(base).forward).parameters
+    return inspect.signature(type(without_adapters(model)).forward).parameters
 
 
 def _linear(module: nn.Module) -> nn.Linear | None:
@@ -249,7 +268,8 @@ def _linear(module: nn.Module) -> nn.Linear | None:
 
 def _candidates(model: nn.Module) -> list[tuple[float, float | None]]:
     """Scales and soft-caps that the configuration may mean, the likeliest first."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    text_config = getattr(model.config, "get_text_config", None)
+    config = text_config() if text_config else model.config
     stated = [getattr(config, name, None) for name in SCALES]
     scales = [s for x in stated if isinstance(x, float | int) and x for s in (float(x), 1 / x)] + [1.0]
     cap = getattr(config, "final_logit_softcapping", None)

@@ -34,14 +34,14 @@ class LanguageModelling:
     def __init__(self, student: nn.Module, teachers: Teachers | TokenBank, args, tokenizer, *, shift: bool):
         self.student, self.teachers, self.shift = student, teachers, shift
         self.head = LanguageHead(student, "the student")
-        self.heads = teachers.language_heads()
+        self.heads: list = teachers.language_heads()
         named = dict(zip(teachers.names, self.heads, strict=True))
-        self.top_k = isinstance(teachers, TokenBank) and teachers.keeps_top_k
-        if self.top_k and args.weighting == "attention":
+        self.top_k_bank = teachers if isinstance(teachers, TokenBank) and teachers.keeps_top_k else None
+        if self.top_k_bank and args.weighting == "attention":
             raise ValueError("weighting must be one without features for a top-k bank, got 'attention'")
-        if self.top_k and len(self.head.weight) < teachers.manifest.classes:
+        if self.top_k_bank and len(self.head.weight) < self.top_k_bank.manifest.classes:
             got = len(self.head.weight)
-            raise ValueError(f"the student must have the bank's {teachers.manifest.classes} tokens, got {got}")
+            raise ValueError(f"the student must have the bank's {self.top_k_bank.manifest.classes} tokens, got {got}")
         checks.check_vocabularies({"the student": self.head, **named}, tokenizer)
         self.student_dim = self.head.weight.shape[1]
         widths = {head.weight.shape[1] for head in self.heads}
@@ -62,7 +62,7 @@ class LanguageModelling:
         rows = rows if len(rows) else torch.arange(min(CHECKED, labels.numel()), device=labels.device)
         batch = model_inputs(inputs)
         self.head.verify(self.student, batch, rows, half)
-        if self.top_k:
+        if self.top_k_bank:
             return
         self.teachers.verify(self.heads, context, batch, rows, half)
         for head in self.heads:
@@ -83,21 +83,23 @@ class LanguageModelling:
                 )
             return hidden.flatten(0, -2).index_select(0, rows)
 
-        said = {"labels": labels.flatten()[rows], "select": select}
-        if self.top_k:
-            return said | {"top_k": self.teachers.top_k(model_inputs(inputs), select)}
-        return said | {"hidden": self.teachers.hidden_states(self.heads, model_inputs(inputs), select, context)}
+        taught = {"labels": labels.flatten()[rows], "select": select}
+        if self.top_k_bank:
+            return taught | {"top_k": self.top_k_bank.top_k(model_inputs(inputs), select)}
+        return taught | {"hidden": self.teachers.hidden_states(self.heads, model_inputs(inputs), select, context)}
 
     def tap(self):
         """See `LanguageHead.tap`."""
         return self.head.tap()
 
-    def loss(self, criterion: EEKDLoss, output, found: list[Tensor], said: dict, items: Tensor) -> tuple[Tensor, dict]:
+    def loss(
+        self, criterion: EEKDLoss, output, tapped: list[Tensor], taught: dict, items: Tensor
+    ) -> tuple[Tensor, dict]:
         """The sum over the rows that count, divided by `items`; and what was measured, without gradient."""
-        hidden, labels = said["select"](only(found, "the student")), said["labels"]
-        if "top_k" in said:
-            return self._sparse_loss(criterion, hidden, said["top_k"], labels, items)
-        keys = said["hidden"]
+        hidden, labels = taught["select"](only(tapped, "the student")), taught["labels"]
+        if "top_k" in taught:
+            return self._sparse_loss(criterion, hidden, taught["top_k"], labels, items)
+        keys = taught["hidden"]
         factors = [head.scale / self.head.scale for head in self.heads]
         shared = all(head.weight is self.heads[0].weight for head in self.heads) and len(set(factors)) == 1
         heads = self.heads[:1] if shared else self.heads
@@ -145,8 +147,8 @@ class LanguageModelling:
         loss, weights = hidden.sum() * 0, torch.zeros(len(kept), device=hidden.device)
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
-            said = kept.logits[:, rows], kept.indices[rows], kept.atoms[:, rows]
-            result = checkpoint(part, hidden[rows], *said, labels[rows], use_reentrant=False)
+            part_kept = kept.logits[:, rows], kept.indices[rows], kept.atoms[:, rows]
+            result = checkpoint(part, hidden[rows], *part_kept, labels[rows], use_reentrant=False)
             loss, weights = loss + result.loss, weights + result.weights.sum(0)
         return loss / items, {
             "distillation_loss": (loss / items).detach(),
@@ -175,10 +177,10 @@ class LanguageModelling:
                     logits.append(
                         z if self.head.softcap is None else self.head.softcap * (z / self.head.softcap).tanh()
                     )
-                said = weightings.log_weights(criterion.weighting, logits, labels[part : part + size])
-                if said is None:
+                log_w = weightings.log_weights(criterion.weighting, logits, labels[part : part + size])
+                if log_w is None:
                     return None
-                scores.append(said)
+                scores.append(log_w)
             return torch.cat(scores)
 
     def _aligned(self, inputs: dict) -> Tensor:
@@ -196,14 +198,16 @@ class Classification:
     def __init__(self, student: nn.Module, teachers: Teachers | ClassifierBank, args, tokenizer):
         self.student, self.teachers = student, teachers
         checks.check_classes(student.config, dict(zip(teachers.names, teachers.configs(), strict=True)))
-        self.head = self.heads = None
+        self.classes: int = student.config.num_labels  # pyright: ignore
+        self.head: ClassifierHead | None = None
+        self.heads: list | None = None
         self.student_dim = self.snapshot_dim = None
         if weightings.get(args.weighting).needs_features:
-            self.head = ClassifierHead(student, "the student", args.feature_layer, student.config.num_labels)
+            self.head = ClassifierHead(student, "the student", args.feature_layer, self.classes)
             self.heads = teachers.classifier_heads(args.feature_layer)
             self.student_dim, self.snapshot_dim = self.head.dim, self.heads[0].dim
-            if len(widths := {str(head.dim) for head in self.heads}) > 1:
-                raise ValueError(f"teachers must have one width, got {sorted(widths)}")
+            if len(widths := sorted({str(head.dim) for head in self.heads})) > 1:
+                raise ValueError(f"teachers must have one width, got {', '.join(widths)}")
 
     def targets(self, inputs: dict) -> Tensor:
         """The labels of a batch, those that do not count being -100, in any shape."""
@@ -211,7 +215,7 @@ class Classification:
 
     def verify(self, inputs: dict, context, half: bool) -> None:
         """Compares logits that are taken with features to the models' own."""
-        if self.head is None:
+        if self.head is None or self.heads is None:
             return
         batch = model_inputs(inputs)
         self.head.verify(self.student, batch)
@@ -221,7 +225,7 @@ class Classification:
         """The teachers' logits and features of a batch, at the rows that count."""
         rows = (inputs["labels"] != IGNORED).flatten().nonzero()[:, 0]
         logits, features = self.teachers.logits_and_features(self.heads, model_inputs(inputs), context)
-        shape = inputs["labels"].numel(), self.student.config.num_labels
+        shape = inputs["labels"].numel(), self.classes
         for name, z in zip(self.teachers.names, logits, strict=True):
             if z.shape != shape:
                 raise ValueError(f"{name} must give logits {shape}, a row for each label, got {tuple(z.shape)}")
@@ -236,12 +240,14 @@ class Classification:
         """See `ClassifierHead.tap`."""
         return self.head.tap() if self.head else nullcontext([])
 
-    def loss(self, criterion: EEKDLoss, output, found: list[Tensor], said: dict, items: Tensor) -> tuple[Tensor, dict]:
+    def loss(
+        self, criterion: EEKDLoss, output, tapped: list[Tensor], taught: dict, items: Tensor
+    ) -> tuple[Tensor, dict]:
         """The sum over the rows that count, divided by `items`; and what was measured, without gradient."""
-        logits, rows = logits_of(output), said["rows"]
-        logits, features = self.head.split(logits, found) if self.head else (logits.flatten(0, -2), None)
+        logits, rows = logits_of(output), taught["rows"]
+        logits, features = self.head.split(logits, tapped) if self.head else (logits.flatten(0, -2), None)
         features = None if features is None else features[rows]
-        loss, measured = criterion(logits[rows], said["logits"], said["labels"], features, said["features"])
+        loss, measured = criterion(logits[rows], taught["logits"], taught["labels"], features, taught["features"])
         share = len(rows) / items  # the criterion's loss is a mean
         names = {"distillation_loss": "loss", "attention_loss": "attention_loss", "weights": "weights"}
         return loss * share, {name: measured[key] * share for name, key in names.items()}

@@ -73,7 +73,7 @@ class Teachers:
         if not self.adapters:
             yield from self.models
         for adapter in self.adapters:
-            self.models[0].set_adapter(adapter)
+            self.models[0].set_adapter(adapter)  # pyright: ignore[reportCallIssue]
             self.models[0].requires_grad_(False)  # which makes an adapter trainable
             yield self.models[0]
 
@@ -94,7 +94,8 @@ class Teachers:
     def classifier_heads(self, layer: str | None = None) -> list[ClassifierHead]:
         """The last layer of each classifier, or the one that `layer` names."""
         models = self.models * len(self) if self.adapters else self.models
-        return [ClassifierHead(m, name, layer, m.config.num_labels) for m, name in zip(models, self.names, strict=True)]
+        each = zip(models, self.names, self.configs(), strict=True)
+        return [ClassifierHead(model, name, layer, config.num_labels) for model, name, config in each]
 
     def verify(self, heads: list[LanguageHead] | list[ClassifierHead], context, *batch) -> None:
         """Compares every head with its model's own logits, see their `verify`."""
@@ -107,9 +108,9 @@ class Teachers:
         """The last hidden states (N, H_m) of each, at the rows that `select` takes of (B, T, H_m)."""
         states = []
         for name, head, model in zip(self.names, heads, self, strict=True):
-            with head.tap() as found, context():
+            with head.tap() as tapped, context():
                 run(model, name, inputs)
-            states.append(select(only(found, name)))
+            states.append(select(only(tapped, name)))
         return states
 
     @torch.no_grad()
@@ -117,12 +118,12 @@ class Teachers:
         self, heads: list[ClassifierHead] | None, inputs: dict, context
     ) -> tuple[list[Tensor], list[Tensor] | None]:
         """Each one's logits (N, C) and, where there are heads, features (N, D)."""
-        said = []
+        outputs = []
         for m, model in enumerate(self):
-            with heads[m].tap() if heads else contextlib.nullcontext([]) as found, context():
+            with heads[m].tap() if heads else contextlib.nullcontext([]) as tapped, context():
                 logits = logits_of(run(model, self.names[m], inputs))
-            said.append(heads[m].split(logits, found) if heads else (logits.flatten(0, -2), None))
-        logits, features = map(list, zip(*said, strict=True))
+            outputs.append(heads[m].split(logits, tapped) if heads else (logits.flatten(0, -2), None))
+        logits, features = map(list, zip(*outputs, strict=True))
         return logits, features if heads else None
 
     @property
@@ -175,7 +176,7 @@ def _adapters(cls, folders: list[Path], base: nn.Module | str | None) -> "Teache
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise ImportError(f"{folders[0]} holds an adapter, which needs peft: pip install peft") from error
-    configs = [adapter_config(folder) for folder in folders]
+    configs = [adapter_config(folder) or {} for folder in folders]
     bases = {config.get("base_model_name_or_path") for config in configs}
     if len(bases) > 1:
         raise ValueError(f"adapters must be of one base model, got {some(map(str, sorted(bases, key=str)))}")

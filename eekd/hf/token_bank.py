@@ -8,30 +8,18 @@ Beside the files of `eekd.hf.banks`, a row being a token that is no padding:
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from eekd.hf.banks import HEADS, LANGUAGE_MODEL, Bank, Writer, batches, sample_keys, tokens_of
-from eekd.hf.heads import LanguageHead
+from eekd.hf.heads import LanguageHead, StoredHead
 from eekd.hf.teachers import Teachers
 from eekd.io.tensors import load_tensors
 from eekd.method.topk import TopKLogits, top_k_logits
 
 PROJECTED = 64 << 20  # logits at once, of all snapshots
-
-
-@dataclass
-class StoredHead:
-    """A teacher's head, as `LanguageHead` has it."""
-
-    name: str
-    weight: Tensor
-    bias: Tensor | None
-    scale: float
-    softcap: float | None
 
 
 @torch.no_grad()
@@ -77,10 +65,10 @@ def write_token_bank(
         states = teachers.hidden_states(heads, batch, lambda hidden, mask=mask: hidden[mask], torch.no_grad)
         if top_k:
             following = ids.roll(-1, 1).masked_fill(~(mask & mask.roll(-1, 1)), -1)[mask]
-            said = _top_k(writer, states, heads, following, top_k, classes)
+            outputs = _top_k(writer, states, heads, following, top_k, classes)
         else:
-            said = {"hidden": writer.cast("hidden states", torch.stack(states, 1))}
-        writer.add(sample_keys(batch, ["input_ids"]), mask.sum(1).tolist(), said)
+            outputs = {"hidden": writer.cast("hidden states", torch.stack(states, 1))}
+        writer.add(sample_keys(batch, ["input_ids"]), mask.sum(1).tolist(), outputs)
     stored = None
     if not top_k:
         own = heads[:1] if all(head.weight is heads[0].weight for head in heads) else heads
@@ -108,17 +96,17 @@ class TokenBank(Bank):
 
     def language_heads(self) -> list[StoredHead]:
         """The teachers' heads; of a top-k bank one without weights for each."""
-        said = self.manifest
+        manifest = self.manifest
         if self.keeps_top_k:
-            empty = torch.empty(said.classes, 0, device=self.device)
-            return [StoredHead(name, empty, None, said.scale, said.softcap) for name in self.names]
-        stored = load_tensors(self.folder / HEADS, said.files[HEADS])
+            empty = torch.empty(manifest.classes, 0, device=self.device)
+            return [StoredHead(name, empty, None, manifest.scale, manifest.softcap) for name in self.names]
+        stored = load_tensors(self.folder / HEADS, manifest.files[HEADS])
         stored = {name: x.to(self.device) for name, x in stored.items()}
         heads = []
         for m, name in zip(self.snapshots, self.names, strict=True):
             number = m if f"weight.{m}" in stored else 0
             weight, bias = stored[f"weight.{number}"], stored.get(f"bias.{number}")
-            heads.append(StoredHead(name, weight, bias, said.scale, said.softcap))
+            heads.append(StoredHead(name, weight, bias, manifest.scale, manifest.softcap))
         return heads
 
     def hidden_states(self, heads, inputs: dict, select, context) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DynamoBackend
@@ -15,7 +16,7 @@ from eekd.hf.banks import CLASSIFIER, LANGUAGE_MODEL, TOKEN_CLASSIFIER, Bank, re
 from eekd.hf.checkpoints import checkpoint_folders
 from eekd.hf.classifier_bank import ClassifierBank
 from eekd.hf.config import EEKDArguments
-from eekd.hf.heads import accepted, body_of, replaced
+from eekd.hf.heads import accepted, body_of, replaced, without_adapters
 from eekd.hf.tasks import IGNORED, Classification, LanguageModelling, first_samples, model_inputs
 from eekd.hf.teachers import Teachers, read_model
 from eekd.hf.token_bank import TokenBank
@@ -32,7 +33,7 @@ TASKS = [
 ]
 
 
-class EEKDMixin:
+class EEKDMixin(Trainer if TYPE_CHECKING else object):
     """Makes a Trainer whose student learns from M checkpoints. It must come before the Trainer in the list of bases.
 
         class EEKDTrainer(EEKDMixin, Trainer): ...
@@ -57,6 +58,13 @@ class EEKDMixin:
     the logits of every head are compared with its model's own.
     """
 
+    args: Any  # these are the Trainer's
+    model: Any
+    accelerator: Any
+    optimizer: Any
+    state: Any
+    _signature_columns: Any
+
     def __init__(
         self,
         *args,
@@ -67,7 +75,7 @@ class EEKDMixin:
         **named,
     ):
         super().__init__(*args, **named)
-        if not isinstance(self.args, EEKDArguments):
+        if not issubclass(type(self.args), EEKDArguments):
             raise TypeError(f"args must be an EEKDConfig or have EEKDArguments, got {type(self.args).__name__}")
         checks.check_trainer(self)
         paths = self.args.teacher_checkpoints if teacher_checkpoints is None else teacher_checkpoints
@@ -79,24 +87,24 @@ class EEKDMixin:
             raise ValueError(f"teacher_checkpoints, teachers or bank must be given, got {got}")
         _task_of(self.model)
         last = self.args.weighting == "last"
-        folders = None if paths is None else checkpoint_folders(paths, self.args.snapshots)
+        folders = [] if paths is None else checkpoint_folders(paths, self.args.snapshots)
         if bank is not None:
             kind = TokenBank if read_manifest(bank).kind == LANGUAGE_MODEL else ClassifierBank
             self.teachers = kind(bank, last)
-            self.teachers.check(self._eekd_tokenizer(), folders, self.train_dataset)
-        elif teachers is None:
+            self.teachers.check(self._eekd_tokenizer(), folders or None, self.train_dataset)
+        elif paths is not None:
             checks.check_apart(self.model, [teacher_base] if isinstance(teacher_base, nn.Module) else [])
             checks.check_tokenizers(folders, self._eekd_tokenizer())
             checks.check_processors(folders, self._eekd_tokenizer())
             self.teachers = Teachers.load(paths, self.args.snapshots, teacher_base, last)
         else:
-            several = isinstance(teachers, Sequence | nn.ModuleList) and all(isinstance(x, nn.Module) for x in teachers)
-            if not several or not len(teachers):
+            models = list(teachers) if isinstance(teachers, Sequence | nn.ModuleList) else []
+            if not models or not all(isinstance(model, nn.Module) for model in models):
                 raise ValueError(
                     f"teachers must be a list of at least one model, got {repr(teachers)[:100]!r}; teacher_checkpoints "
                     "takes folders"
                 )
-            models = list(teachers)[-1:] if last else list(teachers)
+            models = models[-1:] if last else models
             checks.check_apart(self.model, models)
             self.teachers = Teachers(models, [f"teacher {m + 1}" for m in range(len(models))])
         self.teachers.to(self.args.device)
@@ -165,7 +173,8 @@ class EEKDMixin:
                 raise ValueError(f"a batch must have labels, got {', '.join(batch)}")
             if labels.is_floating_point():
                 raise ValueError(f"labels must be whole numbers, one for each row, got {labels.dtype}")
-        count = sum((self.task.targets(batch) != IGNORED).sum() for batch in batches).to(self.args.device)
+        counts = [(self.task.targets(batch) != IGNORED).sum() for batch in batches]
+        count = torch.stack(counts).sum().to(self.args.device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         return count.clamp(min=1).float()
@@ -188,7 +197,7 @@ class EEKDMixin:
         for parameter in self.criterion.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        parallel.all_reduce_mean_(parameter.grad for parameter in self.criterion.parameters())
+        parallel.all_reduce_mean_(p.grad for p in self.criterion.parameters() if p.grad is not None)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **named):
         if not model.training:
@@ -199,14 +208,14 @@ class EEKDMixin:
         student = self.model
         forward, kind = student.forward, self.args.device.type
         with torch.autocast(kind, enabled=False):  # transformers 4 computes a whole loss in one
-            said = self.task.teach(inputs, self.accelerator.autocast)
+            taught = self.task.teach(inputs, self.accelerator.autocast)
 
         def joined(*args, **named):
             # The loss is made inside the student's forward, where DistributedDataParallel sees that the head is used.
-            with self.task.tap() as found:
+            with self.task.tap() as tapped:
                 output = forward(*args, **named)
             with torch.autocast(kind, enabled=False):
-                loss, measured = self.task.loss(self.criterion, output, found, said, items)
+                loss, measured = self.task.loss(self.criterion, output, tapped, taught, items)
             return {"loss": loss, **measured}
 
         with replaced(student, joined):
@@ -267,8 +276,8 @@ class EEKDMixin:
     def _eekd_apart(self) -> list[nn.Parameter]:
         """The attention's parameters that the optimizer does not have."""
         groups = self.optimizer.param_groups if self.optimizer is not None else []
-        known = {id(parameter) for group in groups for parameter in group["params"]}
-        return [parameter for parameter in self.criterion.parameters() if id(parameter) not in known]
+        optimised = {id(parameter) for group in groups for parameter in group["params"]}
+        return [parameter for parameter in self.criterion.parameters() if id(parameter) not in optimised]
 
     def save_model(self, output_dir=None, _internal_call=False):
         super().save_model(output_dir, _internal_call)
@@ -306,7 +315,7 @@ class EEKDMixin:
 
 def _task_of(student: nn.Module) -> list:
     """The student's class, what it does, and the class and options of its task; ValueError where there is none."""
-    kind = type(student.get_base_model() if hasattr(student, "get_base_model") else student).__name__
+    kind = type(without_adapters(student)).__name__
     for names, *task in TASKS:
         if kind in _classes(getattr(modeling_auto, names)):
             return [kind, *task]
