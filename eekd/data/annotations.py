@@ -103,6 +103,9 @@ def _from_json(path: Path, text: str) -> Table:
         value = [json.loads(line) for line in text.splitlines() if line.strip()]
     if isinstance(value, dict) and path.suffix.lower() != ".json":  # of one line
         value = [value]
+    [inner] = value.values() if isinstance(value, dict) and len(value) == 1 else [None]
+    if isinstance(inner, list) and inner and all(isinstance(row, dict) for row in inner):
+        value = inner  # of {"annotations": [{…}, …]}
     if isinstance(value, dict) and isinstance(value.get("labels"), list):  # as StyleGAN's dataset.json has them
         value = value["labels"]
     if isinstance(value, dict) and value and all(isinstance(names, list) for names in value.values()):

@@ -48,10 +48,15 @@ def read_path(path: Path, reading: Reading) -> Found:
         raise ValueError(f"{path} {_WANTED}, got a file {path.suffix or 'without an ending'}{_advice([path.name])}")
     if is_saved(path):
         return read_saved(path, reading)
-    if _has_parquet(path) and not holds_images(path):
-        return read_parquet(path, reading)
-    reading.refuse(f"the folder of images {path}", "image_column", "config_name", "keep")
     passed = Passed()
+    if _has_parquet(path):
+        filled = [entry.name for entry in entries(path)[0] if holds_images(entry.path)]
+        if len(filled) < 2 and not any(map(split_of, filled)):  # images of a page about the data
+            found = read_parquet(path, reading)
+            beside = [f"the images in {printable(name)}/, beside parquet files" for name in filled]
+            return found._replace(left_out=[*found.left_out, *beside])
+        passed.phrases.append("parquet files, for there are folders of images")
+    reading.refuse(f"the folder of images {path}", "image_column", "config_name", "keep")
     return _read_folder(_unwrapped(path, passed), reading, passed)
 
 
@@ -218,6 +223,8 @@ def _labelled(folder: Path, part: str, classes: list[str], passed: Passed, readi
             continue
         if (twin := real.setdefault(place, entry.name)) != entry.name:
             raise ValueError(f"{folder} has two classes in one folder: {twin} and {entry.name} both are {place}")
+        if (other := passed.places.setdefault(place, part)) != part:
+            raise ValueError(f"{entry.path} must hold other images than {other} has, got a link to {place}")
         if os.path.isfile(os.path.join(entry.path, "pyvenv.cfg")):
             passed.phrases.append(f"{printable(entry.name)}, an environment of Python")
             continue
@@ -225,6 +232,9 @@ def _labelled(folder: Path, part: str, classes: list[str], passed: Passed, readi
         if not filled[entry.name]:
             passed.empty.append(f"{folder.name}/{entry.name}")
     filled = {name: images for name, images in filled.items() if images}
+    if len(filled) > 1:
+        beside = [entry.name for entry in files if Path(entry.name).stem == "metadata"]
+        passed.phrases += [f"{name} of {printable(folder.name)}/, for the folders are the classes" for name in beside]
     numbers = {unicodedata.normalize("NFC", name): number for number, name in enumerate(classes)}
     places = {name: numbers.get(unicodedata.normalize("NFC", name)) for name in filled}
     unlabelled = len(filled) == 1 and all(

@@ -76,6 +76,7 @@ class Passed:
     empty: list[str] = field(default_factory=list)
     phrases: list[str] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
+    places: dict[str, str] = field(default_factory=dict)  # the split of each folder of a class, by its real path
     unusable: list[str] = field(default_factory=list)  # tables that name images and no labels
 
     def count(self, entry: os.DirEntry) -> None:

@@ -279,6 +279,24 @@ def test_a_link_to_a_folder_above_is_no_class(tmp_path):
 
 
 @bad_input
+def test_a_split_that_is_a_link_to_another_is_refused(tmp_path):
+    put(tmp_path, *several("train/cat", "train/dog"))
+    (tmp_path / "val").symlink_to("train")
+    with pytest.raises(ValueError, match="val/cat must hold other images than train has, got a link to .*train/cat$"):
+        load(str(tmp_path))
+    (tmp_path / "val").unlink()
+    put(tmp_path, *several("val/cat"))
+    (tmp_path / "val" / "dog").symlink_to("../train/dog")
+    with pytest.raises(ValueError, match="val/dog must hold other images than train has, got a link to .*train/dog$"):
+        load(str(tmp_path))
+
+
+def test_a_table_beside_folders_of_classes_is_said(tmp_path):
+    put(tmp_path, *several("train/cat", "train/dog"))
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,label\ncat/000.png,dog\n")
+    assert read(tmp_path)[1].endswith("left out are metadata.csv of train/, for the folders are the classes")
+
+
 def test_two_names_of_one_folder_are_refused(tmp_path):
     put(tmp_path / "data", *several("cat", "dog"))
     (tmp_path / "data/kitten").symlink_to(tmp_path / "data/cat")

@@ -68,6 +68,7 @@ def test_images_are_found_by_what_tables_call_them(tmp_path, called):
         dict(zip(PATHS, LABELS, strict=True)),
         {"labels": [list(pair) for pair in zip(PATHS, LABELS, strict=True)]},
         [list(pair) for pair in zip(PATHS, LABELS, strict=True)],
+        {"annotations": [{"file": path, "label": label} for path, label in zip(PATHS, LABELS, strict=True)]},
     ],
 )
 def test_json(tmp_path, value):
@@ -391,6 +392,16 @@ def test_shards_that_are_missing_are_named(tmp_path, hub):
         parquet(hub, tmp_path / f"data/train-0000{number}-of-00003.parquet")
     assert read(tmp_path)[1].endswith("left out are 1 of the 3 shards of train, not there")
     assert read(tmp_path / "data/train-00000-of-00003.parquet")[1] is None
+
+
+def test_parquet_beside_images(tmp_path, hub):
+    parquet(hub, tmp_path / "data/train-00000-of-00001.parquet")
+    put(tmp_path, "assets/logo.png", "figure.png")
+    data, warning = read(tmp_path)
+    assert len(data.classes) == 4 and warning.endswith("left out are the images in assets/, beside parquet files")
+    put(tmp_path, *several("train/cat", "train/dog"))
+    data, warning = read(tmp_path)
+    assert data.classes == ("cat", "dog") and "parquet files, for there are folders of images" in warning
 
 
 def test_parquet_in_several_folders_is_said(tmp_path, hub):
