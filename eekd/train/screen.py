@@ -101,10 +101,10 @@ def takes(session: "Session") -> str:
     """A sentence with the time that a run takes, and each of its phases."""
     from eekd.train.estimate import seconds
 
-    seeds = session.config.seeds
+    seeds, device = session.config.seeds, {"cpu": "CPU", "cuda": "GPU"}.get(session.device.type, "device")
     each = {title_of(own_name(name)): seeds * took for name, took in seconds(session).items()}
     parts = ", ".join(f"{name} {_duration(took)}" for name, took in each.items())
-    return f"It takes about {_duration(sum(each.values()))} on this {session.device.type}, without validation: {parts}."
+    return f"It takes about {_duration(sum(each.values()))} on this {device}, without validation: {parts}."
 
 
 def kept(config: Config) -> list[str]:
