@@ -560,6 +560,17 @@ def test_a_folder_of_checkpoints_from_the_command_line(theirs, tmp_path, capsys)
     assert (settings["teacher"]["snapshots"], settings["teacher"]["epochs"]) == (2, 2)
 
 
+def test_checkpoints_of_the_same_weights_are_said(theirs, tmp_path, capsys):
+    from eekd.train import __main__ as cli
+
+    torch.save({"model": theirs[0]}, "last.pt")  # a.pt, in another form
+    assert cli.main(["student", "--checkpoints", "a.pt", "last.pt", *SMALL.split(), "--dry-run"]) == 0
+    told = f"{tmp_path}/a.pt and {tmp_path}/last.pt hold the same weights, so that two snapshots are one"
+    assert told in capsys.readouterr().err
+    assert cli.main([*STUDENT, "--dry-run"]) == 0
+    assert "the same weights" not in capsys.readouterr().err
+
+
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("more", "message"),
