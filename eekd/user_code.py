@@ -71,8 +71,8 @@ def errors_of(name: str) -> Iterator[None]:
 def place_and_cause(error: BaseException) -> str:
     """What an error is, after the last three places in the user's files that it came through, the innermost last."""
     lines = str(error).strip().splitlines() or [""]
-    told = ": ".join(filter(None, (type(error).__name__, lines[0][:300])))
-    return ": ".join(filter(None, ("; ".join(places(error)[-3:]), told)))
+    cause = ": ".join(filter(None, (type(error).__name__, lines[0][:300])))
+    return ": ".join(filter(None, ("; ".join(places(error)[-3:]), cause)))
 
 
 def places(error: BaseException) -> list[str]:

@@ -78,7 +78,7 @@ def _unwrapped(path: Path, passed: Passed) -> Path:
             filled = [entry for entry in folders if holds_images(entry.path)]
             if len(filled) == 1 and filled[0].name.lower() in UNLABELLED:
                 tables = {entry.name: _tables(Path(entry.path)) for entry in folders if entry not in filled}
-                lists = [f"{name}/{file.name}" for name, found in tables.items() for file in found.values()]
+                lists = [f"{name}/{file.name}" for name, inside in tables.items() for file in inside.values()]
                 if lists:
                     passed.phrases.append(f"{counted(sorted(lists), 'list', 3)}, which could tell the splits")
                 folders = filled
@@ -133,10 +133,10 @@ def _splits(path: Path, reading: Reading) -> tuple[dict[str, Path], list[str]]:
             raise ValueError(f"split must name folders of {path}, got {missing[0]!r}; there are {', '.join(folders)}")
         chosen = dict(zip(named(reading.split), (path / name for name in reading.split), strict=True))
         return chosen, [name for name in folders if name not in reading.split]
-    candidates, known = {}, splits_among(folders)
-    for name in sorted(known, key=lambda name: (name not in SPLITS, name)):  # the plain name comes first
+    candidates, split_by_name = {}, splits_among(folders)
+    for name in sorted(split_by_name, key=lambda name: (name not in SPLITS, name)):  # the plain name comes first
         if name not in (reading.classes or ()):
-            candidates.setdefault(known[name], folders[name])
+            candidates.setdefault(split_by_name[name], folders[name])
     others = [name for name in folders if folders[name] not in candidates.values()]
     if "train" in candidates:
         flat = not any(holds_images(entry.path) for entry in entries(_inner(candidates["train"]))[0])
@@ -193,7 +193,7 @@ def _advice(names: list[str]) -> str:
 
 def _instead(folder: Path, passed: Passed) -> str:
     """What lies in a folder without images, and what to do with it."""
-    names = sorted(entry.name for found in entries(folder) for entry in found)
+    names = sorted(entry.name for kind in entries(folder) for entry in kind)
     if passed.endings:
         return f"{passed.all()[-1]}{_advice([*names, *passed.endings])}"
     return f"none among {counted(names, 'name', 3)}{_advice(names)}" if names else "an empty folder"

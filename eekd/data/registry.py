@@ -98,8 +98,8 @@ def find(name: str, reading: Reading) -> Found:
         if not own_file:
             reading.refuse(name, *others)
         with user_code.errors_of(name) if own_file else nullcontext():
-            found = read(reading)
-        return validate(name, found)
+            dataset = read(reading)
+        return validate(name, dataset)
     path = Path(reading.root or "", name).expanduser()
     if path.exists():
         return read_path(path, reading)

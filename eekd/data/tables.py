@@ -49,14 +49,14 @@ def read_parquet(path: Path, reading: Reading) -> Found:
     left_out = [*left_out, *(_lacking(shards) if path.is_dir() else ())]
     splits, _ = _load(problem, ValueError, reading, "parquet", data_files=files)
     dataset = _read(str(path), splits, reading, [path if path.is_dir() else path.parent])
-    said = [*dataset.said, *(_mixed(path, files) if path.is_dir() else ())]
-    return dataset._replace(left_out=[*dataset.left_out, *left_out], said=said)
+    notes = [*dataset.said, *(_mixed(path, files) if path.is_dir() else ())]
+    return dataset._replace(left_out=[*dataset.left_out, *left_out], said=notes)
 
 
 def _mixed(path: Path, files: dict[str, list[str]]) -> list[str]:
     """A sentence for each split whose files lie in several folders, which could be different data sets."""
     folders = {
-        part: sorted({str(Path(file).parent.relative_to(path)) for file in found}) for part, found in files.items()
+        part: sorted({str(Path(file).parent.relative_to(path)) for file in paths}) for part, paths in files.items()
     }
     several = {part: names for part, names in folders.items() if len(names) > 1}
     return [

@@ -49,17 +49,17 @@ def split_of(name: str) -> str | None:
 def splits_among(names: Iterable[str]) -> dict[str, str]:
     """The split of each name that tells one, alone or by the word that tells it from another: x_train and x_test."""
     names = list(names)
-    found = {name: split for name in names if (split := split_of(name))}
-    if "train" in found.values():
-        return found
+    splits = {name: split for name in names if (split := split_of(name))}
+    if "train" in splits.values():
+        return splits
     alike: dict[tuple, dict[str, str]] = {}
     for name in names:
         words = [word for word in re.split("[^a-z0-9]+", name.lower()) if word]
         for k, word in enumerate(words):
             if split := split_of(word):
                 alike.setdefault((*words[:k], *words[k + 1 :]), {})[name] = split
-    several = [splits for splits in alike.values() if len(set(splits.values())) > 1 and "train" in splits.values()]
-    return several[0] if len(several) == 1 else found
+    several = [group for group in alike.values() if len(set(group.values())) > 1 and "train" in group.values()]
+    return several[0] if len(several) == 1 else splits
 
 
 def is_image(name: str) -> bool:

@@ -86,25 +86,25 @@ def _programs(facts: dict) -> str:
         "model.onnx": "`model.onnx` runs in any ONNX runtime: input `images`, output `logits`.",
         "model.int8.onnx": "`model.int8.onnx` is the same with linear layers of 8 bits.",
     }
-    said = [uses[name] for name in (facts.get("exported") or {"files": {}})["files"] if name in uses]
-    if not said:
+    sentences = [uses[name] for name in (facts.get("exported") or {"files": {}})["files"] if name in uses]
+    if not sentences:
         return ""
     data = facts["preprocessing"]
     size = f"(B, {data['channels']}, {data['image_size']}, {data['image_size']})"
-    return " ".join([*said, f"They take float32 images {size}, for any B, and give logits."]) + "\n\n"
+    return " ".join([*sentences, f"They take float32 images {size}, for any B, and give logits."]) + "\n\n"
 
 
-def _exported(found: dict | None) -> str:
+def _exported(exported: dict | None) -> str:
     """The files as they were measured when they were written."""
-    if not found or len(found["files"]) < 2:
+    if not exported or len(exported["files"]) < 2:
         return ""
     lines = [
-        f"The files here, on {found['images']} {_plain(found['what'])}:",
+        f"The files here, on {exported['images']} {_plain(exported['what'])}:",
         "",
         "| file | MB | largest difference of a logit | accuracy |",
         "|---|--:|--:|--:|",
     ]
-    for name, file in found["files"].items():
+    for name, file in exported["files"].items():
         accuracy = f"{file['accuracy']:.2%}" if "accuracy" in file else ""
         lines.append(f"| `{name}` | {file['bytes'] / 1e6:.3g} | {file['difference']:.2g} | {accuracy} |")
     return "\n".join(lines) + "\n\n"

@@ -23,15 +23,15 @@ class TakeOutput:
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Tensor:
         if isinstance(output, Tensor):
             return output
-        found = outputs_of(output)
+        outputs = outputs_of(output)
         which = self.which
         if re.fullmatch("-[0-9]+", which) and isinstance(output, tuple | list):
             which = str(len(output) + int(which))
-        if which not in found:
+        if which not in outputs:
             raise ValueError(
-                f"output must be one of {', '.join(found) or 'none'}, which the model returns, got {which!r}"
+                f"output must be one of {', '.join(outputs) or 'none'}, which the model returns, got {which!r}"
             )
-        return found[which]
+        return outputs[which]
 
 
 def take_output(network: nn.Module, which: str | None) -> nn.Module:

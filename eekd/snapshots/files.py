@@ -138,11 +138,11 @@ def merger(folder: Path) -> str:
     return next((f"; {how.format(folder)}" for name, how in MERGERS.items() if (folder / name).exists()), "")
 
 
-def _in_order(folder: Path, found: dict[str, Path]) -> list[Path]:
+def _in_order(folder: Path, files: dict[str, Path]) -> list[Path]:
     """Checkpoints by the numbers in their names, then those without; none called best or last beside numbered ones."""
-    copies = [name for name in found if COPY.search(name)]
-    numbered = [name for name in found if re.search(r"\d", name.partition(".")[0]) and name not in copies]
-    names = numbered + [name for name in found if name not in numbered and name not in copies]
+    copies = [name for name in files if COPY.search(name)]
+    numbered = [name for name in files if re.search(r"\d", name.partition(".")[0]) and name not in copies]
+    names = numbered + [name for name in files if name not in numbered and name not in copies]
     if len(numbered) > 1 and copies:
         told = some(copies)
         warnings.warn(f"{folder}: left out {told}, for the best and the last are among the others", stacklevel=5)
@@ -151,4 +151,4 @@ def _in_order(folder: Path, found: dict[str, Path]) -> list[Path]:
     if len(names) > 1 and not numbered:
         told = ", ".join(names)
         warnings.warn(f"{folder}: no number tells the order of {told}; is the last the finished model?", stacklevel=5)
-    return [found[name] for name in names]
+    return [files[name] for name in names]

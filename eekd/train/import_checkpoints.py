@@ -42,13 +42,13 @@ def check_checkpoints(session: Session) -> nn.Module:
     And unless it has the classes of the data in their order, where it names them.
     """
     network = models.build(**session.spec(session.config.teacher))
-    known: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for path in map(Path, session.config.checkpoints):
         _check_classes(path, list(session.data.classes))
         _read(network, path, session.config.checkpoint_entry)
         copies = {name: x.cpu().contiguous().clone() for name, x in network.state_dict().items()}
         sha256 = hashlib.sha256(safetensors.torch.save(copies)).hexdigest()
-        if (twin := known.setdefault(sha256, path)) != path:
+        if (twin := paths.setdefault(sha256, path)) != path:
             warnings.warn(f"{twin} and {path} hold the same weights, so that two snapshots are one", stacklevel=2)
     return network
 

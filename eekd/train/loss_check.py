@@ -68,10 +68,10 @@ class LossCheck(Callback):
         tensors |= {f"network.{name}": tensor for name, tensor in loss.state_dict().items()}
         facts = {"phase": self.name, "found": difference}
         path = keep_evidence(self.folder, "loss-differs", tensors, facts, self.session, loss)
-        made, backend = provenance(device), backend_for(device)
+        place, backend = provenance(device), backend_for(device)
         raise FloatingPointError(
-            f"{self.name}: {difference}, by backend {backend} on {made['device']} ({made['cpu_capability']}) with "
-            f"torch {made['torch']}; build eekd again, or train in Python within eekd.use_backend of another backend; "
+            f"{self.name}: {difference}, by backend {backend} on {place['device']} ({place['cpu_capability']}) with "
+            f"torch {place['torch']}; build eekd again, or train in Python within eekd.use_backend of another backend; "
             f"the inputs are in {path}"
         )
 

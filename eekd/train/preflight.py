@@ -112,8 +112,8 @@ def _running(session: Session, phase: Phase, method: Method | None = None) -> It
         if isinstance(error, RuntimeError) and parallel.is_peer_failure(error):
             raise
         if "layer=" in str(error) and user_code.is_eekds(error):
-            told = str(error).replace("layer=", f"--{phase._prefix}layer")
-            raise ValueError(f"{phase._prefix}model {phase.model}: {told}") from error
+            message = str(error).replace("layer=", f"--{phase._prefix}layer")
+            raise ValueError(f"{phase._prefix}model {phase.model}: {message}") from error
         if not isinstance(error, RuntimeError) and not places and user_code.is_eekds(error):
             raise  # a sentence of eekd's
         data = session.data

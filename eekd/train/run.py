@@ -205,19 +205,19 @@ def prepare(config: Config, run: str | Path | None = None) -> Session:
 
 def _slow(session: Session, phases: list[Phase]) -> list[str]:
     """What makes the training of these phases slower than it needs to be, a sentence each."""
-    found, size = [], session.data.image_size
-    made = dict.fromkeys(phase.model for phase in phases if phase.model in models.names())
-    if size > SMALL and made:
-        found.append(
-            f"{' and '.join(made)} {'is' if len(made) == 1 else 'are'} made for images of 32 x 32; one of {size} x "
+    reasons, size = [], session.data.image_size
+    small = dict.fromkeys(phase.model for phase in phases if phase.model in models.names())
+    if size > SMALL and small:
+        reasons.append(
+            f"{' and '.join(small)} {'is' if len(small) == 1 else 'are'} made for images of 32 x 32; one of {size} x "
             f"{size} takes about {size**2 / 32**2:.0f} times as long: --image-size sets another size, and timm:NAME "
             "names networks for photographs."
         )
     if not session.config.workers and any(session.loader("train", x, train=True).encoded is not None for x in phases):
-        found.append(
+        reasons.append(
             "The training process decodes the files for every view; --workers N leaves this to N processes beside it."
         )
-    return found
+    return reasons
 
 
 def check_data(session: Session, run: Path) -> None:
