@@ -3,107 +3,104 @@
 import json
 
 import pytest
+import tiny
 import torch
-from tiny import (
-    VOCAB,
-    Texts,
-    collate,
-    compare,
-    formula,
-    gradients,
-    language_model,
-    lora_run,
-    loss_of,
-    rows_of,
-    run_of,
-    save,
-    settings,
-    tokenizer_of,
-    trainer_of,
-)
 
 from eekd.hf import EEKDTrainer, Teachers, TokenBank, write_token_bank
 
 
 def trainer_with(student, bank, folder, data=None, **options):
     named = {name: options.pop(name) for name in ("teacher_checkpoints", "processing_class") if name in options}
-    data = Texts() if data is None else data
-    args = settings(folder, **options)
-    return EEKDTrainer(student, args, bank=bank, train_dataset=data, data_collator=collate, **named)
+    data = tiny.Texts() if data is None else data
+    args = tiny.settings(folder, **options)
+    return EEKDTrainer(student, args, bank=bank, train_dataset=data, data_collator=tiny.collate, **named)
 
 
 @pytest.mark.parametrize("weighting", ["last", "uniform", "confidence", "attention"])
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2", "phi"])
 def test_a_bank_of_hidden_states_teaches_as_the_teachers_do(kind, weighting, tmp_path):
-    run, student = save([language_model(kind, 24, s) for s in (1, 2)], tmp_path / "run"), language_model(kind)
-    write_token_bank(tmp_path / "bank", Teachers.load(run), Texts(), collate, dtype="float32", batch_size=3)
-    batch = collate([Texts()[i] for i in (3, 0, 7, 5)])  # drawn and padded otherwise
-    want = loss_of(trainer_of(student, run, tmp_path, weighting=weighting), batch)
-    got = loss_of(trainer_with(student, tmp_path / "bank", tmp_path, weighting=weighting), batch)
+    run, student = (
+        tiny.save([tiny.language_model(kind, 24, s) for s in (1, 2)], tmp_path / "run"),
+        tiny.language_model(kind),
+    )
+    write_token_bank(tmp_path / "bank", Teachers.load(run), tiny.Texts(), tiny.collate, dtype="float32", batch_size=3)
+    batch = tiny.collate([tiny.Texts()[i] for i in (3, 0, 7, 5)])  # drawn and padded otherwise
+    want = tiny.loss_of(tiny.trainer_of(student, run, tmp_path, weighting=weighting), batch)
+    got = tiny.loss_of(trainer_with(student, tmp_path / "bank", tmp_path, weighting=weighting), batch)
     torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
-    compare(got[1], want[1], rtol=1e-4, atol=1e-6)
+    tiny.compare(got[1], want[1], rtol=1e-4, atol=1e-6)
 
 
 def test_a_run_from_a_bank_is_that_with_the_teachers(tmp_path):
-    run = run_of("gpt2", tmp_path)
-    write_token_bank(tmp_path / "bank", Teachers.load(run), Texts(), collate)
+    run = tiny.run_of("gpt2", tmp_path)
+    write_token_bank(tmp_path / "bank", Teachers.load(run), tiny.Texts(), tiny.collate)
     states = []
     options = dict(max_steps=3, gradient_accumulation_steps=2, per_device_train_batch_size=2)
-    for make, source in ((trainer_of, run), (trainer_with, tmp_path / "bank")):
-        trainer = make(language_model(), source, tmp_path, **options)
+    for make, source in ((tiny.trainer_of, run), (trainer_with, tmp_path / "bank")):
+        trainer = make(tiny.language_model(), source, tmp_path, **options)
         trainer.train()
         states.append({**trainer.model.state_dict(), **trainer.criterion.state_dict()})
-    compare(*states, rtol=1e-2, atol=1e-3)  # float16
+    tiny.compare(*states, rtol=1e-2, atol=1e-3)  # float16
 
 
 @pytest.mark.parametrize("options", [dict(weighting="attention"), dict(weighting="uniform", top_k=4)])
 def test_a_bank_inside_autocast(options, tmp_path):
     """Transformers 4 computes the whole loss in one."""
     options, found = {"top_k": 0} | options, []
-    write_token_bank(tmp_path / "bank", run_of("llama", tmp_path), Texts(), collate, top_k=options.pop("top_k"))
-    batch = collate([Texts()[i] for i in range(6)])
+    write_token_bank(
+        tmp_path / "bank", tiny.run_of("llama", tmp_path), tiny.Texts(), tiny.collate, top_k=options.pop("top_k")
+    )
+    batch = tiny.collate([tiny.Texts()[i] for i in range(6)])
     for half in (False, True):
-        trainer = trainer_with(language_model("llama"), tmp_path / "bank", tmp_path, bf16=half, **options)
+        trainer = trainer_with(tiny.language_model("llama"), tmp_path / "bank", tmp_path, bf16=half, **options)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            found.append(loss_of(trainer, batch)[0])
+            found.append(tiny.loss_of(trainer, batch)[0])
     assert found[1].dtype == torch.float32
     torch.testing.assert_close(*found, rtol=3e-2, atol=1e-2)
 
 
 def test_a_shared_head_is_kept_once(tmp_path):
-    run, _ = lora_run(tmp_path, language_model("llama", 24, 1), target_modules=["q_proj", "v_proj"])
-    bank = write_token_bank(tmp_path / "bank", run, Texts(), collate)
+    run, _ = tiny.lora_run(tmp_path, tiny.language_model("llama", 24, 1), target_modules=["q_proj", "v_proj"])
+    bank = write_token_bank(tmp_path / "bank", run, tiny.Texts(), tiny.collate)
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "bank").iterdir()}
-    assert 4 * VOCAB * 24 < sizes["heads.safetensors"] < 2 * 4 * VOCAB * 24
+    assert 4 * tiny.VOCAB * 24 < sizes["heads.safetensors"] < 2 * 4 * tiny.VOCAB * 24
     assert len({head.weight.data_ptr() for head in bank.language_heads()}) == 1
     said = bank.manifest
-    assert said.rows == sum(map(len, Texts().rows)) and said.samples == len(Texts())
+    assert said.rows == sum(map(len, tiny.Texts().rows)) and said.samples == len(tiny.Texts())
     assert sizes["rows-0.safetensors"] < said.rows * 2 * 24 * 2 + 2000  # 2 H bytes a token and snapshot
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "entropy", "confidence"])
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "phi"])
 def test_a_top_k_bank_of_all_tokens_teaches_as_the_teachers_do(kind, weighting, tmp_path, monkeypatch):
-    monkeypatch.setattr("eekd.hf.tasks.WEIGHED", 4 * VOCAB * 5)  # five rows at a time
-    run, student = save([language_model(kind, 24, s) for s in (1, 2)], tmp_path / "run"), language_model(kind)
-    write_token_bank(tmp_path / "bank", Teachers.load(run), Texts(), collate, dtype="float32", top_k=VOCAB)
-    batch, options = collate([Texts()[i] for i in (3, 0, 7, 5)]), dict(weighting=weighting, temperature=2.0, alpha=0.3)
-    want = loss_of(trainer_of(student, run, tmp_path, **options), batch)
-    got = loss_of(trainer_with(student, tmp_path / "bank", tmp_path, **options), batch)
+    monkeypatch.setattr("eekd.hf.tasks.WEIGHED", 4 * tiny.VOCAB * 5)  # five rows at a time
+    run, student = (
+        tiny.save([tiny.language_model(kind, 24, s) for s in (1, 2)], tmp_path / "run"),
+        tiny.language_model(kind),
+    )
+    write_token_bank(
+        tmp_path / "bank", Teachers.load(run), tiny.Texts(), tiny.collate, dtype="float32", top_k=tiny.VOCAB
+    )
+    batch, options = (
+        tiny.collate([tiny.Texts()[i] for i in (3, 0, 7, 5)]),
+        dict(weighting=weighting, temperature=2.0, alpha=0.3),
+    )
+    want = tiny.loss_of(tiny.trainer_of(student, run, tmp_path, **options), batch)
+    got = tiny.loss_of(trainer_with(student, tmp_path / "bank", tmp_path, **options), batch)
     torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-5)
-    compare(got[1], want[1], rtol=1e-3, atol=1e-5)
+    tiny.compare(got[1], want[1], rtol=1e-3, atol=1e-5)
 
 
 def test_a_top_k_bank_keeps_the_likeliest_tokens_and_one_bucket(tmp_path):
-    teacher, student = language_model("llama", 24, 1), language_model("llama")
-    write_token_bank(tmp_path / "bank", Teachers.load(save([teacher], tmp_path / "run")), Texts(), collate, top_k=8,
-                     dtype="float32")  # fmt: skip
-    batch = collate([Texts()[i] for i in range(6)])
-    loss, got = loss_of(trainer_with(student, tmp_path / "bank", tmp_path, weighting="uniform"), batch)
+    teacher, student = tiny.language_model("llama", 24, 1), tiny.language_model("llama")
+    run = Teachers.load(tiny.save([teacher], tmp_path / "run"))
+    write_token_bank(tmp_path / "bank", run, tiny.Texts(), tiny.collate, top_k=8, dtype="float32")
+    batch = tiny.collate([tiny.Texts()[i] for i in range(6)])
+    loss, got = tiny.loss_of(trainer_with(student, tmp_path / "bank", tmp_path, weighting="uniform"), batch)
     student.zero_grad()
-    s, y = rows_of(student, batch)
+    s, y = tiny.rows_of(student, batch)
     with torch.no_grad():
-        z, _ = rows_of(teacher.eval(), batch)
+        z, _ = tiny.rows_of(teacher.eval(), batch)
     following = batch["input_ids"][:, 1:][batch["labels"][:, 1:] != -100]
     kept = (z / 2).softmax(1).scatter(1, following[:, None], torch.inf).topk(8, 1).indices
     out = torch.ones_like(z, dtype=torch.bool).scatter(1, kept, False)
@@ -116,44 +113,47 @@ def test_a_top_k_bank_keeps_the_likeliest_tokens_and_one_bucket(tmp_path):
     want = (0.5 * torch.nn.functional.cross_entropy(s, y, reduction="sum") + 0.5 * kl) / len(y)
     want.backward()
     torch.testing.assert_close(loss, want.detach(), rtol=1e-4, atol=1e-5)
-    compare(got, gradients(student), rtol=1e-3, atol=1e-5)
-    assert formula(s, [z], y, torch.ones(len(y), 1)) / len(y) > want  # the bucket knows less
+    tiny.compare(got, tiny.gradients(student), rtol=1e-3, atol=1e-5)
+    assert tiny.formula(s, [z], y, torch.ones(len(y), 1)) / len(y) > want  # the bucket knows less
 
 
 @pytest.mark.bad_input
 def test_banks_of_other_things_are_refused(tmp_path):
-    run, bank = run_of("gpt2", tmp_path), tmp_path / "bank"
-    write_token_bank(bank, Teachers.load(run), Texts(), collate, processing_class=tokenizer_of())
+    run, bank = tiny.run_of("gpt2", tmp_path), tmp_path / "bank"
+    write_token_bank(bank, Teachers.load(run), tiny.Texts(), tiny.collate, processing_class=tiny.tokenizer_of())
 
     def refused(match, error=ValueError, student=None, bank=bank, **options):
         with pytest.raises(error, match=match) as found:
-            trainer_with(student or language_model(), bank, tmp_path, **options)
+            trainer_with(student or tiny.language_model(), bank, tmp_path, **options)
         assert "\n" not in str(found.value)
 
-    trainer_with(language_model(), bank, tmp_path, processing_class=tokenizer_of(), teacher_checkpoints=run)
-    refused("must be of the trainer's tokenizer", processing_class=tokenizer_of(swapped=True))
-    refused("every sample of train_dataset, got 0, which it lacks", data=Texts(seed=1))
+    trainer_with(tiny.language_model(), bank, tmp_path, processing_class=tiny.tokenizer_of(), teacher_checkpoints=run)
+    refused("must be of the trainer's tokenizer", processing_class=tiny.tokenizer_of(swapped=True))
+    refused("every sample of train_dataset, got 0, which it lacks", data=tiny.Texts(seed=1))
     refused("must be of these 1 checkpoints, got one of others", teacher_checkpoints=run / "checkpoint-5")
     refused("no bank, or one that was not finished", FileNotFoundError, bank=tmp_path / "nowhere")
     with pytest.raises(FileExistsError, match="must hold no bank yet"):
-        write_token_bank(bank, Teachers.load(run), Texts(), collate)
-    trainer = trainer_with(language_model(), bank, tmp_path)
+        write_token_bank(bank, Teachers.load(run), tiny.Texts(), tiny.collate)
+    trainer = trainer_with(tiny.language_model(), bank, tmp_path)
     with pytest.raises(ValueError, match="every sample of a batch"):
         trainer.model.train()
-        trainer.compute_loss(trainer.model, collate([Texts(seed=1)[0]]))
-    for options, match in (({"dtype": "int8"}, "dtype must be one of"), ({"top_k": VOCAB + 1}, "top_k must be from 0")):
+        trainer.compute_loss(trainer.model, tiny.collate([tiny.Texts(seed=1)[0]]))
+    for options, match in (
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"top_k": tiny.VOCAB + 1}, "top_k must be from 0"),
+    ):
         with pytest.raises(ValueError, match=match):
-            write_token_bank(tmp_path / "other", Teachers.load(run), Texts(), collate, **options)
-    write_token_bank(tmp_path / "k", Teachers.load(run), Texts(), collate, top_k=4)
+            write_token_bank(tmp_path / "other", Teachers.load(run), tiny.Texts(), tiny.collate, **options)
+    write_token_bank(tmp_path / "k", Teachers.load(run), tiny.Texts(), tiny.collate, top_k=4)
     refused("one without features for a top-k bank", bank=tmp_path / "k", weighting="attention")
-    refused("must have the bank's 37 tokens, got 30", student=language_model(vocab=30), bank=tmp_path / "k",
+    refused("must have the bank's 37 tokens, got 30", student=tiny.language_model(vocab=30), bank=tmp_path / "k",
             weighting="uniform")  # fmt: skip
 
 
 @pytest.mark.bad_input
 def test_a_damaged_bank_is_named(tmp_path):
     bank = tmp_path / "bank"
-    write_token_bank(bank, Teachers.load(run_of("gpt2", tmp_path)), Texts(), collate)
+    write_token_bank(bank, Teachers.load(tiny.run_of("gpt2", tmp_path)), tiny.Texts(), tiny.collate)
     path = bank / "rows-0.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

@@ -7,21 +7,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
-from tiny import (
-    VOCAB,
-    classifier,
-    collate,
-    language_model,
-    lora_run,
-    refused,
-    run_of,
-    save,
-    settings,
-    tokenizer_of,
-    trainer_of,
-    transformers,
-)
+import transformers
 
 from eekd.hf import EEKDConfig, EEKDTrainer, SnapshotCallback, Teachers
 
@@ -41,66 +29,66 @@ def test_settings_out_of_range_are_refused(tmp_path):
         ({"embed_dim": 0}, "embed_dim must be"),
     ):
         with pytest.raises(ValueError, match=match):
-            settings(tmp_path, **options)
-    run = run_of("gpt2", tmp_path)
-    refused("snapshots must be from 1 to 2", None, run, tmp_path, snapshots=3)
-    refused("teacher_checkpoints, teachers or bank must be given, got none", None, None, tmp_path)
-    refused("must be folders", None, tmp_path / "nowhere", tmp_path, error=FileNotFoundError)
+            tiny.settings(tmp_path, **options)
+    run = tiny.run_of("gpt2", tmp_path)
+    tiny.refused("snapshots must be from 1 to 2", None, run, tmp_path, snapshots=3)
+    tiny.refused("teacher_checkpoints, teachers or bank must be given, got none", None, None, tmp_path)
+    tiny.refused("must be folders", None, tmp_path / "nowhere", tmp_path, error=FileNotFoundError)
     with pytest.raises(TypeError, match="args must be an EEKDConfig"):
-        EEKDTrainer(language_model(), transformers.TrainingArguments(str(tmp_path), use_cpu=True), teachers=[])
+        EEKDTrainer(tiny.language_model(), transformers.TrainingArguments(str(tmp_path), use_cpu=True), teachers=[])
     with pytest.raises(ValueError, match="save_total_limit must be None"):
-        trainer_of(language_model(), run, tmp_path, callbacks=[SnapshotCallback(2)], save_total_limit=1)
+        tiny.trainer_of(tiny.language_model(), run, tmp_path, callbacks=[SnapshotCallback(2)], save_total_limit=1)
 
 
 @pytest.mark.bad_input
 def test_students_that_are_none_of_the_tasks(tmp_path):
-    config = transformers.T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    refused(
+    config = transformers.T5Config(vocab_size=tiny.VOCAB, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    tiny.refused(
         "the student must be a causal",
         transformers.T5ForConditionalGeneration(config),
-        run_of("gpt2", tmp_path),
+        tiny.run_of("gpt2", tmp_path),
         tmp_path,
     )
 
 
 @pytest.mark.bad_input
 def test_other_tokenizers_are_refused(tmp_path):
-    run = run_of("gpt2", tmp_path)
-    options = dict(args=settings(tmp_path), teacher_checkpoints=run, data_collator=collate)
+    run = tiny.run_of("gpt2", tmp_path)
+    options = dict(args=tiny.settings(tmp_path), teacher_checkpoints=run, data_collator=tiny.collate)
     for folder in run.glob("checkpoint-*"):
-        tokenizer_of().save_pretrained(folder)
-    EEKDTrainer(language_model(), processing_class=tokenizer_of(), **options)
+        tiny.tokenizer_of().save_pretrained(folder)
+    EEKDTrainer(tiny.language_model(), processing_class=tiny.tokenizer_of(), **options)
     with pytest.raises(ValueError, match="must be the student's, got 't36' for id 35, where the student has 't35'"):
-        tokenizer_of(swapped=True).save_pretrained(run / "checkpoint-10")
-        EEKDTrainer(language_model(), processing_class=tokenizer_of(), **options)
+        tiny.tokenizer_of(swapped=True).save_pretrained(run / "checkpoint-10")
+        EEKDTrainer(tiny.language_model(), processing_class=tiny.tokenizer_of(), **options)
     with pytest.raises(ValueError, match="must be the student's"):
-        EEKDTrainer(language_model(vocab=40), processing_class=tokenizer_of(40), **options)
+        EEKDTrainer(tiny.language_model(vocab=40), processing_class=tiny.tokenizer_of(40), **options)
     with pytest.raises(ValueError, match="must have a row for each of 40 tokens in its head, got 37"):
         shutil.rmtree(run)
-        run_of("gpt2", tmp_path)
-        EEKDTrainer(language_model(vocab=40), processing_class=tokenizer_of(40), **options)
+        tiny.run_of("gpt2", tmp_path)
+        EEKDTrainer(tiny.language_model(vocab=40), processing_class=tiny.tokenizer_of(40), **options)
 
 
 @pytest.mark.bad_input
 def test_vocabularies_that_do_not_fit(tmp_path):
-    run = save([language_model("gpt2", 24, 1, VOCAB + 3)], tmp_path / "run")
-    refused("heads must have one number of tokens, or processing_class", None, run, tmp_path)
+    run = tiny.save([tiny.language_model("gpt2", 24, 1, tiny.VOCAB + 3)], tmp_path / "run")
+    tiny.refused("heads must have one number of tokens, or processing_class", None, run, tmp_path)
 
 
 @pytest.mark.bad_input
 def test_checkpoints_without_all_weights(tmp_path):
-    run = run_of("gpt2", tmp_path)
-    model = classifier("bert", 24, 1)
+    run = tiny.run_of("gpt2", tmp_path)
+    model = tiny.classifier("bert", 24, 1)
     model.bert.save_pretrained(tmp_path / "bare" / "checkpoint-1")
     config = json.loads((tmp_path / "bare" / "checkpoint-1" / "config.json").read_text())
     config["architectures"] = ["BertForSequenceClassification"]
     (tmp_path / "bare" / "checkpoint-1" / "config.json").write_text(json.dumps(config))
-    refused("must hold all weights of BertForSequence", classifier("bert"), tmp_path / "bare", tmp_path)
+    tiny.refused("must hold all weights of BertForSequence", tiny.classifier("bert"), tmp_path / "bare", tmp_path)
     for path in run.glob("*/model.safetensors"):
         path.unlink()
-    refused("must hold model.safetensors", None, run, tmp_path, error=FileNotFoundError)
+    tiny.refused("must hold model.safetensors", None, run, tmp_path, error=FileNotFoundError)
     (run / "checkpoint-5" / "pytorch_model_fsdp_0").mkdir()
-    refused("accelerate merge-weights", None, run, tmp_path, error=FileNotFoundError)
+    tiny.refused("accelerate merge-weights", None, run, tmp_path, error=FileNotFoundError)
 
 
 @pytest.mark.bad_input
@@ -114,9 +102,9 @@ def test_checkpoints_without_all_weights(tmp_path):
     ],
 )
 def test_damaged_checkpoints(change, match, tmp_path):
-    run = run_of("gpt2", tmp_path)
+    run = tiny.run_of("gpt2", tmp_path)
     change(run / "checkpoint-5")
-    refused(match, None, run, tmp_path)
+    tiny.refused(match, None, run, tmp_path)
 
 
 def cut(path):
@@ -126,42 +114,42 @@ def cut(path):
 @pytest.mark.bad_input
 @pytest.mark.parametrize("teachers", [[], None, "model", [torch.nn.Linear(2, 2), 3]])
 def test_teachers_that_are_no_models(teachers, tmp_path):
-    teachers = language_model() if teachers is None else teachers
+    teachers = tiny.language_model() if teachers is None else teachers
     with pytest.raises(ValueError, match="teachers must be a list of at least one model, got"):
-        EEKDTrainer(language_model(), settings(tmp_path), teachers=teachers)
+        EEKDTrainer(tiny.language_model(), tiny.settings(tmp_path), teachers=teachers)
 
 
 @pytest.mark.bad_input
 def test_adapters_that_cannot_teach_are_refused(tmp_path):
     peft = pytest.importorskip("peft", reason="needs peft, of the extra hf")
-    base = language_model("llama", 24, 1)
-    run, _ = lora_run(tmp_path, base, target_modules=["q_proj"])
-    for other in (language_model("llama", 32), language_model("llama", 24, num_hidden_layers=2)):
-        refused("must fit its base model", language_model("llama"), run, tmp_path, teacher_base=other)
+    base = tiny.language_model("llama", 24, 1)
+    run, _ = tiny.lora_run(tmp_path, base, target_modules=["q_proj"])
+    for other in (tiny.language_model("llama", 32), tiny.language_model("llama", 24, num_hidden_layers=2)):
+        tiny.refused("must fit its base model", tiny.language_model("llama"), run, tmp_path, teacher_base=other)
     path = run / "checkpoint-2" / "adapter_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"base_model_name_or_path": "somewhere/else"}))
-    refused("adapters must be of one base model", language_model("llama"), run, tmp_path)
+    tiny.refused("adapters must be of one base model", tiny.language_model("llama"), run, tmp_path)
     path.write_text(json.dumps(config | {"peft_type": "PROMPT_TUNING"}))
-    refused("must not be of prompt learning", language_model("llama"), run, tmp_path)
+    tiny.refused("must not be of prompt learning", tiny.language_model("llama"), run, tmp_path)
 
     path.write_text("[]")
-    refused("adapter_config.json must hold a dict, got a list", language_model("llama"), run, tmp_path)
+    tiny.refused("adapter_config.json must hold a dict, got a list", tiny.language_model("llama"), run, tmp_path)
     path.write_text(json.dumps(config))
     cut(path.with_name("adapter_model.safetensors"))
-    refused("checkpoint-2 must fit its base model as an adapter", language_model("llama"), run, tmp_path)
+    tiny.refused("checkpoint-2 must fit its base model as an adapter", tiny.language_model("llama"), run, tmp_path)
     shutil.rmtree(tmp_path / "base")
-    refused("teacher_base must be the adapters' base model, got", language_model("llama"), run, tmp_path)
+    tiny.refused("teacher_base must be the adapters' base model, got", tiny.language_model("llama"), run, tmp_path)
 
-    run, _ = lora_run(tmp_path / "head", base, target_modules=["lm_head"])
-    refused("got also base_model.model.lm_head", language_model("llama"), run, tmp_path)
-    run, _ = lora_run(tmp_path / "saved", base, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    refused("must have no adapter on its head", language_model("llama"), run, tmp_path)
-    run = save([base], tmp_path / "whole")
-    student = peft.get_peft_model(language_model("llama"), peft.LoraConfig(r=2, target_modules=["lm_head"]))
-    refused("the student must have no adapter on its head", student, run, tmp_path)
+    run, _ = tiny.lora_run(tmp_path / "head", base, target_modules=["lm_head"])
+    tiny.refused("got also base_model.model.lm_head", tiny.language_model("llama"), run, tmp_path)
+    run, _ = tiny.lora_run(tmp_path / "saved", base, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    tiny.refused("must have no adapter on its head", tiny.language_model("llama"), run, tmp_path)
+    run = tiny.save([base], tmp_path / "whole")
+    student = peft.get_peft_model(tiny.language_model("llama"), peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    tiny.refused("the student must have no adapter on its head", student, run, tmp_path)
     prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    refused("prompt learning", peft.get_peft_model(language_model("llama"), prompts), run, tmp_path)
+    tiny.refused("prompt learning", peft.get_peft_model(tiny.language_model("llama"), prompts), run, tmp_path)
 
 
 @pytest.mark.bad_input
@@ -173,8 +161,8 @@ def test_a_head_that_the_model_does_not_use_is_refused_on_the_first_batch(tmp_pa
             return output
 
     Odd.__name__ = "GPT2LMHeadModel"
-    student = Odd(language_model().config)
-    trainer = trainer_of(student, run_of("gpt2", tmp_path), tmp_path)
+    student = Odd(tiny.language_model().config)
+    trainer = tiny.trainer_of(student, tiny.run_of("gpt2", tmp_path), tmp_path)
     with pytest.raises(ValueError, match="the student must give the logits of its head"):
         trainer.train()
 
@@ -188,31 +176,31 @@ def test_a_soft_cap_that_no_configuration_states_is_refused_while_logits_are_sma
             return output
 
     Capped.__name__ = "LlamaForCausalLM"
-    student = Capped(language_model("llama").config)
-    trainer = trainer_of(student, save([language_model("llama", 24, 1)], tmp_path / "run"), tmp_path)
+    student = Capped(tiny.language_model("llama").config)
+    trainer = tiny.trainer_of(student, tiny.save([tiny.language_model("llama", 24, 1)], tmp_path / "run"), tmp_path)
     with pytest.raises(ValueError, match="the student must give the logits of its head"):
         trainer.train()
 
 
 @pytest.mark.bad_input
 def test_a_soft_cap_that_only_one_has_is_refused(tmp_path):
-    student = language_model("gemma2", final_logit_softcapping=None)
-    trainer = trainer_of(student, save([language_model("gemma2", 24, 1)], tmp_path / "run"), tmp_path)
+    student = tiny.language_model("gemma2", final_logit_softcapping=None)
+    trainer = tiny.trainer_of(student, tiny.save([tiny.language_model("gemma2", 24, 1)], tmp_path / "run"), tmp_path)
     with pytest.raises(ValueError, match="soft-cap"):
         trainer.train()
 
 
 @pytest.mark.bad_input
 def test_places_that_are_not_one_device(tmp_path, monkeypatch):
-    run, student = run_of("gpt2", tmp_path), language_model()
+    run, student = tiny.run_of("gpt2", tmp_path), tiny.language_model()
     student.hf_device_map = {"transformer.h.0": "cpu", "lm_head": "disk"}
-    refused("the student must be on one device", student, run, tmp_path)
-    teacher = language_model()
+    tiny.refused("the student must be on one device", student, run, tmp_path)
+    teacher = tiny.language_model()
     teacher.hf_device_map = {"transformer.h.0": 0, "lm_head": 1}
     with pytest.raises(ValueError, match="teacher 1 must be on one device"):
-        EEKDTrainer(language_model(), settings(tmp_path), teachers=[teacher])
+        EEKDTrainer(tiny.language_model(), tiny.settings(tmp_path), teachers=[teacher])
     monkeypatch.setattr(EEKDConfig, "n_gpu", property(lambda self: 2))
-    refused("one process must have one GPU, got 2", None, run, tmp_path)
+    tiny.refused("one process must have one GPU, got 2", None, run, tmp_path)
 
 
 @pytest.mark.bad_input
@@ -224,7 +212,7 @@ def test_engines_that_split_the_student_are_refused_with_what_to_do_instead(name
             setattr(self, option, True)
 
     with pytest.raises(ValueError, match=f"^{name} must be False to distil, .* got True: torchrun without it trains"):
-        Engine(language_model(), settings(tmp_path), teachers=[language_model()])
+        Engine(tiny.language_model(), tiny.settings(tmp_path), teachers=[tiny.language_model()])
 
 
 @pytest.mark.bad_input
@@ -236,39 +224,39 @@ def test_sequences_that_are_split_are_refused(tmp_path, monkeypatch):
             monkeypatch.setattr(type(self.accelerator), "parallelism_config", property(lambda _: split))
 
     with pytest.raises(ValueError, match="^parallelism_config must be .* got .'cp_size'.: torchrun without it trains"):
-        Split(language_model(), settings(tmp_path), teachers=[language_model()])
+        Split(tiny.language_model(), tiny.settings(tmp_path), teachers=[tiny.language_model()])
 
 
 @pytest.mark.bad_input
 def test_experts_whose_balance_the_models_own_loss_would_keep(tmp_path):
     config = transformers.MixtralConfig(
-        vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=tiny.VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, num_local_experts=2, output_router_logits=True,
     )  # fmt: skip
     with pytest.raises(ValueError, match="^output_router_logits must be False to distil"):
-        EEKDTrainer(transformers.MixtralForCausalLM(config), settings(tmp_path), teachers=[language_model()])
+        EEKDTrainer(transformers.MixtralForCausalLM(config), tiny.settings(tmp_path), teachers=[tiny.language_model()])
 
 
 @pytest.mark.bad_input
 def test_a_student_that_is_its_own_teacher(tmp_path):
     peft = pytest.importorskip("peft", reason="needs peft, of the extra hf")
-    student = language_model("llama")
+    student = tiny.language_model("llama")
     with pytest.raises(ValueError, match="teachers must share no weights with the student"):
-        EEKDTrainer(student, settings(tmp_path), teachers=[student])
+        EEKDTrainer(student, tiny.settings(tmp_path), teachers=[student])
     assert all(parameter.requires_grad for parameter in student.parameters())
-    run, _ = lora_run(tmp_path, language_model("llama", 24, 1), target_modules=["q_proj"])
-    base = language_model("llama", 24, 1)
+    run, _ = tiny.lora_run(tmp_path, tiny.language_model("llama", 24, 1), target_modules=["q_proj"])
+    base = tiny.language_model("llama", 24, 1)
     student = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    refused("teachers must share no weights", student, run, tmp_path, teacher_base=base)
+    tiny.refused("teachers must share no weights", student, run, tmp_path, teacher_base=base)
 
 
 @pytest.mark.bad_input
 def test_quantised_heads(tmp_path):
-    run = run_of("gpt2", tmp_path)
+    run = tiny.run_of("gpt2", tmp_path)
     for dtype in (torch.int8, torch.float8_e4m3fn):
-        student = language_model()
+        student = tiny.language_model()
         student.lm_head.weight = torch.nn.Parameter(student.lm_head.weight.detach().to(dtype), requires_grad=False)
-        refused("the student must have a head", student, run, tmp_path)
+        tiny.refused("the student must have a head", student, run, tmp_path)
 
 
 @pytest.mark.bad_input
@@ -283,8 +271,8 @@ def test_more_checkpoints_than_the_ops_take(tmp_path):
 def test_the_callback_wants_enough_steps(tmp_path):
     with pytest.raises(ValueError, match="snapshots must be at least 1"):
         SnapshotCallback(0)
-    trainer = trainer_of(
-        language_model(), run_of("gpt2", tmp_path), tmp_path, callbacks=[SnapshotCallback(5)], max_steps=3
+    trainer = tiny.trainer_of(
+        tiny.language_model(), tiny.run_of("gpt2", tmp_path), tmp_path, callbacks=[SnapshotCallback(5)], max_steps=3
     )
     with pytest.raises(ValueError, match="snapshots must be at most 3"):
         trainer.train()

@@ -3,24 +3,9 @@
 import shutil
 
 import pytest
+import tiny
 import torch
-from tiny import (
-    SMALL,
-    Texts,
-    batch_for,
-    classifier,
-    collate,
-    compare,
-    language_model,
-    lora_run,
-    loss_of,
-    run_of,
-    save,
-    settings,
-    trained,
-    trainer_of,
-    transformers,
-)
+import transformers
 
 from eekd.hf import EEKDTrainer, SnapshotCallback, Teachers
 from eekd.hf.checkpoints import checkpoint_folders
@@ -28,7 +13,7 @@ from eekd.hf.checkpoints import checkpoint_folders
 
 def test_checkpoints_come_in_the_order_of_their_numbers(tmp_path):
     for step in (10, 9, 100):
-        language_model(seed=step).save_pretrained(tmp_path / f"checkpoint-{step}")
+        tiny.language_model(seed=step).save_pretrained(tmp_path / f"checkpoint-{step}")
     assert [path.name for path in checkpoint_folders(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
     assert [path.name for path in checkpoint_folders(tmp_path, 2)] == ["checkpoint-9", "checkpoint-100"]
     assert [path.name for path in checkpoint_folders(tmp_path / "checkpoint-9")] == ["checkpoint-9"]
@@ -37,20 +22,19 @@ def test_checkpoints_come_in_the_order_of_their_numbers(tmp_path):
 
 @pytest.mark.parametrize("kind", ["gpt2", "vit"])
 def test_teachers_are_the_models_that_were_saved(kind, tmp_path):
-    run, models = run_of(kind, tmp_path), [language_model(kind, 24, s) if kind in SMALL else classifier(kind, 24, s)
-                                           for s in (1, 2)]  # fmt: skip
+    run, models = tiny.run_of(kind, tmp_path), [tiny.model_of(kind, 24, s) for s in (1, 2)]
     teachers = Teachers.load(run)
     for got, want in zip(teachers, models, strict=True):
-        compare(got.state_dict(), want.state_dict(), rtol=0, atol=0)
+        tiny.compare(got.state_dict(), want.state_dict(), rtol=0, atol=0)
         assert not got.training and not any(p.requires_grad for p in got.parameters())
 
 
 def test_a_sharded_checkpoint_is_read_and_a_missing_shard_is_named(tmp_path):
-    model = language_model("llama", 24, 1)
+    model = tiny.language_model("llama", 24, 1)
     model.save_pretrained(tmp_path / "checkpoint-1", max_shard_size="4KB")
     shards = sorted((tmp_path / "checkpoint-1").glob("model-*.safetensors"))
     assert len(shards) > 1
-    compare(next(iter(Teachers.load(tmp_path))).state_dict(), model.state_dict(), rtol=0, atol=0)
+    tiny.compare(next(iter(Teachers.load(tmp_path))).state_dict(), model.state_dict(), rtol=0, atol=0)
     shards[0].unlink()
     with pytest.raises(FileNotFoundError, match=shards[0].name):
         Teachers.load(tmp_path)
@@ -62,20 +46,24 @@ def test_the_callback_saves_evenly_spaced_snapshots_which_then_teach(tmp_path):
         per_device_train_batch_size=2, disable_tqdm=True,
     )  # fmt: skip
     transformers.Trainer(
-        language_model("gpt2", 24), args, train_dataset=Texts(), data_collator=collate, callbacks=[SnapshotCallback(3)]
+        tiny.language_model("gpt2", 24),
+        args,
+        train_dataset=tiny.Texts(),
+        data_collator=tiny.collate,
+        callbacks=[SnapshotCallback(3)],
     ).train()
     there = sorted(path.name for path in (tmp_path / "teacher").glob("checkpoint-*"))
     assert there == ["checkpoint-10", "checkpoint-3", "checkpoint-4", "checkpoint-6", "checkpoint-8"]
     names = [path.name for path in checkpoint_folders(tmp_path / "teacher")]
     assert names == ["checkpoint-3", "checkpoint-6", "checkpoint-10"]
-    trained(tmp_path, language_model(), tmp_path / "teacher", max_steps=1)
+    tiny.trained(tmp_path, tiny.language_model(), tmp_path / "teacher", max_steps=1)
     shutil.rmtree(tmp_path / "teacher" / "checkpoint-6")
     with pytest.raises(FileNotFoundError, match=r"got none of 6\b"):
         Teachers.load(tmp_path / "teacher")
 
 
 def test_training_args_are_never_unpickled(tmp_path, monkeypatch):
-    run = run_of("gpt2", tmp_path)
+    run = tiny.run_of("gpt2", tmp_path)
     for folder in run.iterdir():
         (folder / "training_args.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'false'\ntR.")
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("torch.load was called"))
@@ -84,26 +72,28 @@ def test_training_args_are_never_unpickled(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("fusion", ["probability", "logit"])
 def test_adapters_of_one_base_teach_as_merged_models_do(fusion, tmp_path):
-    run, merged = lora_run(tmp_path, language_model("llama", 24, 1), target_modules=["q_proj", "v_proj", "up_proj"])
-    student, options = language_model("llama"), dict(weighting="linear_increase", fusion=fusion)
-    batch = collate([Texts()[i] for i in range(6)])
-    got = loss_of(adapters := trainer_of(student, run, tmp_path, **options), batch)
+    run, merged = tiny.lora_run(
+        tmp_path, tiny.language_model("llama", 24, 1), target_modules=["q_proj", "v_proj", "up_proj"]
+    )
+    student, options = tiny.language_model("llama"), dict(weighting="linear_increase", fusion=fusion)
+    batch = tiny.collate([tiny.Texts()[i] for i in range(6)])
+    got = tiny.loss_of(adapters := tiny.trainer_of(student, run, tmp_path, **options), batch)
     assert len(adapters.teachers) == 2 and len(adapters.teachers.models) == 1
     assert not any(p.requires_grad for p in adapters.teachers.models[0].parameters())
     assert all(head is adapters.task.heads[0] for head in adapters.task.heads)  # one projection for all
-    whole = EEKDTrainer(student, settings(tmp_path, **options), teachers=merged, data_collator=collate)
-    want = loss_of(whole, batch)
+    whole = EEKDTrainer(student, tiny.settings(tmp_path, **options), teachers=merged, data_collator=tiny.collate)
+    want = tiny.loss_of(whole, batch)
     torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
-    compare(got[1], want[1], rtol=1e-4, atol=1e-6)
+    tiny.compare(got[1], want[1], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(*(t.task.teach(batch, t.accelerator.autocast)["hidden"] for t in (adapters, whole)),
                                rtol=1e-4, atol=1e-5)  # fmt: skip
 
 
 def test_adapters_of_a_classifier_bring_heads_of_their_own(tmp_path):
-    run, merged = lora_run(tmp_path, classifier("bert", 24, 1), target_modules=["query"], task_type="SEQ_CLS")
-    student, batch = classifier("bert"), batch_for("bert")
-    trainer = trainer_of(student, run, tmp_path, weighting="attention")
-    loss_of(trainer, batch)
+    run, merged = tiny.lora_run(tmp_path, tiny.classifier("bert", 24, 1), target_modules=["query"], task_type="SEQ_CLS")
+    student, batch = tiny.classifier("bert"), tiny.batch_for("bert")
+    trainer = tiny.trainer_of(student, run, tmp_path, weighting="attention")
+    tiny.loss_of(trainer, batch)
     said = trainer.task.teach(batch, trainer.accelerator.autocast)
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     with torch.no_grad():
@@ -115,9 +105,9 @@ def test_adapters_of_a_classifier_bring_heads_of_their_own(tmp_path):
 
 
 def test_adapters_need_the_memory_of_one_model(tmp_path):
-    run, _ = lora_run(tmp_path, language_model("llama", 64, 1), 4, target_modules=["q_proj", "v_proj"])
+    run, _ = tiny.lora_run(tmp_path, tiny.language_model("llama", 64, 1), 4, target_modules=["q_proj", "v_proj"])
     teachers = Teachers.load(run)
-    base = sum(p.numel() for p in language_model("llama", 64, 1).parameters())
+    base = sum(p.numel() for p in tiny.language_model("llama", 64, 1).parameters())
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for model in teachers.models
                 for p in model.parameters()}  # fmt: skip
     assert 4 * base < sum(storages.values()) < 4 * base * 1.3  # float32
@@ -126,11 +116,13 @@ def test_adapters_need_the_memory_of_one_model(tmp_path):
 def test_a_student_with_an_adapter_trains_it_alone(tmp_path):
     peft = pytest.importorskip("peft", reason="needs peft, of the extra hf")
     student = peft.get_peft_model(
-        language_model("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        tiny.language_model("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     )
     before = {name: p.clone() for name, p in student.named_parameters()}
     options = dict(max_steps=4, save_strategy="steps", save_steps=2)
-    trainer = trained(tmp_path, student, save([language_model("llama", 24, 1)], tmp_path / "run"), **options)
+    trainer = tiny.trained(
+        tmp_path, student, tiny.save([tiny.language_model("llama", 24, 1)], tmp_path / "run"), **options
+    )
     moved = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
     assert moved and all("lora_" in name for name in moved)
     state = {k: v.clone() for k, v in student.state_dict().items()}
@@ -138,7 +130,7 @@ def test_a_student_with_an_adapter_trains_it_alone(tmp_path):
         for p in student.parameters():
             if p.requires_grad:
                 p.zero_()
-    again = trainer_of(student, tmp_path / "run", tmp_path, **options)
+    again = tiny.trainer_of(student, tmp_path / "run", tmp_path, **options)
     again.train(resume_from_checkpoint=str(tmp_path / "student-run" / "checkpoint-2"))
-    compare(student.state_dict(), state, rtol=0, atol=0)
-    compare(again.criterion.state_dict(), trainer.criterion.state_dict(), rtol=0, atol=0)
+    tiny.compare(student.state_dict(), state, rtol=0, atol=0)
+    tiny.compare(again.criterion.state_dict(), trainer.criterion.state_dict(), rtol=0, atol=0)

@@ -216,8 +216,12 @@ def trained(folder, student, run, **options):
     return trainer
 
 
+def model_of(kind, width=16, seed=0):
+    return (language_model if kind in SMALL else classifier)(kind, width, seed)
+
+
 def run_of(kind, folder):
-    models = [language_model(kind, 24, s) if kind in SMALL else classifier(kind, 24, s) for s in (1, 2)]
+    models = [model_of(kind, 24, s) for s in (1, 2)]
     return save(models, folder / "run")
 
 
