@@ -50,7 +50,7 @@ def export(
         checked = {"images": len(images), "what": what, "files": {}}
         outputs = _outputs(student, folder, to, images, int8)
         for name, got in outputs.items():
-            facts = {"bytes": (folder / name).stat().st_size}
+            facts: dict = {"bytes": (folder / name).stat().st_size}
             facts["difference"] = (got - outputs[WEIGHTS]).abs().max().item()
             if labels is not None:
                 facts["accuracy"] = (got.argmax(1) == labels.cpu()).double().mean().item()

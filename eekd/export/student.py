@@ -42,7 +42,7 @@ class Student(nn.Module, ModelHubMixin):  # pyright: ignore[reportGeneralTypeIss
     def __init__(self, network: nn.Module, facts: dict):
         super().__init__()
         self.network = network
-        self.facts = facts
+        self.facts: dict = facts
         self.classes = tuple(facts["classes"])
         preprocessing = facts["preprocessing"]
         mean, std = 255 * torch.tensor([preprocessing["mean"], preprocessing["std"]], dtype=torch.float64)

@@ -47,7 +47,8 @@ class LastFeatures:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         self.model: Any = guard(model)  # None when this is removed
-        self.layer = self._dim = self._classes = self._module = self._hook = None
+        self.layer = self._dim = self._classes = self._hook = None
+        self._module: Any = None
         self._tap: Any = None
         self._past_ddp, self._looks, self._chooses = False, 0, False
         self._alike: dict[str, nn.Module] = {}  # layers of as many outputs, until it is known which gives the logits
@@ -69,7 +70,7 @@ class LastFeatures:
                 raise ValueError(
                     f"model must have an nn.Linear or a 1×1 convolution, got a {kind}; name its classifier by layer="
                 )
-            module = modules[layer]
+            module: Any = modules[layer]
             linear = isinstance(module, nn.Linear)
             self._kind = "nn.Linear" if linear else "1×1 convolution"
             self._classes = module.out_features if linear else module.out_channels
