@@ -65,7 +65,7 @@ def index(num_classes, in_channels, image_size):
     return {}["size"]
 
 def deep(num_classes, in_channels, image_size):
-    from parts import make
+    from layers_of_nets import make
     return make(num_classes)
 
 class Key(nn.Module):
@@ -98,7 +98,7 @@ def command(tmp_path, monkeypatch):
     """Runs the command line on nets of FILE, for teacher and student."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nets.py").write_text(FILE)
-    (tmp_path / "parts.py").write_text("from torch import nn\n\ndef make(n):\n    return nn.Linear(-1, n)\n")
+    (tmp_path / "layers_of_nets.py").write_text("from torch import nn\n\ndef make(n):\n    return nn.Linear(-1, n)\n")
     small = "--train-limit 100 --device cpu --precision fp32 --out run --teacher.epochs 2 --teacher.snapshots 2"
 
     def run(teacher, *more, student="plain"):
@@ -239,7 +239,10 @@ def test_features_of_another_head_are_refused_once_and_later():
     ("teacher", "told"),
     [
         ("index", "nets.py:index' fails: .*/nets.py, line [0-9]+, in index: KeyError: 'size'$"),
-        ("deep", "deep' fails: .*/nets.py, line [0-9]+, in deep; .*/parts.py, line 4, in make: RuntimeError: .*-1"),
+        (
+            "deep",
+            "deep' fails: .*/nets.py, line [0-9]+, in deep; .*/layers_of_nets.py, line 4, in make: RuntimeError: .*-1",
+        ),
         ("ends", "ends' fails: .*/nets.py, line [0-9]+, in ends: SystemExit: bye$"),
         ("asserts", "asserts' fails: .*/nets.py, line [0-9]+, in asserts: AssertionError$"),
         ("key", "teacher.model .*key fails on images of 1 x 8 x 8: .*nets.py, line [0-9]+, in forward: KeyError: 'z'$"),
