@@ -1,6 +1,7 @@
 """linear_ensemble_kd against its formula: values, gradients, dtypes, chunks, memory, bad input."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -279,6 +280,16 @@ def test_the_logits_of_all_rows_are_never_in_memory(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *a, **k: largest.append(empty(*a, **k).numel()) or empty(*a, **k))
     evaluate(linear_ensemble_kd, x, memory_budget=4 * 500 * 4 * 32)
     assert max(largest) <= 3 * 32 * 500
+
+
+def test_a_gradient_of_16_bits_from_few_rows_needs_no_wide_sum(monkeypatch):
+    monkeypatch.setattr(sys.modules["eekd.ops.linear_ensemble_kd"], "TILE", 64)
+    x = inputs(40, 256, (8, 8), 500, dtype=torch.bfloat16, ignored=False)
+    check(x, memory_budget=1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        evaluate(linear_ensemble_kd, x, memory_budget=1)
+    largest = max(event.cpu_memory_usage for event in profile.events() if not event.cpu_children)
+    assert largest == x["student_weight"].nbytes  # the gradient itself
 
 
 @pytest.mark.parametrize("labels", DTYPES, ids=str)
