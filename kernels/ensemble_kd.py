@@ -558,8 +558,8 @@ def plan(call: Call, outputs: list, cut: launch.Launch | None = None):
         [snapshots[0].stride(0)] if call.stacked and call.count > 1 else [],
     )
     attends = d_scores is not None or d_query is not None
-    # M pointers take the registers that M lines would.
-    again = call.soft or call.logit_fusion or not call.stacked or (call.kl_objective and attends)
+    # M pointers, or the selection of an unaligned row's classes, take the registers that M lines would.
+    again = call.soft or call.logit_fusion or not call.stacked or shifted or (call.kl_objective and attends)
     cut = cut or launch.launch_for(
         classes + (vector - 1 if shifted else 0),
         call.count,

@@ -21,9 +21,14 @@ pytestmark = pytest.mark.full
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_LIMIT = {80: 163, 90: 227, 100: 227, 120: 99}  # KB per block
-# Bytes, and instructions of 100 that move them: a compiler keeps registers of one kernel or another on the stack.
-# Triton 3.9 does where a thread has 32 columns of 16 bits. With 16 it does not, but needs a sixth more instructions.
-SPILLED, SPILLING = 224, 4
+SPILLED = 16  # bytes: each compiler keeps a few registers of one kernel or another on the stack
+# By (M, C), what Triton 3.9 keeps there of 16 bits, by probability fusion and the label, on the worst architecture.
+ON_STACK = {
+    (4, 4096): 64,  # 32 columns a thread, as (5, 4096)
+    (5, 1000): 56,  # 32 columns a thread; with 16 nothing, but 115 instructions a column, which are more than BUDGET
+    (5, 4096): 144,  # 32 columns a thread; with 16 nothing, but 111 instructions a column
+    (8, 2048): 24,  # 10 of 2424 instructions
+}
 POINTERS = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
     torch.int64: "*i64", torch.int32: "*i32",
@@ -139,8 +144,11 @@ def check(folder, capability, snapshots, classes, dtype, fusion, objective, **ki
     kernel = compiled(capability, launched)
     stack, names = facts(kernel, folder)
     wide = sum(name.startswith("LDG") and ".128" in name for name in names)
-    assert stack <= SPILLED
-    assert sum(name.startswith(("LDL", "STL")) for name in names) <= len(names) * SPILLING / 100
+    most = SPILLED
+    if dtype.itemsize == 2 and (fusion, objective) == ("probability", "label") and not kind:
+        most = ON_STACK.get((snapshots, classes), most)
+    assert stack <= most
+    assert sum(name.startswith(("LDL", "STL")) for name in names) <= most / 2
     assert kernel.metadata.shared <= SHARED_LIMIT[capability] * 1024
     # Every element of the tile in 16 bytes at a time, as often as the kernel visits it.
     threads, visits = 32 * launched["options"]["num_warps"], 1 if launched["ON_CHIP"] else 2
