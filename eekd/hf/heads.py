@@ -18,6 +18,7 @@ from eekd.snapshots.wrappers import logits_of
 
 PROBE = 100.0  # of the head's output, at which a soft-cap shows
 EXACT, HALF = 1e-3, 4e-2  # what rounding makes of a logit, of the largest, in 32 and in 16 bits
+CAPS = "final_logit_softcapping", "logits_soft_cap"
 SCALES = "logit_scale", "logits_scaling", "lm_head_multiplier"  # in configurations; some models divide by theirs
 
 
@@ -272,5 +273,5 @@ def _candidates(model: nn.Module) -> list[tuple[float, float | None]]:
     config = text_config() if text_config else model.config
     stated = [getattr(config, name, None) for name in SCALES]
     scales = [s for x in stated if isinstance(x, float | int) and x for s in (float(x), 1 / x)] + [1.0]
-    cap = getattr(config, "final_logit_softcapping", None)
-    return [*itertools.product(scales, [float(cap)] if cap else []), *itertools.product(scales, [None])]
+    caps = [float(cap) for cap in (getattr(config, name, None) for name in CAPS) if cap]
+    return [*itertools.product(scales, caps), *itertools.product(scales, [None])]

@@ -35,6 +35,8 @@ SMALL = {
                dict(head_dim=4, query_pre_attn_scalar=4)),
     "opt": (transformers.OPTConfig, transformers.OPTForCausalLM, dict(dropout=0.0, ffn_dim=16)),
     "neox": (transformers.GPTNeoXConfig, transformers.GPTNeoXForCausalLM, dict()),
+    "griffin": (transformers.RecurrentGemmaConfig, transformers.RecurrentGemmaForCausalLM,
+                dict(logits_soft_cap=2.0, block_types=["attention"])),
     "mamba": (transformers.MambaConfig, transformers.MambaForCausalLM, dict(state_size=4)),
     "bert": (transformers.BertConfig, transformers.BertForMaskedLM,
              dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)),
