@@ -109,6 +109,7 @@ def by_rule(classes: int, snapshots: int, itemsize: int, again: bool = False) ->
     warps = next_power_of_2(-(-rows * block // (32 * held)))
     if block <= ROW * (2 if snapshots == 1 else 1) and warps <= 8:
         return Launch(rows, block, True, warps, 1, None)
+    held = 2 ** int(math.log2(REGISTERS / column_registers(snapshots, itemsize, True)))  # and statistics of each thread
     held = min(held, max(16 // itemsize, 2 ** int(math.log2(STREAMED_COLUMNS / words))))
     block = min(block // 2, 32 * STREAMING_WARPS * held)
     while block * itemsize * (snapshots + 1) > READ_AHEAD and block > 256:
