@@ -13,10 +13,10 @@ from eekd.ops import checks, reference
 from eekd.ops.backend import backend_for, namespace
 from eekd.ops.fused import EnsembleKD
 
-TILE = 2048  # classes of a head that are converted at once, where its dtype is not the one that is computed in
+TILE = 4096  # classes of a head that are converted at once, where its dtype is not the one that is computed in
 # Of a chunk by default: rows from which on products are about as fast as of all rows, and bytes of its logits at most.
 ROWS = defaultdict(lambda: 128, cuda=1024)
-BUDGET = defaultdict(lambda: 96 << 20, cuda=1 << 30)
+BUDGET = defaultdict(lambda: 256 << 20, cuda=1 << 30)
 LEAST_ROWS = 16  # whatever the budget
 
 
@@ -70,7 +70,7 @@ def linear_ensemble_kd(
         softcap: c > 0 bounds all logits to (-c, c); None does not.
         denominator: the divisor of "mean" instead of the number of rows, such as the number of labelled tokens in a
             whole batch of which this is a part. A number, or a tensor with one element.
-        memory_budget: bytes of logits in memory at once. None: those of 128 rows and at most 96 MiB on a CPU, of 1024
+        memory_budget: bytes of logits in memory at once. None: those of 128 rows and at most 256 MiB on a CPU, of 1024
             rows and at most 1 GiB on a GPU. At least 16 rows are computed at once.
 
     Returns:
