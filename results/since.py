@@ -40,9 +40,11 @@ class Version:
     def python(self, *words) -> float:
         """Seconds of a program."""
         own = os.environ | {"PYTHONPATH": str(self.folder), "CUDA_VISIBLE_DEVICES": ""}
-        words = [sys.executable, *map(str, words)]  # Python looks into the working folder before PYTHONPATH
         start = time.perf_counter()
-        subprocess.run(words, check=True, stdout=subprocess.DEVNULL, env=own, cwd=self.folder)
+        subprocess.run(
+            [sys.executable, *map(str, words)],
+            check=True, stdout=subprocess.DEVNULL, env=own, cwd=self.folder,  # where Python looks first
+        )  # fmt: skip
         return time.perf_counter() - start
 
     def epochs(self, phase: Path) -> list[float]:

@@ -169,7 +169,8 @@ def test_an_image_that_vanishes_while_training(nets, tmp_path, workers):
     with pytest.raises(FileNotFoundError) as caught:
         train(config, tmp_path / "run", session=session, progress=progress)
     assert "a/3.png" in str(caught.value) and "\n" not in str(caught.value)
-    assert caught.value.__notes__ == [f"continue with: python -m eekd.train --resume {tmp_path / 'run'}"]
+    hint, way_on = caught.value.__notes__
+    assert "--bad-images skip" in hint and way_on == f"continue with: python -m eekd.train --resume {tmp_path / 'run'}"
     moved.rename(gone)
     saved = read_json(max((tmp_path / "run/teacher/checkpoints").glob("*.json")))
     assert saved["batch"] >= 2  # nothing was lost
