@@ -100,7 +100,7 @@ def main() -> None:
     for row in rows:
         print(f"{row['what']:40} {row['before']:8.3f} {row['now']:8.3f} {row['now'] / row['before']:6.2f}")
     record = {"command": ["python", "results/since.py", "--before", commit[:9]], "commit": commit,
-              "environment": environment(), "settings": SETTINGS, "since": rows}  # fmt: skip
+              "environment": environment(), "config": SETTINGS, "since": rows}  # fmt: skip
     args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
