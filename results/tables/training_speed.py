@@ -129,7 +129,18 @@ def scaling(record: dict) -> str:
     return "\n".join([*lines, "", f"{note} {provenance(record)}"])
 
 
+def since(record: dict) -> str:
+    """Seconds of epochs and imports at an older commit and now."""
+    lines = head("seconds", f"commit {record['commit'][:9]}", "now", "×")
+    for row in record["since"]:
+        cells = f"{row['before']:.2f}", f"{row['now']:.2f}", f"{row['now'] / row['before']:.2f}"
+        lines.append(table_row(row["what"], *cells))
+    note = "An epoch of the digits at 28 x 28, resnet8 and resnet8_w4, and a whole process that imports; medians"
+    return "\n".join([*lines, "", f"{note}. {provenance(record)}"])
+
+
 TABLES = {
+    "since": since,
     "settings": precisions,
     "spins": waiting,
     "beside": beside,
