@@ -23,6 +23,7 @@ __all__ = [
     "load_tensors",
     "load_weights",
     "save_tensors",
+    "tensors_sha256",
     "weights_sha256",
 ]
 INDEX = ".index.json"
@@ -48,11 +49,20 @@ def save_tensors(
     for name, value in metadata.items():
         if not isinstance(value, str):
             raise TypeError(f"{path}: metadata {name!r} must be a str, got {kind_of(value)}")
+    return write_atomic(path, _bytes(tensors, metadata), sync)
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors as safetensors has them, without metadata."""
+    return hashlib.sha256(_bytes(tensors)).hexdigest()
+
+
+def _bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     copies = {
         name: tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
         for name, tensor in tensors.items()
     }
-    return write_atomic(path, safetensors.torch.save(copies, metadata), sync)
+    return safetensors.torch.save(copies, metadata)
 
 
 def check_tensors(tensors: Mapping[str, Tensor], source: str | Path) -> None:

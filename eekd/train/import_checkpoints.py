@@ -1,18 +1,16 @@
 """Somebody else's checkpoints as the snapshots of a run's teacher."""
 
 import dataclasses
-import hashlib
 import sys
 import warnings
 from pathlib import Path
 
-import safetensors.torch
 from torch import nn
 
 from eekd import models, parallel
 from eekd.io.files import read_json, write_atomic, write_json_atomic
 from eekd.io.state_dicts import bare_names, load_state
-from eekd.io.tensors import load_weights, save_tensors
+from eekd.io.tensors import load_weights, save_tensors, tensors_sha256
 from eekd.snapshots import MANIFEST
 from eekd.snapshots.files import checkpoint_files, checkpoint_sha256
 from eekd.snapshots.manifest import FORMAT as MANIFEST_FORMAT
@@ -46,9 +44,7 @@ def check_checkpoints(session: Session) -> nn.Module:
     for path in map(Path, session.config.checkpoints):
         _check_classes(path, list(session.data.classes))
         _read(network, path, session.config.checkpoint_entry)
-        copies = {name: x.cpu().contiguous().clone() for name, x in network.state_dict().items()}
-        sha256 = hashlib.sha256(safetensors.torch.save(copies)).hexdigest()
-        if (twin := paths.setdefault(sha256, path)) != path:
+        if (twin := paths.setdefault(tensors_sha256(network.state_dict()), path)) != path:
             warnings.warn(f"{twin} and {path} hold the same weights, so that two snapshots are one", stacklevel=2)
     return network
 

@@ -1,6 +1,5 @@
 """Where a network starts: from weights of others, and with the normalisation that belongs to them."""
 
-import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -8,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +14,7 @@ from eekd import models
 from eekd.data.encoded import RESAMPLE
 from eekd.io.files import first_line
 from eekd.io.state_dicts import bare_names, load_state, some, without_prefix
-from eekd.io.tensors import load_weights, weights_sha256
+from eekd.io.tensors import load_weights, tensors_sha256, weights_sha256
 from eekd.snapshots.features import classifier_of
 from eekd.snapshots.files import checkpoint_files
 from eekd.train.config import Config, Phase
@@ -93,8 +91,7 @@ def _from_timm(phase: Phase, spec: dict) -> Start:
     heads = [cfg.classifier] if isinstance(cfg.classifier, str) else cfg.classifier or ()
     random = tuple(f"{head}." for head in heads if sizes["num_classes"] != cfg.num_classes)  # which timm has left out
     state = {key: x for key, x in network.state_dict().items() if not (random and key.startswith(random))}
-    sha256 = hashlib.sha256(safetensors.torch.save(state)).hexdigest()
-    return Start(f"timm's weights of {name}", sha256, state)
+    return Start(f"timm's weights of {name}", tensors_sha256(state), state)
 
 
 @contextmanager
