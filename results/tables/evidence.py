@@ -53,8 +53,6 @@ CLAIMS = [
     Claim("EEKD is better than CRD", "attention", "crd"),
 ]
 
-SENTENCE = {"last": "the last snapshot", "uniform": "uniform weights"}
-
 
 @cache
 def records(ending: str = "") -> dict[str, dict]:
@@ -118,10 +116,10 @@ def methods() -> str:
 
 def sentence() -> str:
     """Attention over `last` and `uniform` in every setting."""
-    known, parts = scores(), []
-    for setting, found in known.items():
-        over = [(title, interval(differences(found, "attention", of))) for of, title in SENTENCE.items()]
-        parts.append(f"{TITLES[setting]}: " + " and ".join(f"{points(gain)} over {title}" for title, gain in over))
+    parts = []
+    for setting, found in scores().items():
+        last, uniform = (points(interval(differences(found, "attention", of))) for of in ("last", "uniform"))
+        parts.append(f"{TITLES[setting]}: {last} over the last snapshot and {uniform} over uniform weights")
     seeds = " and ".join(sorted({str(len(record["seeds"])) for record in records().values()}))
     return f"> Points of test accuracy of EEKD's student, {seeds} seeds, with 95 % intervals. {'; '.join(parts)}."
 
