@@ -17,6 +17,9 @@ The rules, written before the first run:
    added for a single method. Test images are read once, after the last epoch.
 4. Recipe. The recommended one is chosen by the validation accuracies of the tuning seeds and of the seeds 0 to 9, over
    all settings. Its test differences over `last` are reported whatever they are.
+5. Added when two settings had been run and showed DKD ahead of EEKD: `attention-dkd` and `attention-dist`, which put
+   EEKD's target into the losses of DKD and DIST. Validation images of the seeds 100 and 101 alone led to them, and to
+   the six trials that each has.
 
 Networks of one dataset share teachers: those of the first setting are copied.
 """
@@ -29,6 +32,7 @@ from pathlib import Path
 
 from eekd.compare.__main__ import main as compare
 from eekd.compare.methods import base_of, folder_of
+from eekd.io.files import write_json_atomic
 
 HERE = Path(__file__).parent
 KEPT, WORK = HERE / "evidence", HERE.parent / "runs" / "evidence"
@@ -46,7 +50,8 @@ ALL += ["--teacher.batch-size", "128", "--teacher.schedule", "cosine"]
 ALL += ["--student.batch-size", "128", "--student.schedule", "cosine"]
 METHODS = [
     *("ce", "last", "half", "uniform", "linear_increase", "attention", "attention-tau1", "last-3", "soup"),
-    *("curriculum", "ema", "dkd", "dist", "cyclic-uniform", "cyclic-attention", "crd"),
+    *("curriculum", "ema", "dkd", "dist", "attention-dkd", "attention-dist", "cyclic-uniform", "cyclic-attention"),
+    "crd",
 ]
 UNTUNED = {f"{of}-m{m}": of for m in (2, 10) for of in ("uniform", "attention")} | {"sed": "uniform"}  # tuned as
 OF_MAPS = ["fitnet", "at"]  # which a perceptron has none of
@@ -79,6 +84,16 @@ def share(setting: str, tune: bool) -> None:
             shutil.copytree(found.parent, to)
 
 
+def with_others(new: dict, path: Path) -> dict:
+    """A tuning's record, and the trials that the one in `path` has of other methods."""
+    if path.exists():
+        old = json.loads(path.read_text())
+        new["trials"] = [trial for trial in old["trials"] if trial["of"] not in new["chosen"]] + new["trials"]
+        new["chosen"] = {**old["chosen"], **new["chosen"]}
+        new["commits"] = sorted({*old["commits"], *new["commits"]})
+    return new
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("tune", "run"))
@@ -99,7 +114,8 @@ def main() -> int:
         return code
     KEPT.mkdir(exist_ok=True)
     made, kept = ("tuning.json", f"{args.setting}-tuning.json") if tune else ("study.json", f"{args.setting}.json")
-    shutil.copyfile(out / made, KEPT / kept)
+    record = json.loads((out / made).read_text())
+    write_json_atomic(KEPT / kept, with_others(record, KEPT / kept) if tune else record)
     return 0
 
 

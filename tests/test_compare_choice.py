@@ -37,7 +37,7 @@ SMALL = (
 )
 NAMES = (
     "ce last last@temperature=2 last@alpha=0.9,temperature=2.0 uniform@epochs=1 uniform-online@lr=0.05 last-3 soup ema "
-    "curriculum attention-tau1 dkd dist fitnet at crd at@beta=10"
+    "curriculum attention-tau1 dkd dist attention-dkd attention-dist fitnet at crd at@beta=10"
 )
 
 
@@ -83,8 +83,8 @@ def test_a_variant_trains_by_its_settings_from_the_same_teacher(out):
     names = [row["name"] for row in record["methods"]]
     assert names == [
         "ce", "last", "last@temperature=2", "last@temperature=2,alpha=0.9", "uniform-online@lr=0.05",
-        "uniform@epochs=1", "last-3", "soup", "ema", "curriculum", "attention-tau1", "dkd", "dist", "fitnet", "at",
-        "at@beta=10", "crd",
+        "uniform@epochs=1", "last-3", "soup", "ema", "curriculum", "attention-tau1", "dkd", "dist",
+        "attention-dkd", "attention-dist", "fitnet", "at", "at@beta=10", "crd",
     ]  # fmt: skip
     students = out / "seed-0/students"
     known = {name: read_json(students / name / "student.json") for name in names}

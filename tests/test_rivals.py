@@ -17,7 +17,16 @@ from eekd.bank.__main__ import main as bank
 from eekd.io.files import read_json
 from eekd.io.tensors import load_tensors
 from eekd.method.losses import EEKDLoss
-from eekd.method.rival_losses import Contrast, Hint, LearnedAtOne, at_loss, attention_map, dist_loss, dkd_loss
+from eekd.method.rival_losses import (
+    Contrast,
+    Hint,
+    LearnedAtOne,
+    at_loss,
+    attention_map,
+    dist_loss,
+    dkd_loss,
+    fused_logits,
+)
 from eekd.method.rivals import RIVALS
 from eekd.train import Session, StudentTrainer, prepare, train, train_student
 from eekd.train import __main__ as cli
@@ -38,6 +47,7 @@ CONFIG = Config(
     students=tuple(RIVALS),
 )
 STEPS = 3  # of an epoch
+LEARNED_AT_ONE = "attention_tau1", "attention_dkd", "attention_dist"
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +205,7 @@ def test_every_rival_trains_and_is_kept(run):
         assert record["weighting"] == name and all(math.isfinite(row["train_loss"]) for row in known)
         assert len(record["teacher"]["snapshots"]) == (4 if RIVALS[name].all_snapshots else 1)
         assert record["teacher"]["snapshots"][-1]["step"] == 4
-        assert ("criterion_sha256" in record) == (name in ("attention_tau1", "fitnet", "crd"))
+        assert ("criterion_sha256" in record) == (name in (*LEARNED_AT_ONE, "fitnet", "crd"))
     ends = {read_student(run / "students" / name)["sha256"] for name in RIVALS}
     assert len(ends) == len(RIVALS)
     memory = load_tensors(run / "students/crd/criterion.safetensors")["teacher_memory"]
@@ -235,6 +245,41 @@ def test_the_last_snapshot_teaches_by_the_published_beta(run, name):
         }[name]()
     torch.testing.assert_close(measured["added"], added, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(loss.detach(), F.cross_entropy(logits, batch.labels) + added, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("fusion", ["probability", "logit"])
+@pytest.mark.parametrize("name", ["attention_dkd", "attention_dist"])
+def test_the_fused_prediction_teaches_by_the_losses_of_others(run, name, fusion):
+    student = dataclasses.replace(CONFIG.student, beta=3.0, fusion=fusion)
+    trainer = TRAINERS[name](Session(dataclasses.replace(CONFIG, student=student)), run / "teacher", name=name)
+    batch = next(iter(trainer.batches_from(0)))
+    trainer.trained.train()
+    loss, measured = trainer.compute_loss(batch)
+
+    z, u, y = batch.teacher.logits.double(), batch.teacher.features, batch.labels
+    with torch.no_grad():
+        logits, _, v = of_stages(trainer.network, batch.images)
+    query, keys = trainer.criterion.attention(v, u)
+    w = torch.einsum("bd,mbd->bm", query, keys).double().softmax(1)
+    mixed = torch.einsum("bm,mbc->bc", w, z if fusion == "logit" else (z / 2).softmax(-1))
+    p = (mixed / 2).softmax(1) if fusion == "logit" else mixed
+    at_one = (mixed if fusion == "logit" else torch.einsum("bm,mbc->bc", w, z.softmax(-1)).log()).log_softmax(1)
+    learned = -at_one[torch.arange(len(y)), y].mean()
+    target = 2 * p.detach().log()  # logits of which softmax(. / 2) is p
+    added = dkd_loss(logits, target, y, 2.0, 3.0) if name == "attention_dkd" else 3 * dist_loss(logits, target, 2.0)
+    torch.testing.assert_close(measured["weights"].double(), w.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(measured["added"], added.detach().float(), rtol=1e-3, atol=1e-4)
+    wanted = F.cross_entropy(logits, y) + added + learned
+    torch.testing.assert_close(loss.double(), wanted.double(), rtol=1e-3, atol=1e-4)
+    loss.backward()
+    weight = trainer.criterion.attention.student.weight  # which the student's loss does not train
+    torch.testing.assert_close(weight.grad, torch.autograd.grad(learned, weight)[0].float(), rtol=1e-3, atol=1e-6)
+
+
+def test_fused_logits_survive_weights_of_zero():
+    z = torch.tensor([[[0.0, 300.0, -300.0]], [[1.0, 2.0, 3.0]]])
+    fused = fused_logits(z, torch.tensor([[1.0, 0.0]]), 4.0)
+    torch.testing.assert_close((fused / 4).softmax(1), (z[0] / 4).softmax(1))
 
 
 def test_what_is_added_counts_by_beta(run):
@@ -377,7 +422,7 @@ def test_names_and_numbers(tmp_path, monkeypatch, capsys):
 def test_a_bank_without_all_classes(run, tmp_path):
     assert not bank(["--teacher", str(run), "--out", str(tmp_path / "bank"), "--views", "1", "--top-k", "3"])
     config = dataclasses.replace(CONFIG, bank=str(tmp_path / "bank"))
-    for name in ("dkd", "dist", "attention_tau1"):
+    for name in ("dkd", "dist", *LEARNED_AT_ONE):
         with pytest.raises(ValueError, match=f"^{name} needs the logits of all classes, and .*bank keeps 3 of them$"):
             train_student(config, run / "teacher", name, tmp_path / name)
 

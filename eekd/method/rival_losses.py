@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eekd.method.losses import EEKDLoss, Measurements
-from eekd.ops import ensemble_kd
+from eekd.ops import EnsembleKD, ensemble_kd
 
 
 def dkd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, beta: float) -> Tensor:
@@ -46,6 +46,17 @@ def dist_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float
         return 1 - F.cosine_similarity(a, b, dim=1).mean()
 
     return temperature**2 * (apart(q, p) + apart(q.t(), p.t()))
+
+
+def fused_logits(snapshot_logits: Tensor, weights: Tensor, temperature: float, fusion: str = "probability") -> Tensor:
+    """Logits t of which softmax(t / τ) is the target p = Σ_m w_m softmax(z_m / τ), or softmax(Σ_m w_m z_m / τ).
+
+    Snapshot logits (M, B, C), weights (B, M); `fusion` is "probability" or "logit"; (B, C), float32, detached.
+    """
+    z, w = snapshot_logits.detach().float(), weights.detach().t()[..., None]
+    if fusion == "logit":
+        return (w * z).sum(0)
+    return temperature * ((z / temperature).log_softmax(2) + w.log()).logsumexp(0)
 
 
 def attention_map(maps: Tensor) -> Tensor:
@@ -147,10 +158,11 @@ class Contrast(nn.Module):
             memory[index] = F.normalize(self.momentum * memory[index] + (1 - self.momentum) * x)
 
 
-class LearnedAtOne(nn.Module):
-    """L of EEKD with weights w that minimise -log Σ_m w_m softmax(z_m)_y, at temperature 1, instead of that at τ.
+class AttentionAtOne(nn.Module):
+    """Weights w (B, M) that minimise -log Σ_m w_m softmax(z_m)_y, at temperature 1, instead of that at τ.
 
-    `distil` is the EEKDLoss whose attention and options it takes; it is called as that is, and returns the same.
+    `distil` is the EEKDLoss whose attention and options it takes; it is called as that is. It returns an EnsembleKD, of
+    which `weights` and `attention_loss` matter.
     Source: this project's (docs/results/attention.md).
     """
 
@@ -159,10 +171,17 @@ class LearnedAtOne(nn.Module):
         self.options: dict
         self.attention, self.options = distil.attention, distil.options
 
-    def forward(self, student_logits, snapshot_logits, labels, student_features, snapshot_features):
+    def forward(self, student_logits, snapshot_logits, labels, student_features, snapshot_features) -> EnsembleKD:
         query, keys = self.attention(student_features.detach(), snapshot_features)
         at_one = self.options | {"temperature": 1.0, "attention_objective": "label"}
-        learned = ensemble_kd(student_logits.detach(), snapshot_logits, labels, query=query, keys=keys, **at_one)
+        return ensemble_kd(student_logits.detach(), snapshot_logits, labels, query=query, keys=keys, **at_one)
+
+
+class LearnedAtOne(AttentionAtOne):
+    """L of EEKD with the weights of `AttentionAtOne`; called as EEKDLoss is, and returns the same."""
+
+    def forward(self, student_logits, snapshot_logits, labels, student_features, snapshot_features):  # pyright: ignore
+        learned = super().forward(student_logits, snapshot_logits, labels, student_features, snapshot_features)
         result = ensemble_kd(student_logits, snapshot_logits, labels, scores=learned.weights.log(), **self.options)
         measured = {"loss": result.loss.detach(), "attention_loss": learned.attention_loss.detach()}
         return result.loss + learned.attention_loss, Measurements(measured, learned.weights)

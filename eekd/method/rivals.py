@@ -28,6 +28,8 @@ RIVALS: dict[str, Rival] = {
     "attention_tau1": Rival("EEKD, learned at τ = 1", all_snapshots=True),
     "dkd": Rival("DKD", {"temperature": 4.0, "beta": 8.0}),
     "dist": Rival("DIST", {"temperature": 4.0, "beta": 2.0}),
+    "attention_dkd": Rival("EEKD, by DKD's loss", {"temperature": 2.0, "beta": 2.0}, all_snapshots=True),
+    "attention_dist": Rival("EEKD, by DIST's loss", {"temperature": 2.0, "beta": 2.0}, all_snapshots=True),
     "fitnet": Rival("FitNet", {"beta": 100.0}, maps=True),
     "at": Rival("AT", {"beta": 1000.0}, maps=True),
     "crd": Rival("CRD", {"beta": 0.8}),

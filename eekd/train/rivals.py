@@ -7,8 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eekd import parallel
-from eekd.method.losses import EEKDLoss
-from eekd.method.rival_losses import Contrast, Hint, LearnedAtOne, at_loss, attention_map, dist_loss, dkd_loss
+from eekd.method.losses import EEKDLoss, Measurements
+from eekd.method.rival_losses import (
+    AttentionAtOne,
+    Contrast,
+    Hint,
+    LearnedAtOne,
+    at_loss,
+    attention_map,
+    dist_loss,
+    dkd_loss,
+    fused_logits,
+)
 from eekd.method.rivals import RIVALS
 from eekd.snapshots import read_manifest
 from eekd.train.maps import FeatureMaps, SpeakingMaps
@@ -111,6 +121,39 @@ class DIST(Added):
         return self.beta * dist_loss(logits, batch.teacher.logits[-1], self.phase.temperature)
 
 
+class Fused(Added):
+    """Taught by the fused prediction of all snapshots, weighted by `AttentionAtOne`."""
+
+    weighting = "attention"
+
+    def build_criterion(self):
+        return AttentionAtOne(EEKDLoss(self.weighting, **self.loss_options()))
+
+    def compute_loss(self, batch):
+        logits, features = self.forward_features(batch.images)
+        taught = batch.teacher
+        learned = self.criterion(logits, taught.logits, batch.labels, features, taught.features)
+        fused = fused_logits(taught.logits, learned.weights, self.phase.temperature, self.phase.fusion)
+        batch = batch._replace(teacher=taught._replace(logits=fused[None]))
+        label, added = F.cross_entropy(logits.float(), batch.labels), self.added(logits, features, batch)
+        loss = label + added
+        measured = {"loss": loss.detach(), "attention_loss": learned.attention_loss.detach()}
+        more = {"added": added.detach(), "accuracy": accuracy(logits, batch.labels)}
+        return loss + learned.attention_loss, Measurements(measured, learned.weights) | more
+
+
+class AttentionDKD(Fused, DKD):
+    """`DKD` whose teacher is EEKD's fused prediction."""
+
+    rival = "attention_dkd"
+
+
+class AttentionDIST(Fused, DIST):
+    """`DIST` whose teacher is EEKD's fused prediction."""
+
+    rival = "attention_dist"
+
+
 class CRD(Added):
     """Adds β `Contrast`, on the last features of student and snapshot, in one process."""
 
@@ -204,7 +247,7 @@ class AT(OfMaps):
 TRAINERS: dict[str, type[StudentTrainer]] = {
     "curriculum": Curriculum,
     "attention_tau1": AttentionTau1,
-    **{trainer.rival: trainer for trainer in (DKD, DIST, FitNet, AT, CRD)},
+    **{trainer.rival: trainer for trainer in (DKD, DIST, AttentionDKD, AttentionDIST, FitNet, AT, CRD)},
 }
 
 
