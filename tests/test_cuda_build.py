@@ -153,13 +153,11 @@ def test_streams_under_a_second_torch():
 
 @pytest.mark.full
 @pytest.mark.parametrize("architecture", [80, 90])  # without and with clusters
-@pytest.mark.parametrize("source", ["ensemble_kd.cu", "sparse_ensemble_kd.cu"])
+@pytest.mark.parametrize("source", sorted(SOURCES.glob("*.cu")), ids=lambda path: path.name)
 def test_no_warnings(source, architecture, tmp_path):
     options = ["-std=c++20", "--expt-relaxed-constexpr", f"-arch=sm_{architecture}", "-fdevice-syntax-only"]
     strict = ["-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror"]
     done = subprocess.run(
-        [checking_nvcc(), *options, *strict, "-c", SOURCES / source, "-o", tmp_path / "checked.o"],
-        capture_output=True,
-        text=True,
+        [checking_nvcc(), *options, *strict, "-c", source, "-o", tmp_path / "checked.o"], capture_output=True, text=True
     )
     assert done.returncode == 0 and not done.stderr, done.stderr
