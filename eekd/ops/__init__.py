@@ -1,4 +1,4 @@
-"""Differentiable ops: each checks its arguments, allocates outputs, calls a backend and wires autograd."""
+"""Differentiable ops: each checks its arguments, calls a backend and wires autograd."""
 
 from eekd.ops.backend import use_backend
 from eekd.ops.ensemble_kd import EnsembleKD, ensemble_kd
