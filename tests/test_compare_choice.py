@@ -228,7 +228,7 @@ def test_a_dry_run_says_how_long_and_writes_nothing(out, tmp_path, capsys):
     assert "3 seeds x 19 methods = 57 students" in told and "finished." not in told and "It would take about" in told
     files = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert compare(out, NAMES, "--dry-run", seeds=2) == 0
-    assert "2 seeds x 17 methods = 34 students, of which 17 are finished." in capsys.readouterr().out
+    assert "2 seeds x 19 methods = 38 students, of which 19 are finished." in capsys.readouterr().out
     assert files == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
 
 
