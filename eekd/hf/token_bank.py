@@ -46,7 +46,8 @@ def write_token_bank(
     `processing_class` is the tokenizer. If it is given, a trainer must have an equal one.
 
     Raises ValueError for other dtypes, a K that is not from 0 to V, batches without `input_ids`, values out of the
-    range of `dtype`, and what `LanguageHead.verify` raises; FileExistsError if the folder holds a bank.
+    range of `dtype`, hidden states whose logits are scaled or soft-capped in several ways, and what
+    `LanguageHead.verify` raises; FileExistsError if the folder holds a bank.
     """
     writer = Writer(folder, dtype)
     teachers = (teachers if isinstance(teachers, Teachers) else Teachers.load(teachers)).to(device)
@@ -62,6 +63,12 @@ def write_token_bank(
         if number == 0:
             rows = mask.flatten().nonzero()[:64, 0]
             teachers.verify(heads, torch.no_grad, batch, rows, next(iter(teachers)).dtype != torch.float32)
+            for name in ("scale", "softcap"):
+                if len({getattr(head, name) for head in heads}) > 1 and not top_k:
+                    raise ValueError(
+                        f"teachers must have one logit {name} for a bank of hidden states, got "
+                        f"{', '.join(str(getattr(head, name)) for head in heads)}: set top_k to store logits"
+                    )
         states = teachers.hidden_states(heads, batch, lambda hidden, mask=mask: hidden[mask], torch.no_grad)
         if top_k:
             following = ids.roll(-1, 1).masked_fill(~(mask & mask.roll(-1, 1)), -1)[mask]

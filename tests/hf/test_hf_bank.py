@@ -59,6 +59,19 @@ def test_a_bank_inside_autocast(options, tmp_path):
     torch.testing.assert_close(*found, rtol=3e-2, atol=1e-2)
 
 
+@pytest.mark.bad_input
+def test_hidden_states_of_several_scales_are_refused(tmp_path):
+    teachers = [tiny.language_model("granite", 24, seed, logits_scaling=scale) for seed, scale in ((1, 4.0), (2, 2.0))]
+    run = tiny.save(teachers, tmp_path / "run")
+    with pytest.raises(ValueError, match="^teachers must have one logit scale for .*, got 0.25, 0.5: set top_k"):
+        write_token_bank(tmp_path / "bank", run, tiny.Texts(), tiny.collate)
+    student, batch = tiny.language_model("granite"), tiny.collate([tiny.Texts()[i] for i in range(6)])
+    write_token_bank(tmp_path / "bank", run, tiny.Texts(), tiny.collate, top_k=tiny.VOCAB, dtype="float32")
+    want = tiny.loss_of(tiny.trainer_of(student, run, tmp_path, weighting="uniform"), batch)
+    got = tiny.loss_of(trainer_with(student, tmp_path / "bank", tmp_path, weighting="uniform"), batch)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-5)
+
+
 def test_a_shared_head_is_kept_once(tmp_path):
     run, _ = tiny.lora_run(tmp_path, tiny.language_model("llama", 24, 1), target_modules=["q_proj", "v_proj"])
     bank = write_token_bank(tmp_path / "bank", run, tiny.Texts(), tiny.collate)
