@@ -16,6 +16,12 @@ from eekd.train.presets import preset
 
 GRID = [dict(lr=lr) for lr in (0.03, 0.1, 0.3)]
 TEACHING = [dict(temperature=t, alpha=a) for t, a in ((2.0, 0.1), (4.0, 0.1), (2.0, 0.5))]
+WITH_DKD = [dict(temperature=t, beta=b) for t, b in ((2.0, 0.5), (4.0, 0.5), (2.0, 2.0))]
+TRIALS = [
+    ("ce", {}),
+    *((w, t) for t in TEACHING for w in ("last", "attention")),
+    *(("attention_dkd", t) for t in WITH_DKD),
+]
 
 
 def main() -> None:
@@ -37,7 +43,7 @@ def main() -> None:
             teacher = Path(folder, f"teacher-{seed}")
             train_teacher(session.config, teacher, session=session)
             for rate in GRID:
-                for weighting, options in [("ce", {}), *((w, t) for t in TEACHING for w in ("last", "attention"))]:
+                for weighting, options in TRIALS:
                     student: Student = replace(config.student, **rate, **options)
                     trial: Config = replace(config, seed=seed, student=student)
                     out = Path(folder, f"{seed}-{len(record['trials'])}")

@@ -22,11 +22,12 @@ def axes(how: Method) -> dict[str, tuple[float, ...]]:
     """The settings that are tuned, six trials for every method: τ and α, τ and β, or β; none of ce."""
     if how.weighting == "ce":
         return {}
-    published = how.rival.settings if how.rival else {}
-    if "beta" not in published:
+    rival = how.rival
+    if not rival or "beta" not in rival.settings:
         return {"temperature": TEMPERATURES, "alpha": ALPHAS}
-    joint = "temperature" in published
-    betas = tuple(round(x * published["beta"], 6) for x in (BESIDE_TEMPERATURE if joint else OF_PUBLISHED))
+    joint = "temperature" in rival.settings
+    around = (round(x * rival.settings["beta"], 6) for x in (BESIDE_TEMPERATURE if joint else OF_PUBLISHED))
+    betas = rival.betas or tuple(around)
     return {"temperature": TEMPERATURES, "beta": betas} if joint else {"beta": betas}
 
 

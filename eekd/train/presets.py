@@ -28,6 +28,7 @@ def glyphs() -> Config:
         student=Student(
             model="mlp64", epochs=40, batch_size=128, lr=0.3, schedule="cosine", temperature=2.0, alpha=0.1
         ),
+        students=("ce", "last", "attention_dkd"),
         seeds=5,
     )
 

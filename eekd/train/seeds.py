@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean
 
 from eekd.statistics import mean_std, paired, points, sign
+from eekd.train.checked import title_of
 from eekd.train.run_folder import read_record
 
 
@@ -48,7 +49,7 @@ def sentence(summary: dict) -> str:
     if not rows:
         return ""
     row = rows.get("attention") or [*rows.values()][-1]
-    name = "EEKD" if row["name"] == "attention" else row["name"]
+    name = "EEKD" if row["name"] == "attention" else title_of(row["name"])
     parts = []
     for other, title in (("ce", "training alone"), ("last", "plain distillation from the last snapshot")):
         if row[f"over_{other}"]:
