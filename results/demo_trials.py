@@ -1,10 +1,12 @@
 """Tries recipes for the preset glyphs and keeps every trial: results/demo-trials.json. Validation accuracy only.
 
 python results/demo_trials.py --seeds 100 101
+python results/demo_trials.py --only attention_dkd    # adds its trials, with their own command and environment
 """
 
 import argparse
 import json
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -28,14 +30,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101])
     parser.add_argument("--preset", default="glyphs")
+    parser.add_argument("--only", nargs="+", help="of the weightings only these; the trials that are there are kept")
     args = parser.parse_args()
     config = replace(preset(args.preset), seeds=1)
     path = Path(__file__).with_name("demo-trials.json")
     record = {
-        "command": ["python", "results/demo_trials.py", "--seeds", *map(str, args.seeds)],
+        "command": ["python", *sys.argv],
         "environment": environment(), "config": json.loads(config.to_json()), "trials": [],
     }  # fmt: skip
-    data = None
+    whole, data = json.loads(path.read_text()) if args.only else record, None
+    if args.only:
+        whole.setdefault("added", []).append(record)
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
             session = Session(replace(config, seed=seed), data)
@@ -44,6 +49,8 @@ def main() -> None:
             train_teacher(session.config, teacher, session=session)
             for rate in GRID:
                 for weighting, options in TRIALS:
+                    if args.only and weighting not in args.only:
+                        continue
                     student: Student = replace(config.student, **rate, **options)
                     trial: Config = replace(config, seed=seed, student=student)
                     out = Path(folder, f"{seed}-{len(record['trials'])}")
@@ -51,7 +58,7 @@ def main() -> None:
                     row = {"seed": seed, "weighting": weighting, **rate, **options, "val": known["val"]["accuracy"]}
                     record["trials"].append(row | {"seconds_per_epoch": known["seconds_per_epoch"]})
                     print(row, flush=True)
-            path.write_text(json.dumps(record, indent=1) + "\n")
+            path.write_text(json.dumps(whole, indent=1) + "\n")
 
 
 if __name__ == "__main__":
