@@ -1,9 +1,10 @@
 """The study of docs/results/study.md: which use of a teacher's experience helps a student.
 
 python results/glyphs.py --size 28 --classes 94 --faces 8 --out runs/glyphs94    # the data of two of the settings
-python results/evidence.py tune fashion-mlp --first-seed 100 --seeds 2           # evidence/NAME-tuning.json
-python results/evidence.py run fashion-mlp --seeds 10                            # evidence/NAME.json
-python results/evidence.py run fashion-mlp --first-seed 3 --seeds 1              # a part of it, beside others
+python results/evidence.py tune fashion-mlp --first-seed 100 --seeds 2 --processes 2    # evidence/NAME-tuning.json
+python results/evidence.py run fashion-mlp --seeds 10 --processes 2                     # evidence/NAME.json
+
+The same command continues after a kill.
 
 The rules, written before the first run:
 
@@ -29,7 +30,9 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from eekd.compare.__main__ import main as compare
@@ -96,12 +99,28 @@ def with_others(new: dict, path: Path) -> dict:
     return new
 
 
+def in_parts(args: argparse.Namespace) -> int:
+    """Makes every seed in a process of its own, and returns the first exit status that is not 0."""
+    own = [sys.executable, __file__, args.what, args.setting, "--part", "--seeds", "1"]
+    only = ["--only", *args.only] if args.only else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def make(seed: int) -> int:
+        return subprocess.run([*own, "--first-seed", str(seed), *only], env=environment).returncode
+
+    with ThreadPoolExecutor(args.processes) as pool:
+        codes = pool.map(make, range(args.first_seed, args.first_seed + args.seeds))
+        return next((code for code in codes if code), 0)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("tune", "run"))
     parser.add_argument("setting", choices=SETTINGS)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--processes", type=int, default=1, help="so many seeds beside each other")
+    parser.add_argument("--part", action="store_true", help="keep no record: the other seeds are made elsewhere")
     parser.add_argument("--only", nargs="+", help="of the methods only these")
     args = parser.parse_args()
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")  # a seventh faster for convolutions of so few channels
@@ -109,11 +128,14 @@ def main() -> int:
     tune = args.what == "tune"
     names = methods(args.setting) if tune else chosen(args.setting)
     names = [name for name in names if not args.only or base_of(folder_of(name)) in args.only]
-    share(args.setting, tune)
+    if not args.part:
+        share(args.setting, tune)
+    if args.processes > 1 and (code := in_parts(args)):
+        return code
     out = folder(args.setting, tune)
     flags = [*DATA[data], *ALL, *STUDENTS[student], "--first-seed", str(args.first_seed), "--seeds", str(args.seeds)]
     flags += ["--tune"] * tune + ["--out", str(out), "--methods", *names]
-    if code := compare(flags):
+    if (code := compare(flags)) or args.part:
         return code
     KEPT.mkdir(exist_ok=True)
     made, kept = ("tuning.json", f"{args.setting}-tuning.json") if tune else ("study.json", f"{args.setting}.json")
