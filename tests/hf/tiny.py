@@ -120,8 +120,12 @@ def trainer_of(
 
 
 def rows_of(model, batch, shift=True):
-    """Logits (N, C) and labels (N) of what counts in a batch, by the model's own forward."""
-    logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    """Logits (N, C) and labels (N) of what counts in a batch, by the model's own forward.
+
+    Without its cache, through which RecurrentGemma of transformers 4.57 passes no gradient.
+    """
+    inputs = ({"use_cache": False} if shift else {}) | {k: v for k, v in batch.items() if k != "labels"}
+    logits = model(**inputs).logits
     labels = batch["labels"]
     if shift:
         logits, labels = logits[:, :-1], labels[:, 1:]
