@@ -1,7 +1,7 @@
 """Writes the tables of README.md and docs/, and the plots, from the JSON files beside this script.
 
 python results/render.py          # rewrites what stands between <!-- table:NAME --> and <!-- end -->,
-                                  # docs/results/study.md, and the plots beside it
+                                  # and the plots beside the pages
 python results/render.py --check  # changes nothing; exits 1 where a table is not what the JSON says
 
 NAME is the name of a record, RECORD/PART for a part of it, or RECORD+RECORD for two runs of the kernel bench.
@@ -13,9 +13,8 @@ import re
 import sys
 from pathlib import Path
 
-from tables import attention, demonstration, evidence, glyphs, kernels, language, training_speed
+from tables import attention, demonstration, glyphs, kernels, language, study, training_speed
 
-from eekd.compare import page as study
 from eekd.train.seeds import sentence
 
 HERE = Path(__file__).parent
@@ -31,8 +30,8 @@ def file_of(name: str) -> Path:
 def table(name: str) -> str:
     """What stands under <!-- table:NAME -->."""
     name, _, part = name.partition("/")
-    if name == "evidence":
-        return evidence.PARTS[part]()
+    if name == "study":
+        return study.PARTS[part]()
     record, *more = (json.loads(file_of(one).read_text()) for one in name.split("+"))
     if more:
         return kernels.side_by_side([record, *more])
@@ -54,20 +53,11 @@ def fill(match: re.Match) -> str:
     return f"<!-- table:{match[1]} -->\n{table(match[1])}\n<!-- end -->"
 
 
-def study_page(file: Path) -> str:
-    """The text of docs/results/study.md."""
-    more = "What the attention learns, and why: [attention.md](attention.md)."
-    record = json.loads((HERE / "study.json").read_text())
-    return study.page(record, "study-", more if file.with_name("attention.md").exists() else "")
-
-
 def plots(docs: Path, shown: str) -> None:
     """Draws the plots that a page shows; `shown` is the text of all pages."""
     for path in HERE.rglob("*.json"):
         record, picture = json.loads(path.read_text()), docs / "results" / f"{path.stem}.svg"
-        if path.stem == "study":
-            study.plots(record, picture.parent, path.stem)
-        elif picture.name not in shown:
+        if picture.name not in shown:
             continue
         elif "runs" in record:
             demonstration.accuracy_plot(record, picture)
@@ -75,19 +65,16 @@ def plots(docs: Path, shown: str) -> None:
             kernels.memory_plot(record, picture)
         elif record.get("rows") and (why := kernels.bandwidth(record, picture)):
             print(f"{path.relative_to(HERE)} has no plot: {why}")
-    if evidence.records():
-        evidence.plot(docs / "results" / "evidence.svg")
+    if study.records():
+        study.plot(docs / "results" / "study.svg")
 
 
 def main(argv: list[str]) -> int:
     docs = HERE.parent / "docs"
-    fresh, whole = {}, docs / "results" / "study.md"
-    if (HERE / "study.json").exists():
-        fresh[whole] = study_page(whole)
+    fresh = {}
     for page in [HERE.parent / "README.md", *sorted(docs.rglob("*.md"))]:
-        text = fresh.get(page) or page.read_text()
-        fresh[page] = re.sub(r"<!-- table:(\S+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
-    stale = [page for page, text in fresh.items() if not page.exists() or page.read_text() != text]
+        fresh[page] = re.sub(r"<!-- table:(\S+) -->.*?<!-- end -->", fill, page.read_text(), flags=re.DOTALL)
+    stale = [page for page, text in fresh.items() if page.read_text() != text]
     if "--check" in argv:
         print("\n".join(f"{page} is not what results/ says" for page in stale))
         return bool(stale)

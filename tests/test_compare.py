@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import runpy
 import shlex
 import shutil
 import signal
@@ -31,7 +30,6 @@ from eekd.snapshots.manifest import stage_ends
 from eekd.statistics import interval, paired
 from eekd.train.config import Config
 
-ROOT = Path(__file__).parent.parent
 bad_input = pytest.mark.bad_input
 SMALL = (
     "--teacher.epochs 4 --teacher.snapshots 2 --teacher.model resnet8_w4 --student.epochs 2 --train-limit 150 "
@@ -368,23 +366,6 @@ def test_verdicts_of_one_seed_are_undecided(record):
     test = {name: {0: 0.8} for name in METHODS}
     rows = claims(test, {kind: {0: 0.9} for kind in ("ordinary", "cyclic", "sed")}, Config(), {})
     assert {row["verdict"] for row in rows[:-1]} == {UNDECIDED} and rows[-1]["verdict"] == MISSING
-
-
-def test_the_page_in_docs_is_made_from_the_results(out, tmp_path):
-    main = runpy.run_path(str(ROOT / "results" / "render.py"))["main"]
-    main.__globals__["HERE"] = tmp_path / "results"
-    for folder in ("results", "docs/results"):
-        (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "README.md").touch()
-    shutil.copy(out / "study.json", tmp_path / "results")
-    assert main(["--check"]) == 1
-    assert main([]) == 0 and main(["--check"]) == 0
-    study = tmp_path / "docs" / "results" / "study.md"
-    text = study.read_text()
-    plots = re.findall(r"\]\((study-\w+\.svg)\)", text)
-    assert len(plots) == 4 and all(study.with_name(plot).is_file() for plot in plots) and "attention.md" not in text
-    study.write_text(text.replace("undecided", "holds", 1))
-    assert main(["--check"]) == 1
 
 
 def test_the_page_of_an_empty_comparison_says_so():

@@ -8,6 +8,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import socket
 from pathlib import Path
 
@@ -159,8 +160,23 @@ def test_the_tables_are_what_the_results_say():
     assert render["main"](["--check"]) == 0
 
 
+def test_a_table_that_the_results_do_not_say_is_found(tmp_path):
+    main = runpy.run_path(str(ROOT / "results" / "render.py"))["main"]
+    main.__globals__["HERE"] = tmp_path / "results"
+    (tmp_path / "results").mkdir()
+    shutil.copy(ROOT / "results" / "demo.json", tmp_path / "results")
+    page = tmp_path / "README.md"
+    page.write_text("Before\n<!-- table:demo/sentence -->\n> Over 5 seeds, it is perfect.\n<!-- end -->\nafter\n")
+    assert main(["--check"]) == 1
+    assert main([]) == 0 and main(["--check"]) == 0
+    text = page.read_text()
+    assert text.startswith("Before\n") and text.endswith("\nafter\n") and "perfect" not in text
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("**/*.json")), ids=lambda p: p.name)
 def test_results_say_where_they_come_from(path):
-    record = json.loads(path.read_text())
+    text = path.read_text()
+    record = json.loads(text)
     assert record["command"]
     assert record["environment"]["commit"] and record["environment"]["torch"]
+    assert not re.findall(r'"/[a-z][^" ]*"', text), "paths of one machine"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tables import evidence
+from tables import study as study_tables
 from torch.testing import assert_close
 
 from eekd import ensemble_kd
@@ -107,21 +107,21 @@ def test_the_study_says_of_a_claim_what_its_differences_say(tmp_path, monkeypatc
     over = {"last": 0.0, "attention": 0.02, "half": -0.03, "uniform@temperature=2": 0.0}
     cells = [{"name": name, "seed": seed, "test": {"accuracy": 0.8 + gain + 0.001 * (seed % 2) * (name != "last")}}
              for name, gain in over.items() for seed in range(4)]  # fmt: skip
-    monkeypatch.setattr(evidence, "FOLDER", tmp_path)
-    monkeypatch.setattr(evidence, "records", evidence.records.__wrapped__)
+    monkeypatch.setattr(study_tables, "FOLDER", tmp_path)
+    monkeypatch.setattr(study_tables, "records", study_tables.records.__wrapped__)
     record = {"cells": cells, "seeds": [0, 1, 2, 3]}
     (tmp_path / "glyphs-mlp.json").write_text(json.dumps(record))
-    said = {row.split("|")[1].strip(): row.split("|")[2].strip() for row in evidence.claims().splitlines()[2:]}
+    said = {row.split("|")[1].strip(): row.split("|")[2].strip() for row in study_tables.claims().splitlines()[2:]}
     assert said["Attention teaches better than the last snapshot alone"].startswith("**holds**: +2.05 [")
     assert said["The half-way snapshot teaches better than the last"].startswith("**contradicted**: −2.95 [")
     assert said["EEKD is better than CRD"] == "not measured"
-    rows = evidence.methods().splitlines()
+    rows = study_tables.methods().splitlines()
     assert any("`uniform` | +0.05 [−0.04, +0.14]" in row for row in rows)
     assert any("**+2.05 [" in row for row in rows) and any("80.00 ± 0.00 %" in row for row in rows)
     for cell in cells:
         cell["test"]["accuracy"] += 0.02 * (cell["name"] == "half") * (cell["seed"] % 2)
     (tmp_path / "fashion-mlp.json").write_text(json.dumps(record))
-    rows = evidence.methods().splitlines()
+    rows = study_tables.methods().splitlines()
     assert rows[0].endswith(" | mean of the settings |")
     half = next(row for row in rows if "`half`" in row)
     assert [cell.split()[0] for cell in half.split(" | ")[2:]] == ["−1.95", "−2.95", "−2.45"]

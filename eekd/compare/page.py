@@ -28,8 +28,8 @@ def write(record: dict, folder: Path, stem: str = "study") -> None:
         plots(record, folder, stem)
 
 
-def page(record: dict, figures: str | None = None, more: str = "") -> str:
-    """The Markdown; `figures` is what stands before the name of a plot, None leaves them out; `more` ends it."""
+def page(record: dict, figures: str | None = None) -> str:
+    """The Markdown; `figures` is what stands before the name of a plot, None leaves them out."""
     if not record["methods"]:
         return "# Ways to teach a student, compared\n\nNo cell is finished yet.\n"
 
@@ -61,7 +61,7 @@ def page(record: dict, figures: str | None = None, more: str = "") -> str:
         lines += {"quality": _ensembles, "weights": _weights, "number": _number, "cost": _cost}[principle](record)
         lines += figure(principle)
     lines += online(record)
-    lines += ["## How this was made", "", *_made(record), more]
+    lines += ["## How this was made", "", *_made(record)]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 

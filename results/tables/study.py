@@ -1,4 +1,4 @@
-"""The tables and the plot of docs/results/evidence.md, from the records in results/evidence/.
+"""The tables and the plot of docs/results/study.md, from the records in results/study/.
 
 A record is the study.json of `eekd compare` for one setting, in which a method is called NAME or NAME@SETTING=VALUE.
 """
@@ -18,7 +18,7 @@ from eekd.io.files import write_atomic
 from eekd.statistics import interval, mean_std
 from tables import pyplot
 
-FOLDER = Path(__file__).parent.parent / "evidence"
+FOLDER = Path(__file__).parent.parent / "study"
 TITLES = {
     "fashion-mlp": "Fashion-MNIST, ResNet to perceptron",
     "fashion-resnet": "Fashion-MNIST, ResNet to ResNet",

@@ -1,8 +1,8 @@
 """The study of docs/results/study.md: which use of a teacher's experience helps a student.
 
 python results/glyphs.py --size 28 --classes 94 --faces 8 --out runs/glyphs94    # the data of two of the settings
-python results/evidence.py tune fashion-mlp --first-seed 100 --seeds 2 --processes 2    # evidence/NAME-tuning.json
-python results/evidence.py run fashion-mlp --seeds 10 --processes 2                     # evidence/NAME.json
+python results/study.py tune fashion-mlp --first-seed 100 --seeds 2 --processes 2    # study/NAME-tuning.json
+python results/study.py run fashion-mlp --seeds 10 --processes 2                     # study/NAME.json
 
 The same command continues after a kill.
 
@@ -39,12 +39,8 @@ from eekd.compare.__main__ import main as compare
 from eekd.compare.methods import base_of, folder_of
 from eekd.io.files import write_json_atomic
 
-HERE = Path(__file__).parent
-KEPT, WORK = HERE / "evidence", HERE.parent / "runs" / "evidence"
-DATA = {
-    "fashion": ["--data", "fashion-mnist", "--train-limit", "10000"],
-    "glyphs": ["--data", str(HERE.parent / "runs" / "glyphs94")],
-}
+KEPT, WORK = Path("results/study"), Path("runs/study")  # from the root of the project, so that records have no others
+DATA = {"fashion": ["--data", "fashion-mnist", "--train-limit", "10000"], "glyphs": ["--data", "runs/glyphs94"]}
 STUDENTS = {
     "mlp": ["--student.model", "mlp64", "--student.epochs", "20", "--student.lr", "0.1"],
     "resnet": ["--student.model", "resnet8_s2_w4", "--student.epochs", "20", "--student.lr", "0.1"],
@@ -123,6 +119,7 @@ def main() -> int:
     parser.add_argument("--part", action="store_true", help="keep no record: the other seeds are made elsewhere")
     parser.add_argument("--only", nargs="+", help="of the methods only these")
     args = parser.parse_args()
+    os.chdir(Path(__file__).parent.parent)
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")  # a seventh faster for convolutions of so few channels
     data, _, student = args.setting.partition("-")
     tune = args.what == "tune"
