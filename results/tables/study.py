@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from statistics import mean
 
-from eekd.compare.methods import base_of, method
+from eekd.compare.methods import KINDS, base_of, method
 from eekd.compare.plots import points
 from eekd.compare.verdict import HOLDS, MISSING, UNDECIDED, seeds_needed, verdict
 from eekd.io.files import write_atomic
@@ -177,6 +177,46 @@ def tuned() -> str:
     return "\n".join(lines)
 
 
+def ensembles() -> str:
+    """How accurate each dataset's teachers are, alone and together."""
+    lines = [
+        "| data | teacher | its snapshots, test % | their mean prediction, test % | over the ordinary one |",
+        "|---|---|---|--:|--:|",
+    ]
+    known = {TITLES[setting].partition(",")[0]: record for setting, record in records().items()}
+    for data, record in known.items():
+        for row in record["ensembles"]:
+            members = " ".join(f"{100 * accuracy:.1f}" for accuracy in row["members"])
+            together = f"{100 * row['test']['mean']:.2f} ± {100 * row['test']['std']:.2f}"
+            lines.append(f"| {data} | {KINDS[row['kind']]} | {members} | {together} | {points(row['over_ordinary'])} |")
+    return "\n".join(lines)
+
+
+def costs() -> str:
+    """What a method takes: the teachers' forwards, all operations, and the student's seconds."""
+    known = records()
+    lines = table(["method", "teachers", "teacher's forwards an image", "all operations"], known, "--:", means=False)
+    lines[1] = lines[1].replace("|---|---|---|---", "|---|--:|--:|--:", 1)
+    rows = {setting: {base_of(row["name"]): row for row in record["methods"]} for setting, record in known.items()}
+    for name in dict.fromkeys(name for found in rows.values() for name in found):
+        setting = next(setting for setting in rows if name in rows[setting])
+        cost = rows[setting][name]["cost"]
+        teaching = cost["teaching"] if cost["teaching_bank"] is None else cost["teaching_bank"]
+        forwards = f"{teaching / known[setting]['images']:.0f}"
+        of_last = [
+            _operations(found[name]["cost"]) / _operations(found["last"]["cost"])
+            for found in rows.values()
+            if name in found
+        ]
+        seconds = [
+            f"{found[name]['seconds']['student'] / found['last']['seconds']['student']:.2f}" if name in found else ""
+            for found in rows.values()
+        ]
+        cells = [f"`{name}`", str(cost["teachers"]), forwards, f"{mean(of_last):.2f}", *seconds]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def made() -> str:
     """The commands, devices and versions of the records."""
     lines = ["| setting | seeds | device | torch | commit | seconds of a student, mean |", "|---|--:|---|---|---|--:|"]
@@ -228,4 +268,13 @@ def _operations(cost: dict) -> float:
     return cost["gflops_online"] if cost["gflops_bank"] is None else cost["gflops_bank"]
 
 
-PARTS = {"sentence": sentence, "recipe": recipe, "methods": methods, "claims": claims, "tuned": tuned, "made": made}
+PARTS = {
+    "sentence": sentence,
+    "recipe": recipe,
+    "methods": methods,
+    "claims": claims,
+    "ensembles": ensembles,
+    "costs": costs,
+    "tuned": tuned,
+    "made": made,
+}
