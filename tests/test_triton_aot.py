@@ -22,13 +22,18 @@ pytestmark = pytest.mark.full
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_LIMIT = {80: 163, 90: 227, 100: 227, 120: 99}  # KB per block
 SPILLED = 16  # bytes: each compiler keeps a few registers of one kernel or another on the stack
-# By (M, C), what Triton 3.9 keeps there of 16 bits, by probability fusion and the label, on the worst architecture.
+# By reading and (M, C) or (M, C, K): what Triton 3.9 keeps there of 16 bits, on the worst architecture. Every case of
+# this file was compiled; no other is above SPILLED.
 ON_STACK = {
-    (4, 4096): 64,  # 32 columns a thread, as (5, 4096)
-    (5, 1000): 56,  # 32 columns a thread; with 16 nothing, but 115 instructions a column, which are more than BUDGET
-    (5, 4096): 144,  # 32 columns a thread; with 16 nothing, but 111 instructions a column
-    (5, 32000): 32,  # 13 of 3592 instructions, on sm_100 alone
-    (8, 2048): 24,  # 10 of 2424 instructions
+    ("probability", "label", 4, 4096): 64,  # 32 columns a thread, as (5, 4096)
+    ("probability", "label", 5, 1000): 56,  # 32 columns; with 16 nothing, but 115 instructions each, more than BUDGET
+    ("probability", "label", 5, 4096): 144,  # 32 columns a thread; with 16 nothing, but 111 instructions a column
+    ("probability", "label", 5, 32000): 32,  # 13 of 3592 instructions, on sm_100 alone
+    ("probability", "label", 8, 2048): 24,  # 10 of 2424 instructions
+    ("probability", "kl", 5, 1001): 24,  # 10 instructions, of fp16, on sm_90 alone
+    ("logit", "label", 2, 50257, 64): 24,  # 12 instructions, on sm_100 alone: FOR_THREE leaves 168 registers
+    ("logit", "kl", 2, 50257, 64): 24,
+    ("logit", "label", 64, 50257, 64): 24,  # 10 instructions, on sm_90 alone
 }
 POINTERS = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
@@ -145,9 +150,8 @@ def check(folder, capability, snapshots, classes, dtype, fusion, objective, **ki
     kernel = compiled(capability, launched)
     stack, names = facts(kernel, folder)
     wide = sum(name.startswith("LDG") and ".128" in name for name in names)
-    most = SPILLED
-    if dtype.itemsize == 2 and (fusion, objective) == ("probability", "label") and not kind:
-        most = ON_STACK.get((snapshots, classes), most)
+    case = fusion, objective, snapshots, classes, *kind.values()
+    most = ON_STACK.get(case, SPILLED) if dtype.itemsize == 2 else SPILLED
     assert stack <= most
     assert sum(name.startswith(("LDL", "STL")) for name in names) <= most / 2
     assert kernel.metadata.shared <= SHARED_LIMIT[capability] * 1024
