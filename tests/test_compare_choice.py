@@ -14,7 +14,7 @@ from scipy import stats
 
 from eekd.compare import __main__ as cli
 from eekd.compare import page, plan, screen
-from eekd.compare.methods import METHODS, PAPER, folder_of, method
+from eekd.compare.methods import METHODS, PAPER, folder_of, method, spelled
 from eekd.compare.plots import points, standing
 from eekd.compare.screen import duration
 from eekd.compare.study import summarise
@@ -74,8 +74,13 @@ def test_a_variant_is_named_by_its_settings():
     )
     student = how.student(Config())
     assert (student.temperature, student.milestones, student.attention_objective) == (2.0, (0.5, 0.8), "kl")
-    assert method("dkd@beta=2").settings == {"temperature": 4.0, "beta": 2.0}
+    assert method("dkd@beta=2").settings == {"beta": 2.0}
     assert SHARED == SHOWN
+    assert [*map(spelled, ("attention_dkd@beta=2", "linear_increase", "soup"))] == [
+        "attention-dkd@beta=2",
+        "linear_increase",
+        "soup",
+    ]
 
 
 def test_a_variant_trains_by_its_settings_from_the_same_teacher(out):

@@ -183,6 +183,12 @@ def test_the_card_names_data_without_the_folders_above_them(run, folder, tmp_pat
         assert f"Trained on `{public}`" in text and "secret" not in text
 
 
+def test_a_run_of_one_student_is_measured_against_its_teacher(run, tmp_path):
+    alone = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("ce", "last")))
+    assert [path.name for path in (alone / "students").iterdir()] == ["attention"]
+    assert teacher_of(alone) is not None
+
+
 def test_evaluation_agrees_with_the_run(folder, digits):
     record = read_json(folder / "student.json")
     found = evaluate(load_student(folder), digits, teacher=teacher_of(folder), seconds=0.05)

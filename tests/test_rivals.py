@@ -282,6 +282,14 @@ def test_fused_logits_survive_weights_of_zero():
     torch.testing.assert_close((fused / 4).softmax(1), (z[0] / 4).softmax(1))
 
 
+@pytest.mark.parametrize("name, usual", [("dkd", (4, 8)), ("attention_dkd", (2, 0.5)), ("attention_tau1", (5, None))])
+def test_a_student_has_the_published_settings_of_its_method(name, usual):
+    given = dataclasses.replace(CONFIG, student=Student(temperature=3.0, beta=7.0))
+    published = TRAINERS[name].settings(dataclasses.replace(CONFIG, student=Student()))
+    assert (published.temperature, published.beta) == usual
+    assert TRAINERS[name].settings(given) == given.student
+
+
 def test_what_is_added_counts_by_beta(run):
     session = Session(dataclasses.replace(CONFIG, student=dataclasses.replace(CONFIG.student, beta=0.0)))
     plain = train_loss = None

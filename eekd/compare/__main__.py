@@ -15,7 +15,7 @@ if __name__ == "__main__":
     command.start()
 
 from eekd.compare import screen
-from eekd.compare.methods import NEWEST, PAPER, folder_of, method
+from eekd.compare.methods import NEWEST, PAPER, folder_of, method, spelled
 from eekd.compare.tuning import trials
 from eekd.io.files import read_json
 from eekd.train.config import Config, settled, switched
@@ -114,7 +114,7 @@ def parse(argv: list[str]) -> Flags:
         raise ValueError(f"views must be at least 1, got {flags.views}")
     if flags.first_seed < 0:
         raise ValueError(f"first_seed must be at least 0, got {flags.first_seed}")
-    names = tuple(dict.fromkeys(flags.methods or PAPER))
+    names = tuple(dict.fromkeys(map(spelled, flags.methods or PAPER)))
     if len({*map(folder_of, names)}) < len(names):
         raise ValueError(f"methods must have different names, got {', '.join(names)}")
     for name in names:

@@ -97,8 +97,8 @@ METHODS |= {
     "last-3": Method("uniform, last 3", "uniform", newest=NEWEST),
     "soup": Method("KD (soup of the last 3)", "last", "soup", snapshots=1),
     "ema": Method("KD (last), EMA of the student", "last", snapshots=1, settings={"ema": 0.99}),
-    **{name.replace("_", "-"): Method(rival.title, name, snapshots=None if rival.all_snapshots else 1,
-                                      settings=rival.settings) for name, rival in RIVALS.items()},
+    **{name.replace("_", "-"): Method(rival.title, name, snapshots=None if rival.all_snapshots else 1)
+       for name, rival in RIVALS.items()},
 }  # fmt: skip
 
 
@@ -118,6 +118,13 @@ def method(name: str) -> Method:
     if settings:
         chosen = replace(chosen, title=chosen.title + titled(settings), settings=chosen.settings | settings)
     return chosen if name == base else replace(chosen, title=f"{chosen.title}, online", online=True)
+
+
+def spelled(name: str) -> str:
+    """A method's name with - where eekd train has _, as in attention_dkd."""
+    base, at, settings = name.partition("@")
+    known = {other.replace("-", "_"): other for other in METHODS}
+    return known.get(base, base) + at + settings
 
 
 def folder_of(name: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from eekd.compare.methods import KINDS
 from eekd.compare.plots import FIGURES, drawn, number, plots, points, series_of
 from eekd.io.files import printable, write_atomic
+from eekd.method.rivals import TEMPERATURE
 from eekd.statistics import percent
 
 PRINCIPLES = {
@@ -73,7 +74,8 @@ def _setting(record: dict) -> list[str]:
         f"{plain(Path(config['data']).name)}, {record['images']:,} training images, {views}; teacher "
         f"{plain(teacher['model'])} ({teacher['epochs']} epochs), student {plain(student['model'])} "
         f"({student['epochs']} epochs), "
-        f"M = {teacher['snapshots']} unless stated, τ = {student['temperature']:g}, α = {student['alpha']:g}, "
+        f"M = {teacher['snapshots']} unless stated, τ = {student['temperature'] or TEMPERATURE:g}, "
+        f"α = {student['alpha']:g}, "
         f"{seeds} seed{'s' * (seeds > 1)}.",
         "",
         "For one seed, all students start from the same weights and see the same images in the same order. They share "

@@ -11,7 +11,7 @@ from eekd.data import ImageData, load
 from eekd.data.dataset import Split
 from eekd.data.encoded import Encoded
 from eekd.export.latency import latencies
-from eekd.export.student import Student
+from eekd.export.student import Student, only_student
 from eekd.io.files import read_json
 from eekd.kept_code import check_code
 from eekd.models.normalization import Renormalize
@@ -42,7 +42,8 @@ def run_of(folder: Path) -> Path | None:
 
 
 def teacher_of(folder: Path) -> nn.Module | None:
-    """The last snapshot that taught the student in RUN/students/NAME; None where it is not there, or nobody taught."""
+    """The last snapshot that taught the student that `load_student` takes; None where it is not there, or for `ce`."""
+    folder = only_student(folder)
     record = folder / "student.json"
     content = read_json(record) if record.exists() else {}
     noted = content.get("teacher")

@@ -145,7 +145,7 @@ def load_student(
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} must be the folder of a student, got no such folder")
-    folder = _only_student(folder)
+    folder = only_student(folder)
     exported = not (folder / "student.json").exists()
     facts = _read_config(folder) if exported else facts_of(folder)
     weights = folder / (WEIGHTS if exported else "student.safetensors")
@@ -170,7 +170,7 @@ def load_student(
         ) from None
 
 
-def _only_student(folder: Path) -> Path:
+def only_student(folder: Path) -> Path:
     if not (folder / "students").is_dir():
         return folder
     names = sorted(path.parent.name for path in (folder / "students").glob("*/student.json"))

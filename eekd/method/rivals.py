@@ -25,6 +25,7 @@ class Rival:
     betas: tuple[float, ...] = ()
 
 
+TEMPERATURE = 5.0  # of the paper, for every method that has no other
 RIVALS: dict[str, Rival] = {
     "curriculum": Rival("curriculum (RCO)", all_snapshots=True),
     "attention_tau1": Rival("EEKD, learned at τ = 1", all_snapshots=True),

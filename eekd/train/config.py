@@ -132,7 +132,7 @@ class Student(Phase):
     _prefix = "student."
 
     model: str = "resnet8_w4"
-    temperature: float = 5.0
+    temperature: float | None = None  # none: 5, or the one published for dkd and dist (4), attention_dkd and _dist (2)
     alpha: float = 0.5  # loss = alpha CE + (1 - alpha) temperature^2 KL
     fusion: Literal["probability", "logit"] = "probability"
     attention_objective: Literal["label", "kl"] = "label"  # which loss trains the attention
@@ -140,11 +140,11 @@ class Student(Phase):
     normalize: bool = True  # layer norm of the features before the attention's maps
     scale: float | None = None  # factor of query . key; none: 1/sqrt(embed_dim)
     detach_query: bool = True  # no gradient from the attention to the student's features
-    beta: float | None = None  # weight of what dkd, dist, fitnet, at and crd add to the loss; none: as published
+    beta: float | None = None  # weight of what the methods of others add to the loss; none: as published
 
     def _rules(self):
         yield from super()._rules()
-        yield "temperature", self.temperature > 0, "above 0"
+        yield "temperature", self.temperature is None or self.temperature > 0, "above 0"
         yield "alpha", 0 <= self.alpha <= 1, "from 0 to 1"
         yield "embed_dim", self.embed_dim >= 1, "at least 1"
         yield "scale", self.scale is None or self.scale > 0, "above 0"

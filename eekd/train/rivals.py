@@ -19,7 +19,6 @@ from eekd.method.rival_losses import (
     dkd_loss,
     fused_logits,
 )
-from eekd.method.rivals import RIVALS
 from eekd.snapshots import read_manifest
 from eekd.train.maps import FeatureMaps, SpeakingMaps
 from eekd.train.metrics import accuracy
@@ -75,15 +74,14 @@ class AttentionTau1(StudentTrainer):
 
 
 class Added(StudentTrainer):
-    """L = CE(s, y) + β added, where phase.beta or the published β counts: a subclass says what is added."""
+    """L = CE(s, y) + β added: a subclass says what is added."""
 
     weighting = "last"
-    rival: str  # its entry in RIVALS
 
     def setup(self):
         super().setup()
         _need_all_classes(self)
-        self.beta = RIVALS[self.rival].settings["beta"] if self.phase.beta is None else self.phase.beta
+        self.beta = self.phase.beta
 
     def build_criterion(self) -> nn.Module | None:
         return None
@@ -247,7 +245,7 @@ class AT(OfMaps):
 TRAINERS: dict[str, type[StudentTrainer]] = {
     "curriculum": Curriculum,
     "attention_tau1": AttentionTau1,
-    **{trainer.rival: trainer for trainer in (DKD, DIST, AttentionDKD, AttentionDIST, FitNet, AT, CRD)},
+    **{str(trainer.rival): trainer for trainer in (DKD, DIST, AttentionDKD, AttentionDIST, FitNet, AT, CRD)},
 }
 
 

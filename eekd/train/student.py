@@ -1,6 +1,7 @@
 """A student: trained on labels alone, or taught by a teacher's snapshots, by a weighting or a method of one's own."""
 
 import copy
+import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from eekd.io.tensors import save_tensors
 from eekd.kept_code import check_copies, described
 from eekd.method import weightings
 from eekd.method.losses import EEKDLoss
-from eekd.method.rivals import RIVALS
+from eekd.method.rivals import RIVALS, TEMPERATURE
 from eekd.snapshots import read_entries, read_manifest
 from eekd.snapshots.features import LastFeatures
 from eekd.train.checked import StudentName, choices
@@ -59,6 +60,7 @@ class StudentTrainer(Trainer):
     phase: Student
     weighting: str = "attention"
     needs_features: bool | None = None
+    rival: str | None = None  # its entry in eekd.method.rivals
     reads_maps = False  # whether the last snapshot itself must be there, for its feature maps
 
     def __init__(
@@ -76,9 +78,16 @@ class StudentTrainer(Trainer):
         self._which = snapshots_of(self.weighting, which)
         if self.needs_features is None:
             self.needs_features = needs_features(self.weighting)
-        phase, seed = session.config.student, 2 * session.config.seed + 1  # not the teacher's first weights
+        phase, seed = self.settings(session.config), 2 * session.config.seed + 1  # not the teacher's first weights
         name = name or (self.weighting if type(self) is StudentTrainer else type(self).__name__)
         super().__init__(session, phase, session.network(phase, seed), name, **options)
+
+    @classmethod
+    def settings(cls, config: Config) -> Student:
+        """The student's settings, with the method's own temperature and β where none are given."""
+        usual = {"temperature": TEMPERATURE} | (RIVALS[cls.rival].settings if cls.rival else {})
+        missing = {name: value for name, value in usual.items() if getattr(config.student, name) is None}
+        return dataclasses.replace(config.student, **missing)
 
     def setup(self) -> None:
         session, teacher = self.session, self.teacher
@@ -248,8 +257,8 @@ def train_student(
     SnapshotEnsemble.load and LogitBank.check raise. `resume` goes on from what the folder holds, whatever that is:
     ValueError or FileNotFoundError names what is damaged or of another student.
     """
-    folder, session, phase = Path(folder), session or Session(config), config.student
-    how = method_of(method)
+    folder, session, how = Path(folder), session or Session(config), method_of(method)
+    phase = how.trainer.settings(config)
     name, entries, spec = how.name, None, None
     if how.weighting != "ce":
         if teacher is None:
