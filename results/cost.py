@@ -23,7 +23,7 @@ from eekd import models
 from eekd.bank import __main__ as bank
 from eekd.info import environment
 from eekd.io.tensors import load_weights
-from eekd.train import Session, train, train_student
+from eekd.train import Session, StudentTrainer, train, train_student
 from eekd.train.config import Config, Student, Teacher
 
 EPOCHS, VIEWS, M = 200, 8, 5
@@ -60,7 +60,7 @@ def plain(session: Session, folder: Path, attention: bool):
 
     With attention all M snapshots teach (EEKD), without it the last one (KD).
     """
-    config, phase = session.config, session.config.student
+    config, phase = session.config, StudentTrainer.settings(session.config)
     device, tau, alpha = session.device, phase.temperature, phase.alpha
     teachers, taken = [], []
     for path in sorted(folder.glob("snapshot-*.safetensors"))[0 if attention else -1 :]:

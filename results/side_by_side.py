@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from eekd.info import environment
-from eekd.train import prepare, train_student, train_teacher
+from eekd.train import StudentTrainer, prepare, train_student, train_teacher
 from eekd.train.config import Config
 from eekd.train.metrics import evaluate
 from eekd.train.optim import build_optimizer, learning_rate
@@ -36,7 +36,7 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]  # student, images, labels
 def torchdistill(config: Config, student: nn.Module, teacher: nn.Module) -> Loss:
     from torchdistill.losses.mid_level import KDLoss
 
-    phase = config.student
+    phase = StudentTrainer.settings(config)
     loss = KDLoss(".", "output", ".", "output", temperature=phase.temperature, alpha=phase.alpha)
 
     def of(student, images, labels):
@@ -51,7 +51,7 @@ def torchdistill(config: Config, student: nn.Module, teacher: nn.Module) -> Loss
 def timms(config: Config, student: nn.Module, teacher: nn.Module) -> Loss:
     from timm.task.distillation import DistillationTeacher, LogitDistillationTask
 
-    phase, same = config.student, {"mean": (0.0,), "std": (1.0,)}  # images come normalised
+    phase, same = StudentTrainer.settings(config), {"mean": (0.0,), "std": (1.0,)}  # images come normalised
     student.pretrained_cfg = teacher.pretrained_cfg = same
     task = LogitDistillationTask(
         student_model=student, teacher_model=DistillationTeacher(teacher), criterion=nn.CrossEntropyLoss(),

@@ -132,7 +132,7 @@ def test_augmented_images_are_those_of_the_bank(tmp_path):
 @bad_input
 @pytest.mark.parametrize("names, told", [
     ("last@temprature=2", "'temprature' in 'last@temprature=2' is no setting of the student; did you mean 'temp"),
-    ("last@temperature=hot", "temperature must be a finite number, got hot in 'last@temperature=hot'"),
+    ("last@temperature=hot", "temperature must be a finite number or nothing, got hot in 'last@temperature=hot'"),
     ("last@temperature=-1", "student.temperature must be above 0, got -1.0 in method 'last@temperature=-1'"),
     ("last@mixup=0.2", "mixup must be left to --student.mixup, for all see the same images, got 'last@mixup=0.2'"),
     ("last@temperature", "settings of a method must be last@SETTING=VALUE, without /, got 'last@temperature'"),

@@ -101,8 +101,17 @@ def test_repeated_views_go_on_to_the_same_bits_and_are_in_no_bank(nets, tmp_path
     assert go_on(tmp_path / "run", session, progress) > 5
     check_same(whole, tmp_path / "run")
     assert rows(whole / "teacher")[-1]["step"] == 2 * len(session.loader("train", session.config.teacher, train=True))
-    assert bank.main(["--teacher", str(whole), "--views", "1", "--mixup", "0.8"]) == 0
+    assert bank.main(["--teacher", str(whole), "--views", "2", "--mixup", "0.8"]) == 0
     torch.use_deterministic_algorithms(False)
+    once = dataclasses.replace(session.config.student, repeats=1)
+    config = dataclasses.replace(session.config, bank=str(whole / "bank"), teacher_run=str(whole), student=once)
+    trainer, ensemble = (
+        StudentTrainer(prepare(config), whole / "teacher", "uniform"),
+        SnapshotEnsemble.load(whole / "teacher"),
+    )
+    for epoch in (0, 1):
+        batch = next(iter(trainer.batches_from(epoch * trainer.steps_per_epoch)))
+        torch.testing.assert_close(batch.teacher.logits.float(), ensemble(batch.images)[0], rtol=2e-3, atol=2e-3)
     student = ["student", "--bank", str(whole / "bank"), "--students", "last", "--student.mixup", "0.8", "--out"]
     assert cli.main([*student, str(tmp_path / "one"), "--student.repeats", "3", "--student.batch-size", "60"]) == 2
     assert "student.repeats must be 1 with a bank, got 3" in capsys.readouterr().err

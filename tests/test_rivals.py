@@ -16,7 +16,6 @@ from torch import nn
 from eekd.bank.__main__ import main as bank
 from eekd.io.files import read_json
 from eekd.io.tensors import load_tensors
-from eekd.method.losses import EEKDLoss
 from eekd.method.rival_losses import (
     Contrast,
     Hint,
@@ -69,6 +68,13 @@ def batch():
     generator = torch.Generator().manual_seed(0)
     s, z = (2 * torch.randn(2, 7, 5, generator=generator, dtype=torch.float64)).unbind()
     return s.requires_grad_(), z, torch.randint(5, (7,), generator=generator)
+
+
+def test_the_correlation_of_a_head_that_starts_at_zero_has_no_gradient(batch):
+    s = torch.zeros(7, 5, requires_grad=True)
+    loss = dist_loss(s, batch[1].float(), 2.0)
+    assert loss.item() == pytest.approx(8.0, rel=1e-4)
+    assert torch.autograd.grad(loss, s)[0].abs().max() < 1e-3
 
 
 def same(loss, leaf, formula):
@@ -178,10 +184,11 @@ def test_attention_learned_at_one_is_its_formula():
     torch.manual_seed(0)
     s, v = torch.randn(6, 5, requires_grad=True), torch.randn(6, 3, requires_grad=True)
     z, u, y = 3 * torch.randn(4, 6, 5), torch.randn(4, 6, 7), torch.randint(5, (6,))
-    distil = EEKDLoss("attention", student_dim=3, snapshot_dim=7, temperature=4.0, alpha=0.3)
-    loss, measured = LearnedAtOne(distil)(s, z, y, v, u)
+    learner = LearnedAtOne(temperature=4.0, alpha=0.3, student_dim=3, snapshot_dim=7)
+    loss, measured = learner(s, z, y, v, u)
 
-    query, keys = distil.attention(v.detach(), u)
+    attention = learner.weigh.loss.attention
+    query, keys = attention(v.detach(), u)
     w = torch.einsum("bd,mbd->bm", query, keys).double().softmax(1)
     p, at_one = (torch.einsum("bm,mbc->bc", w, (z.double() / tau).softmax(-1)) for tau in (4.0, 1.0))
     kl = (p * (p.log() - (s.double() / 4).log_softmax(1))).sum(1).mean()
@@ -190,7 +197,7 @@ def test_attention_learned_at_one_is_its_formula():
     torch.testing.assert_close(loss.double(), kd + learned, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(measured["weights"].double(), w.mean(0), rtol=1e-5, atol=1e-6)
     loss.backward()
-    weight = distil.attention.student.weight
+    weight = attention.student.weight
     torch.testing.assert_close(weight.grad, torch.autograd.grad(learned, weight)[0], rtol=1e-4, atol=1e-6)
     assert v.grad is None
 
@@ -259,7 +266,7 @@ def test_the_fused_prediction_teaches_by_the_losses_of_others(run, name, fusion)
     z, u, y = batch.teacher.logits.double(), batch.teacher.features, batch.labels
     with torch.no_grad():
         logits, _, v = of_stages(trainer.network, batch.images)
-    query, keys = trainer.criterion.attention(v, u)
+    query, keys = trainer.criterion.loss.attention(v, u)
     w = torch.einsum("bd,mbd->bm", query, keys).double().softmax(1)
     mixed = torch.einsum("bm,mbc->bc", w, z if fusion == "logit" else (z / 2).softmax(-1))
     p = (mixed / 2).softmax(1) if fusion == "logit" else mixed
@@ -272,7 +279,7 @@ def test_the_fused_prediction_teaches_by_the_losses_of_others(run, name, fusion)
     wanted = F.cross_entropy(logits, y) + added + learned
     torch.testing.assert_close(loss.double(), wanted.double(), rtol=1e-3, atol=1e-4)
     loss.backward()
-    weight = trainer.criterion.attention.student.weight  # which the student's loss does not train
+    weight = trainer.criterion.loss.attention.student.weight  # which the student's loss does not train
     torch.testing.assert_close(weight.grad, torch.autograd.grad(learned, weight)[0].float(), rtol=1e-3, atol=1e-6)
 
 
@@ -288,6 +295,14 @@ def test_a_student_has_the_published_settings_of_its_method(name, usual):
     published = TRAINERS[name].settings(dataclasses.replace(CONFIG, student=Student()))
     assert (published.temperature, published.beta) == usual
     assert TRAINERS[name].settings(given) == given.student
+
+
+@pytest.mark.parametrize("name", LEARNED_AT_ONE)
+@pytest.mark.parametrize("setting", [{"attention_objective": "kl"}, {"detach_query": False}], ids=str)
+def test_settings_that_would_not_count_are_refused(run, name, setting):
+    session = Session(dataclasses.replace(CONFIG, student=dataclasses.replace(CONFIG.student, **setting)))
+    with pytest.raises(ValueError, match=f"^{name} learns its weights from the label alone: "):
+        TRAINERS[name](session, run / "teacher", name=name)
 
 
 def test_what_is_added_counts_by_beta(run):

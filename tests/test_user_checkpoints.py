@@ -324,7 +324,17 @@ def test_a_list_keeps_its_order_and_the_order_of_letters_is_said(tmp_path):
         (("epoch=1", "epoch=2", "last", "best"), (0, 1), "left out best.pt, last.pt, for the best and the last are"),
         (("checkpoint-9.pth", "checkpoint-10.pth", "model_best"), (0, 1), "left out model_best.pt, for the best"),
         (("model_9", "model_10", "final"), (0, 1, 2), None),
-        (("best", "epoch-3"), (1, 0), None),
+        (
+            ("best", "epoch-3"),
+            (1, 0),
+            "not all numbers tell the order of epoch-3.pt, best.pt; is the last the finished",
+        ),
+        (("epoch=1-acc0.9", "epoch=2-acc0.8"), (0, 1), None),
+        (
+            ("acc0.7-epoch2", "acc0.8-epoch1"),
+            (0, 1),
+            "different numbers tell different orders, and the first the order",
+        ),
         (("early", "late"), (0, 1), "no number tells the order of early.pt, late.pt; is the last the finished model"),
     ],
 )

@@ -81,7 +81,13 @@ def test_a_report_draws_the_weights_of_those_that_differ_by_sample():
     rows = [{"epoch": epoch, "weights": [0.4, 0.6], "weight_entropy": 0.5} for epoch in (1, 2)]
     register("norm", "by norm", by_norm)
     register("fixed", "fixed", by_norm, per_sample=False)
-    for name, title in (("norm", "by norm"), ("fixed", None), ("uniform", None), ("entropy", "entropy (EBKD)")):
+    for name, title in (
+        ("norm", "by norm"),
+        ("fixed", None),
+        ("uniform", None),
+        ("entropy", "entropy (EBKD)"),
+        ("attention_dkd", "EEKD with DKD's loss"),
+    ):
         net = report_run.Network(name, "resnet8", 2, rows, None)
         drawn = "".join(report_weights.attention(report_run.Run(Config(), None, None, [], net, [net])))
         assert (f"<h3>{title}</h3>" in drawn) == bool(title)
@@ -204,3 +210,14 @@ def test_the_command_line_trains_a_weighting_of_ones_own(file, tmp_path):
     weightings._REGISTRY.pop("sharp")
     assert "sharp" in report_page.report(out).read_text()  # which runs no file
     assert "sharp" not in weightings.names()
+
+
+def test_a_loss_keeps_its_weighting_when_another_file_has_one_of_that_name(tmp_path):
+    for name, taken in (("one", 0), ("two", 2)):
+        (tmp_path / f"{name}.py").write_text(
+            "import torch\n\n\ndef only(z, y):\n"
+            f"    return torch.full((len(z[0]), 3), -1e9).index_fill_(1, torch.tensor([{taken}]), 0.0)\n"
+        )
+    losses = [EEKDLoss(f"{tmp_path / name}.py:only") for name in ("one", "two")]
+    given = torch.randn(4, 5), torch.randn(3, 4, 5), torch.arange(4)
+    assert [loss(*given)[1]["weights"].tolist() for loss in losses] == [[1, 0, 0], [0, 0, 1]]

@@ -137,7 +137,7 @@ class LanguageModelling:
 
         def part(hidden, logits, indices, atoms, labels):
             z = TopKLogits(logits, indices, atoms, kept.classes)
-            scores = weightings.log_weights(criterion.weighting, z, labels)
+            scores = weightings.log_weights(criterion.entry, z, labels)
             tail, options = z.tail(criterion.options["temperature"]), criterion.options | {"reduction": "sum"}
             return sparse_ensemble_kd(
                 self.head.project(hidden, kept.classes), logits, tail, indices, labels, scores=scores, **options
@@ -165,7 +165,7 @@ class LanguageModelling:
         with torch.no_grad():
             count, rows = len(states), len(hidden)
             if not weightings.get(criterion.weighting).per_sample or count == 1 or not rows:
-                return weightings.log_weights(criterion.weighting, hidden.new_zeros(count, rows, 1), None)
+                return weightings.log_weights(criterion.entry, hidden.new_zeros(count, rows, 1), None)
             classes = min(len(self.head.weight), *(len(head.weight) for head in heads))
             size, scores = max(1, WEIGHED // (4 * classes * count)), []
             for part in range(0, rows, size):
@@ -177,7 +177,7 @@ class LanguageModelling:
                     logits.append(
                         z if self.head.softcap is None else self.head.softcap * (z / self.head.softcap).tanh()
                     )
-                log_w = weightings.log_weights(criterion.weighting, logits, labels[part : part + size])
+                log_w = weightings.log_weights(criterion.entry, logits, labels[part : part + size])
                 if log_w is None:
                     return None
                 scores.append(log_w)

@@ -80,7 +80,7 @@ class EEKDLoss(nn.Module):
         if entry.needs_features:
             # SnapshotAttention refuses None.
             self.attention = SnapshotAttention(student_dim, snapshot_dim, embed_dim, normalize, scale)  # pyright: ignore
-        self.weighting = entry.name
+        self.weighting, self.entry = entry.name, entry  # which a later file of that name does not change
         self.detach_query = detach_query
         self.check_wrapper, self._looks, self._first = True, 0, True
         self.options = {
@@ -115,13 +115,13 @@ class EEKDLoss(nn.Module):
                     snapshot_features=snapshot_features,
                 )
         if self.attention is None:
-            by = {"scores": weightings.log_weights(self.weighting, snapshot_logits, labels)}
+            by = {"scores": weightings.log_weights(self.entry, snapshot_logits, labels)}
         elif student_features is None or snapshot_features is None:
             name = "student_features" if student_features is None else "snapshot_features"
             raise ValueError(f"{name} must be given, for weighting {self.weighting!r} compares features")
         else:
             if not torch.compiler.is_compiling():
-                self._check_wrapper(student_logits)
+                self._check_wrapper(student_logits, student_features)
             if self.detach_query:
                 student_features = student_features.detach()
             query, keys = self.attention(student_features, snapshot_features)
@@ -152,7 +152,7 @@ class EEKDLoss(nn.Module):
                 raise ValueError(f"{name} must be logits, got probabilities, which sum to 1: leave out the softmax")
         self._first = False
 
-    def _check_wrapper(self, student_logits: Tensor) -> None:
+    def _check_wrapper(self, *outputs: Tensor) -> None:
         """RuntimeError where the attention is trained outside what averages the student's gradients."""
         if (
             not self.check_wrapper
@@ -170,7 +170,7 @@ class EEKDLoss(nn.Module):
         sharded = parallel.wrappers_alive(FullyShardedDataParallel, FSDPModule)
         if parallel.around(self, sharded):
             return
-        trained = _parameters_of(student_logits) if replicated or sharded else set()
+        trained = set().union(*map(_parameters_of, outputs)) if replicated or sharded else set()
         if (
             parallel.around(self, replicated)
             or any(id(parameter) in trained for wrapper in replicated for parameter in wrapper.parameters())
@@ -204,18 +204,22 @@ def _held(sharded: Iterable[nn.Module]) -> set[int]:
 
 
 class Measurements(Mapping):
-    """The measurements of `EEKDLoss` for a batch, by name. Each is computed when it is first read."""
+    """The measurements of `EEKDLoss` for a batch, by name. Each is computed when it is first read.
+
+    Attributes:
+        row_weights: the weights (B, M) of each row.
+    """
 
     NAMES = "loss", "attention_loss", "weights", "weight_entropy"
 
     def __init__(self, values: Mapping[str, Tensor], row_weights: Tensor | None = None):
-        self._values, self._row_weights = {**values}, row_weights  # (B, M)
+        self._values, self.row_weights = {**values}, row_weights
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.NAMES:
             raise KeyError(name)
         if name not in self._values:
-            weights = self._row_weights
+            weights = self.row_weights
             rows = weights.sum().clamp(min=1)  # an ignored row has no weight, any other a total of 1
             self._values["weights"] = weights.sum(0) / rows
             self._values["weight_entropy"] = torch.special.entr(weights).sum() / rows

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eekd.method.losses import EEKDLoss, Measurements
-from eekd.ops import EnsembleKD, ensemble_kd
+from eekd.ops import ensemble_kd
+
+EVEN = 1e-6  # numbers that differ by no more, relatively, are rounding's
 
 
 def dkd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, beta: float) -> Tensor:
@@ -36,13 +38,15 @@ def dkd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, tem
 def dist_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """τ² (1 - mean_b ρ(q_b, p_b)) + τ² (1 - mean_c ρ(q_c, p_c)), of rows b and of columns c of probabilities.
 
-    q = softmax(s / τ), p = softmax(z / τ), both (B, C); ρ is Pearson's correlation.
+    q = softmax(s / τ), p = softmax(z / τ), both (B, C); ρ is Pearson's correlation. Rows and columns of q that are
+    constant, as of a head that starts at 0, have no correlation, and so no gradient.
     Source: Huang et al., "Knowledge Distillation from A Stronger Teacher" (NeurIPS 2022), with β = γ.
     """
     q, p = ((x.float() / temperature).softmax(1) for x in (student_logits, teacher_logits))
 
     def apart(a: Tensor, b: Tensor) -> Tensor:
-        a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
+        constant = a.amax(1, keepdim=True) - a.amin(1, keepdim=True) <= EVEN * a.amax(1, keepdim=True)
+        a, b = (x - x.mean(1, keepdim=True) for x in (torch.where(constant, a.detach(), a), b))
         return 1 - F.cosine_similarity(a, b, dim=1).mean()
 
     return temperature**2 * (apart(q, p) + apart(q.t(), p.t()))
@@ -161,27 +165,31 @@ class Contrast(nn.Module):
 class AttentionAtOne(nn.Module):
     """Weights w (B, M) that minimise -log Σ_m w_m softmax(z_m)_y, at temperature 1, instead of that at τ.
 
-    `distil` is the EEKDLoss whose attention and options it takes; it is called as that is. It returns an EnsembleKD, of
-    which `weights` and `attention_loss` matter.
+    The arguments are those of EEKDLoss's attention, and `fusion`. Called as EEKDLoss is, it returns that loss, whose
+    gradient is for the attention alone, and w, detached.
     Source: this project's (docs/results/attention.md).
     """
 
-    def __init__(self, distil: EEKDLoss):
+    def __init__(self, **attention):
         super().__init__()
-        self.options: dict
-        self.attention, self.options = distil.attention, distil.options
+        self.loss = EEKDLoss("attention", temperature=1.0, **attention)
 
-    def forward(self, student_logits, snapshot_logits, labels, student_features, snapshot_features) -> EnsembleKD:
-        query, keys = self.attention(student_features.detach(), snapshot_features)
-        at_one = self.options | {"temperature": 1.0, "attention_objective": "label"}
-        return ensemble_kd(student_logits.detach(), snapshot_logits, labels, query=query, keys=keys, **at_one)
+    def forward(self, student_logits, snapshot_logits, labels, student_features, snapshot_features):
+        given = student_logits.detach(), snapshot_logits, labels, student_features, snapshot_features
+        total, measured = self.loss(*given)
+        return total - measured["loss"], measured.row_weights.detach()
 
 
-class LearnedAtOne(AttentionAtOne):
-    """L of EEKD with the weights of `AttentionAtOne`; called as EEKDLoss is, and returns the same."""
+class LearnedAtOne(nn.Module):
+    """L of EEKD at `temperature` with the weights of `AttentionAtOne`; called as EEKDLoss is, and returns the same."""
 
-    def forward(self, student_logits, snapshot_logits, labels, student_features, snapshot_features):  # pyright: ignore
-        learned = super().forward(student_logits, snapshot_logits, labels, student_features, snapshot_features)
-        result = ensemble_kd(student_logits, snapshot_logits, labels, scores=learned.weights.log(), **self.options)
-        measured = {"loss": result.loss.detach(), "attention_loss": learned.attention_loss.detach()}
-        return result.loss + learned.attention_loss, Measurements(measured, learned.weights)
+    def __init__(self, temperature: float, alpha: float, **attention):
+        super().__init__()
+        self.weigh = AttentionAtOne(**attention)
+        self.options = {"temperature": temperature, "alpha": alpha, "fusion": self.weigh.loss.options["fusion"]}
+
+    def forward(self, student_logits, snapshot_logits, labels, student_features, snapshot_features):
+        attention_loss, w = self.weigh(student_logits, snapshot_logits, labels, student_features, snapshot_features)
+        loss = ensemble_kd(student_logits, snapshot_logits, labels, scores=w.log(), **self.options).loss
+        measured = {"loss": loss.detach(), "attention_loss": attention_loss.detach()}
+        return loss + attention_loss, Measurements(measured, w)

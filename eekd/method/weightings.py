@@ -178,9 +178,9 @@ def get(name: str) -> Weighting:
 
 
 def log_weights(
-    weighting: str, snapshot_logits: "Tensor | list[Tensor] | TopKLogits", labels: "Tensor | None" = None
+    weighting: str | Weighting, snapshot_logits: "Tensor | list[Tensor] | TopKLogits", labels: "Tensor | None" = None
 ) -> "Tensor | None":
-    """Logarithm of fixed weights, up to a constant for each row: the `scores` (B, M) of `ensemble_kd`.
+    """Logarithm of the weights by a name or an entry, up to a constant for each row: `scores` (B, M) of `ensemble_kd`.
 
         uniform           1, returned as None
         last              1 for the final snapshot, else 0: plain distillation
@@ -199,10 +199,10 @@ def log_weights(
 
     from eekd.method.topk import TopKLogits
 
-    entry = get(weighting)
+    entry = weighting if isinstance(weighting, Weighting) else get(weighting)
     if entry.log_weights is None:
         fixed = ", ".join(other.name for other in registered() if other.log_weights)
-        raise ValueError(f"weighting must be one of {fixed}, got {weighting!r}")
+        raise ValueError(f"weighting must be one of {fixed}, got {entry.name!r}")
     if len(snapshot_logits) < 2:
         return None
     with torch.no_grad():

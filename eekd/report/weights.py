@@ -8,10 +8,10 @@ from eekd.report.run import Run
 
 
 def attention(run: Run) -> list[Html]:
-    shown, per_sample = [], {entry.name for entry in weightings.registered() if entry.per_sample}
+    shown, fixed = [], {entry.name for entry in weightings.registered() if not entry.per_sample}
     for net in run.students:
-        rows = [row for row in net.rows if row.get("weights")] if net.name in per_sample else []
-        if not rows:
+        rows = [row for row in net.rows if len(row.get("weights") or ()) > 1]
+        if not rows or net.name in fixed:
             continue
         m, ends = len(rows[0]["weights"]), [rows[0]["epoch"], rows[-1]["epoch"]]
         each = []

@@ -146,9 +146,28 @@ def _in_order(folder: Path, files: dict[str, Path]) -> list[Path]:
     if len(numbered) > 1 and copies:
         told = some(copies)
         warnings.warn(f"{folder}: left out {told}, for the best and the last are among the others", stacklevel=5)
-    else:
-        names += copies
+        copies = []
+    names += copies
+    unsure = None
     if len(names) > 1 and not numbered:
+        unsure = "no number tells"
+    elif len(names) > 1 and copies:
+        unsure = "not all numbers tell"
+    elif _differ(numbered):
+        unsure = "different numbers tell different orders, and the first"
+    if unsure:
         told = ", ".join(names)
-        warnings.warn(f"{folder}: no number tells the order of {told}; is the last the finished model?", stacklevel=5)
+        warnings.warn(f"{folder}: {unsure} the order of {told}; is the last the finished model?", stacklevel=5)
     return [files[name] for name in names]
+
+
+def _differ(names: Sequence[str]) -> bool:
+    """Whether the first number that varies names no step, and another would put the names in another order."""
+    words = [re.split(r"(\d+)", name) for name in names]
+    if len({len(each) for each in words}) != 1:
+        return False
+    numbers = [[int(each[i]) for each in words] for i in range(1, len(words[0]), 2)]
+    varying = [i for i, column in enumerate(numbers) if len({*column}) > 1]
+    if all(numbers[i] == sorted(numbers[i]) for i in varying):
+        return False
+    return not re.search(r"(epoch|step|iter\w*|checkpoint|ckpt|snapshot)\W*$", words[0][2 * varying[0]], re.IGNORECASE)

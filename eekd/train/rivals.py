@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eekd import parallel
-from eekd.method.losses import EEKDLoss, Measurements
+from eekd.method.losses import Measurements
 from eekd.method.rival_losses import (
     AttentionAtOne,
     Contrast,
@@ -70,7 +70,7 @@ class AttentionTau1(StudentTrainer):
         _need_all_classes(self)
 
     def build_criterion(self):
-        return LearnedAtOne(EEKDLoss(self.weighting, **self.loss_options()))
+        return LearnedAtOne(**_learned_at_one(self))
 
 
 class Added(StudentTrainer):
@@ -125,19 +125,20 @@ class Fused(Added):
     weighting = "attention"
 
     def build_criterion(self):
-        return AttentionAtOne(EEKDLoss(self.weighting, **self.loss_options()))
+        options = _learned_at_one(self)
+        return AttentionAtOne(**{name: options[name] for name in options if name not in ("temperature", "alpha")})
 
     def compute_loss(self, batch):
         logits, features = self.forward_features(batch.images)
         taught = batch.teacher
-        learned = self.criterion(logits, taught.logits, batch.labels, features, taught.features)
-        fused = fused_logits(taught.logits, learned.weights, self.phase.temperature, self.phase.fusion)
+        attention_loss, weights = self.criterion(logits, taught.logits, batch.labels, features, taught.features)
+        fused = fused_logits(taught.logits, weights, self.phase.temperature, self.phase.fusion)
         batch = batch._replace(teacher=taught._replace(logits=fused[None]))
         label, added = F.cross_entropy(logits.float(), batch.labels), self.added(logits, features, batch)
         loss = label + added
-        measured = {"loss": loss.detach(), "attention_loss": learned.attention_loss.detach()}
+        measured = {"loss": loss.detach(), "attention_loss": attention_loss.detach()}
         more = {"added": added.detach(), "accuracy": accuracy(logits, batch.labels)}
-        return loss + learned.attention_loss, Measurements(measured, learned.weights) | more
+        return loss + attention_loss, Measurements(measured, weights) | more
 
 
 class AttentionDKD(Fused, DKD):
@@ -247,6 +248,17 @@ TRAINERS: dict[str, type[StudentTrainer]] = {
     "attention_tau1": AttentionTau1,
     **{str(trainer.rival): trainer for trainer in (DKD, DIST, AttentionDKD, AttentionDIST, FitNet, AT, CRD)},
 }
+
+
+def _learned_at_one(trainer: StudentTrainer) -> dict:
+    """The options of a loss whose attention is learned from the label at temperature 1."""
+    phase = trainer.phase
+    if phase.attention_objective != "label" or not phase.detach_query:
+        raise ValueError(
+            f"{trainer.name} learns its weights from the label alone: student.attention_objective must be 'label' and "
+            f"student.detach_query true, got {phase.attention_objective!r} and {str(phase.detach_query).lower()}"
+        )
+    return trainer.loss_options()
 
 
 def _need_all_classes(trainer: StudentTrainer) -> None:

@@ -30,7 +30,8 @@ def write_bank(flags: Flags, console: Console, rank: int = 0, world: int = 1, da
     check_data(session, run)
     config = session.config
     given = {name: getattr(flags, name) for name in SHOWN}
-    phase = dataclasses.replace(config.student, **{name: x for name, x in given.items() if x is not None})
+    shown = {name: x for name, x in given.items() if x is not None}
+    phase = dataclasses.replace(config.student, repeats=1, **shown)  # as its students see views, one in each epoch
     loader = session.loader("train", phase, train=True)
     if flags.top_k and loader.mixes:
         raise ValueError(

@@ -121,7 +121,7 @@ def test_a_wrong_gradient_is_found_in_every_precision(monkeypatch, weighting, dt
 def test_the_first_batches_of_a_student_are_verified(run, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr("eekd.train.loss_check.differs", lambda loss, *given: calls.append(given))
-    for wanted, name in ((0, "uniform"), (1, "last"), (3, "attention"), (2, "ce")):
+    for wanted, name in ((0, "uniform"), (1, "last"), (3, "attention"), (2, "attention_dkd"), (2, "ce")):
         session = Session(dataclasses.replace(run[0].config, verify_loss=wanted), run[0].data)
         start(session, name, tmp_path / name, run[1] / "teacher")
         assert len(calls) == (0 if name == "ce" else wanted)
