@@ -14,6 +14,7 @@ from eekd.data.policies import POLICIES
 from eekd.io.files import nearest
 from eekd.method import weightings
 from eekd.models import names
+from eekd.train import StudentTrainer
 from eekd.train.checked import student_names
 from eekd.train.config import Config, Phase, Student, Teacher
 from eekd.train.presets import PRESETS, preset
@@ -115,7 +116,7 @@ def test_recipes_are_those_of_the_papers():
     assert (crd.student.temperature, crd.student.alpha) == (4, 0.1)
     assert [m * crd.teacher.epochs for m in crd.teacher.milestones] == [150, 180, 210]
     assert [m * eekd.student.epochs for m in eekd.student.milestones] == pytest.approx([60, 120, 180])
-    assert (eekd.student.temperature, eekd.student.alpha, eekd.student.nesterov) == (5, 0.5, True)
+    assert StudentTrainer.settings(eekd).temperature == 5 and (eekd.student.alpha, eekd.student.nesterov) == (0.5, True)
     resnets, deit = preset("imagenet-r34-r18"), preset("imagenet-deit-s").student
     for phase in (resnets.teacher, resnets.student):
         assert (phase.epochs, phase.batch_size, phase.lr, phase.weight_decay) == (100, 256, 0.1, 1e-4)

@@ -1,5 +1,6 @@
 """The registry of weightings: one entry is all that the loss, the command lines, tables and reports need."""
 
+import html
 import re
 
 import pytest
@@ -90,7 +91,7 @@ def test_a_report_draws_the_weights_of_those_that_differ_by_sample():
     ):
         net = report_run.Network(name, "resnet8", 2, rows, None)
         drawn = "".join(report_weights.attention(report_run.Run(Config(), None, None, [], net, [net])))
-        assert (f"<h3>{title}</h3>" in drawn) == bool(title)
+        assert (f"<h3>{title}</h3>" in html.unescape(drawn)) == bool(title)
 
 
 def test_a_file_of_ones_own_with_its_neighbour(file):

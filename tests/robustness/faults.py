@@ -12,7 +12,7 @@ from eekd.io.tensors import load_tensors
 from eekd.method.losses import EEKDLoss
 from eekd.snapshots import SnapshotEnsemble
 from eekd.snapshots.features import LastFeatures
-from eekd.train import train_student, train_teacher
+from eekd.train import StudentTrainer, train_student, train_teacher
 from eekd.train.config import Config
 from eekd.train.optim import learning_rate
 from eekd.train.session import Session
@@ -115,7 +115,7 @@ def config_of(nets, teacher="net", student="small", **more) -> Config:
 def by_hand(session, name="teacher", without=(), teacher=None, stop=None) -> tuple[dict, list[float]]:
     """Weights of a phase, as `trained` names them, in which some steps do not happen, up to `stop`; and its losses."""
     config = session.config
-    phase = config.teacher if name == "teacher" else config.student
+    phase = config.teacher if name == "teacher" else StudentTrainer.settings(config)
     trained = network = session.network(phase, 2 * config.seed + (name != "teacher"))
     if name == "attention":
         ensemble, capture = SnapshotEnsemble.load(teacher), LastFeatures(network)
