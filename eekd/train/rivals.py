@@ -1,7 +1,7 @@
 """Students taught in other ways: each is a StudentTrainer, by the name that eekd.method.rivals gives it."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -81,7 +81,7 @@ class Added(StudentTrainer):
     def setup(self):
         super().setup()
         _need_all_classes(self)
-        self.beta = self.phase.beta
+        self.temperature, self.beta = cast(float, self.phase.temperature), cast(float, self.phase.beta)
 
     def build_criterion(self) -> nn.Module | None:
         return None
@@ -107,7 +107,7 @@ class DKD(Added):
 
     def added(self, logits, features, batch):
         risen = min(1.0, 12 * (self.epoch + 1) / self.phase.epochs)
-        return risen * dkd_loss(logits, batch.teacher.logits[-1], batch.labels, self.phase.temperature, self.beta)
+        return risen * dkd_loss(logits, batch.teacher.logits[-1], batch.labels, self.temperature, self.beta)
 
 
 class DIST(Added):
@@ -116,7 +116,7 @@ class DIST(Added):
     rival = "dist"
 
     def added(self, logits, features, batch):
-        return self.beta * dist_loss(logits, batch.teacher.logits[-1], self.phase.temperature)
+        return self.beta * dist_loss(logits, batch.teacher.logits[-1], self.temperature)
 
 
 class Fused(Added):
@@ -132,7 +132,7 @@ class Fused(Added):
         logits, features = self.forward_features(batch.images)
         taught = batch.teacher
         attention_loss, weights = self.criterion(logits, taught.logits, batch.labels, features, taught.features)
-        fused = fused_logits(taught.logits, weights, self.phase.temperature, self.phase.fusion)
+        fused = fused_logits(taught.logits, weights, self.temperature, self.phase.fusion)
         batch = batch._replace(teacher=taught._replace(logits=fused[None]))
         label, added = F.cross_entropy(logits.float(), batch.labels), self.added(logits, features, batch)
         loss = label + added
