@@ -18,6 +18,8 @@ from eekd.lazy import attach
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionDISTLoss",
+    "AttentionDKDLoss",
     "Distilled",
     "EEKDLoss",
     "EnsembleKD",
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from eekd.export.student import load_student
     from eekd.method.attention import SnapshotAttention
     from eekd.method.losses import EEKDLoss
+    from eekd.method.rival_losses import AttentionDISTLoss, AttentionDKDLoss
     from eekd.method.topk import TopKLogits, top_k_logits
     from eekd.ops import EnsembleKD, ensemble_kd, linear_ensemble_kd, sparse_ensemble_kd, use_backend
     from eekd.snapshots import SnapshotEnsemble, SnapshotRecorder
@@ -54,6 +57,7 @@ else:  # torch takes seconds to import: it comes with the first name that needs 
             "export.student": "load_student",
             "method.attention": "SnapshotAttention",
             "method.losses": "EEKDLoss",
+            "method.rival_losses": "AttentionDISTLoss AttentionDKDLoss",
             "method.topk": "TopKLogits top_k_logits",
             "ops": "EnsembleKD ensemble_kd linear_ensemble_kd sparse_ensemble_kd use_backend",
             "ops.backend": "_C",  # which imports torch first, and says what to do where there is none

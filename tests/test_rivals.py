@@ -266,7 +266,7 @@ def test_the_fused_prediction_teaches_by_the_losses_of_others(run, name, fusion)
     z, u, y = batch.teacher.logits.double(), batch.teacher.features, batch.labels
     with torch.no_grad():
         logits, _, v = of_stages(trainer.network, batch.images)
-    query, keys = trainer.criterion.loss.attention(v, u)
+    query, keys = trainer.criterion.weigh.loss.attention(v, u)
     w = torch.einsum("bd,mbd->bm", query, keys).double().softmax(1)
     mixed = torch.einsum("bm,mbc->bc", w, z if fusion == "logit" else (z / 2).softmax(-1))
     p = (mixed / 2).softmax(1) if fusion == "logit" else mixed
@@ -275,11 +275,13 @@ def test_the_fused_prediction_teaches_by_the_losses_of_others(run, name, fusion)
     target = 2 * p.detach().log()  # logits of which softmax(. / 2) is p
     added = dkd_loss(logits, target, y, 2.0, 3.0) if name == "attention_dkd" else 3 * dist_loss(logits, target, 2.0)
     torch.testing.assert_close(measured["weights"].double(), w.mean(0), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(measured["added"], added.detach().float(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        measured["loss"].double(), (F.cross_entropy(logits, y) + added).detach(), rtol=1e-3, atol=1e-4
+    )
     wanted = F.cross_entropy(logits, y) + added + learned
     torch.testing.assert_close(loss.double(), wanted.double(), rtol=1e-3, atol=1e-4)
     loss.backward()
-    weight = trainer.criterion.loss.attention.student.weight  # which the student's loss does not train
+    weight = trainer.criterion.weigh.loss.attention.student.weight  # which the student's loss does not train
     torch.testing.assert_close(weight.grad, torch.autograd.grad(learned, weight)[0].float(), rtol=1e-3, atol=1e-6)
 
 

@@ -193,3 +193,49 @@ class LearnedAtOne(nn.Module):
         loss = ensemble_kd(student_logits, snapshot_logits, labels, scores=w.log(), **self.options).loss
         measured = {"loss": loss.detach(), "attention_loss": attention_loss.detach()}
         return loss + attention_loss, Measurements(measured, w)
+
+
+class AttentionDISTLoss(nn.Module):
+    """EEKD's fused prediction as the teacher of DIST.
+
+        L = CE(s, y) + β dist_loss(s, t, τ),    t = fused_logits(z, w, τ)
+
+    with the weights w of `AttentionAtOne`. It is called as EEKDLoss is, and returns the same: L plus the attention's
+    loss, and the measurements. Its arguments are τ, β, and those of `AttentionAtOne`: optimise its parameters with the
+    student's. Labels are classes (B,) or soft (B, C); logits are (B, C), those of the snapshots (M, B, C).
+    Source: this project's (docs/results/study.md).
+    """
+
+    def __init__(self, temperature: float = 2.0, beta: float = 2.0, **attention):
+        super().__init__()
+        self.weigh = AttentionAtOne(**attention)
+        self.temperature, self.beta = temperature, beta
+
+    def forward(self, student_logits, snapshot_logits, labels, student_features, snapshot_features):
+        attention_loss, w = self.weigh(student_logits, snapshot_logits, labels, student_features, snapshot_features)
+        target = fused_logits(snapshot_logits, w, self.temperature, self.weigh.loss.options["fusion"])
+        loss = F.cross_entropy(student_logits.float(), labels) + self.added(student_logits, target, labels)
+        measured = {"loss": loss.detach(), "attention_loss": attention_loss.detach()}
+        return loss + attention_loss, Measurements(measured, w)
+
+    def added(self, student_logits: Tensor, target: Tensor, labels: Tensor) -> Tensor:
+        return self.beta * dist_loss(student_logits, target, self.temperature)
+
+
+class AttentionDKDLoss(AttentionDISTLoss):
+    """EEKD's fused prediction as the teacher of DKD.
+
+        L = CE(s, y) + r dkd_loss(s, t, y, τ, β),    t = fused_logits(z, w, τ)
+
+    As AttentionDISTLoss, for labels that are classes.
+
+    Attributes:
+        risen: r. `eekd train` raises it to 1 over the first twelfth of the training, as DKD does.
+    """
+
+    def __init__(self, temperature: float = 2.0, beta: float = 0.5, **attention):
+        super().__init__(temperature, beta, **attention)
+        self.risen = 1.0
+
+    def added(self, student_logits, target, labels):
+        return self.risen * dkd_loss(student_logits, target, labels, self.temperature, self.beta)

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eekd import parallel
-from eekd.method.losses import Measurements
 from eekd.method.rival_losses import (
-    AttentionAtOne,
+    AttentionDISTLoss,
+    AttentionDKDLoss,
     Contrast,
     Hint,
     LearnedAtOne,
@@ -17,7 +17,6 @@ from eekd.method.rival_losses import (
     attention_map,
     dist_loss,
     dkd_loss,
-    fused_logits,
 )
 from eekd.snapshots import read_manifest
 from eekd.train.maps import FeatureMaps, SpeakingMaps
@@ -97,7 +96,7 @@ class Added(StudentTrainer):
 
 
 class DKD(Added):
-    """Adds w (TCKD + β NCKD), `dkd_loss`; w rises to 1 in the first twelfth of training, 20 of 240 epochs."""
+    """Adds r (TCKD + β NCKD), `dkd_loss`, where r is `risen`."""
 
     rival = "dkd"
 
@@ -106,8 +105,7 @@ class DKD(Added):
         _need_one_class(self, self.loader.mixes or self.loader.smoothing)
 
     def added(self, logits, features, batch):
-        risen = min(1.0, 12 * (self.epoch + 1) / self.phase.epochs)
-        return risen * dkd_loss(logits, batch.teacher.logits[-1], batch.labels, self.temperature, self.beta)
+        return risen(self) * dkd_loss(logits, batch.teacher.logits[-1], batch.labels, self.temperature, self.beta)
 
 
 class DIST(Added):
@@ -119,38 +117,33 @@ class DIST(Added):
         return self.beta * dist_loss(logits, batch.teacher.logits[-1], self.temperature)
 
 
-class Fused(Added):
-    """Taught by the fused prediction of all snapshots, weighted by `AttentionAtOne`."""
+class AttentionDIST(StudentTrainer):
+    """Taught by AttentionDISTLoss."""
 
-    weighting = "attention"
+    weighting, rival, loss = "attention", "attention_dist", AttentionDISTLoss
+
+    def setup(self):
+        super().setup()
+        _need_all_classes(self)
 
     def build_criterion(self):
-        options = _learned_at_one(self)
-        return AttentionAtOne(**{name: options[name] for name in options if name not in ("temperature", "alpha")})
+        options = _learned_at_one(self) | {"beta": self.phase.beta}
+        del options["alpha"]
+        return self.loss(**options)
+
+
+class AttentionDKD(AttentionDIST):
+    """Taught by AttentionDKDLoss, whose r rises as in `DKD`."""
+
+    rival, loss = "attention_dkd", AttentionDKDLoss
+
+    def setup(self):
+        super().setup()
+        _need_one_class(self, self.loader.mixes or self.loader.smoothing)
 
     def compute_loss(self, batch):
-        logits, features = self.forward_features(batch.images)
-        taught = batch.teacher
-        attention_loss, weights = self.criterion(logits, taught.logits, batch.labels, features, taught.features)
-        fused = fused_logits(taught.logits, weights, self.temperature, self.phase.fusion)
-        batch = batch._replace(teacher=taught._replace(logits=fused[None]))
-        label, added = F.cross_entropy(logits.float(), batch.labels), self.added(logits, features, batch)
-        loss = label + added
-        measured = {"loss": loss.detach(), "attention_loss": attention_loss.detach()}
-        more = {"added": added.detach(), "accuracy": accuracy(logits, batch.labels)}
-        return loss + attention_loss, Measurements(measured, weights) | more
-
-
-class AttentionDKD(Fused, DKD):
-    """`DKD` whose teacher is EEKD's fused prediction."""
-
-    rival = "attention_dkd"
-
-
-class AttentionDIST(Fused, DIST):
-    """`DIST` whose teacher is EEKD's fused prediction."""
-
-    rival = "attention_dist"
+        self.own_criterion.risen = risen(self)
+        return super().compute_loss(batch)
 
 
 class CRD(Added):
@@ -248,6 +241,11 @@ TRAINERS: dict[str, type[StudentTrainer]] = {
     "attention_tau1": AttentionTau1,
     **{str(trainer.rival): trainer for trainer in (DKD, DIST, AttentionDKD, AttentionDIST, FitNet, AT, CRD)},
 }
+
+
+def risen(trainer: StudentTrainer) -> float:
+    """What rises to 1 in the first twelfth of training, 20 of the 240 epochs of DKD."""
+    return min(1.0, 12 * (trainer.epoch + 1) / trainer.phase.epochs)
 
 
 def _learned_at_one(trainer: StudentTrainer) -> dict:
