@@ -275,11 +275,9 @@ def test_the_fused_prediction_teaches_by_the_losses_of_others(run, name, fusion)
     target = 2 * p.detach().log()  # logits of which softmax(. / 2) is p
     added = dkd_loss(logits, target, y, 2.0, 3.0) if name == "attention_dkd" else 3 * dist_loss(logits, target, 2.0)
     torch.testing.assert_close(measured["weights"].double(), w.mean(0), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        measured["loss"].double(), (F.cross_entropy(logits, y) + added).detach(), rtol=1e-3, atol=1e-4
-    )
-    wanted = F.cross_entropy(logits, y) + added + learned
-    torch.testing.assert_close(loss.double(), wanted.double(), rtol=1e-3, atol=1e-4)
+    alone = F.cross_entropy(logits, y) + added
+    for got, want in ((measured["loss"], alone.detach()), (loss, alone + learned)):
+        torch.testing.assert_close(got.double(), want.double(), rtol=1e-3, atol=1e-4)
     loss.backward()
     weight = trainer.criterion.weigh.loss.attention.student.weight  # which the student's loss does not train
     torch.testing.assert_close(weight.grad, torch.autograd.grad(learned, weight)[0].float(), rtol=1e-3, atol=1e-6)

@@ -214,11 +214,11 @@ class AttentionDISTLoss(nn.Module):
     def forward(self, student_logits, snapshot_logits, labels, student_features, snapshot_features):
         attention_loss, w = self.weigh(student_logits, snapshot_logits, labels, student_features, snapshot_features)
         target = fused_logits(snapshot_logits, w, self.temperature, self.weigh.loss.options["fusion"])
-        loss = F.cross_entropy(student_logits.float(), labels) + self.added(student_logits, target, labels)
+        loss = F.cross_entropy(student_logits.float(), labels) + self._added(student_logits, target, labels)
         measured = {"loss": loss.detach(), "attention_loss": attention_loss.detach()}
         return loss + attention_loss, Measurements(measured, w)
 
-    def added(self, student_logits: Tensor, target: Tensor, labels: Tensor) -> Tensor:
+    def _added(self, student_logits: Tensor, target: Tensor, labels: Tensor) -> Tensor:
         return self.beta * dist_loss(student_logits, target, self.temperature)
 
 
@@ -237,5 +237,5 @@ class AttentionDKDLoss(AttentionDISTLoss):
         super().__init__(temperature, beta, **attention)
         self.risen = 1.0
 
-    def added(self, student_logits, target, labels):
+    def _added(self, student_logits, target, labels):
         return self.risen * dkd_loss(student_logits, target, labels, self.temperature, self.beta)
