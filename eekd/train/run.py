@@ -25,9 +25,10 @@ from eekd.train.pretrained import resized_otherwise
 from eekd.train.run_folder import FORMAT, changes, new_folder, read_metrics, read_record, read_settings, write_settings
 from eekd.train.seeds import seeds_of, summary_of
 from eekd.train.session import Progress, Session, checkpoint_gradients, lines
-from eekd.train.student import check_bank, method_of, read_student, train_student
+from eekd.train.student import method_of, read_student, train_student
 from eekd.train.teacher import RECORD as TEACHER_RECORD
 from eekd.train.teacher import read_teacher, train_teacher
+from eekd.train.teaching import check_bank
 from eekd.user_code import own_name
 
 

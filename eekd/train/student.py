@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eekd import parallel
-from eekd.data import Loader
 from eekd.info import commit
 from eekd.io.files import read_checked, read_json, write_json_atomic
 from eekd.io.tensors import save_tensors
@@ -22,16 +21,16 @@ from eekd.kept_code import check_copies, described
 from eekd.method import weightings
 from eekd.method.losses import EEKDLoss
 from eekd.method.rivals import RIVALS, TEMPERATURE
-from eekd.snapshots import read_entries, read_manifest
+from eekd.snapshots import read_entries
 from eekd.snapshots.features import LastFeatures
 from eekd.train.checked import StudentName, choices
 from eekd.train.checkpoints import KeepSources, check_identity, delete_checkpoints, run_identity
 from eekd.train.config import Config, Student
 from eekd.train.metrics import RunningMeans, accuracy, evaluate
 from eekd.train.run_folder import FORMAT, finite, metrics_of, read_metrics, read_record
-from eekd.train.session import SPLIT, Progress, Session, quiet
+from eekd.train.session import Progress, Session, quiet
 from eekd.train.standard import standard_callbacks
-from eekd.train.teaching import TaughtBatch, Teacher, load_teacher
+from eekd.train.teaching import TaughtBatch, Teacher, check_bank, load_teacher
 from eekd.train.trainer import Trainer
 from eekd.user_code import is_file_name, load, own_name
 
@@ -332,26 +331,6 @@ def read_student(folder: Path) -> dict:
     check_copies(folder, record["setup"])
     read_metrics(folder, record)
     return record
-
-
-def check_bank(session: Session, loader: Loader, teacher: str | Path | None, needs_features: str | None) -> None:
-    """ValueError, one sentence, unless the session's bank has its images and teacher, and the features a student needs.
-
-    `needs_features` is the name of such a student, None where there is none.
-    """
-    config, bank = session.config, session.bank
-    split = {name: getattr(config, name) for name in SPLIT}
-    hashes = [entry["sha256"] for entry in read_manifest(teacher)["snapshots"]] if teacher else None
-    bank.check(session.data, loader, hashes, **split)
-    if config.student.repeats > 1:
-        raise ValueError(f"student.repeats must be 1 with a bank, got {config.student.repeats}")
-    if bank.top_k and loader.smoothing:
-        raise ValueError(
-            f"student.label_smoothing must be 0 with {bank.path}, which keeps {bank.top_k} classes of each image, got "
-            f"{loader.smoothing}"
-        )
-    if needs_features and not bank.feature_dim:
-        raise ValueError(f"{bank.path} must hold features for student {needs_features}, got --features none")
 
 
 def needs_features(weighting: str) -> bool:

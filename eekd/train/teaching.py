@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 from eekd.bank import LogitBank
 from eekd.data import Batch, Loader
 from eekd.method.topk import TopKLogits
+from eekd.snapshots import read_manifest
 from eekd.train.metrics import PhaseTimer
-from eekd.train.session import Session
+from eekd.train.session import SPLIT, Session
 
 REMEMBERED = 2**30  # bytes of snapshots' outputs that a student may keep in memory
 
@@ -148,3 +150,23 @@ def remembered(teacher: RunningTeacher, loader: Loader) -> RememberedTeacher | N
 
 def _copied(outputs: TeacherOutputs) -> TeacherOutputs:
     return outputs.map(Tensor.clone)
+
+
+def check_bank(session: Session, loader: Loader, teacher: str | Path | None, needs_features: str | None) -> None:
+    """ValueError, one sentence, unless the session's bank has its images and teacher, and the features a student needs.
+
+    `needs_features` is the name of such a student, None where there is none.
+    """
+    config, bank = session.config, session.bank
+    split = {name: getattr(config, name) for name in SPLIT}
+    hashes = [entry["sha256"] for entry in read_manifest(teacher)["snapshots"]] if teacher else None
+    bank.check(session.data, loader, hashes, **split)
+    if config.student.repeats > 1:
+        raise ValueError(f"student.repeats must be 1 with a bank, got {config.student.repeats}")
+    if bank.top_k and loader.smoothing:
+        raise ValueError(
+            f"student.label_smoothing must be 0 with {bank.path}, which keeps {bank.top_k} classes of each image, got "
+            f"{loader.smoothing}"
+        )
+    if needs_features and not bank.feature_dim:
+        raise ValueError(f"{bank.path} must hold features for student {needs_features}, got --features none")
