@@ -3,6 +3,8 @@
 from math import sqrt
 from statistics import mean, stdev
 
+ROUNDING = 1e-12  # fractions that differ by less are equal
+
 
 def mean_std(values: list[float]) -> dict:
     """The mean, and the standard deviation of a sample (None for one)."""
@@ -33,7 +35,7 @@ def sign(difference: dict) -> int:
     Two or three seeds have equal differences by chance.
     """
     low, high = difference["low"], difference["high"]
-    if low is None or low == high or low <= 0 <= high:
+    if low is None or high - low < ROUNDING or low <= 0 <= high:
         return 0
     return 1 if low > 0 else -1
 

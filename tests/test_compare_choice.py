@@ -351,7 +351,13 @@ def test_little_that_is_known_is_not_advice():
         "Undecided between last and ce: +10.00 points on validation images (1 seed); "
         "more seeds would tell it from chance."
     )
-    assert seeds_needed([0.1]) is seeds_needed([0.0, 0.0]) is seeds_needed([1e-9, 1.0, -1.0]) is None
+    assert (
+        seeds_needed([0.1])
+        is seeds_needed([0.0, 0.0])
+        is seeds_needed([121 / 144 - 120 / 144, 138 / 144 - 137 / 144])
+        is seeds_needed([1e-9, 1.0, -1.0])
+        is None
+    )
     partly = advice({"ce": {0: 0.5, 1: 0.5}, "last": {0: 0.6, 1: 0.61}, "uniform": {0: 0.7}})
     assert partly["n"] == 1 and partly["take"] is None
 

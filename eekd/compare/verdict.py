@@ -5,7 +5,7 @@ from statistics import mean, stdev
 
 from eekd.compare.methods import representatives
 from eekd.compare.plots import points
-from eekd.statistics import interval, paired, sign
+from eekd.statistics import ROUNDING, interval, paired, sign
 
 HOLDS, CONTRADICTED, UNDECIDED, MISSING = "holds", "contradicted", "undecided", "not measured"
 REFERENCES = "ce", "last"  # which a method must be better than
@@ -35,7 +35,7 @@ def seeds_needed(differences: list[float]) -> int | None:
 
     None where that is unknown, or more than MOST_SEEDS.
     """
-    if len(differences) < 2 or not (middle := abs(mean(differences))) or not (spread := stdev(differences)):
+    if len(differences) < 2 or not (middle := abs(mean(differences))) or (spread := stdev(differences)) < ROUNDING:
         return None
     from scipy.special import stdtrit
 

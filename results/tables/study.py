@@ -15,7 +15,7 @@ from eekd.compare.methods import KINDS, base_of, method
 from eekd.compare.plots import points
 from eekd.compare.verdict import HOLDS, MISSING, UNDECIDED, seeds_needed, verdict
 from eekd.io.files import write_atomic
-from eekd.statistics import interval, mean_std
+from eekd.statistics import interval, mean_std, sign
 from tables import pyplot
 
 FOLDER = Path(__file__).parent.parent / "study"
@@ -136,7 +136,7 @@ def recipe() -> str:
     gains = {}
     for name in next(iter(known.values())):
         over = [differences(found, name, "last") for found in known.values()]
-        if name != "last" and all(each and (interval(each)["high"] or 0) >= 0 for each in over):
+        if name != "last" and all(each and sign(interval(each)) >= 0 for each in over):
             gains[name] = mean(mean(each) for each in over)
     first = max(gains, key=lambda name: gains[name])
     over = {TITLES[setting]: interval(differences(found, first, "last")) for setting, found in scores().items()}
@@ -248,7 +248,7 @@ def plot(path: Path) -> None:
             if name == "last" or not gain:
                 continue
             low, high = (100 * (gain[end] or 0) for end in ("low", "high"))
-            colour = "#228833" if low > 0 else "#cc3311" if high < 0 else "#888888"
+            colour = {1: "#228833", 0: "#888888", -1: "#cc3311"}[sign(gain)]
             axes.plot([low, high], [place] * 2, color=colour, lw=1.2)
             axes.plot(100 * gain["mean"], place, "o", color=colour, ms=4)
         axes.axvline(0, color="#4477aa", lw=1)
