@@ -103,6 +103,13 @@ def test_no_design_is_in_two_parts():
             assert parts.setdefault(face, package["part"]) == package["part"], face
 
 
+def test_a_method_has_one_name_in_a_record_of_the_study(monkeypatch):
+    cells = [{"name": name, "seed": 0, "test": {"accuracy": 0.5}} for name in ("last@alpha=0.1", "last-online")]
+    monkeypatch.setattr(study_tables, "records", lambda: {"glyphs-mlp": {"cells": cells}})
+    with pytest.raises(ValueError, match="one name for each method, got last@alpha=0.1 and last-online"):
+        study_tables.scores()
+
+
 def test_the_study_says_of_a_claim_what_its_differences_say(tmp_path, monkeypatch):
     over = {"last": 0.0, "attention": 0.02, "half": -0.03, "uniform@temperature=2": 0.0}
     cells = [{"name": name, "seed": seed, "test": {"accuracy": 0.8 + gain + 0.001 * (seed % 2) * (name != "last")}}

@@ -63,10 +63,20 @@ def records(ending: str = "") -> dict[str, dict]:
     return {setting: json.loads(file.read_text()) for setting, file in files.items() if file.exists()}
 
 
+def check_names(record: dict) -> None:
+    """ValueError unless every method of a record goes by one name: its own, or that of one variant."""
+    known = {}
+    for name in dict.fromkeys(cell["name"] for cell in record["cells"]):
+        if other := known.get(base_of(name)):
+            raise ValueError(f"a record must have one name for each method, got {other} and {name}")
+        known[base_of(name)] = name
+
+
 def scores(part: str = "test") -> dict[str, dict[str, dict[int, float]]]:
     """Accuracies on test images, or on those of `part` "val", by setting, method and seed."""
     known = {}
     for setting, record in records().items():
+        check_names(record)
         found = known[setting] = {}
         for cell in record["cells"]:
             found.setdefault(base_of(cell["name"]), {})[cell["seed"]] = cell[part]["accuracy"]
