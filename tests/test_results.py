@@ -110,6 +110,15 @@ def test_a_method_has_one_name_in_a_record_of_the_study(monkeypatch):
         study_tables.scores()
 
 
+def test_the_mean_of_the_settings_is_taken_seed_by_seed():
+    known = {
+        "a": {"half": {0: 0.5, 1: 0.6, 2: 0.7, 3: 0.8}, "last": dict.fromkeys(range(4), 0.5)},
+        "b": {"half": {3: 0.6, 0: 0.5, 2: 0.9}, "last": dict.fromkeys(range(4), 0.5)},
+    }
+    assert study_tables.in_all(known, "half", "last") == pytest.approx({0: 0.0, 2: 0.3, 3: 0.2})
+    assert study_tables.in_all(known | {"c": {}}, "half", "last") == {}
+
+
 def test_the_study_says_of_a_claim_what_its_differences_say(tmp_path, monkeypatch):
     over = {"last": 0.0, "attention": 0.02, "half": -0.03, "uniform@temperature=2": 0.0}
     cells = [{"name": name, "seed": seed, "test": {"accuracy": 0.8 + gain + 0.001 * (seed % 2) * (name != "last")}}

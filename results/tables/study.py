@@ -83,20 +83,27 @@ def scores(part: str = "test") -> dict[str, dict[str, dict[int, float]]]:
     return known
 
 
-def differences(found: dict[str, dict[int, float]], who: str, whom: str) -> list[float]:
+def differences(found: dict[str, dict[int, float]], who: str, whom: str) -> dict[int, float]:
     """who - whom for each seed that both have, in the order of the seeds."""
     these, those = found.get(who, {}), found.get(whom, {})
-    return [these[seed] - those[seed] for seed in sorted(these.keys() & those.keys())]
+    return {seed: these[seed] - those[seed] for seed in sorted(these.keys() & those.keys())}
 
 
-def in_all(known: dict[str, dict[str, dict[int, float]]], who: str, whom: str) -> list[float]:
-    """who - whom for each seed, the mean over the settings; empty if a setting lacks one of them."""
-    return [mean(each) for each in zip(*(differences(found, who, whom) for found in known.values()), strict=False)]
+def in_all(known: dict[str, dict[str, dict[int, float]]], who: str, whom: str) -> dict[int, float]:
+    """who - whom for each seed that every setting has, the mean over the settings."""
+    each = [differences(found, who, whom) for found in known.values()]
+    seeds = sorted(set.intersection(*map(set, each)))
+    return {seed: mean(found[seed] for found in each) for seed in seeds}
 
 
-def by_setting(known: dict[str, dict[str, dict[int, float]]], who: str, whom: str) -> list[list[float]]:
+def by_setting(known: dict[str, dict[str, dict[int, float]]], who: str, whom: str) -> list[dict[int, float]]:
     """who - whom in every setting, and last their mean if there are several settings."""
     return [differences(found, who, whom) for found in known.values()] + [in_all(known, who, whom)] * (len(known) > 1)
+
+
+def over(each: dict[int, float]) -> dict | None:
+    """The mean of differences by seed, and its interval."""
+    return interval([*each.values()])
 
 
 def table(columns: Iterable[str], settings: Iterable[str], align: str = "---", means: bool = True) -> list[str]:
@@ -118,7 +125,7 @@ def methods() -> str:
             cells += [""] * (len(known) > 1)
         else:
             for each in by_setting(known, name, "last"):
-                difference = interval(each)
+                difference = over(each)
                 bold = "**" if verdict(difference, True) == HOLDS else ""
                 cells.append(f"{bold}{points(difference)}{bold}" if each else "")
         lines.append(f"| {method(name).title} | `{name}` | " + " | ".join(cells) + " |")
@@ -130,7 +137,7 @@ def sentence() -> str:
     """Attention over `last` and `uniform` in every setting."""
     parts = []
     for setting, found in scores().items():
-        last, uniform = (points(interval(differences(found, "attention", of))) for of in ("last", "uniform"))
+        last, uniform = (points(over(differences(found, "attention", of))) for of in ("last", "uniform"))
         parts.append(f"{TITLES[setting]}: {last} over the last snapshot and {uniform} over uniform weights")
     seeds = " and ".join(sorted({str(len(record["seeds"])) for record in records().values()}))
     return f"> Points of test accuracy of EEKD's student, {seeds} seeds, with 95 % intervals. {'; '.join(parts)}."
@@ -145,12 +152,13 @@ def recipe() -> str:
                 known[setting][trial["of"]] |= {int(seed): accuracy for seed, accuracy in trial["val"].items()}
     gains = {}
     for name in next(iter(known.values())):
-        over = [differences(found, name, "last") for found in known.values()]
-        if name != "last" and all(each and sign(interval(each)) >= 0 for each in over):
-            gains[name] = mean(mean(each) for each in over)
+        gain = [differences(found, name, "last") for found in known.values()]
+        if name != "last" and all(each and sign(over(each)) >= 0 for each in gain):
+            gains[name] = mean(mean(each.values()) for each in gain)
     first = max(gains, key=lambda name: gains[name])
-    over = {TITLES[setting]: interval(differences(found, first, "last")) for setting, found in scores().items()}
-    tests = "; ".join(f"{title}: {points(difference)}" for title, difference in over.items())
+    tests = "; ".join(
+        f"{TITLES[setting]}: {points(over(differences(found, first, 'last')))}" for setting, found in scores().items()
+    )
     return (
         f"> By validation images `{first}` is first, {100 * gains[first]:+.2f} points over `last` in the mean of the "
         f"settings. On test images it has, in points over `last`: {tests}."
@@ -164,10 +172,10 @@ def claims() -> str:
     for claim in CLAIMS:
         cells = []
         for each in by_setting(known, claim.who, claim.whom):
-            said = verdict(interval(each), claim.above)
-            needed = seeds_needed(each) if said == UNDECIDED else None
+            said = verdict(over(each), claim.above)
+            needed = seeds_needed([*each.values()]) if said == UNDECIDED else None
             more = f"; about {needed} seeds would decide" if needed else ""
-            cells.append(said if said == MISSING else f"**{said}**: {points(interval(each))}{more}")
+            cells.append(said if said == MISSING else f"**{said}**: {points(over(each))}{more}")
         lines.append(f"| {claim.text} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -248,13 +256,13 @@ def plot(path: Path) -> None:
         for row in record["methods"]:
             name, cost = base_of(row["name"]), row["cost"]
             costs.setdefault(name, []).append(_operations(cost) / _operations(unit))
-            gains.setdefault(name, []).append(mean(differences(known[setting], name, "last")))
+            gains.setdefault(name, []).append(mean(differences(known[setting], name, "last").values()))
     order = sorted(costs, key=lambda name: (-round(mean(costs[name]), 1), mean(gains[name])))
     size = {"figsize": (3 + 2.5 * len(known), 1 + 0.2 * len(order)), "layout": "constrained"}
     figure, panels = plt.subplots(1, len(known), sharey=True, squeeze=False, **size)
     for axes, (setting, found) in zip(panels[0], known.items(), strict=True):
         for place, name in enumerate(order):
-            gain = interval(differences(found, name, "last"))
+            gain = over(differences(found, name, "last"))
             if name == "last" or not gain:
                 continue
             low, high = (100 * (gain[end] or 0) for end in ("low", "high"))
