@@ -45,6 +45,16 @@ def percent(value: dict) -> str:
     return f"{100 * value['mean']:.2f}" + ("" if value["std"] is None else f" ± {100 * value['std']:.2f}")
 
 
+def seeds(number: int) -> str:
+    """A number of seeds: 3 seeds."""
+    return f"{number} seed{'s' * (number != 1)}"
+
+
+def fewer(number: int, usual: int) -> str:
+    """Where a number of seeds is not the usual one, it in brackets, after a space; else ""."""
+    return f" ({seeds(number)})" if number != usual else ""
+
+
 def points(difference: dict | None) -> str:
     """A difference of fractions and its interval in percentage points: +2.10 [+1.60, +2.60]; "" for None."""
     if difference is None:

@@ -373,6 +373,17 @@ def test_the_advice_is_on_the_page_and_the_screen(out, capsys, monkeypatch):
     assert json.loads((out / "study.json").read_text())["advice"] == record["advice"]
 
 
+def test_a_method_of_fewer_seeds_says_how_many_it_has():
+    rows = [{"name": name, "title": name, "n": n, "settings": {}, "epochs": [], "val": score, "test": score,
+             "val_over_ce": None, "val_over_last": None}
+            for name, n in (("ce", 3), ("dkd@beta=2", 1)) for score in ({"mean": 0.5, "std": None},)]  # fmt: skip
+    record, shown = {"methods": rows, "seeds": [0, 1, 2], "advice": {"text": ""}}, io.StringIO()
+    lines = page._methods(record)
+    assert lines[2].startswith("| ce | ") and lines[3].startswith("| dkd@beta=2 (1 seed) | ")
+    screen.ending(Console(file=shown, width=80, markup=False), record)
+    assert "dkd (1 seed)" in shown.getvalue() and "ce (" not in shown.getvalue()
+
+
 def test_a_narrow_screen_cuts_no_number(out):
     record, shown = read_json(out / "study.json"), io.StringIO()
     record["methods"][-1]["name"] = f"{'long' * 9}@temperature=2"

@@ -142,3 +142,9 @@ def test_the_study_says_of_a_claim_what_its_differences_say(tmp_path, monkeypatc
     half = next(row for row in rows if "`half`" in row)
     assert [cell.split()[0] for cell in half.split(" | ")[2:]] == ["−1.95", "−2.95", "−2.45"]
     assert any("| `last` | 80.00 ± 0.00 % | 80.00 ± 0.00 % |  |" in row for row in rows)
+    record["cells"] = [cell for cell in cells if cell["name"] != "half" or cell["seed"] < 3]
+    (tmp_path / "fashion-mlp.json").write_text(json.dumps(record))
+    half = next(row for row in study_tables.methods().splitlines() if "`half`" in row)
+    assert [" (3 seeds)" in cell for cell in half.split(" | ")[2:]] == [True, False, True]
+    [claim] = [row for row in study_tables.claims().splitlines() if "half-way" in row]
+    assert claim.count(" (3 seeds)") == 2 and " seeds)" not in study_tables.sentence()

@@ -3,6 +3,7 @@
 from math import ceil, sqrt
 from statistics import mean, stdev
 
+from eekd import statistics
 from eekd.compare.methods import representatives
 from eekd.compare.plots import points
 from eekd.statistics import ROUNDING, interval, paired, sign
@@ -75,13 +76,11 @@ def advice(val: Scores) -> dict:
         return verdict(paired(val[name], val[other]), True) == HOLDS
 
     take = next((name for name in ranked if all(leads(name, other) for other in rivals(name))), None)
-    best, sentences = ranked[0], []
+    best, sentences, number = ranked[0], [], statistics.seeds(len(seeds))
     if take:
         over = " and ".join(f"{_points(paired(val[take], val[other]))} over {other}" for other in rivals(take))
         accuracy = mean(val[take].values())
-        sentences.append(
-            f"For your data take {take}: {accuracy:.2%} of the validation images, {over} ({_seeds(seeds)})."
-        )
+        sentences.append(f"For your data take {take}: {accuracy:.2%} of the validation images, {over} ({number}).")
     if take != best:
         against = take or next(other for other in rivals(best) if not leads(best, other))
         differences = [val[best][seed] - val[against][seed] for seed in seeds]
@@ -90,14 +89,10 @@ def advice(val: Scores) -> dict:
         enough = "more seeds would tell it from chance" if len(seeds) < 2 else enough
         sentences.append(
             f"Undecided between {best} and {against}: {_points(interval(differences))} on validation images "
-            f"({_seeds(seeds)}); {enough}."
+            f"({number}); {enough}."
         )
         result |= {"against": against, "seeds": needed}
     return result | {"take": take, "best": best, "text": " ".join(sentences)}
-
-
-def _seeds(seeds: list[int]) -> str:
-    return f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
 
 
 def _points(difference: dict | None) -> str:

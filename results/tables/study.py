@@ -15,7 +15,7 @@ from eekd.compare.methods import KINDS, base_of, method
 from eekd.compare.plots import points
 from eekd.compare.verdict import HOLDS, MISSING, UNDECIDED, seeds_needed, verdict
 from eekd.io.files import write_atomic
-from eekd.statistics import interval, mean_std, sign
+from eekd.statistics import fewer, interval, mean_std, sign
 from tables import pyplot
 
 FOLDER = Path(__file__).parent.parent / "study"
@@ -101,9 +101,20 @@ def by_setting(known: dict[str, dict[str, dict[int, float]]], who: str, whom: st
     return [differences(found, who, whom) for found in known.values()] + [in_all(known, who, whom)] * (len(known) > 1)
 
 
+def numbers(known: dict[str, dict[str, dict[int, float]]]) -> list[int]:
+    """How many seeds every setting has, and last how many they share."""
+    each = [set().union(*found.values()) for found in known.values()]
+    return [*map(len, each), len(set.intersection(*each))]
+
+
 def over(each: dict[int, float]) -> dict | None:
     """The mean of differences by seed, and its interval."""
     return interval([*each.values()])
+
+
+def told(each: dict[int, float], number: int) -> str:
+    """The same in words, and of how many seeds it is where that is not the `number` of all."""
+    return points(over(each)) + fewer(len(each), number) if each else ""
 
 
 def table(columns: Iterable[str], settings: Iterable[str], align: str = "---", means: bool = True) -> list[str]:
@@ -120,14 +131,15 @@ def methods() -> str:
     for name in dict.fromkeys(name for found in known.values() for name in found):
         cells = []
         if name == "last":
-            accuracies = [mean_std(list(found[name].values())) for found in known.values()]
-            cells = [f"{100 * accuracy['mean']:.2f} ± {100 * accuracy['std']:.2f} %" for accuracy in accuracies]
+            for found, number in zip(known.values(), numbers(known), strict=False):
+                accuracy = mean_std([*found[name].values()])
+                few = fewer(len(found[name]), number)
+                cells.append(f"{100 * accuracy['mean']:.2f} ± {100 * accuracy['std']:.2f} %{few}")
             cells += [""] * (len(known) > 1)
         else:
-            for each in by_setting(known, name, "last"):
-                difference = over(each)
-                bold = "**" if verdict(difference, True) == HOLDS else ""
-                cells.append(f"{bold}{points(difference)}{bold}" if each else "")
+            for each, number in zip(by_setting(known, name, "last"), numbers(known), strict=False):
+                bold = "**" if verdict(over(each), True) == HOLDS else ""
+                cells.append(bold + told(each, number) + bold)
         lines.append(f"| {method(name).title} | `{name}` | " + " | ".join(cells) + " |")
     said = ", ".join(f"{len(record['seeds'])} ({TITLES[setting]})" for setting, record in records().items())
     return "\n".join([*lines, "", f"Seeds: {said}. Bold: the interval lies above 0."])
@@ -135,12 +147,12 @@ def methods() -> str:
 
 def sentence() -> str:
     """Attention over `last` and `uniform` in every setting."""
-    parts = []
-    for setting, found in scores().items():
-        last, uniform = (points(over(differences(found, "attention", of))) for of in ("last", "uniform"))
+    parts, known = [], scores()
+    for (setting, found), number in zip(known.items(), numbers(known), strict=False):
+        last, uniform = (told(differences(found, "attention", of), number) for of in ("last", "uniform"))
         parts.append(f"{TITLES[setting]}: {last} over the last snapshot and {uniform} over uniform weights")
-    seeds = " and ".join(sorted({str(len(record["seeds"])) for record in records().values()}))
-    return f"> Points of test accuracy of EEKD's student, {seeds} seeds, with 95 % intervals. {'; '.join(parts)}."
+    each = " and ".join(sorted({str(len(record["seeds"])) for record in records().values()}))
+    return f"> Points of test accuracy of EEKD's student, {each} seeds, with 95 % intervals. {'; '.join(parts)}."
 
 
 def recipe() -> str:
@@ -156,8 +168,10 @@ def recipe() -> str:
         if name != "last" and all(each and sign(over(each)) >= 0 for each in gain):
             gains[name] = mean(mean(each.values()) for each in gain)
     first = max(gains, key=lambda name: gains[name])
+    known = scores()
     tests = "; ".join(
-        f"{TITLES[setting]}: {points(over(differences(found, first, 'last')))}" for setting, found in scores().items()
+        f"{TITLES[setting]}: {told(differences(found, first, 'last'), number)}"
+        for (setting, found), number in zip(known.items(), numbers(known), strict=False)
     )
     return (
         f"> By validation images `{first}` is first, {100 * gains[first]:+.2f} points over `last` in the mean of the "
@@ -171,11 +185,11 @@ def claims() -> str:
     lines = table(["claim"], known)
     for claim in CLAIMS:
         cells = []
-        for each in by_setting(known, claim.who, claim.whom):
+        for each, number in zip(by_setting(known, claim.who, claim.whom), numbers(known), strict=False):
             said = verdict(over(each), claim.above)
             needed = seeds_needed([*each.values()]) if said == UNDECIDED else None
             more = f"; about {needed} seeds would decide" if needed else ""
-            cells.append(said if said == MISSING else f"**{said}**: {points(over(each))}{more}")
+            cells.append(said if said == MISSING else f"**{said}**: {told(each, number)}{more}")
         lines.append(f"| {claim.text} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
