@@ -320,6 +320,9 @@ def test_the_best_variant_stands_for_a_reference_that_is_not_compared():
     }
     assert reference(val, "ce") == "ce" and reference(val, "last") == "last@temperature=2"
     assert reference(val | scores(last=0.7), "last") == "last" and reference({}, "last") is None
+    lucky = val | {"last@temperature=9": {5: 0.99}}  # one seed
+    rows = [{"name": name, "n": len(of), "val": {"mean": mean(of.values())}} for name, of in lucky.items()]
+    assert reference(lucky, "last") == standing({"methods": rows})["last"]["name"] == "last@temperature=2"
     found = advice(val | {"uniform": {seed: 0.85 + seed / 1e4 for seed in range(6)}})
     assert found["take"] == "uniform" and "over last@temperature=2 and" in found["text"]
     assert advice(val)["take"] == "last@temperature=2"

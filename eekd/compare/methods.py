@@ -139,10 +139,13 @@ def base_of(folder: str) -> str:
     return folder.partition("@")[0].removesuffix("-online")
 
 
-def representatives(means: Mapping[str, float]) -> dict[str, str]:
-    """Which of the names of these mean accuracies stands for each method: itself, else its variant of the highest."""
+def representatives(known: Mapping[str, tuple[int, float]]) -> dict[str, str]:
+    """Which of these names, of each its number of seeds and mean accuracy, stands for each method.
+
+    Itself, else its variant of most seeds, and of these that of the highest mean.
+    """
     chosen = {}
-    for name in sorted(means, key=lambda name: ("@" in name, -means[name])):
+    for name in sorted(known, key=lambda name: ("@" not in name, known[name]), reverse=True):
         chosen.setdefault(name.partition("@")[0], name)
     return chosen
 

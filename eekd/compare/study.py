@@ -10,7 +10,7 @@
     methods               of each: its entry, n, val and test (mean, std), over_ce, over_uniform, over_last and
                           over_online (paired, test; the latter over the same method without a bank), val_over_ce,
                           val_over_last, weights and weight_entropy at the end (mean over seeds), seconds, cost;
-                          where `last` is not compared, its variant of the highest val stands for it, and so on
+                          where `last` is not compared, a variant stands for it (eekd.compare.methods.representatives)
     ensembles             of each kind of teacher: n, test (mean, std), members (mean test accuracy of each snapshot),
                           over_ordinary (paired)
     claims                of each: principle, claim, parts (text, points, verdict), verdict

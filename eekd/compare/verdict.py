@@ -47,8 +47,8 @@ def seeds_needed(differences: list[float]) -> int | None:
 
 
 def reference(val: Scores, base: str) -> str | None:
-    """The method that stands for `base`: itself, else the variant of it with the highest mean; None without any."""
-    return representatives({name: mean(scores.values()) for name, scores in val.items()}).get(base)
+    """The name that stands for `base`: its own, or that of a variant; None without any."""
+    return representatives({name: (len(scores), mean(scores.values())) for name, scores in val.items()}).get(base)
 
 
 def advice(val: Scores) -> dict:
