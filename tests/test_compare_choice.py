@@ -361,8 +361,15 @@ def test_little_that_is_known_is_not_advice():
         is seeds_needed([1e-9, 1.0, -1.0])
         is None
     )
-    partly = advice({"ce": {0: 0.5, 1: 0.5}, "last": {0: 0.6, 1: 0.61}, "uniform": {0: 0.7}})
-    assert partly["n"] == 1 and partly["take"] is None
+
+
+@pytest.mark.parametrize("stray", [{9: 0.9}, {0: 0.9}, {0: 0.9, 1: 0.9, 9: 0.9}])
+def test_a_method_that_lacks_seeds_is_left_out_of_the_advice(stray):
+    val = scores(ce=0.80, last=0.82, uniform=0.85)
+    whole, found = advice(val), advice(val | {"dkd": stray})
+    assert found["text"] == whole["text"] + " Left out, since they lack seeds that the others have: dkd."
+    assert found | {"text": ""} == whole | {"text": ""}
+    assert advice({"ce": val["ce"] | {9: 0.9}, "last": val["last"] | {8: 0.1}, "uniform": val["uniform"]}) == whole
 
 
 def test_the_advice_is_on_the_page_and_the_screen(out, capsys, monkeypatch):

@@ -52,19 +52,21 @@ def reference(val: Scores, base: str) -> str | None:
 
 
 def advice(val: Scores) -> dict:
-    """Which method to take by validation accuracies, over the seeds that all methods have.
+    """Which method to take by validation accuracies, over seeds that all methods in it have.
 
+    The seeds and methods are those that make most cells; `text` names the methods that are left out.
     `take` is, of the methods whose 95 % intervals over `ce` and over `last` lie above 0, of these two over the other,
     the one with the highest mean, or None; where these are not compared, `reference` says what stands for them. Where
     another has a higher mean, `best`, or none is taken, `against` is the method that it would have to be better than,
     and `seeds` says about how many would decide. `text` says it in words. The intervals are not corrected for how many
     methods there are.
     """
-    seeds = sorted(set.intersection(*map(set, val.values()))) if val else []
+    seeds = _most(val)
+    left_out = [name for name, scores in val.items() if not scores.keys() >= {*seeds}]
+    val = {name: {seed: val[name][seed] for seed in seeds} for name in val if name not in left_out}
     result = {"take": None, "best": None, "against": None, "seeds": None, "n": len(seeds), "text": ""}
     if len(val) < 2 or not seeds:
         return result
-    val = {name: {seed: scores[seed] for seed in seeds} for name, scores in val.items()}
     ranked = sorted(val, key=lambda name: -mean(val[name].values()))
     references = [reference(val, base) for base in REFERENCES]
 
@@ -92,7 +94,18 @@ def advice(val: Scores) -> dict:
             f"({number}); {enough}."
         )
         result |= {"against": against, "seeds": needed}
+    if left_out:
+        sentences.append(f"Left out, since they lack seeds that the others have: {', '.join(left_out)}.")
     return result | {"take": take, "best": best, "text": " ".join(sentences)}
+
+
+def _most(val: Scores) -> list[int]:
+    """The seeds of most cells, if every method that lacks one of them is left out."""
+
+    def cells(seeds: set[int]) -> tuple[int, int]:
+        return len(seeds) * sum(scores.keys() >= seeds for scores in val.values()), len(seeds)
+
+    return sorted(max(({*a} & {*b} for a in val.values() for b in val.values()), key=cells, default=set()))
 
 
 def _points(difference: dict | None) -> str:
