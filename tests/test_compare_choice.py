@@ -17,7 +17,7 @@ from eekd.compare import page, plan, screen
 from eekd.compare.methods import METHODS, PAPER, folder_of, method, spelled
 from eekd.compare.plots import points, standing
 from eekd.compare.screen import duration
-from eekd.compare.study import summarise
+from eekd.compare.study import cost, summarise
 from eekd.compare.tuning import axes, trials
 from eekd.compare.variants import SHARED
 from eekd.compare.verdict import advice, reference, seeds_needed
@@ -108,7 +108,7 @@ def test_a_variant_trains_by_its_settings_from_the_same_teacher(out):
     assert set(names) - banked == {"ce", "uniform-online@lr=0.05", "fitnet", "at", "at@beta=10"}
     costs = {row["name"]: row["cost"] for row in record["methods"]}
     assert costs["uniform@epochs=1"]["student_training"] == costs["ce"]["student_training"] / 2
-    assert costs["curriculum"]["teaching"] == costs["last"]["teaching"] == 120 * 2
+    assert costs["curriculum"]["teaching"] == 120 * 2 and costs["last"]["teaching"] == 120
     assert costs["fitnet"]["teaching_bank"] is None and costs["crd"]["teaching_bank"] == 120
     text = (out / "study.md").read_text()
     assert "| KD (last), τ = 2, α = 0.9 | `last@temperature=2,alpha=0.9` |" in text and "nan" not in text
@@ -120,6 +120,17 @@ def test_variants_are_found_again(out, monkeypatch):
     before = read_json(out / "study.json")
     assert compare(out, "last@alpha=0.9,temperature=2 at@beta=1e1") == 0
     assert read_json(out / "study.json")["methods"] == before["methods"]
+
+
+@pytest.mark.parametrize("name, augmented, once", [
+    ("last", 20, 1), ("attention-online", 100, 5), ("fitnet", 20, 1), ("curriculum", 20, 5),
+    ("curriculum@epochs=3", 3, 3),
+])  # fmt: skip
+def test_snapshots_run_once_where_images_are_not_augmented(name, augmented, once):
+    how, config, flops = method(name), Config(), {"teacher": 100, "student": 10}
+    for varies, passes in ((True, augmented), (False, once)):
+        found = cost(how, len(how.epochs(config)), config, 7, 1, flops, varies)
+        assert found["teaching"] == 7 * passes
 
 
 def test_augmented_images_are_those_of_the_bank(tmp_path):

@@ -147,7 +147,7 @@ def _cost(record: dict) -> list[str]:
     columns = "method | teachers | train teachers | teach: online | bank | train student | TFLOP: online | bank | "
     lines = [
         "Forwards of one image by the named network, in millions. A training step counts as three forwards. Each "
-        "method pays for its own teachers and bank.",
+        "method pays for its own teachers, trained to the end, and bank.",
         "",
     ]
     cells = []
