@@ -29,6 +29,7 @@ from eekd.snapshots import read_manifest
 from eekd.statistics import percent
 from eekd.train import Session
 from eekd.train.config import Config, Student
+from eekd.train.student import method_of
 
 bad_input = pytest.mark.bad_input
 SMALL = (
@@ -83,6 +84,20 @@ def test_a_variant_is_named_by_its_settings():
     ]
 
 
+def test_the_temperature_and_weight_of_a_rival_are_those_it_is_trained_by():
+    for student in (Student(), Student(temperature=3.0), Student(beta=7.0), Student(temperature=3.0, beta=7.0)):
+        config = Config(student=student)
+        for name in ("dkd", "dist", "attention-dkd", "crd", "last", "ce", "dkd@beta=2", "dkd@temperature=2"):
+            how = method(name)
+            trained = method_of(how.weighting).trainer.settings(
+                dataclasses.replace(config, student=how.student(config))
+            )
+            said = {"temperature": student.temperature or 5.0} | how.settings | how.own(config)
+            assert said["temperature"] == trained.temperature and said.get("beta", trained.beta) == trained.beta, name
+            assert ("beta" in said) == (how.rival is not None)
+    assert method("dkd@beta=2").own(Config()) == {"temperature": 4.0} and method("last").own(Config()) == {}
+
+
 def test_a_variant_trains_by_its_settings_from_the_same_teacher(out):
     record = read_json(out / "study.json")
     names = [row["name"] for row in record["methods"]]
@@ -110,8 +125,18 @@ def test_a_variant_trains_by_its_settings_from_the_same_teacher(out):
     assert costs["uniform@epochs=1"]["student_training"] == costs["ce"]["student_training"] / 2
     assert costs["curriculum"]["teaching"] == 120 * 2 and costs["last"]["teaching"] == 120
     assert costs["fitnet"]["teaching_bank"] is None and costs["crd"]["teaching_bank"] == 120
+    titles = {row["name"]: row["title"] for row in record["methods"]}
+    for name, rival in RIVALS.items():
+        row = name.replace("_", "-")
+        used = {setting: settings[row][setting] for setting in rival.settings}  # as trained
+        assert method(row).own(Config.from_json(json.dumps(record["config"]))) == used, name
+    assert titles["dkd"] == "DKD, τ = 4, β = 8" and titles["at@beta=10"] == "AT, β = 10"
     text = (out / "study.md").read_text()
-    assert "| KD (last), τ = 2, α = 0.9 | `last@temperature=2,alpha=0.9` |" in text and "nan" not in text
+    assert (
+        "| DKD, τ = 4, β = 8 | `dkd` |" in text
+        and "| KD (last), τ = 2, α = 0.9 | `last@temperature=2,alpha=0.9` |" in text
+        and "nan" not in text
+    )
 
 
 def test_variants_are_found_again(out, monkeypatch):
@@ -143,7 +168,7 @@ def test_augmented_images_are_those_of_the_bank(tmp_path):
 @bad_input
 @pytest.mark.parametrize("names, told", [
     ("last@temprature=2", "'temprature' in 'last@temprature=2' is no setting of the student; did you mean 'temp"),
-    ("last@temperature=hot", "temperature must be a finite number, got hot in 'last@temperature=hot'"),
+    ("last@temperature=hot", "temperature must be a finite number or nothing, got hot in 'last@temperature=hot'"),
     ("last@temperature=-1", "student.temperature must be above 0, got -1.0 in method 'last@temperature=-1'"),
     ("last@mixup=0.2", "mixup must be left to --student.mixup, for all see the same images, got 'last@mixup=0.2'"),
     ("last@temperature", "settings of a method must be last@SETTING=VALUE, without /, got 'last@temperature'"),

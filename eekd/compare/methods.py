@@ -41,6 +41,14 @@ class Method:
         settings = {"fusion": self.fusion, "attention_objective": self.objective} | self.settings
         return replace(config.student, **settings)
 
+    def own(self, config: Config) -> dict[str, float]:
+        """τ and β of its student where they are neither in its name nor what all share: as published, or as given."""
+        student, published = self.student(config), self.rival.settings if self.rival else {}
+        used = {name: value for name, value in published.items() if getattr(student, name) is None}
+        if "beta" in published and student.beta is not None and "beta" not in self.settings:
+            used["beta"] = student.beta
+        return used
+
     def epochs(self, config: Config) -> list[int]:
         """After which epochs of its teacher the snapshots were saved; [] where there is none."""
         from eekd.snapshots.manifest import stage_ends  # torch comes after the command line is read

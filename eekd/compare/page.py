@@ -74,9 +74,8 @@ def _setting(record: dict) -> list[str]:
         f"{plain(Path(config['data']).name)}, {record['images']:,} training images, {views}; teacher "
         f"{plain(teacher['model'])} ({teacher['epochs']} epochs), student {plain(student['model'])} "
         f"({student['epochs']} epochs), "
-        f"M = {teacher['snapshots']} unless stated, τ = {student['temperature'] or TEMPERATURE:g}, "
-        f"α = {student['alpha']:g}, "
-        f"{seeds(len(record['seeds']))}.",
+        f"M = {teacher['snapshots']}, τ = {student['temperature'] or TEMPERATURE:g} and α = {student['alpha']:g} "
+        f"unless stated, {seeds(len(record['seeds']))}.",
         "",
         "For one seed, all students start from the same weights and see the same images in the same order. They share "
         "one ordinary teacher, and read its snapshots from its logit bank. The cyclic teacher starts from the same "

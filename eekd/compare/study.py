@@ -7,10 +7,11 @@
     cells                 seed, method, what student.json and the last line of metrics.jsonl say, seconds
     teachers              seed, kind, epochs of its snapshots, seconds, bank_seconds, val and test: each snapshot and
                           their uniform ensemble
-    methods               of each: its entry, n, val and test (mean, std), over_ce, over_uniform, over_last and
-                          over_online (paired, test; the latter over the same method without a bank), val_over_ce,
-                          val_over_last, weights and weight_entropy at the end (mean over seeds), seconds, cost;
-                          where `last` is not compared, a variant stands for it (eekd.compare.methods.representatives)
+    methods               of each: its entry, in title and settings also τ and β of its own (Method.own), n, val and
+                          test (mean, std), over_ce, over_uniform, over_last and over_online (paired, test; the latter
+                          over the same method without a bank), val_over_ce, val_over_last, weights and weight_entropy
+                          at the end (mean over seeds), seconds, cost; where `last` is not compared, a variant stands
+                          for it (eekd.compare.methods.representatives)
     ensembles             of each kind of teacher: n, test (mean, std), members (mean test accuracy of each snapshot),
                           over_ordinary (paired)
     claims                of each: principle, claim, parts (text, points, verdict), verdict
@@ -41,6 +42,7 @@ from eekd import models
 from eekd.compare import page
 from eekd.compare.methods import FORMAT, KINDS, METHODS, SWEEP, Method, base_of, folder_of, method, online
 from eekd.compare.runner import alone, cell_made
+from eekd.compare.variants import titled
 from eekd.compare.verdict import CONTRADICTED, HOLDS, MISSING, advice, reference, together, verdict
 from eekd.info import environment
 from eekd.io.files import read_json, write_json_atomic
@@ -174,9 +176,11 @@ def summarise(record: dict, config: Config, flops: dict[str, int]) -> dict:
         first = several[0]
         how = Method(**first["method"])
         another = how.settings.keys() & {"model", "model_args"}
-        own = flops | {"student": flops_of(first["spec"])} if another else flops
+        of_own = flops | {"student": flops_of(first["spec"])} if another else flops
+        used = how.own(config)
         methods.append({
-            "name": name, **first["method"], "epochs": first["epochs"], "n": len(several),
+            "name": name, **first["method"], "title": how.title + titled(used), "settings": how.settings | used,
+            "epochs": first["epochs"], "n": len(several),
             "val": mean_std(list(val[name].values())), "test": mean_std(list(test[name].values())),
             "over_ce": over(test, name, "ce"),
             "over_uniform": over(test, name, "uniform"),
@@ -188,7 +192,7 @@ def summarise(record: dict, config: Config, flops: dict[str, int]) -> dict:
             if first["weights"] else None,
             "weight_entropy": mean(cell["weight_entropy"] for cell in several) if first["weight_entropy"] else None,
             "seconds": _seconds(how, first["epochs"], several, record),
-            "cost": cost(how, len(first["epochs"]), config, record["images"], record["views"], own,
+            "cost": cost(how, len(first["epochs"]), config, record["images"], record["views"], of_own,
                          record["augmented"]),
         })  # fmt: skip
     ensembles = [

@@ -13,7 +13,7 @@ from eekd.user_code import is_file_name
 
 # What decides the images that a student sees, and the bank holds: eekd.data.loader.SHOWN, which needs torch.
 SHARED = "auto_augment", "erasing", "mixup", "cutmix"
-SIGNS = {"temperature": "τ =", "alpha": "α ="}
+SIGNS = {"temperature": "τ =", "alpha": "α =", "beta": "β ="}
 
 
 def parts(name: str) -> tuple[str, dict[str, Any]]:
