@@ -14,7 +14,7 @@ from scipy import stats
 
 from eekd.compare import __main__ as cli
 from eekd.compare import page, plan, screen
-from eekd.compare.methods import METHODS, PAPER, folder_of, method, spelled
+from eekd.compare.methods import METHODS, PAPER, READ, folder_of, method, spelled
 from eekd.compare.plots import points, standing
 from eekd.compare.screen import duration
 from eekd.compare.study import cost, summarise
@@ -76,7 +76,7 @@ def test_a_variant_is_named_by_its_settings():
     student = how.student(Config())
     assert (student.temperature, student.milestones, student.attention_objective) == (2.0, (0.5, 0.8), "kl")
     assert method("dkd@beta=2").settings == {"beta": 2.0}
-    assert SHARED == SHOWN
+    assert (*SHOWN, "repeats") == SHARED
     assert [*map(spelled, ("attention_dkd@beta=2", "linear_increase", "soup"))] == [
         "attention-dkd@beta=2",
         "linear_increase",
@@ -171,6 +171,9 @@ def test_augmented_images_are_those_of_the_bank(tmp_path):
     ("last@temperature=hot", "temperature must be a finite number or nothing, got hot in 'last@temperature=hot'"),
     ("last@temperature=-1", "student.temperature must be above 0, got -1.0 in method 'last@temperature=-1'"),
     ("last@mixup=0.2", "mixup must be left to --student.mixup, for all see the same images, got 'last@mixup=0.2'"),
+    ("last@repeats=2", "repeats must be left to --student.repeats, for all see the same images, got 'last@repeats=2'"),
+    ("last --student.repeats 2", "student.repeats must be 1 with a bank, got 2"),
+    ("ce fitnet@temperature=2", "temperature must be left out of a method that does not read it, got 'fitnet@temp"),
     ("last@temperature", "settings of a method must be last@SETTING=VALUE, without /, got 'last@temperature'"),
     ("last@weights=a/b", "settings of a method must be last@SETTING=VALUE, without /, got 'last@weights=a/b'"),
     ("last@alpha=0.1,alpha=0.2", "alpha must be set once, got 'last@alpha=0.1,alpha=0.2'"),
@@ -183,6 +186,26 @@ def test_a_variant_that_cannot_be_is_refused_first(tmp_path, capsys, names, told
     assert compare(tmp_path / "out", names) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {told}") and said.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@bad_input
+@pytest.mark.parametrize("name", [
+    "ce@temperature=2", "last@beta=3", "dkd@alpha=0.9", "dkd@fusion=logit", "last@fusion=logit", "soup@scale=1.0",
+    "uniform@attention_objective=kl", "attention-dkd@detach_query=false", "attention-tau1@attention_objective=kl",
+    "curriculum-online@embed_dim=32", "attention@beta=1", "uniform@normalize=false",
+])  # fmt: skip
+def test_a_variant_that_changes_nothing_is_refused(name):
+    with pytest.raises(ValueError, match=f"must be left out of a method that does not read it, got '{name}'"):
+        cli.parse(["--methods", "ce", name])
+
+
+def test_what_changes_a_student_is_no_mistake():
+    names = "last@ema=0.9", "ema@lr=0.01", "uniform@fusion=logit", "own.py:mine@beta=2", "sed@alpha=0"
+    assert cli.parse(["--methods", *names]).methods == names
+    cli.parse(["--methods", *(trial for name in METHODS for trial in trials(name))])
+    assert READ.keys() >= RIVALS.keys()
+    for name, rival in RIVALS.items():
+        assert set(READ[name]) >= rival.settings.keys() and ("beta" in READ[name]) == ("beta" in rival.settings)
 
 
 @bad_input

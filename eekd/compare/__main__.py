@@ -110,6 +110,8 @@ def parse(argv: list[str]) -> Flags:
             raise ValueError(
                 f"student.{name} must be {kept!r}, since methods vary it, got {getattr(chosen.student, name)!r}"
             )
+    if chosen.student.repeats > 1:
+        raise ValueError(f"student.repeats must be 1 with a bank, got {chosen.student.repeats}")
     if flags.views is not None and flags.views < 1:
         raise ValueError(f"views must be at least 1, got {flags.views}")
     if flags.first_seed < 0:
@@ -119,6 +121,8 @@ def parse(argv: list[str]) -> Flags:
         raise ValueError(f"methods must have different names, got {', '.join(names)}")
     for name in names:
         how, teacher = method(name), chosen.teacher
+        if how.unread:
+            raise ValueError(f"{how.unread[0]} must be left out of a method that does not read it, got {name!r}")
         try:
             how.student(chosen)
         except ValueError as error:

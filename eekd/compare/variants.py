@@ -11,8 +11,8 @@ from eekd.train.checked import wanted_of, word
 from eekd.train.config import Student
 from eekd.user_code import is_file_name
 
-# What decides the images that a student sees, and the bank holds: eekd.data.loader.SHOWN, which needs torch.
-SHARED = "auto_augment", "erasing", "mixup", "cutmix"
+# What decides the images that a student sees, and the bank holds: eekd.data.loader.SHOWN, which needs torch, and more.
+SHARED = "auto_augment", "erasing", "mixup", "cutmix", "repeats"
 SIGNS = {"temperature": "τ =", "alpha": "α =", "beta": "β ="}
 
 
