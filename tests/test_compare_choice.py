@@ -199,6 +199,22 @@ def test_a_variant_that_changes_nothing_is_refused(name):
         cli.parse(["--methods", "ce", name])
 
 
+@bad_input
+@pytest.mark.parametrize("flags, told", [
+    ("ce dkd fitnet --student.beta 1", "student.beta must be left out, for each of dkd, fitnet has its own, got 1.0"),
+    ("dkd@beta=2 at dist-online --student.beta 1", "for each of at, dist-online has its own, got 1.0: give NAME@beta="),
+    ("ema@lr=0.01 --student.ema 0.9", "student.ema must be left out beside ema@lr=0.01, which has 0.99, got 0.9: give"),
+])  # fmt: skip
+def test_a_setting_of_all_that_some_would_not_take_is_refused(flags, told):
+    with pytest.raises(ValueError, match=told):
+        cli.parse(["--methods", *flags.split()])
+
+
+def test_a_setting_of_all_that_all_take_is_none():
+    for flags in ("ce dkd dkd@temperature=2 fitnet@beta=10 --student.beta 1", "last ema@ema=0.5 --student.ema 0.9"):
+        cli.parse(["--methods", *flags.split()])
+
+
 def test_what_changes_a_student_is_no_mistake():
     names = "last@ema=0.9", "ema@lr=0.01", "uniform@fusion=logit", "own.py:mine@beta=2", "sed@alpha=0"
     assert cli.parse(["--methods", *names]).methods == names

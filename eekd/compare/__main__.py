@@ -15,10 +15,11 @@ if __name__ == "__main__":
     command.start()
 
 from eekd.compare import screen
-from eekd.compare.methods import NEWEST, PAPER, folder_of, method, spelled
+from eekd.compare.methods import METHODS, NEWEST, PAPER, base_of, folder_of, method, spelled
 from eekd.compare.tuning import trials
+from eekd.compare.variants import parts
 from eekd.io.files import read_json
-from eekd.train.config import Config, settled, switched
+from eekd.train.config import Config, Student, settled, switched
 from eekd.train.presets import preset_or_file
 from eekd.train.signals import signals
 from eekd.user_code import is_file_name
@@ -135,7 +136,28 @@ def parse(argv: list[str]) -> Flags:
             dataclasses.replace(teacher, schedule="cyclic")  # a ValueError where its cycles are not equal
         elif teacher.schedule == "cyclic":
             raise ValueError("teacher.schedule must be another than that of the cyclic- methods, got 'cyclic'")
+    _check_shared(chosen, names)
     return dataclasses.replace(flags, methods=names)
+
+
+def _check_shared(settings: Config, names: Sequence[str]) -> None:
+    """ValueError where a setting of all students is not one for some of the methods."""
+    with_beta = {}
+    for name in names:
+        how, given = method(name), parts(name)[1]
+        if how.rival and "beta" in how.rival.settings and "beta" not in given:
+            with_beta.setdefault(how.weighting, name)
+        for setting, value in METHODS.get(base_of(name), how).settings.items():
+            if setting not in given and (got := getattr(settings.student, setting)) != getattr(Student(), setting):
+                raise ValueError(
+                    f"student.{setting} must be left out beside {name}, which has {value!r}, got {got!r}: "
+                    f"give NAME@{setting}="
+                )
+    if settings.student.beta is not None and len(with_beta) > 1:
+        raise ValueError(
+            f"student.beta must be left out, for each of {', '.join(with_beta.values())} has its own, "
+            f"got {settings.student.beta!r}: give NAME@beta="
+        )
 
 
 def run(flags: Flags, typed: list[str]) -> Path:
