@@ -24,6 +24,7 @@ from eekd.compare.verdict import advice, reference, seeds_needed
 from eekd.data.loader import SHOWN
 from eekd.io.files import read_json
 from eekd.io.tensors import load_tensors
+from eekd.method import weightings
 from eekd.method.rivals import RIVALS
 from eekd.snapshots import read_manifest
 from eekd.statistics import percent
@@ -222,6 +223,22 @@ def test_what_changes_a_student_is_no_mistake():
     assert READ.keys() >= RIVALS.keys()
     for name, rival in RIVALS.items():
         assert set(READ[name]) >= rival.settings.keys() and ("beta" in READ[name]) == ("beta" in rival.settings)
+
+
+@bad_input
+@pytest.mark.parametrize("name", ["own.py:ema", "dir/own.py:half-online", "own.py:soup@lr=0.01"])
+def test_a_method_of_ones_own_has_a_name_of_its_own(name):
+    with pytest.raises(
+        ValueError, match="a method's name must be one that eekd does not use itself, got '(ema|half|soup)'"
+    ):
+        cli.parse(["--methods", "ce", name])
+
+
+@bad_input
+def test_a_registered_weighting_is_not_taken_for_another_method(monkeypatch):
+    monkeypatch.setitem(weightings._REGISTRY, "soup", weightings.Weighting("soup", "mine", ("", ""), print))
+    with pytest.raises(ValueError, match="a method's name must be one that eekd does not use itself, got 'soup'"):
+        cli.parse(["--methods", "ce", "soup"])
 
 
 @bad_input

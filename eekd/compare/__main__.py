@@ -19,6 +19,7 @@ from eekd.compare.methods import METHODS, NEWEST, PAPER, base_of, folder_of, met
 from eekd.compare.tuning import trials
 from eekd.compare.variants import parts
 from eekd.io.files import read_json
+from eekd.method import weightings
 from eekd.train.config import Config, Student, settled, switched
 from eekd.train.presets import preset_or_file
 from eekd.train.signals import signals
@@ -122,6 +123,10 @@ def parse(argv: list[str]) -> Flags:
         raise ValueError(f"methods must have different names, got {', '.join(names)}")
     for name in names:
         how, teacher = method(name), chosen.teacher
+        folder = base_of(folder_of(name))
+        known = METHODS.get(folder)
+        if known and known.weighting != folder and (is_file_name(how.weighting) or folder in weightings.names()):
+            raise ValueError(f"a method's name must be one that eekd does not use itself, got {folder!r}")
         if how.unread:
             raise ValueError(f"{how.unread[0]} must be left out of a method that does not read it, got {name!r}")
         try:
