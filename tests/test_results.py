@@ -1,5 +1,6 @@
 """The scripts of results/ compute what their tables say."""
 
+import argparse
 import dataclasses
 import importlib.util
 import inspect
@@ -12,7 +13,9 @@ from tables import study as study_tables
 from torch.testing import assert_close
 
 from eekd import ensemble_kd
+from eekd.compare.runner import keep_settings
 from eekd.data import load
+from eekd.train.config import Config, Student, Teacher
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -101,6 +104,52 @@ def test_no_design_is_in_two_parts():
     for package in about["packages"]:
         for face in package["faces"]:
             assert parts.setdefault(face, package["part"]) == package["part"], face
+
+
+@pytest.fixture(scope="module")
+def runs():
+    spec = importlib.util.spec_from_file_location("results_study", RESULTS / "study.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("what, given, first, number", [
+    ("tune", (None, None), 100, 2), ("run", (None, None), 0, 10), ("tune", (0, 3), 0, 3), ("run", (5, None), 5, 10),
+])  # fmt: skip
+def test_the_study_tunes_on_other_seeds_than_it_compares(runs, what, given, first, number):
+    args = runs.with_seeds(argparse.Namespace(what=what, first_seed=given[0], seeds=given[1]))
+    assert (args.first_seed, args.seeds) == (first, number)
+
+
+def test_trials_of_other_seeds_or_settings_are_not_put_together(runs, tmp_path):
+    def tuning(of, **changed):
+        config = json.loads(Config(teacher=Teacher(epochs=changed.pop("epochs", 20))).to_json())
+        record = {"seeds": [100, 101], "config": config, "commits": [of], "chosen": {of: f"{of}@alpha=0.1"}}
+        return record | {"trials": [{"of": of, "name": f"{of}@alpha=0.1"}]} | changed
+
+    path = tmp_path / "tuning.json"
+    path.write_text(json.dumps(tuning("last")))
+    assert runs.with_others(tuning("uniform"), path)["chosen"].keys() == {"last", "uniform"}
+    with pytest.raises(ValueError, match=r"seeds must be \[100, 101\], with which .* was made, got \[0, 1\]"):
+        runs.with_others(tuning("uniform", seeds=[0, 1]), path)
+    with pytest.raises(ValueError, match="config.teacher.epochs must be 20, with which .* was made, got 10"):
+        runs.with_others(tuning("uniform", epochs=10), path)
+
+
+def test_teachers_of_other_settings_are_not_shared(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "WORK", tmp_path)
+    made = tmp_path / "glyphs-mlp/seed-0/ordinary/teacher.json"
+    made.parent.mkdir(parents=True)
+    made.write_text("{}")
+    config = Config(data="digits", precision="fp32", channels_last=True)
+    keep_settings(tmp_path / "glyphs-mlp", config, 1, "")
+    other = dataclasses.replace(config, seeds=10, student=Student(epochs=3), channels_last="auto")
+    with pytest.raises(ValueError, match="teacher.lr must be 0.1, with which .*glyphs-mlp was made, got 0.2"):
+        runs.share("glyphs-resnet", False, dataclasses.replace(other, teacher=Teacher(lr=0.2)))
+    assert not (tmp_path / "glyphs-resnet").exists()
+    runs.share("glyphs-resnet", False, other)
+    assert (tmp_path / "glyphs-resnet/seed-0/ordinary/teacher.json").exists()
 
 
 def test_a_method_has_one_name_in_a_record_of_the_study(monkeypatch):
