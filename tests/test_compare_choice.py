@@ -453,6 +453,8 @@ def test_little_that_is_known_is_not_advice():
         is seeds_needed([1e-9, 1.0, -1.0])
         is None
     )
+    equal = advice({"ce": {0: 120 / 144, 1: 137 / 144}, "last": {0: 121 / 144, 1: 138 / 144}})
+    assert equal["take"] is None and equal["text"].endswith("(2 seeds); more seeds would tell it from chance.")
 
 
 @pytest.mark.parametrize("stray", [{9: 0.9}, {0: 0.9}, {0: 0.9, 1: 0.9, 9: 0.9}])

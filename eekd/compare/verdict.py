@@ -88,7 +88,8 @@ def advice(val: Scores) -> dict:
         differences = [val[best][seed] - val[against][seed] for seed in seeds]
         needed = seeds_needed(differences)
         enough = f"about {needed} seeds would decide" if needed else "seeds alone will hardly decide"
-        enough = "more seeds would tell it from chance" if len(seeds) < 2 else enough
+        if len(seeds) < 2 or stdev(differences) < ROUNDING:
+            enough = "more seeds would tell it from chance"
         sentences.append(
             f"Undecided between {best} and {against}: {_points(interval(differences))} on validation images "
             f"({number}); {enough}."
