@@ -3,6 +3,8 @@
 from math import sqrt
 from statistics import mean, stdev
 
+ROUNDING = 1e-12  # fractions that differ by less are equal
+
 
 def mean_std(values: list[float]) -> dict:
     """The mean, and the standard deviation of a sample (None for one)."""
@@ -33,7 +35,7 @@ def sign(difference: dict) -> int:
     Two or three seeds have equal differences by chance.
     """
     low, high = difference["low"], difference["high"]
-    if low is None or low == high or low <= 0 <= high:
+    if low is None or high - low < ROUNDING or low <= 0 <= high:
         return 0
     return 1 if low > 0 else -1
 
@@ -41,6 +43,16 @@ def sign(difference: dict) -> int:
 def percent(value: dict) -> str:
     """The mean and standard deviation of fractions in percent: 81.20 ± 0.31."""
     return f"{100 * value['mean']:.2f}" + ("" if value["std"] is None else f" ± {100 * value['std']:.2f}")
+
+
+def seeds(number: int) -> str:
+    """A number of seeds: 3 seeds."""
+    return f"{number} seed{'s' * (number != 1)}"
+
+
+def fewer(number: int, usual: int) -> str:
+    """Where a number of seeds is not the usual one, it in brackets, after a space; else ""."""
+    return f" ({seeds(number)})" if number != usual else ""
 
 
 def points(difference: dict | None) -> str:

@@ -1,8 +1,8 @@
 """The study of docs/results/study.md: which use of a teacher's experience helps a student.
 
 python results/glyphs.py --size 28 --classes 94 --faces 8 --out runs/glyphs94    # the data of two of the settings
-python results/study.py tune fashion-mlp --first-seed 100 --seeds 2 --processes 2    # study/NAME-tuning.json
-python results/study.py run fashion-mlp --seeds 10 --processes 2                     # study/NAME.json
+python results/study.py tune fashion-mlp --processes 2    # study/NAME-tuning.json
+python results/study.py run fashion-mlp --processes 2     # study/NAME.json
 
 The same command continues after a kill.
 
@@ -23,7 +23,7 @@ The rules, written before the first run:
    EEKD's target into the losses of DKD and DIST. Validation images of the seeds 100 and 101 alone led to them, and to
    the six trials that each has.
 
-Networks of one dataset share teachers: those of the first setting are copied.
+Networks of one dataset share teachers: those of the other setting are copied.
 """
 
 import argparse
@@ -33,11 +33,15 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from eekd.compare.__main__ import main as compare
+from eekd.compare.__main__ import parse
 from eekd.compare.methods import base_of, folder_of
+from eekd.compare.runner import kept_settings
 from eekd.io.files import write_json_atomic
+from eekd.train.config import Config, differences, located, settled
 
 KEPT, WORK = Path("results/study"), Path("runs/study")  # from the root of the project, so that records have no others
 DATA = {"fashion": ["--data", "fashion-mnist", "--train-limit", "10000"], "glyphs": ["--data", "runs/glyphs94"]}
@@ -75,10 +79,20 @@ def folder(setting: str, tune: bool) -> Path:
     return WORK / (setting + "-tune" * tune)
 
 
-def share(setting: str, tune: bool) -> None:
-    """Copies finished teachers and banks of the dataset's other setting."""
+def check_same(was: dict, now: dict, where: Path) -> None:
+    """ValueError, one sentence, where settings are not those with which something was made."""
+    for name, (old, new) in differences(was, now).items():
+        raise ValueError(f"{name} must be {old!r}, with which {where} was made, got {new!r}")
+
+
+def share(setting: str, tune: bool, config: Config) -> None:
+    """Copies finished teachers and banks of the dataset's other setting; ValueError where `config` has others."""
     data, _, student = setting.partition("-")
     other = folder(f"{data}-{next(name for name in STUDENTS if name != student)}", tune)
+    if (other / "settings.json").exists():
+        kept = kept_settings(other)
+        own = dict(student=kept.student, seed=kept.seed, seeds=kept.seeds)
+        check_same(asdict(kept), asdict(replace(located(settled(config, kept)), **own)), other)
     for found in other.glob("seed-*/*/teacher.json"):
         to = folder(setting, tune) / found.parent.relative_to(other)
         if not to.exists():
@@ -86,13 +100,24 @@ def share(setting: str, tune: bool) -> None:
 
 
 def with_others(new: dict, path: Path) -> dict:
-    """A tuning's record, and the trials that the one in `path` has of other methods."""
+    """A tuning's record, and the trials of other methods that `path` has; ValueError for other seeds or settings."""
     if path.exists():
         old = json.loads(path.read_text())
+        was, now = ({"seeds": record["seeds"], "config": asdict(Config.from_json(json.dumps(record["config"])))}
+                    for record in (old, new))  # fmt: skip
+        check_same(was, now, path)
         new["trials"] = [trial for trial in old["trials"] if trial["of"] not in new["chosen"]] + new["trials"]
         new["chosen"] = {**old["chosen"], **new["chosen"]}
         new["commits"] = sorted({*old["commits"], *new["commits"]})
     return new
+
+
+def with_seeds(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with the seeds of rules 2 and 3 where none are given."""
+    first, number = (100, 2) if args.what == "tune" else (0, 10)
+    args.first_seed = first if args.first_seed is None else args.first_seed
+    args.seeds = number if args.seeds is None else args.seeds
+    return args
 
 
 def in_parts(args: argparse.Namespace) -> int:
@@ -113,25 +138,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("tune", "run"))
     parser.add_argument("setting", choices=SETTINGS)
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first-seed", type=int, help="0, or 100 to tune")
+    parser.add_argument("--seeds", type=int, help="10, or 2 to tune")
     parser.add_argument("--processes", type=int, default=1, help="so many seeds beside each other")
     parser.add_argument("--part", action="store_true", help="keep no record: the other seeds are made elsewhere")
     parser.add_argument("--only", nargs="+", help="of the methods only these")
-    args = parser.parse_args()
+    args = with_seeds(parser.parse_args())
     os.chdir(Path(__file__).parent.parent)
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")  # a seventh faster for convolutions of so few channels
     data, _, student = args.setting.partition("-")
     tune = args.what == "tune"
     names = methods(args.setting) if tune else chosen(args.setting)
     names = [name for name in names if not args.only or base_of(folder_of(name)) in args.only]
-    if not args.part:
-        share(args.setting, tune)
-    if args.processes > 1 and (code := in_parts(args)):
-        return code
     out = folder(args.setting, tune)
     flags = [*DATA[data], *ALL, *STUDENTS[student], "--first-seed", str(args.first_seed), "--seeds", str(args.seeds)]
     flags += ["--tune"] * tune + ["--out", str(out), "--methods", *names]
+    if not args.part:
+        share(args.setting, tune, parse(flags).settings)
+    if args.processes > 1 and (code := in_parts(args)):
+        return code
     if (code := compare(flags)) or args.part:
         return code
     KEPT.mkdir(exist_ok=True)

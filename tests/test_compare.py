@@ -302,6 +302,13 @@ def test_the_rule_of_a_verdict(low, high, above, wanted):
     assert verdict({"n": 3, "mean": 0.1, "low": low, "high": high}, above) == wanted
 
 
+def test_differences_that_are_equal_but_for_rounding_decide_nothing():
+    for k in range(100, 143):
+        found = paired({0: (k + 1) / 144, 1: 138 / 144}, {0: k / 144, 1: 137 / 144})
+        assert verdict(found, True) == verdict(found, False) == UNDECIDED, k
+    assert verdict(paired({0: 0.8, 1: 0.81}, {0: 0.7, 1: 0.709999}), True) == HOLDS
+
+
 def test_a_claim_holds_where_all_its_parts_hold():
     assert verdict(None, True) == MISSING
     assert together([HOLDS, HOLDS]) == HOLDS and together([HOLDS, UNDECIDED]) == UNDECIDED

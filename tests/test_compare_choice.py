@@ -14,21 +14,23 @@ from scipy import stats
 
 from eekd.compare import __main__ as cli
 from eekd.compare import page, plan, screen
-from eekd.compare.methods import METHODS, PAPER, folder_of, method, spelled
+from eekd.compare.methods import METHODS, PAPER, READ, folder_of, method, spelled
 from eekd.compare.plots import points, standing
 from eekd.compare.screen import duration
-from eekd.compare.study import summarise
+from eekd.compare.study import cost, summarise
 from eekd.compare.tuning import axes, trials
 from eekd.compare.variants import SHARED
 from eekd.compare.verdict import advice, reference, seeds_needed
 from eekd.data.loader import SHOWN
 from eekd.io.files import read_json
 from eekd.io.tensors import load_tensors
+from eekd.method import weightings
 from eekd.method.rivals import RIVALS
 from eekd.snapshots import read_manifest
 from eekd.statistics import percent
 from eekd.train import Session
 from eekd.train.config import Config, Student
+from eekd.train.student import method_of
 
 bad_input = pytest.mark.bad_input
 SMALL = (
@@ -75,12 +77,26 @@ def test_a_variant_is_named_by_its_settings():
     student = how.student(Config())
     assert (student.temperature, student.milestones, student.attention_objective) == (2.0, (0.5, 0.8), "kl")
     assert method("dkd@beta=2").settings == {"beta": 2.0}
-    assert SHARED == SHOWN
+    assert (*SHOWN, "repeats") == SHARED
     assert [*map(spelled, ("attention_dkd@beta=2", "linear_increase", "soup"))] == [
         "attention-dkd@beta=2",
         "linear_increase",
         "soup",
     ]
+
+
+def test_the_temperature_and_weight_of_a_rival_are_those_it_is_trained_by():
+    for student in (Student(), Student(temperature=3.0), Student(beta=7.0), Student(temperature=3.0, beta=7.0)):
+        config = Config(student=student)
+        for name in ("dkd", "dist", "attention-dkd", "crd", "last", "ce", "dkd@beta=2", "dkd@temperature=2"):
+            how = method(name)
+            trained = method_of(how.weighting).trainer.settings(
+                dataclasses.replace(config, student=how.student(config))
+            )
+            said = {"temperature": student.temperature or 5.0} | how.settings | how.own(config)
+            assert said["temperature"] == trained.temperature and said.get("beta", trained.beta) == trained.beta, name
+            assert ("beta" in said) == (how.rival is not None)
+    assert method("dkd@beta=2").own(Config()) == {"temperature": 4.0} and method("last").own(Config()) == {}
 
 
 def test_a_variant_trains_by_its_settings_from_the_same_teacher(out):
@@ -108,10 +124,20 @@ def test_a_variant_trains_by_its_settings_from_the_same_teacher(out):
     assert set(names) - banked == {"ce", "uniform-online@lr=0.05", "fitnet", "at", "at@beta=10"}
     costs = {row["name"]: row["cost"] for row in record["methods"]}
     assert costs["uniform@epochs=1"]["student_training"] == costs["ce"]["student_training"] / 2
-    assert costs["curriculum"]["teaching"] == costs["last"]["teaching"] == 120 * 2
+    assert costs["curriculum"]["teaching"] == 120 * 2 and costs["last"]["teaching"] == 120
     assert costs["fitnet"]["teaching_bank"] is None and costs["crd"]["teaching_bank"] == 120
+    titles = {row["name"]: row["title"] for row in record["methods"]}
+    for name, rival in RIVALS.items():
+        row = name.replace("_", "-")
+        used = {setting: settings[row][setting] for setting in rival.settings}  # as trained
+        assert method(row).own(Config.from_json(json.dumps(record["config"]))) == used, name
+    assert titles["dkd"] == "DKD, τ = 4, β = 8" and titles["at@beta=10"] == "AT, β = 10"
     text = (out / "study.md").read_text()
-    assert "| KD (last), τ = 2, α = 0.9 | `last@temperature=2,alpha=0.9` |" in text and "nan" not in text
+    assert (
+        "| DKD, τ = 4, β = 8 | `dkd` |" in text
+        and "| KD (last), τ = 2, α = 0.9 | `last@temperature=2,alpha=0.9` |" in text
+        and "nan" not in text
+    )
 
 
 def test_variants_are_found_again(out, monkeypatch):
@@ -120,6 +146,17 @@ def test_variants_are_found_again(out, monkeypatch):
     before = read_json(out / "study.json")
     assert compare(out, "last@alpha=0.9,temperature=2 at@beta=1e1") == 0
     assert read_json(out / "study.json")["methods"] == before["methods"]
+
+
+@pytest.mark.parametrize("name, augmented, once", [
+    ("last", 20, 1), ("attention-online", 100, 5), ("fitnet", 20, 1), ("curriculum", 20, 5),
+    ("curriculum@epochs=3", 3, 3),
+])  # fmt: skip
+def test_snapshots_run_once_where_images_are_not_augmented(name, augmented, once):
+    how, config, flops = method(name), Config(), {"teacher": 100, "student": 10}
+    for varies, passes in ((True, augmented), (False, once)):
+        found = cost(how, len(how.epochs(config)), config, 7, 1, flops, varies)
+        assert found["teaching"] == 7 * passes
 
 
 def test_augmented_images_are_those_of_the_bank(tmp_path):
@@ -135,6 +172,9 @@ def test_augmented_images_are_those_of_the_bank(tmp_path):
     ("last@temperature=hot", "temperature must be a finite number or nothing, got hot in 'last@temperature=hot'"),
     ("last@temperature=-1", "student.temperature must be above 0, got -1.0 in method 'last@temperature=-1'"),
     ("last@mixup=0.2", "mixup must be left to --student.mixup, for all see the same images, got 'last@mixup=0.2'"),
+    ("last@repeats=2", "repeats must be left to --student.repeats, for all see the same images, got 'last@repeats=2'"),
+    ("last --student.repeats 2", "student.repeats must be 1 with a bank, got 2"),
+    ("ce fitnet@temperature=2", "temperature must be left out of a method that does not read it, got 'fitnet@temp"),
     ("last@temperature", "settings of a method must be last@SETTING=VALUE, without /, got 'last@temperature'"),
     ("last@weights=a/b", "settings of a method must be last@SETTING=VALUE, without /, got 'last@weights=a/b'"),
     ("last@alpha=0.1,alpha=0.2", "alpha must be set once, got 'last@alpha=0.1,alpha=0.2'"),
@@ -147,6 +187,58 @@ def test_a_variant_that_cannot_be_is_refused_first(tmp_path, capsys, names, told
     assert compare(tmp_path / "out", names) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {told}") and said.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@bad_input
+@pytest.mark.parametrize("name", [
+    "ce@temperature=2", "last@beta=3", "dkd@alpha=0.9", "dkd@fusion=logit", "last@fusion=logit", "soup@scale=1.0",
+    "uniform@attention_objective=kl", "attention-dkd@detach_query=false", "attention-tau1@attention_objective=kl",
+    "curriculum-online@embed_dim=32", "attention@beta=1", "uniform@normalize=false",
+])  # fmt: skip
+def test_a_variant_that_changes_nothing_is_refused(name):
+    with pytest.raises(ValueError, match=f"must be left out of a method that does not read it, got '{name}'"):
+        cli.parse(["--methods", "ce", name])
+
+
+@bad_input
+@pytest.mark.parametrize("flags, told", [
+    ("ce dkd fitnet --student.beta 1", "student.beta must be left out, for each of dkd, fitnet has its own, got 1.0"),
+    ("dkd@beta=2 at dist-online --student.beta 1", "for each of at, dist-online has its own, got 1.0: give NAME@beta="),
+    ("ema@lr=0.01 --student.ema 0.9", "student.ema must be left out beside ema@lr=0.01, which has 0.99, got 0.9: give"),
+])  # fmt: skip
+def test_a_setting_of_all_that_some_would_not_take_is_refused(flags, told):
+    with pytest.raises(ValueError, match=told):
+        cli.parse(["--methods", *flags.split()])
+
+
+def test_a_setting_of_all_that_all_take_is_none():
+    for flags in ("ce dkd dkd@temperature=2 fitnet@beta=10 --student.beta 1", "last ema@ema=0.5 --student.ema 0.9"):
+        cli.parse(["--methods", *flags.split()])
+
+
+def test_what_changes_a_student_is_no_mistake():
+    names = "last@ema=0.9", "ema@lr=0.01", "uniform@fusion=logit", "own.py:mine@beta=2", "sed@alpha=0"
+    assert cli.parse(["--methods", *names]).methods == names
+    cli.parse(["--methods", *(trial for name in METHODS for trial in trials(name))])
+    assert READ.keys() >= RIVALS.keys()
+    for name, rival in RIVALS.items():
+        assert set(READ[name]) >= rival.settings.keys() and ("beta" in READ[name]) == ("beta" in rival.settings)
+
+
+@bad_input
+@pytest.mark.parametrize("name", ["own.py:ema", "dir/own.py:half-online", "own.py:soup@lr=0.01"])
+def test_a_method_of_ones_own_has_a_name_of_its_own(name):
+    with pytest.raises(
+        ValueError, match="a method's name must be one that eekd does not use itself, got '(ema|half|soup)'"
+    ):
+        cli.parse(["--methods", "ce", name])
+
+
+@bad_input
+def test_a_registered_weighting_is_not_taken_for_another_method(monkeypatch):
+    monkeypatch.setitem(weightings._REGISTRY, "soup", weightings.Weighting("soup", "mine", ("", ""), print))
+    with pytest.raises(ValueError, match="a method's name must be one that eekd does not use itself, got 'soup'"):
+        cli.parse(["--methods", "ce", "soup"])
 
 
 @bad_input
@@ -320,6 +412,9 @@ def test_the_best_variant_stands_for_a_reference_that_is_not_compared():
     }
     assert reference(val, "ce") == "ce" and reference(val, "last") == "last@temperature=2"
     assert reference(val | scores(last=0.7), "last") == "last" and reference({}, "last") is None
+    lucky = val | {"last@temperature=9": {5: 0.99}}  # one seed
+    rows = [{"name": name, "n": len(of), "val": {"mean": mean(of.values())}} for name, of in lucky.items()]
+    assert reference(lucky, "last") == standing({"methods": rows})["last"]["name"] == "last@temperature=2"
     found = advice(val | {"uniform": {seed: 0.85 + seed / 1e4 for seed in range(6)}})
     assert found["take"] == "uniform" and "over last@temperature=2 and" in found["text"]
     assert advice(val)["take"] == "last@temperature=2"
@@ -351,9 +446,24 @@ def test_little_that_is_known_is_not_advice():
         "Undecided between last and ce: +10.00 points on validation images (1 seed); "
         "more seeds would tell it from chance."
     )
-    assert seeds_needed([0.1]) is seeds_needed([0.0, 0.0]) is seeds_needed([1e-9, 1.0, -1.0]) is None
-    partly = advice({"ce": {0: 0.5, 1: 0.5}, "last": {0: 0.6, 1: 0.61}, "uniform": {0: 0.7}})
-    assert partly["n"] == 1 and partly["take"] is None
+    assert (
+        seeds_needed([0.1])
+        is seeds_needed([0.0, 0.0])
+        is seeds_needed([121 / 144 - 120 / 144, 138 / 144 - 137 / 144])
+        is seeds_needed([1e-9, 1.0, -1.0])
+        is None
+    )
+    equal = advice({"ce": {0: 120 / 144, 1: 137 / 144}, "last": {0: 121 / 144, 1: 138 / 144}})
+    assert equal["take"] is None and equal["text"].endswith("(2 seeds); more seeds would tell it from chance.")
+
+
+@pytest.mark.parametrize("stray", [{9: 0.9}, {0: 0.9}, {0: 0.9, 1: 0.9, 9: 0.9}])
+def test_a_method_that_lacks_seeds_is_left_out_of_the_advice(stray):
+    val = scores(ce=0.80, last=0.82, uniform=0.85)
+    whole, found = advice(val), advice(val | {"dkd": stray})
+    assert found["text"] == whole["text"] + " Left out, since they lack seeds that the others have: dkd."
+    assert found | {"text": ""} == whole | {"text": ""}
+    assert advice({"ce": val["ce"] | {9: 0.9}, "last": val["last"] | {8: 0.1}, "uniform": val["uniform"]}) == whole
 
 
 def test_the_advice_is_on_the_page_and_the_screen(out, capsys, monkeypatch):
@@ -365,6 +475,17 @@ def test_the_advice_is_on_the_page_and_the_screen(out, capsys, monkeypatch):
     told = capsys.readouterr().out
     assert text in told and "over last" in told
     assert json.loads((out / "study.json").read_text())["advice"] == record["advice"]
+
+
+def test_a_method_of_fewer_seeds_says_how_many_it_has():
+    rows = [{"name": name, "title": name, "n": n, "settings": {}, "epochs": [], "val": score, "test": score,
+             "val_over_ce": None, "val_over_last": None}
+            for name, n in (("ce", 3), ("dkd@beta=2", 1)) for score in ({"mean": 0.5, "std": None},)]  # fmt: skip
+    record, shown = {"methods": rows, "seeds": [0, 1, 2], "advice": {"text": ""}}, io.StringIO()
+    lines = page._methods(record)
+    assert lines[2].startswith("| ce | ") and lines[3].startswith("| dkd@beta=2 (1 seed) | ")
+    screen.ending(Console(file=shown, width=80, markup=False), record)
+    assert "dkd (1 seed)" in shown.getvalue() and "ce (" not in shown.getvalue()
 
 
 def test_a_narrow_screen_cuts_no_number(out):

@@ -214,6 +214,7 @@ def test_bad_values(kind, name, value, wanted):
 @pytest.mark.bad_input
 @pytest.mark.parametrize(("make", "wanted"), [
     (lambda: Teacher(schedule="cyclic", epochs=11), "a multiple of teacher.snapshots (5)"),
+    (lambda: Config(student=Student(beta=1.0), students=("dkd", "ce", "fitnet")), "at most one of dkd, fitnet with st"),
     (lambda: Config(teacher_run="runs/x", students=()), "at least one when teacher_run"),
     (lambda: preset("digit"), "did you mean 'digits'"),
     (lambda: preset("cifar100-crd:resnet56-resnet21"), "did you mean 'cifar100-crd:resnet56-resnet20'"),

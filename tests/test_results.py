@@ -1,5 +1,6 @@
 """The scripts of results/ compute what their tables say."""
 
+import argparse
 import dataclasses
 import importlib.util
 import inspect
@@ -12,7 +13,9 @@ from tables import study as study_tables
 from torch.testing import assert_close
 
 from eekd import ensemble_kd
+from eekd.compare.runner import keep_settings
 from eekd.data import load
+from eekd.train.config import Config, Student, Teacher
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -103,6 +106,68 @@ def test_no_design_is_in_two_parts():
             assert parts.setdefault(face, package["part"]) == package["part"], face
 
 
+@pytest.fixture(scope="module")
+def runs():
+    spec = importlib.util.spec_from_file_location("results_study", RESULTS / "study.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("what, given, first, number", [
+    ("tune", (None, None), 100, 2), ("run", (None, None), 0, 10), ("tune", (0, 3), 0, 3), ("run", (5, None), 5, 10),
+])  # fmt: skip
+def test_the_study_tunes_on_other_seeds_than_it_compares(runs, what, given, first, number):
+    args = runs.with_seeds(argparse.Namespace(what=what, first_seed=given[0], seeds=given[1]))
+    assert (args.first_seed, args.seeds) == (first, number)
+
+
+def test_trials_of_other_seeds_or_settings_are_not_put_together(runs, tmp_path):
+    def tuning(of, **changed):
+        config = json.loads(Config(teacher=Teacher(epochs=changed.pop("epochs", 20))).to_json())
+        record = {"seeds": [100, 101], "config": config, "commits": [of], "chosen": {of: f"{of}@alpha=0.1"}}
+        return record | {"trials": [{"of": of, "name": f"{of}@alpha=0.1"}]} | changed
+
+    path = tmp_path / "tuning.json"
+    path.write_text(json.dumps(tuning("last")))
+    assert runs.with_others(tuning("uniform"), path)["chosen"].keys() == {"last", "uniform"}
+    with pytest.raises(ValueError, match=r"seeds must be \[100, 101\], with which .* was made, got \[0, 1\]"):
+        runs.with_others(tuning("uniform", seeds=[0, 1]), path)
+    with pytest.raises(ValueError, match="config.teacher.epochs must be 20, with which .* was made, got 10"):
+        runs.with_others(tuning("uniform", epochs=10), path)
+
+
+def test_teachers_of_other_settings_are_not_shared(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "WORK", tmp_path)
+    made = tmp_path / "glyphs-mlp/seed-0/ordinary/teacher.json"
+    made.parent.mkdir(parents=True)
+    made.write_text("{}")
+    config = Config(data="digits", precision="fp32", channels_last=True)
+    keep_settings(tmp_path / "glyphs-mlp", config, 1, "")
+    other = dataclasses.replace(config, seeds=10, student=Student(epochs=3), channels_last="auto")
+    with pytest.raises(ValueError, match="teacher.lr must be 0.1, with which .*glyphs-mlp was made, got 0.2"):
+        runs.share("glyphs-resnet", False, dataclasses.replace(other, teacher=Teacher(lr=0.2)))
+    assert not (tmp_path / "glyphs-resnet").exists()
+    runs.share("glyphs-resnet", False, other)
+    assert (tmp_path / "glyphs-resnet/seed-0/ordinary/teacher.json").exists()
+
+
+def test_a_method_has_one_name_in_a_record_of_the_study(monkeypatch):
+    cells = [{"name": name, "seed": 0, "test": {"accuracy": 0.5}} for name in ("last@alpha=0.1", "last-online")]
+    monkeypatch.setattr(study_tables, "records", lambda: {"glyphs-mlp": {"cells": cells}})
+    with pytest.raises(ValueError, match="one name for each method, got last@alpha=0.1 and last-online"):
+        study_tables.scores()
+
+
+def test_the_mean_of_the_settings_is_taken_seed_by_seed():
+    known = {
+        "a": {"half": {0: 0.5, 1: 0.6, 2: 0.7, 3: 0.8}, "last": dict.fromkeys(range(4), 0.5)},
+        "b": {"half": {3: 0.6, 0: 0.5, 2: 0.9}, "last": dict.fromkeys(range(4), 0.5)},
+    }
+    assert study_tables.in_all(known, "half", "last") == pytest.approx({0: 0.0, 2: 0.3, 3: 0.2})
+    assert study_tables.in_all(known | {"c": {}}, "half", "last") == {}
+
+
 def test_the_study_says_of_a_claim_what_its_differences_say(tmp_path, monkeypatch):
     over = {"last": 0.0, "attention": 0.02, "half": -0.03, "uniform@temperature=2": 0.0}
     cells = [{"name": name, "seed": seed, "test": {"accuracy": 0.8 + gain + 0.001 * (seed % 2) * (name != "last")}}
@@ -126,3 +191,9 @@ def test_the_study_says_of_a_claim_what_its_differences_say(tmp_path, monkeypatc
     half = next(row for row in rows if "`half`" in row)
     assert [cell.split()[0] for cell in half.split(" | ")[2:]] == ["−1.95", "−2.95", "−2.45"]
     assert any("| `last` | 80.00 ± 0.00 % | 80.00 ± 0.00 % |  |" in row for row in rows)
+    record["cells"] = [cell for cell in cells if cell["name"] != "half" or cell["seed"] < 3]
+    (tmp_path / "fashion-mlp.json").write_text(json.dumps(record))
+    half = next(row for row in study_tables.methods().splitlines() if "`half`" in row)
+    assert [" (3 seeds)" in cell for cell in half.split(" | ")[2:]] == [True, False, True]
+    [claim] = [row for row in study_tables.claims().splitlines() if "half-way" in row]
+    assert claim.count(" (3 seeds)") == 2 and " seeds)" not in study_tables.sentence()

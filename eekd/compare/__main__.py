@@ -15,10 +15,12 @@ if __name__ == "__main__":
     command.start()
 
 from eekd.compare import screen
-from eekd.compare.methods import NEWEST, PAPER, folder_of, method, spelled
+from eekd.compare.methods import METHODS, NEWEST, PAPER, base_of, folder_of, method, spelled
 from eekd.compare.tuning import trials
+from eekd.compare.variants import parts
 from eekd.io.files import read_json
-from eekd.train.config import Config, settled, switched
+from eekd.method import weightings
+from eekd.train.config import Config, Student, settled, switched
 from eekd.train.presets import preset_or_file
 from eekd.train.signals import signals
 from eekd.user_code import is_file_name
@@ -110,6 +112,8 @@ def parse(argv: list[str]) -> Flags:
             raise ValueError(
                 f"student.{name} must be {kept!r}, since methods vary it, got {getattr(chosen.student, name)!r}"
             )
+    if chosen.student.repeats > 1:
+        raise ValueError(f"student.repeats must be 1 with a bank, got {chosen.student.repeats}")
     if flags.views is not None and flags.views < 1:
         raise ValueError(f"views must be at least 1, got {flags.views}")
     if flags.first_seed < 0:
@@ -119,6 +123,12 @@ def parse(argv: list[str]) -> Flags:
         raise ValueError(f"methods must have different names, got {', '.join(names)}")
     for name in names:
         how, teacher = method(name), chosen.teacher
+        folder = base_of(folder_of(name))
+        known = METHODS.get(folder)
+        if known and known.weighting != folder and (is_file_name(how.weighting) or folder in weightings.names()):
+            raise ValueError(f"a method's name must be one that eekd does not use itself, got {folder!r}")
+        if how.unread:
+            raise ValueError(f"{how.unread[0]} must be left out of a method that does not read it, got {name!r}")
         try:
             how.student(chosen)
         except ValueError as error:
@@ -131,7 +141,28 @@ def parse(argv: list[str]) -> Flags:
             dataclasses.replace(teacher, schedule="cyclic")  # a ValueError where its cycles are not equal
         elif teacher.schedule == "cyclic":
             raise ValueError("teacher.schedule must be another than that of the cyclic- methods, got 'cyclic'")
+    _check_shared(chosen, names)
     return dataclasses.replace(flags, methods=names)
+
+
+def _check_shared(settings: Config, names: Sequence[str]) -> None:
+    """ValueError where a setting of all students is not one for some of the methods."""
+    with_beta = {}
+    for name in names:
+        how, given = method(name), parts(name)[1]
+        if how.rival and "beta" in how.rival.settings and "beta" not in given:
+            with_beta.setdefault(how.weighting, name)
+        for setting, value in METHODS.get(base_of(name), how).settings.items():
+            if setting not in given and (got := getattr(settings.student, setting)) != getattr(Student(), setting):
+                raise ValueError(
+                    f"student.{setting} must be left out beside {name}, which has {value!r}, got {got!r}: "
+                    f"give NAME@{setting}="
+                )
+    if settings.student.beta is not None and len(with_beta) > 1:
+        raise ValueError(
+            f"student.beta must be left out, for each of {', '.join(with_beta.values())} has its own, "
+            f"got {settings.student.beta!r}: give NAME@beta="
+        )
 
 
 def run(flags: Flags, typed: list[str]) -> Path:

@@ -21,6 +21,19 @@ KINDS = {
 }
 NEWEST = 3  # snapshots that last-3 and soup take
 
+# Which of the student's settings of distillation are read, by weighting; those of OTHERS are all that have no entry.
+_KD, _TARGET = ("temperature", "alpha"), ("fusion", "embed_dim", "normalize", "scale")
+READ = {
+    **{name: _KD for name in ("last", "curriculum")},
+    **{name: ("temperature", "beta") for name in ("dkd", "dist")},
+    **{name: ("temperature", "beta", *_TARGET) for name in ("attention_dkd", "attention_dist")},
+    **{name: ("beta",) for name in ("fitnet", "at", "crd")},
+    "ce": (),
+    "attention": (*_KD, *_TARGET, "attention_objective", "detach_query"),
+    "attention_tau1": (*_KD, *_TARGET),
+}
+OTHERS = (*_KD, "fusion")
+
 
 @dataclass(frozen=True)
 class Method:
@@ -40,6 +53,20 @@ class Method:
         """The settings of its student; ValueError where they do not go together."""
         settings = {"fusion": self.fusion, "attention_objective": self.objective} | self.settings
         return replace(config.student, **settings)
+
+    @property
+    def unread(self) -> list[str]:
+        """The settings that it has in place of those that all share, but that change nothing."""
+        known = READ.get(self.weighting, self.settings if is_file_name(self.weighting) else OTHERS)
+        return [name for name in self.settings if name in (*READ["attention"], "beta") and name not in known]
+
+    def own(self, config: Config) -> dict[str, float]:
+        """τ and β of its student where they are neither in its name nor what all share: as published, or as given."""
+        student, published = self.student(config), self.rival.settings if self.rival else {}
+        used = {name: value for name, value in published.items() if getattr(student, name) is None}
+        if "beta" in published and student.beta is not None and "beta" not in self.settings:
+            used["beta"] = student.beta
+        return used
 
     def epochs(self, config: Config) -> list[int]:
         """After which epochs of its teacher the snapshots were saved; [] where there is none."""
@@ -139,10 +166,13 @@ def base_of(folder: str) -> str:
     return folder.partition("@")[0].removesuffix("-online")
 
 
-def representatives(means: Mapping[str, float]) -> dict[str, str]:
-    """Which of the names of these mean accuracies stands for each method: itself, else its variant of the highest."""
+def representatives(known: Mapping[str, tuple[int, float]]) -> dict[str, str]:
+    """Which of these names, of each its number of seeds and mean accuracy, stands for each method.
+
+    Itself, else its variant of most seeds, and of these that of the highest mean.
+    """
     chosen = {}
-    for name in sorted(means, key=lambda name: ("@" in name, -means[name])):
+    for name in sorted(known, key=lambda name: ("@" not in name, known[name]), reverse=True):
         chosen.setdefault(name.partition("@")[0], name)
     return chosen
 

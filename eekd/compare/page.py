@@ -11,7 +11,7 @@ from eekd.compare.methods import KINDS
 from eekd.compare.plots import FIGURES, drawn, number, plots, points, series_of
 from eekd.io.files import printable, write_atomic
 from eekd.method.rivals import TEMPERATURE
-from eekd.statistics import percent
+from eekd.statistics import fewer, percent, seeds
 
 PRINCIPLES = {
     "quality": "Quality: does a stronger ensemble teach better?",
@@ -67,16 +67,15 @@ def page(record: dict, figures: str | None = None) -> str:
 
 
 def _setting(record: dict) -> list[str]:
-    config, seeds = record["config"], len(record["seeds"])
+    config = record["config"]
     teacher, student = config["teacher"], config["student"]
     views = f"{record['views']} augmented views in a bank" if record["augmented"] else "no augmentation"
     return [
         f"{plain(Path(config['data']).name)}, {record['images']:,} training images, {views}; teacher "
         f"{plain(teacher['model'])} ({teacher['epochs']} epochs), student {plain(student['model'])} "
         f"({student['epochs']} epochs), "
-        f"M = {teacher['snapshots']} unless stated, τ = {student['temperature'] or TEMPERATURE:g}, "
-        f"α = {student['alpha']:g}, "
-        f"{seeds} seed{'s' * (seeds > 1)}.",
+        f"M = {teacher['snapshots']}, τ = {student['temperature'] or TEMPERATURE:g} and α = {student['alpha']:g} "
+        f"unless stated, {seeds(len(record['seeds']))}.",
         "",
         "For one seed, all students start from the same weights and see the same images in the same order. They share "
         "one ordinary teacher, and read its snapshots from its logit bank. The cyclic teacher starts from the same "
@@ -98,8 +97,8 @@ def _methods(record: dict) -> list[str]:
     over = [name for name in ("ce", "uniform", "last") if any(row.get(f"over_{name}") for row in record["methods"])]
     heads = "".join(f" | over {'CE' if name == 'ce' else name}, points" for name in over)
     cells = (
-        [row["title"], f"`{row['name']}`", str(len(row["epochs"]) or ""), percent(row["val"]), percent(row["test"]),
-         *(points(row.get(f"over_{name}")) for name in over)]
+        [row["title"] + fewer(row["n"], len(record["seeds"])), f"`{row['name']}`", str(len(row["epochs"]) or ""),
+         percent(row["val"]), percent(row["test"]), *(points(row.get(f"over_{name}")) for name in over)]
         for row in record["methods"]
     )  # fmt: skip
     return _table(f"method | name | M | validation, % | test, %{heads}", cells, 2)
@@ -147,7 +146,7 @@ def _cost(record: dict) -> list[str]:
     columns = "method | teachers | train teachers | teach: online | bank | train student | TFLOP: online | bank | "
     lines = [
         "Forwards of one image by the named network, in millions. A training step counts as three forwards. Each "
-        "method pays for its own teachers and bank.",
+        "method pays for its own teachers, trained to the end, and bank.",
         "",
     ]
     cells = []

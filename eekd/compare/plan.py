@@ -9,6 +9,7 @@ from statistics import median
 import torch
 
 from eekd.compare.methods import Method, folder_of, method
+from eekd.compare.study import passes
 from eekd.snapshots.features import LastFeatures
 from eekd.snapshots.manifest import stage_ends
 from eekd.train import Session, StudentTrainer
@@ -97,8 +98,8 @@ def _student(session: Session, how: Method, each: dict[str, float]) -> float:
     looks = epoch / 3 * len(session.data.val) / images
     asked = len(session.data.val) * m
     if how.runs:
-        once = not session.loader("train", phase, train=True).varies
-        asked += images * (1 if how.weighting == "curriculum" else m) * (1 if once else phase.epochs)
+        varies = session.loader("train", phase, train=True).varies
+        asked += images * passes(how, m, phase.epochs, varies)
     return phase.epochs * (epoch + looks) + asked * each["snapshot"]
 
 

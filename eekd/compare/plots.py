@@ -35,10 +35,10 @@ def series_of(record: dict, name: str) -> dict[int, dict]:
 
 
 def standing(record: dict) -> dict[str, dict]:
-    """The rows of methods, a method's variant of the highest validation accuracy where it is not there itself."""
+    """The rows of methods, what stands for a method where it is not there itself."""
     rows = {row["name"]: row for row in record["methods"]}
-    means = {name: row["val"]["mean"] for name, row in rows.items()}
-    return {base: rows[name] for base, name in representatives(means).items()}
+    known = {name: (row["n"], row["val"]["mean"]) for name, row in rows.items()}
+    return {base: rows[name] for base, name in representatives(known).items()}
 
 
 def drawn(record: dict) -> list[str]:

@@ -7,7 +7,7 @@ from rich.table import Table
 from eekd.compare.plots import points
 from eekd.compare.variants import titled
 from eekd.io.files import printable
-from eekd.statistics import percent
+from eekd.statistics import fewer, percent
 
 
 def ending(console: Console, record: dict) -> None:
@@ -17,7 +17,8 @@ def ending(console: Console, record: dict) -> None:
         over = points(row["val_over_ce"]), points(row["val_over_last"])
         name, at, _ = row["name"].partition("@")
         settings = "\n" + titled(row["settings"]).removeprefix(", ") if at else ""
-        table.add_row(printable(name) + printable(settings), percent(row["val"]), *over)
+        few = fewer(row["n"], len(record["seeds"]))
+        table.add_row(printable(name) + few + printable(settings), percent(row["val"]), *over)
     for column in table.columns[1:]:  # a narrow screen folds names, not numbers
         column.min_width = max(map(len, map(str, column.cells)), default=0)
     table.caption = "over: on validation images, seed by seed, with Student's 95 % interval"

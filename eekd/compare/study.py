@@ -7,10 +7,11 @@
     cells                 seed, method, what student.json and the last line of metrics.jsonl say, seconds
     teachers              seed, kind, epochs of its snapshots, seconds, bank_seconds, val and test: each snapshot and
                           their uniform ensemble
-    methods               of each: its entry, n, val and test (mean, std), over_ce, over_uniform, over_last and
-                          over_online (paired, test; the latter over the same method without a bank), val_over_ce,
-                          val_over_last, weights and weight_entropy at the end (mean over seeds), seconds, cost;
-                          where `last` is not compared, its variant of the highest val stands for it, and so on
+    methods               of each: its entry, in title and settings also τ and β of its own (Method.own), n, val and
+                          test (mean, std), over_ce, over_uniform, over_last and over_online (paired, test; the latter
+                          over the same method without a bank), val_over_ce, val_over_last, weights and weight_entropy
+                          at the end (mean over seeds), seconds, cost; where `last` is not compared, a variant stands
+                          for it (eekd.compare.methods.representatives)
     ensembles             of each kind of teacher: n, test (mean, std), members (mean test accuracy of each snapshot),
                           over_ordinary (paired)
     claims                of each: principle, claim, parts (text, points, verdict), verdict
@@ -25,8 +26,9 @@ cost counts forwards of one image, with a training step as three of them and val
     teacher_training = 3 N E_t K    teaching = N E_s M, online    teaching_bank = N V M    student_training = 3 N E_s
 
 for N images, E epochs, K teachers, M snapshots and V views; the curriculum runs one snapshot in a step, so its teaching
-is N E_s. gflops_online and gflops_bank weigh them by what one forward of teacher and student costs
-(torch.utils.flop_counter).
+is N E_s. Where images are not augmented, a snapshot that runs does so once, and what it said is remembered: N M,
+online. A teacher is paid for to its end, that of `half` too. gflops_online and gflops_bank weigh them by what one
+forward of teacher and student costs (torch.utils.flop_counter).
 """
 
 import json
@@ -40,6 +42,7 @@ from eekd import models
 from eekd.compare import page
 from eekd.compare.methods import FORMAT, KINDS, METHODS, SWEEP, Method, base_of, folder_of, method, online
 from eekd.compare.runner import alone, cell_made
+from eekd.compare.variants import titled
 from eekd.compare.verdict import CONTRADICTED, HOLDS, MISSING, advice, reference, together, verdict
 from eekd.info import environment
 from eekd.io.files import read_json, write_json_atomic
@@ -173,9 +176,11 @@ def summarise(record: dict, config: Config, flops: dict[str, int]) -> dict:
         first = several[0]
         how = Method(**first["method"])
         another = how.settings.keys() & {"model", "model_args"}
-        own = flops | {"student": flops_of(first["spec"])} if another else flops
+        of_own = flops | {"student": flops_of(first["spec"])} if another else flops
+        used = how.own(config)
         methods.append({
-            "name": name, **first["method"], "epochs": first["epochs"], "n": len(several),
+            "name": name, **first["method"], "title": how.title + titled(used), "settings": how.settings | used,
+            "epochs": first["epochs"], "n": len(several),
             "val": mean_std(list(val[name].values())), "test": mean_std(list(test[name].values())),
             "over_ce": over(test, name, "ce"),
             "over_uniform": over(test, name, "uniform"),
@@ -187,7 +192,8 @@ def summarise(record: dict, config: Config, flops: dict[str, int]) -> dict:
             if first["weights"] else None,
             "weight_entropy": mean(cell["weight_entropy"] for cell in several) if first["weight_entropy"] else None,
             "seconds": _seconds(how, first["epochs"], several, record),
-            "cost": cost(how, len(first["epochs"]), config, record["images"], record["views"], own),
+            "cost": cost(how, len(first["epochs"]), config, record["images"], record["views"], of_own,
+                         record["augmented"]),
         })  # fmt: skip
     ensembles = [
         {"kind": kind, "n": len(values), "test": mean_std(list(values.values())),
@@ -202,7 +208,9 @@ def summarise(record: dict, config: Config, flops: dict[str, int]) -> dict:
             "claims": claims(test, ensemble, config, costs)}  # fmt: skip
 
 
-def cost(how: Method, snapshots: int, config: Config, images: int | None, views: int, flops: dict) -> dict | None:
+def cost(
+    how: Method, snapshots: int, config: Config, images: int | None, views: int, flops: dict, augmented: bool
+) -> dict | None:
     """Forwards of one image in what a method needs by itself; see the module."""
     if not images:
         return None
@@ -210,14 +218,20 @@ def cost(how: Method, snapshots: int, config: Config, images: int | None, views:
     training = 3 * images * config.teacher.epochs * trainings
     epochs = how.student(config).epochs
     student = 3 * images * epochs
-    in_a_step = 1 if how.weighting == "curriculum" else snapshots
-    online, bank = images * epochs * in_a_step, images * views * snapshots
+    online, bank = images * passes(how, snapshots, epochs, augmented), images * views * snapshots
     costs = {"teachers": trainings, "teacher_training": training, "teaching": online,
              "teaching_bank": None if how.runs else bank, "student_training": student}  # fmt: skip
     of_student = student * flops["student"]
     costs["gflops_online"] = ((training + online) * flops["teacher"] + of_student) / 1e9
     costs["gflops_bank"] = None if how.runs else ((training + bank) * flops["teacher"] + of_student) / 1e9
     return costs
+
+
+def passes(how: Method, snapshots: int, epochs: int, augmented: bool) -> int:
+    """How often a snapshot of running ones sees every image; once each, where what it says is remembered."""
+    if how.weighting == "curriculum":
+        return epochs if augmented else min(snapshots, epochs)
+    return snapshots * (epochs if augmented else 1)
 
 
 def _seconds(how: Method, epochs: list[int], cells: list[dict], record: dict) -> dict:

@@ -11,9 +11,9 @@ from eekd.train.checked import wanted_of, word
 from eekd.train.config import Student
 from eekd.user_code import is_file_name
 
-# What decides the images that a student sees, and the bank holds: eekd.data.loader.SHOWN, which needs torch.
-SHARED = "auto_augment", "erasing", "mixup", "cutmix"
-SIGNS = {"temperature": "τ =", "alpha": "α ="}
+# What decides the images that a student sees, and the bank holds: eekd.data.loader.SHOWN, which needs torch, and more.
+SHARED = "auto_augment", "erasing", "mixup", "cutmix", "repeats"
+SIGNS = {"temperature": "τ =", "alpha": "α =", "beta": "β ="}
 
 
 def parts(name: str) -> tuple[str, dict[str, Any]]:

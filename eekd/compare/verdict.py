@@ -3,9 +3,10 @@
 from math import ceil, sqrt
 from statistics import mean, stdev
 
+from eekd import statistics
 from eekd.compare.methods import representatives
 from eekd.compare.plots import points
-from eekd.statistics import interval, paired, sign
+from eekd.statistics import ROUNDING, interval, paired, sign
 
 HOLDS, CONTRADICTED, UNDECIDED, MISSING = "holds", "contradicted", "undecided", "not measured"
 REFERENCES = "ce", "last"  # which a method must be better than
@@ -35,7 +36,7 @@ def seeds_needed(differences: list[float]) -> int | None:
 
     None where that is unknown, or more than MOST_SEEDS.
     """
-    if len(differences) < 2 or not (middle := abs(mean(differences))) or not (spread := stdev(differences)):
+    if len(differences) < 2 or not (middle := abs(mean(differences))) or (spread := stdev(differences)) < ROUNDING:
         return None
     from scipy.special import stdtrit
 
@@ -46,24 +47,26 @@ def seeds_needed(differences: list[float]) -> int | None:
 
 
 def reference(val: Scores, base: str) -> str | None:
-    """The method that stands for `base`: itself, else the variant of it with the highest mean; None without any."""
-    return representatives({name: mean(scores.values()) for name, scores in val.items()}).get(base)
+    """The name that stands for `base`: its own, or that of a variant; None without any."""
+    return representatives({name: (len(scores), mean(scores.values())) for name, scores in val.items()}).get(base)
 
 
 def advice(val: Scores) -> dict:
-    """Which method to take by validation accuracies, over the seeds that all methods have.
+    """Which method to take by validation accuracies, over seeds that all methods in it have.
 
+    The seeds and methods are those that make most cells; `text` names the methods that are left out.
     `take` is, of the methods whose 95 % intervals over `ce` and over `last` lie above 0, of these two over the other,
     the one with the highest mean, or None; where these are not compared, `reference` says what stands for them. Where
     another has a higher mean, `best`, or none is taken, `against` is the method that it would have to be better than,
     and `seeds` says about how many would decide. `text` says it in words. The intervals are not corrected for how many
     methods there are.
     """
-    seeds = sorted(set.intersection(*map(set, val.values()))) if val else []
+    seeds = _most(val)
+    left_out = [name for name, scores in val.items() if not scores.keys() >= {*seeds}]
+    val = {name: {seed: val[name][seed] for seed in seeds} for name in val if name not in left_out}
     result = {"take": None, "best": None, "against": None, "seeds": None, "n": len(seeds), "text": ""}
     if len(val) < 2 or not seeds:
         return result
-    val = {name: {seed: scores[seed] for seed in seeds} for name, scores in val.items()}
     ranked = sorted(val, key=lambda name: -mean(val[name].values()))
     references = [reference(val, base) for base in REFERENCES]
 
@@ -75,29 +78,35 @@ def advice(val: Scores) -> dict:
         return verdict(paired(val[name], val[other]), True) == HOLDS
 
     take = next((name for name in ranked if all(leads(name, other) for other in rivals(name))), None)
-    best, sentences = ranked[0], []
+    best, sentences, number = ranked[0], [], statistics.seeds(len(seeds))
     if take:
         over = " and ".join(f"{_points(paired(val[take], val[other]))} over {other}" for other in rivals(take))
         accuracy = mean(val[take].values())
-        sentences.append(
-            f"For your data take {take}: {accuracy:.2%} of the validation images, {over} ({_seeds(seeds)})."
-        )
+        sentences.append(f"For your data take {take}: {accuracy:.2%} of the validation images, {over} ({number}).")
     if take != best:
         against = take or next(other for other in rivals(best) if not leads(best, other))
         differences = [val[best][seed] - val[against][seed] for seed in seeds]
         needed = seeds_needed(differences)
         enough = f"about {needed} seeds would decide" if needed else "seeds alone will hardly decide"
-        enough = "more seeds would tell it from chance" if len(seeds) < 2 else enough
+        if len(seeds) < 2 or stdev(differences) < ROUNDING:
+            enough = "more seeds would tell it from chance"
         sentences.append(
             f"Undecided between {best} and {against}: {_points(interval(differences))} on validation images "
-            f"({_seeds(seeds)}); {enough}."
+            f"({number}); {enough}."
         )
         result |= {"against": against, "seeds": needed}
+    if left_out:
+        sentences.append(f"Left out, since they lack seeds that the others have: {', '.join(left_out)}.")
     return result | {"take": take, "best": best, "text": " ".join(sentences)}
 
 
-def _seeds(seeds: list[int]) -> str:
-    return f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+def _most(val: Scores) -> list[int]:
+    """The seeds of most cells, if every method that lacks one of them is left out."""
+
+    def cells(seeds: set[int]) -> tuple[int, int]:
+        return len(seeds) * sum(scores.keys() >= seeds for scores in val.values()), len(seeds)
+
+    return sorted(max(({*a} & {*b} for a in val.values() for b in val.values()), key=cells, default=set()))
 
 
 def _points(difference: dict | None) -> str:

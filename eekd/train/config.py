@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_type_hints
 
 from eekd.io.files import json_bytes, nearest
+from eekd.method.rivals import RIVALS
 from eekd.train.checked import Checked, StudentName
 from eekd.user_code import is_file_name, own_name
 
@@ -218,6 +219,9 @@ class Config(Checked):
         yield "workers", self.workers >= 0, "at least 0"
         names = [own_name(name) for name in self.students]  # which are those of their folders
         yield "students", len(set(names)) == len(names), "different from each other"
+        with_beta = [name for name in self.students if name in RIVALS and "beta" in RIVALS[name].settings]
+        alone = f"at most one of {', '.join(with_beta)} with student.beta {self.student.beta}, a weight for one loss"
+        yield "students", self.student.beta is None or len(with_beta) < 2, alone
         yield "students", self.students or not self.teacher_run, "at least one when teacher_run is given"
         yield (
             "checkpoints",

@@ -15,7 +15,7 @@ from eekd.compare.methods import KINDS, base_of, method
 from eekd.compare.plots import points
 from eekd.compare.verdict import HOLDS, MISSING, UNDECIDED, seeds_needed, verdict
 from eekd.io.files import write_atomic
-from eekd.statistics import interval, mean_std
+from eekd.statistics import fewer, interval, mean_std, sign
 from tables import pyplot
 
 FOLDER = Path(__file__).parent.parent / "study"
@@ -63,30 +63,58 @@ def records(ending: str = "") -> dict[str, dict]:
     return {setting: json.loads(file.read_text()) for setting, file in files.items() if file.exists()}
 
 
+def check_names(record: dict) -> None:
+    """ValueError unless every method of a record goes by one name: its own, or that of one variant."""
+    known = {}
+    for name in dict.fromkeys(cell["name"] for cell in record["cells"]):
+        if other := known.get(base_of(name)):
+            raise ValueError(f"a record must have one name for each method, got {other} and {name}")
+        known[base_of(name)] = name
+
+
 def scores(part: str = "test") -> dict[str, dict[str, dict[int, float]]]:
     """Accuracies on test images, or on those of `part` "val", by setting, method and seed."""
     known = {}
     for setting, record in records().items():
+        check_names(record)
         found = known[setting] = {}
         for cell in record["cells"]:
             found.setdefault(base_of(cell["name"]), {})[cell["seed"]] = cell[part]["accuracy"]
     return known
 
 
-def differences(found: dict[str, dict[int, float]], who: str, whom: str) -> list[float]:
+def differences(found: dict[str, dict[int, float]], who: str, whom: str) -> dict[int, float]:
     """who - whom for each seed that both have, in the order of the seeds."""
     these, those = found.get(who, {}), found.get(whom, {})
-    return [these[seed] - those[seed] for seed in sorted(these.keys() & those.keys())]
+    return {seed: these[seed] - those[seed] for seed in sorted(these.keys() & those.keys())}
 
 
-def in_all(known: dict[str, dict[str, dict[int, float]]], who: str, whom: str) -> list[float]:
-    """who - whom for each seed, the mean over the settings; empty if a setting lacks one of them."""
-    return [mean(each) for each in zip(*(differences(found, who, whom) for found in known.values()), strict=False)]
+def in_all(known: dict[str, dict[str, dict[int, float]]], who: str, whom: str) -> dict[int, float]:
+    """who - whom for each seed that every setting has, the mean over the settings."""
+    each = [differences(found, who, whom) for found in known.values()]
+    seeds = sorted(set.intersection(*map(set, each)))
+    return {seed: mean(found[seed] for found in each) for seed in seeds}
 
 
-def by_setting(known: dict[str, dict[str, dict[int, float]]], who: str, whom: str) -> list[list[float]]:
+def by_setting(known: dict[str, dict[str, dict[int, float]]], who: str, whom: str) -> list[dict[int, float]]:
     """who - whom in every setting, and last their mean if there are several settings."""
     return [differences(found, who, whom) for found in known.values()] + [in_all(known, who, whom)] * (len(known) > 1)
+
+
+def numbers(known: dict[str, dict[str, dict[int, float]]]) -> list[int]:
+    """How many seeds every setting has, and last how many they share."""
+    each = [set().union(*found.values()) for found in known.values()]
+    return [*map(len, each), len(set.intersection(*each))]
+
+
+def over(each: dict[int, float]) -> dict | None:
+    """The mean of differences by seed, and its interval."""
+    return interval([*each.values()])
+
+
+def told(each: dict[int, float], number: int) -> str:
+    """The same in words, and of how many seeds it is where that is not the `number` of all."""
+    return points(over(each)) + fewer(len(each), number) if each else ""
 
 
 def table(columns: Iterable[str], settings: Iterable[str], align: str = "---", means: bool = True) -> list[str]:
@@ -103,14 +131,15 @@ def methods() -> str:
     for name in dict.fromkeys(name for found in known.values() for name in found):
         cells = []
         if name == "last":
-            accuracies = [mean_std(list(found[name].values())) for found in known.values()]
-            cells = [f"{100 * accuracy['mean']:.2f} ± {100 * accuracy['std']:.2f} %" for accuracy in accuracies]
+            for found, number in zip(known.values(), numbers(known), strict=False):
+                accuracy = mean_std([*found[name].values()])
+                few = fewer(len(found[name]), number)
+                cells.append(f"{100 * accuracy['mean']:.2f} ± {100 * accuracy['std']:.2f} %{few}")
             cells += [""] * (len(known) > 1)
         else:
-            for each in by_setting(known, name, "last"):
-                difference = interval(each)
-                bold = "**" if verdict(difference, True) == HOLDS else ""
-                cells.append(f"{bold}{points(difference)}{bold}" if each else "")
+            for each, number in zip(by_setting(known, name, "last"), numbers(known), strict=False):
+                bold = "**" if verdict(over(each), True) == HOLDS else ""
+                cells.append(bold + told(each, number) + bold)
         lines.append(f"| {method(name).title} | `{name}` | " + " | ".join(cells) + " |")
     said = ", ".join(f"{len(record['seeds'])} ({TITLES[setting]})" for setting, record in records().items())
     return "\n".join([*lines, "", f"Seeds: {said}. Bold: the interval lies above 0."])
@@ -118,12 +147,12 @@ def methods() -> str:
 
 def sentence() -> str:
     """Attention over `last` and `uniform` in every setting."""
-    parts = []
-    for setting, found in scores().items():
-        last, uniform = (points(interval(differences(found, "attention", of))) for of in ("last", "uniform"))
+    parts, known = [], scores()
+    for (setting, found), number in zip(known.items(), numbers(known), strict=False):
+        last, uniform = (told(differences(found, "attention", of), number) for of in ("last", "uniform"))
         parts.append(f"{TITLES[setting]}: {last} over the last snapshot and {uniform} over uniform weights")
-    seeds = " and ".join(sorted({str(len(record["seeds"])) for record in records().values()}))
-    return f"> Points of test accuracy of EEKD's student, {seeds} seeds, with 95 % intervals. {'; '.join(parts)}."
+    each = " and ".join(sorted({str(len(record["seeds"])) for record in records().values()}))
+    return f"> Points of test accuracy of EEKD's student, {each} seeds, with 95 % intervals. {'; '.join(parts)}."
 
 
 def recipe() -> str:
@@ -135,12 +164,15 @@ def recipe() -> str:
                 known[setting][trial["of"]] |= {int(seed): accuracy for seed, accuracy in trial["val"].items()}
     gains = {}
     for name in next(iter(known.values())):
-        over = [differences(found, name, "last") for found in known.values()]
-        if name != "last" and all(each and (interval(each)["high"] or 0) >= 0 for each in over):
-            gains[name] = mean(mean(each) for each in over)
+        gain = [differences(found, name, "last") for found in known.values()]
+        if name != "last" and all(each and sign(over(each)) >= 0 for each in gain):
+            gains[name] = mean(mean(each.values()) for each in gain)
     first = max(gains, key=lambda name: gains[name])
-    over = {TITLES[setting]: interval(differences(found, first, "last")) for setting, found in scores().items()}
-    tests = "; ".join(f"{title}: {points(difference)}" for title, difference in over.items())
+    known = scores()
+    tests = "; ".join(
+        f"{TITLES[setting]}: {told(differences(found, first, 'last'), number)}"
+        for (setting, found), number in zip(known.items(), numbers(known), strict=False)
+    )
     return (
         f"> By validation images `{first}` is first, {100 * gains[first]:+.2f} points over `last` in the mean of the "
         f"settings. On test images it has, in points over `last`: {tests}."
@@ -153,11 +185,11 @@ def claims() -> str:
     lines = table(["claim"], known)
     for claim in CLAIMS:
         cells = []
-        for each in by_setting(known, claim.who, claim.whom):
-            said = verdict(interval(each), claim.above)
-            needed = seeds_needed(each) if said == UNDECIDED else None
+        for each, number in zip(by_setting(known, claim.who, claim.whom), numbers(known), strict=False):
+            said = verdict(over(each), claim.above)
+            needed = seeds_needed([*each.values()]) if said == UNDECIDED else None
             more = f"; about {needed} seeds would decide" if needed else ""
-            cells.append(said if said == MISSING else f"**{said}**: {points(interval(each))}{more}")
+            cells.append(said if said == MISSING else f"**{said}**: {told(each, number)}{more}")
         lines.append(f"| {claim.text} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -238,17 +270,17 @@ def plot(path: Path) -> None:
         for row in record["methods"]:
             name, cost = base_of(row["name"]), row["cost"]
             costs.setdefault(name, []).append(_operations(cost) / _operations(unit))
-            gains.setdefault(name, []).append(mean(differences(known[setting], name, "last")))
+            gains.setdefault(name, []).append(mean(differences(known[setting], name, "last").values()))
     order = sorted(costs, key=lambda name: (-round(mean(costs[name]), 1), mean(gains[name])))
     size = {"figsize": (3 + 2.5 * len(known), 1 + 0.2 * len(order)), "layout": "constrained"}
     figure, panels = plt.subplots(1, len(known), sharey=True, squeeze=False, **size)
     for axes, (setting, found) in zip(panels[0], known.items(), strict=True):
         for place, name in enumerate(order):
-            gain = interval(differences(found, name, "last"))
+            gain = over(differences(found, name, "last"))
             if name == "last" or not gain:
                 continue
             low, high = (100 * (gain[end] or 0) for end in ("low", "high"))
-            colour = "#228833" if low > 0 else "#cc3311" if high < 0 else "#888888"
+            colour = {1: "#228833", 0: "#888888", -1: "#cc3311"}[sign(gain)]
             axes.plot([low, high], [place] * 2, color=colour, lw=1.2)
             axes.plot(100 * gain["mean"], place, "o", color=colour, ms=4)
         axes.axvline(0, color="#4477aa", lw=1)
