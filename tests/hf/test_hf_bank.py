@@ -31,6 +31,33 @@ def test_a_bank_of_hidden_states_teaches_as_the_teachers_do(kind, weighting, tmp
     tiny.compare(got[1], want[1], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("options", [dict(weighting="attention"), dict(weighting="uniform", top_k=tiny.VOCAB)])
+def test_labels_of_padding_do_not_count_with_a_bank(options, shifted, tmp_path):
+    """Padded on the left, the last pad predicts the first token: the teachers say something of it, a bank nothing."""
+    run, student, options = tiny.run_of("llama", tmp_path), tiny.language_model("llama"), {"top_k": 0} | options
+    top_k = options.pop("top_k")
+    write_token_bank(tmp_path / "bank", run, tiny.Texts(), tiny.collate, dtype="float32", top_k=top_k)
+    batch = tiny.collate([tiny.Texts()[i] for i in (3, 0, 7, 5)])
+    counts = batch["attention_mask"].sum(1)
+    assert len(set(counts.tolist())) > 1
+    batch = {
+        name: torch.stack([row.roll(-int(n)) for row, n in zip(x, counts, strict=True)]) for name, x in batch.items()
+    }
+    mask = batch["attention_mask"].bool()
+    if shifted:
+        batch["shift_labels"] = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        without = batch | {"shift_labels": batch["shift_labels"].masked_fill(~mask, -100)}
+    else:
+        without = batch | {"labels": batch["labels"].masked_fill(~mask.roll(1, 1), -100)}
+    bank = trainer_with(student, tmp_path / "bank", tmp_path, **options)
+    teachers = tiny.trainer_of(student, run, tmp_path, **options)
+    assert bank._eekd_items([batch]) == teachers._eekd_items([without]) < teachers._eekd_items([batch])
+    got, want = tiny.loss_of(bank, batch), tiny.loss_of(teachers, without)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-5)
+    tiny.compare(got[1], want[1], rtol=1e-3, atol=1e-5)
+
+
 def test_a_run_from_a_bank_is_that_with_the_teachers(tmp_path):
     run = tiny.run_of("gpt2", tmp_path)
     write_token_bank(tmp_path / "bank", Teachers.load(run), tiny.Texts(), tiny.collate)

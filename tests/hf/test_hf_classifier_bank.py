@@ -55,6 +55,18 @@ def test_a_bank_teaches_as_the_teachers_do(kind, weighting, tmp_path):
     tiny.compare(found[1][1], found[0][1], rtol=1e-4, atol=1e-6)
 
 
+def test_labels_of_padding_do_not_count_with_a_bank(tmp_path):
+    run, (data, collator) = run_of("tokens", tmp_path), data_of("tokens")
+    write_classifier_bank(tmp_path / "bank", run, data, collator, dtype="float32")
+    batch = collator([data[i] for i in (3, 0, 7, 5)])
+    assert (batch["labels"] == -100).any()
+    bank = trainer_with("tokens", tmp_path / "bank", tmp_path)
+    want = tiny.loss_of(tiny.trainer_of(tiny.classifier("tokens"), run, tmp_path, data=data, collator=collator), batch)
+    got = tiny.loss_of(bank, batch | {"labels": batch["labels"].clamp(min=0)})
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
+    tiny.compare(got[1], want[1], rtol=1e-4, atol=1e-6)
+
+
 def test_adapters_fill_a_bank_too(tmp_path):
     run, _ = tiny.lora_run(tmp_path, tiny.classifier("bert", 24, 1), target_modules=["query"], task_type="SEQ_CLS")
     data, collator = data_of("bert")
