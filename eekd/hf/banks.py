@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from eekd.hf.checkpoints import weights_file
+from eekd.hf.checkpoints import spaced, weights_file
 from eekd.hf.teachers import Teachers
 from eekd.io.files import read_json, sha256_of, write_json_atomic
 from eekd.io.tensors import save_tensors, weights_sha256
@@ -56,6 +56,7 @@ class Manifest:
     top_k: int = 0  # of a language model; 0: hidden states are stored
     scale: float = 1.0
     softcap: float | None = None
+    feature_layer: str | None = None  # of a classifier, whose input the features are; None: the last one
 
 
 class Writer:
@@ -127,7 +128,7 @@ class Writer:
 
 
 class Bank:
-    """A finished bank, which a trainer asks in place of teachers.
+    """A finished bank, which a trainer asks in place of teachers: for M evenly spaced snapshots, or for the last.
 
     Attributes: `manifest`; `names` of the snapshots; `len(bank)` is M.
 
@@ -136,7 +137,7 @@ class Bank:
 
     adapters = ()
 
-    def __init__(self, folder: str | Path, last: bool = False):
+    def __init__(self, folder: str | Path, last: bool = False, snapshots: int | None = None):
         self.folder, self.manifest = Path(folder), read_manifest(folder)
         for name, sha256 in self.manifest.files.items():
             path = self.folder / name
@@ -144,7 +145,8 @@ class Bank:
                 raise FileNotFoundError(f"{path} is missing: write the bank again")
             if (digest := sha256_of(path)) != sha256:
                 raise ValueError(f"{path} was changed or damaged: its SHA-256 must be {sha256}, got {digest}")
-        self.snapshots = list(range(self.manifest.snapshots))[-1 if last else 0 :]
+        self._spaced = spaced(self.manifest.snapshots, snapshots)
+        self.snapshots = self._spaced[-1 if last else 0 :]
         self.names = [f"snapshot {m + 1} of {folder}" for m in self.snapshots]
         self._shards = [safe_open(self.folder / name, "pt") for name in self.manifest.files if name != HEADS]
         self._places: dict[bytes, tuple[int, int, int]] = {}
@@ -174,7 +176,8 @@ class Bank:
         own, manifest = tokenizer_sha256(tokenizer), self.manifest
         if None not in (own, manifest.tokenizer) and own != manifest.tokenizer:
             raise ValueError(f"{self.folder} must be of the trainer's tokenizer, got one of another")
-        if teachers is not None and [*map(weights_sha256, map(weights_file, teachers))] != manifest.teachers:
+        hashes = [sha256 for m, sha256 in enumerate(manifest.teachers) if m in self._spaced]
+        if teachers is not None and [*map(weights_sha256, map(weights_file, teachers))] != hashes:
             raise ValueError(f"{self.folder} must be of these {len(teachers)} checkpoints, got one of others")
         if dataset is None or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             return

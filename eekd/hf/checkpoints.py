@@ -22,10 +22,7 @@ def checkpoint_folders(paths: str | Path | Sequence[str | Path], snapshots: int 
     sentence, names what is missing.
     """
     folders = [folder for path in files.as_paths("teacher_checkpoints", paths) for folder in _in_run(path)]
-    if snapshots is not None:
-        if not 1 <= snapshots <= len(folders):
-            raise ValueError(f"snapshots must be from 1 to {len(folders)}, the checkpoints there are, got {snapshots}")
-        folders = [folders[end - 1] for end in stage_ends(len(folders), snapshots)]
+    folders = [folders[place] for place in spaced(len(folders), snapshots)]
     if len(folders) > MAX_SNAPSHOTS:
         raise ValueError(
             f"teacher_checkpoints must be at most {MAX_SNAPSHOTS}, got {len(folders)}: choose some by snapshots="
@@ -33,6 +30,15 @@ def checkpoint_folders(paths: str | Path | Sequence[str | Path], snapshots: int 
     for folder in folders:
         check_weights(folder)
     return folders
+
+
+def spaced(count: int, snapshots: int | None) -> list[int]:
+    """The places of M evenly spaced of `count` checkpoints, the last among them; of all where `snapshots` is None."""
+    if snapshots is None:
+        return [*range(count)]
+    if not 1 <= snapshots <= count:
+        raise ValueError(f"snapshots must be from 1 to {count}, the checkpoints there are, got {snapshots}")
+    return [end - 1 for end in stage_ends(count, snapshots)]
 
 
 def _in_run(path: Path) -> list[Path]:

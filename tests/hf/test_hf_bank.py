@@ -10,7 +10,8 @@ from eekd.hf import EEKDTrainer, Teachers, TokenBank, write_token_bank
 
 
 def trainer_with(student, bank, folder, data=None, **options):
-    named = {name: options.pop(name) for name in ("teacher_checkpoints", "processing_class") if name in options}
+    own = "teacher_checkpoints", "teacher_base", "processing_class"
+    named = {name: options.pop(name) for name in own if name in options}
     data = tiny.Texts() if data is None else data
     args = tiny.settings(folder, **options)
     return EEKDTrainer(student, args, bank=bank, train_dataset=data, data_collator=tiny.collate, **named)
@@ -157,6 +158,20 @@ def test_a_top_k_bank_keeps_the_likeliest_tokens_and_one_bucket(tmp_path):
     assert tiny.formula(s, [z], y, torch.ones(len(y), 1)) / len(y) > want  # the bucket knows less
 
 
+@pytest.mark.parametrize("top_k", [0, tiny.VOCAB])
+def test_evenly_spaced_snapshots_of_a_bank(top_k, tmp_path):
+    run = tiny.save([tiny.language_model("gpt2", 24, s) for s in range(1, 6)], tmp_path / "run")
+    bank, pair, batch = tmp_path / "bank", tmp_path / "pair", tiny.collate([tiny.Texts()[i] for i in range(6)])
+    write_token_bank(bank, run, tiny.Texts(), tiny.collate, top_k=top_k)
+    write_token_bank(pair, Teachers.load(run, snapshots=2), tiny.Texts(), tiny.collate, top_k=top_k)
+    options = dict(weighting="linear_increase", snapshots=2, teacher_checkpoints=run)
+    found = [trainer_with(tiny.language_model(), folder, tmp_path, **options) for folder in (bank, pair)]
+    assert found[0].teachers.names == [f"snapshot {m} of {bank}" for m in (2, 5)]
+    torch.testing.assert_close(*(tiny.loss_of(trainer, batch)[0] for trainer in found), rtol=1e-3, atol=1e-3)
+    last = trainer_with(tiny.language_model(), bank, tmp_path, **options | {"weighting": "last"})
+    assert last.teachers.names == [f"snapshot 5 of {bank}"]
+
+
 @pytest.mark.bad_input
 def test_banks_of_other_things_are_refused(tmp_path):
     run, bank = tiny.run_of("gpt2", tmp_path), tmp_path / "bank"
@@ -171,6 +186,8 @@ def test_banks_of_other_things_are_refused(tmp_path):
     refused("must be of the trainer's tokenizer", processing_class=tiny.tokenizer_of(swapped=True))
     refused("every sample of train_dataset, got 0, which it lacks", data=tiny.Texts(seed=1))
     refused("must be of these 1 checkpoints, got one of others", teacher_checkpoints=run / "checkpoint-5")
+    refused("snapshots must be from 1 to 2, the checkpoints there are, got 3", snapshots=3)
+    refused("^teacher_base must be None with bank, got 'gpt2'", teacher_base="gpt2")
     refused("no bank, or one that was not finished", FileNotFoundError, bank=tmp_path / "nowhere")
     with pytest.raises(FileExistsError, match="must hold no bank yet"):
         write_token_bank(bank, Teachers.load(run), tiny.Texts(), tiny.collate)

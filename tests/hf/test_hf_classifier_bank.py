@@ -136,6 +136,7 @@ def test_columns_of_no_use_and_data_padded_beforehand(tmp_path):
 @pytest.mark.bad_input
 def test_banks_of_other_things_are_refused(tmp_path):
     run, bank, (data, collator) = run_of("bert", tmp_path), tmp_path / "bank", data_of("bert")
+    layer = "bert.pooler.dense"
     write_classifier_bank(bank, Teachers.load(run), data, collator, processing_class=tiny.tokenizer_of())
 
     def refused(match, kind="bert", error=ValueError, bank=bank, **options):
@@ -160,6 +161,12 @@ def test_banks_of_other_things_are_refused(tmp_path):
     write_classifier_bank(tmp_path / "bare", Teachers.load(run), data, collator, features=False)
     refused("must hold features for this weighting", bank=tmp_path / "bare")
     trainer_with("bert", tmp_path / "bare", tmp_path, weighting="uniform")
+    refused("^.*bank must hold features of feature_layer 'bert.pooler.dense', got those of None", feature_layer=layer)
+    write_classifier_bank(tmp_path / "layer", Teachers.load(run), data, collator, feature_layer=layer)
+    trainer_with("bert", tmp_path / "layer", tmp_path, feature_layer=layer)
+    trainer_with("bert", tmp_path / "layer", tmp_path)
+    other = dict(bank=tmp_path / "layer", feature_layer="classifier")
+    refused("must hold features of feature_layer 'classifier', got those of 'bert.pooler.dense'", **other)
     with pytest.raises(FileExistsError, match="must hold no bank yet"):
         write_classifier_bank(bank, Teachers.load(run), data, collator)
     with pytest.raises(ValueError, match="dtype must be one of"):

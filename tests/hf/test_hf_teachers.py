@@ -20,6 +20,14 @@ def test_checkpoints_come_in_the_order_of_their_numbers(tmp_path):
     assert len(Teachers.load(tmp_path, last=True)) == 1
 
 
+def test_evenly_spaced_models_in_memory(tmp_path):
+    models = [tiny.language_model("gpt2", 24, seed) for seed in range(1, 6)]
+    for options, want in ((dict(weighting="uniform"), [1, 4]), (dict(weighting="last"), [4])):
+        trainer = EEKDTrainer(tiny.language_model(), tiny.settings(tmp_path, snapshots=2, **options), teachers=models)
+        assert [models.index(model) for model in trainer.teachers] == want
+        assert trainer.teachers.names == [f"teacher {m + 1}" for m in want]
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "vit"])
 def test_teachers_are_the_models_that_were_saved(kind, tmp_path):
     run, models = tiny.run_of(kind, tmp_path), [tiny.model_of(kind, 24, s) for s in (1, 2)]
