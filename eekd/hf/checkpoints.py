@@ -1,6 +1,7 @@
 """Which folders are the checkpoints of a Trainer's run, and whether all that they name is there."""
 
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,15 +12,15 @@ from eekd.snapshots import files
 from eekd.snapshots.manifest import stage_ends
 
 ADAPTER = "adapter_config.json"
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", *files.WEIGHTS)
 
 
 def checkpoint_folders(paths: str | Path | Sequence[str | Path], snapshots: int | None = None) -> list[Path]:
     """The checkpoints in the order of training: M evenly spaced of them, where `snapshots` is M.
 
-    A folder with checkpoint-NUMBER folders stands for these, by number; where a SnapshotCallback saved, for its
-    snapshots. Any other folder is a checkpoint itself. A list keeps its order. FileNotFoundError or ValueError, one
-    sentence, names what is missing.
+    A folder with checkpoint-NUMBER folders stands for these, by number, and a warning names weights of its own; where a
+    SnapshotCallback saved, for its snapshots. Any other folder is a checkpoint itself. A list keeps its order.
+    FileNotFoundError or ValueError, one sentence, names what is missing.
     """
     folders = [folder for path in files.as_paths("teacher_checkpoints", paths) for folder in _in_run(path)]
     folders = [folders[place] for place in spaced(len(folders), snapshots)]
@@ -45,7 +46,12 @@ def _in_run(path: Path) -> list[Path]:
     if not path.is_dir():
         raise FileNotFoundError(f"teacher_checkpoints must be folders, got {path}, which is missing or a file")
     numbered = [inside for inside in path.iterdir() if re.fullmatch(r"checkpoint-\d+", inside.name)]
-    return files.scheduled(path) or sorted(filter(Path.is_dir, numbered), key=files.natural) or [path]
+    steps = sorted(filter(Path.is_dir, numbered), key=files.natural)
+    if snapshots := files.scheduled(path):
+        return snapshots
+    if steps and (own := files.weights_file(path, WEIGHTS)):
+        warnings.warn(f"{path} is read as its {len(steps)} folders of checkpoints, without {own.name}", stacklevel=4)
+    return steps or [path]
 
 
 def check_weights(folder: Path) -> None:
@@ -58,7 +64,7 @@ def check_weights(folder: Path) -> None:
 
 def weights_file(folder: Path) -> Path:
     """The file, or the index of several, that holds a checkpoint's weights; of an adapter its own."""
-    if file := files.weights_file(folder, (*ADAPTER_WEIGHTS, *files.WEIGHTS)):
+    if file := files.weights_file(folder, WEIGHTS):
         return file
     inside = [path.name for path in folder.iterdir()]
     raise FileNotFoundError(

@@ -99,7 +99,7 @@ class EEKDMixin(Trainer if TYPE_CHECKING else object):
             checks.check_apart(self.model, [teacher_base] if isinstance(teacher_base, nn.Module) else [])
             checks.check_tokenizers(folders, self._eekd_tokenizer())
             checks.check_processors(folders, self._eekd_tokenizer())
-            self.teachers = Teachers.load(paths, self.args.snapshots, teacher_base, last)
+            self.teachers = Teachers.load(folders, base=teacher_base, last=last)
         else:
             models = list(teachers) if isinstance(teachers, Sequence | nn.ModuleList) else []
             if not models or not all(isinstance(model, nn.Module) for model in models):
