@@ -31,7 +31,8 @@ MANIFEST, HEADS, FORMAT = "manifest.json", "heads.safetensors", 2
 SHARD = 256 << 20  # bytes
 LANGUAGE_MODEL, CLASSIFIER, TOKEN_CLASSIFIER = "language model", "classifier", "token classifier"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-INPUTS = "input_ids", "token_type_ids", "pixel_values"  # by which a sample is known, those that there are
+INPUTS = "input_ids", "token_type_ids", "pixel_values"  # by which a sample is known, those that there are; then others
+MADE = "attention_mask", "position_ids"  # as padding and packing make them: a sample is not known by these
 LABELS = "labels", "label", "label_ids"
 LOOKED_AT = 64  # images of a dataset, which may take long to make
 
@@ -236,12 +237,23 @@ def batches(teachers: Teachers, dataset, data_collator: Callable, size: int, dev
         yield {k: x.to(device) if isinstance(x, Tensor) else x for k, x in batch.items() if "labels" not in k}
 
 
+def known_by(teachers: Teachers, batch: Mapping) -> list[str]:
+    """The names of all that teachers get of a batch, but `MADE`: by which its samples are known."""
+    names = dict.fromkeys((*INPUTS, *teachers.named_inputs()))
+    return [name for name in names if name not in MADE and isinstance(x := batch.get(name), Tensor) and x.ndim]
+
+
 def sample_keys(inputs: Mapping, names: Sequence[str]) -> list[bytes]:
-    """Of each sample of a batch the bytes that stand for it; ValueError where the batch has no such inputs."""
+    """Of each sample of a batch the bytes that stand for it; ValueError where the batch has no such inputs for it."""
     if lacking := [name for name in names if not isinstance(inputs.get(name), Tensor)]:
         raise ValueError(f"a batch must have {', '.join(lacking)} for a bank, got {', '.join(inputs)}")
     columns = {name: inputs[name].cpu() for name in (*names, "attention_mask") if name in inputs}
-    return [sample_key({k: x[row] for k, x in columns.items()}, names) for row in range(len(inputs[names[0]]))]
+    count = len(inputs[names[0]])
+    for name in names:
+        if len(columns[name]) != count:
+            got = len(columns[name])
+            raise ValueError(f"{name} must have a row for each of {count} samples of a batch, got {got}")
+    return [sample_key({k: x[row] for k, x in columns.items()}, names) for row in range(count)]
 
 
 def sample_key(sample: Mapping, names: Sequence[str]) -> bytes:
@@ -252,7 +264,8 @@ def sample_key(sample: Mapping, names: Sequence[str]) -> bytes:
         x = sample[name]
         x = np.asarray(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x)  # NumPy has no bfloat16
         x = x.astype("<i8" if x.dtype.kind in "iub" else "<f4")
-        digest.update((x if mask is None or x.shape != mask.shape else x[mask]).tobytes())
+        each = mask is not None and x.shape[: mask.ndim] == mask.shape and not name.startswith("pixel_")
+        digest.update((x[mask] if each else x).tobytes())  # an image's channels may be as many as the tokens
     return digest.digest()
 
 

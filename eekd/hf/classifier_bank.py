@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import default_data_collator
 
-from eekd.hf.banks import CLASSIFIER, INPUTS, TOKEN_CLASSIFIER, Bank, Writer, batches, sample_keys
+from eekd.hf.banks import CLASSIFIER, INPUTS, TOKEN_CLASSIFIER, Bank, Writer, batches, known_by, sample_keys
 from eekd.hf.teachers import Teachers
 
 
@@ -49,7 +49,7 @@ def write_classifier_bank(
     heads, names, longest, width = None, [], 1, 0
     for number, batch in enumerate(batches(teachers, dataset, data_collator, batch_size, device)):
         if number == 0:
-            names = [name for name in INPUTS if isinstance(batch.get(name), Tensor)]
+            names = known_by(teachers, batch)
             if not {"input_ids", "pixel_values"} & {*names}:
                 raise ValueError(f"a batch must have input_ids or pixel_values for a bank, got {', '.join(batch)}")
             if features:

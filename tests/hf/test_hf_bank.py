@@ -158,6 +158,26 @@ def test_a_top_k_bank_keeps_the_likeliest_tokens_and_one_bucket(tmp_path):
     assert tiny.formula(s, [z], y, torch.ones(len(y), 1)) / len(y) > want  # the bucket knows less
 
 
+def test_sequences_that_differ_in_their_types_alone_are_told_apart(tmp_path):
+    run = tiny.run_of("gpt2", tmp_path)
+    data = [{"input_ids": row, "token_type_ids": [t] * len(row)} for row in tiny.Texts().rows[:4] for t in (1, 2)]
+
+    def collate(samples):
+        batch = tiny.collate(samples)
+        types = [sample["token_type_ids"] for sample in samples]
+        types = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, types)), batch_first=True)
+        places = torch.arange(types.shape[1]).expand_as(types)
+        return batch | {"token_type_ids": types, "position_ids": places}
+
+    bank = write_token_bank(tmp_path / "bank", run, data, collate, dtype="float32")
+    assert (bank.manifest.samples, bank.manifest.inputs) == (8, ["input_ids", "token_type_ids"])
+    batch = collate([data[i] for i in (5, 0, 1, 4)])
+    want = tiny.loss_of(tiny.trainer_of(tiny.language_model(), run, tmp_path), batch)
+    got = tiny.loss_of(trainer_with(tiny.language_model(), tmp_path / "bank", tmp_path, data), batch)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
+    tiny.compare(got[1], want[1], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("top_k", [0, tiny.VOCAB])
 def test_evenly_spaced_snapshots_of_a_bank(top_k, tmp_path):
     run = tiny.save([tiny.language_model("gpt2", 24, s) for s in range(1, 6)], tmp_path / "run")

@@ -6,6 +6,7 @@ import torch
 import transformers
 
 from eekd.hf import ClassifierBank, EEKDTrainer, Teachers, write_classifier_bank, write_token_bank
+from eekd.hf.banks import sample_key
 
 
 class Tagged(tiny.Texts):
@@ -65,6 +66,43 @@ def test_labels_of_padding_do_not_count_with_a_bank(tmp_path):
     got = tiny.loss_of(bank, batch | {"labels": batch["labels"].clamp(min=0)})
     torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
     tiny.compare(got[1], want[1], rtol=1e-4, atol=1e-6)
+
+
+def test_samples_that_differ_in_any_input_are_told_apart(tmp_path):
+    """Two documents of the same words in other places, of which the bank held the first alone."""
+    run = tiny.save([tiny.classifier("boxes", 24, seed, initializer_range=0.5) for seed in (1, 2)], tmp_path / "run")
+    generator = torch.Generator().manual_seed(0)
+    data = []
+    for i in range(8):
+        sample = tiny.Texts(classes=tiny.CLASSES)[i // 2]
+        boxes = torch.randint(100, (len(sample["input_ids"]), 4), generator=generator).sort().values  # right of left
+        data.append(sample | {"bbox": boxes.tolist()})
+
+    def collator(samples):
+        batch = tiny.collate(samples)
+        boxes = [torch.tensor(sample["bbox"]) for sample in samples]
+        return batch | {"bbox": torch.nn.utils.rnn.pad_sequence(boxes, batch_first=True)}
+
+    bank = write_classifier_bank(tmp_path / "bank", run, data, collator, dtype="float32", batch_size=3)
+    assert (bank.manifest.samples, bank.manifest.inputs) == (8, ["input_ids", "bbox"])
+    batch = collator([data[i] for i in (5, 0, 1, 4)])
+    trainer = tiny.trainer_of(tiny.classifier("boxes"), run, tmp_path, data=data, collator=collator)
+    want = tiny.loss_of(trainer, batch)
+    got = tiny.loss_of(trainer_with("boxes", tmp_path / "bank", tmp_path, data=(data, collator)), batch)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
+    tiny.compare(got[1], want[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_key_is_that_of_the_sample_however_it_is_padded():
+    names = ["input_ids", "bbox", "pixel_values"]
+    sample = {"input_ids": torch.tensor([1, 2]), "bbox": torch.ones(2, 4).long(), "pixel_values": torch.rand(3, 4, 4)}
+    padded = sample | {
+        "input_ids": torch.tensor([0, 1, 2]), "bbox": torch.ones(3, 4).long(), "attention_mask": torch.tensor([0, 1, 1])
+    }  # fmt: skip
+    padded["bbox"][0] = 0
+    assert sample_key(sample, names) == sample_key(padded, names)
+    for name in names:
+        assert sample_key(sample, names) != sample_key(sample | {name: 0 * sample[name]}, names)
 
 
 def test_adapters_fill_a_bank_too(tmp_path):
@@ -171,6 +209,10 @@ def test_banks_of_other_things_are_refused(tmp_path):
         write_classifier_bank(bank, Teachers.load(run), data, collator)
     with pytest.raises(ValueError, match="dtype must be one of"):
         write_classifier_bank(tmp_path / "other", Teachers.load(run), data, collator, dtype="int8")
+    with pytest.raises(ValueError, match="^token_type_ids must have a row for each of 6 samples of a batch, got 1$"):
+        types = {"token_type_ids": torch.zeros(1, 10).long()}
+        shared = [data[i] for i in range(6)], lambda samples: tiny.collate(samples) | types
+        write_classifier_bank(tmp_path / "other", Teachers.load(run), *shared)
     with pytest.raises(ValueError, match="must have input_ids or pixel_values"):
         write_classifier_bank(tmp_path / "other", Teachers.load(run), [{"x": 1}], lambda rows: {"x": torch.ones(1)})
     with pytest.raises(ValueError, match="checkpoint-5 must give logits of its 2 classes, got 37"):
