@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from eekd.hf.checkpoints import weights_file
+from eekd.hf.checkpoints import spaced, weights_file
 from eekd.hf.teachers import Teachers
 from eekd.io.files import read_json, sha256_of, write_json_atomic
 from eekd.io.tensors import save_tensors, weights_sha256
@@ -31,7 +31,8 @@ MANIFEST, HEADS, FORMAT = "manifest.json", "heads.safetensors", 2
 SHARD = 256 << 20  # bytes
 LANGUAGE_MODEL, CLASSIFIER, TOKEN_CLASSIFIER = "language model", "classifier", "token classifier"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-INPUTS = "input_ids", "token_type_ids", "pixel_values"  # by which a sample is known, those that there are
+INPUTS = "input_ids", "token_type_ids", "pixel_values"  # by which a sample is known, those that there are; then others
+MADE = "attention_mask", "position_ids"  # as padding and packing make them: a sample is not known by these
 LABELS = "labels", "label", "label_ids"
 LOOKED_AT = 64  # images of a dataset, which may take long to make
 
@@ -56,6 +57,7 @@ class Manifest:
     top_k: int = 0  # of a language model; 0: hidden states are stored
     scale: float = 1.0
     softcap: float | None = None
+    feature_layer: str | None = None  # of a classifier, whose input the features are; None: the last one
 
 
 class Writer:
@@ -127,7 +129,7 @@ class Writer:
 
 
 class Bank:
-    """A finished bank, which a trainer asks in place of teachers.
+    """A finished bank, which a trainer asks in place of teachers: for M evenly spaced snapshots, or for the last.
 
     Attributes: `manifest`; `names` of the snapshots; `len(bank)` is M.
 
@@ -136,7 +138,7 @@ class Bank:
 
     adapters = ()
 
-    def __init__(self, folder: str | Path, last: bool = False):
+    def __init__(self, folder: str | Path, last: bool = False, snapshots: int | None = None):
         self.folder, self.manifest = Path(folder), read_manifest(folder)
         for name, sha256 in self.manifest.files.items():
             path = self.folder / name
@@ -144,7 +146,8 @@ class Bank:
                 raise FileNotFoundError(f"{path} is missing: write the bank again")
             if (digest := sha256_of(path)) != sha256:
                 raise ValueError(f"{path} was changed or damaged: its SHA-256 must be {sha256}, got {digest}")
-        self.snapshots = list(range(self.manifest.snapshots))[-1 if last else 0 :]
+        self._spaced = spaced(self.manifest.snapshots, snapshots)
+        self.snapshots = self._spaced[-1 if last else 0 :]
         self.names = [f"snapshot {m + 1} of {folder}" for m in self.snapshots]
         self._shards = [safe_open(self.folder / name, "pt") for name in self.manifest.files if name != HEADS]
         self._places: dict[bytes, tuple[int, int, int]] = {}
@@ -174,7 +177,8 @@ class Bank:
         own, manifest = tokenizer_sha256(tokenizer), self.manifest
         if None not in (own, manifest.tokenizer) and own != manifest.tokenizer:
             raise ValueError(f"{self.folder} must be of the trainer's tokenizer, got one of another")
-        if teachers is not None and [*map(weights_sha256, map(weights_file, teachers))] != manifest.teachers:
+        hashes = [sha256 for m, sha256 in enumerate(manifest.teachers) if m in self._spaced]
+        if teachers is not None and [*map(weights_sha256, map(weights_file, teachers))] != hashes:
             raise ValueError(f"{self.folder} must be of these {len(teachers)} checkpoints, got one of others")
         if dataset is None or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             return
@@ -233,12 +237,23 @@ def batches(teachers: Teachers, dataset, data_collator: Callable, size: int, dev
         yield {k: x.to(device) if isinstance(x, Tensor) else x for k, x in batch.items() if "labels" not in k}
 
 
+def known_by(teachers: Teachers, batch: Mapping) -> list[str]:
+    """The names of all that teachers get of a batch, but `MADE`: by which its samples are known."""
+    names = dict.fromkeys((*INPUTS, *teachers.named_inputs()))
+    return [name for name in names if name not in MADE and isinstance(x := batch.get(name), Tensor) and x.ndim]
+
+
 def sample_keys(inputs: Mapping, names: Sequence[str]) -> list[bytes]:
-    """Of each sample of a batch the bytes that stand for it; ValueError where the batch has no such inputs."""
+    """Of each sample of a batch the bytes that stand for it; ValueError where the batch has no such inputs for it."""
     if lacking := [name for name in names if not isinstance(inputs.get(name), Tensor)]:
         raise ValueError(f"a batch must have {', '.join(lacking)} for a bank, got {', '.join(inputs)}")
     columns = {name: inputs[name].cpu() for name in (*names, "attention_mask") if name in inputs}
-    return [sample_key({k: x[row] for k, x in columns.items()}, names) for row in range(len(inputs[names[0]]))]
+    count = len(inputs[names[0]])
+    for name in names:
+        if len(columns[name]) != count:
+            got = len(columns[name])
+            raise ValueError(f"{name} must have a row for each of {count} samples of a batch, got {got}")
+    return [sample_key({k: x[row] for k, x in columns.items()}, names) for row in range(count)]
 
 
 def sample_key(sample: Mapping, names: Sequence[str]) -> bytes:
@@ -249,7 +264,8 @@ def sample_key(sample: Mapping, names: Sequence[str]) -> bytes:
         x = sample[name]
         x = np.asarray(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x)  # NumPy has no bfloat16
         x = x.astype("<i8" if x.dtype.kind in "iub" else "<f4")
-        digest.update((x if mask is None or x.shape != mask.shape else x[mask]).tobytes())
+        each = mask is not None and x.shape[: mask.ndim] == mask.shape and not name.startswith("pixel_")
+        digest.update((x[mask] if each else x).tobytes())  # an image's channels may be as many as the tokens
     return digest.digest()
 
 

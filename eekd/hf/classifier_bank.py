@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import default_data_collator
 
-from eekd.hf.banks import CLASSIFIER, INPUTS, TOKEN_CLASSIFIER, Bank, Writer, batches, sample_keys
+from eekd.hf.banks import CLASSIFIER, INPUTS, TOKEN_CLASSIFIER, Bank, Writer, batches, known_by, sample_keys
 from eekd.hf.teachers import Teachers
 
 
@@ -49,7 +49,7 @@ def write_classifier_bank(
     heads, names, longest, width = None, [], 1, 0
     for number, batch in enumerate(batches(teachers, dataset, data_collator, batch_size, device)):
         if number == 0:
-            names = [name for name in INPUTS if isinstance(batch.get(name), Tensor)]
+            names = known_by(teachers, batch)
             if not {"input_ids", "pixel_values"} & {*names}:
                 raise ValueError(f"a batch must have input_ids or pixel_values for a bank, got {', '.join(batch)}")
             if features:
@@ -72,6 +72,7 @@ def write_classifier_bank(
     writer.end(
         None, teachers, processing_class, kind=kind, classes=config.num_labels, width=width,
         inputs=names, labels={str(i): str(name) for i, name in config.id2label.items()},
+        feature_layer=feature_layer if features else None,
     )  # fmt: skip
     return ClassifierBank(folder)
 
@@ -91,9 +92,11 @@ class ClassifierBank(Bank):
         return [SimpleNamespace(num_labels=manifest.classes, id2label=labels, problem_type=None)] * len(self)
 
     def classifier_heads(self, layer: str | None = None) -> list[SimpleNamespace]:
-        """The width of each one's features; ValueError where none are stored."""
+        """The width of each one's features; ValueError where none are stored, or those of another `layer`."""
         if not self.manifest.width:
             raise ValueError(f"{self.folder} must hold features for this weighting, got a bank without: write another")
+        if layer not in (None, stored := self.manifest.feature_layer):
+            raise ValueError(f"{self.folder} must hold features of feature_layer {layer!r}, got those of {stored!r}")
         return [SimpleNamespace(dim=self.manifest.width)] * len(self)
 
     def logits_and_features(self, heads, inputs: dict, context) -> tuple[list[Tensor], list[Tensor] | None]:

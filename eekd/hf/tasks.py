@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from eekd.hf import checks
+from eekd.hf.banks import Bank
 from eekd.hf.classifier_bank import ClassifierBank
 from eekd.hf.heads import ClassifierHead, LanguageHead, only
 from eekd.hf.teachers import Teachers
@@ -26,7 +27,7 @@ CHECKED = 64  # tokens whose logits are compared on the first batch
 class LanguageModelling:
     """Every token whose label is not -100 is a row; with `shift` its label is the next token.
 
-    A batch's own `shift_labels` are taken as they are.
+    A batch's own `shift_labels` are taken as they are. With a bank, tokens that are padding are no rows.
     """
 
     temperature = 1.0
@@ -50,14 +51,17 @@ class LanguageModelling:
         self.snapshot_dim = max(widths)
 
     def targets(self, inputs: dict) -> Tensor:
-        """The labels of a batch, those that do not count being -100, in any shape."""
+        """The labels of a batch in the shape of the hidden states, those that do not count being -100."""
         if "shift_labels" in inputs:
-            return inputs["shift_labels"]
-        return inputs["labels"][..., 1:] if self.shift else inputs["labels"]
+            labels = inputs["shift_labels"]
+        else:
+            labels = inputs["labels"]
+            labels = nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORED) if self.shift else labels
+        return _known(self.teachers, labels, inputs)
 
     def verify(self, inputs: dict, context, half: bool) -> None:
         """Compares every head with its model's own logits; one soft-cap for all is wanted."""
-        labels = self._aligned(inputs)
+        labels = self.targets(inputs)
         rows = (labels != IGNORED).flatten().nonzero()[:CHECKED, 0]
         rows = rows if len(rows) else torch.arange(min(CHECKED, labels.numel()), device=labels.device)
         batch = model_inputs(inputs)
@@ -73,7 +77,7 @@ class LanguageModelling:
 
     def teach(self, inputs: dict, context) -> dict:
         """What the teachers say of a batch: their hidden states (N, H_m) at the rows that count."""
-        labels = self._aligned(inputs)
+        labels = self.targets(inputs)
         rows = (labels != IGNORED).flatten().nonzero()[:, 0]
 
         def select(hidden: Tensor) -> Tensor:
@@ -183,15 +187,12 @@ class LanguageModelling:
                 scores.append(log_w)
             return torch.cat(scores)
 
-    def _aligned(self, inputs: dict) -> Tensor:
-        """Labels in the shape of the hidden states."""
-        if "shift_labels" in inputs or not self.shift:
-            return self.targets(inputs)
-        return nn.functional.pad(inputs["labels"][..., 1:], (0, 1), value=IGNORED)
-
 
 class Classification:
-    """Every sample, or every token of a token classifier, whose label is not -100 is a row."""
+    """Every sample, or every token of a token classifier, whose label is not -100 is a row.
+
+    With a bank, tokens that are padding are no rows.
+    """
 
     temperature = 5.0
 
@@ -210,8 +211,8 @@ class Classification:
                 raise ValueError(f"teachers must have one width, got {', '.join(widths)}")
 
     def targets(self, inputs: dict) -> Tensor:
-        """The labels of a batch, those that do not count being -100, in any shape."""
-        return inputs["labels"]
+        """The labels of a batch, those that do not count being -100."""
+        return _known(self.teachers, inputs["labels"], inputs)
 
     def verify(self, inputs: dict, context, half: bool) -> None:
         """Compares logits that are taken with features to the models' own."""
@@ -223,14 +224,15 @@ class Classification:
 
     def teach(self, inputs: dict, context) -> dict:
         """The teachers' logits and features of a batch, at the rows that count."""
-        rows = (inputs["labels"] != IGNORED).flatten().nonzero()[:, 0]
+        labels = self.targets(inputs)
+        rows = (labels != IGNORED).flatten().nonzero()[:, 0]
         logits, features = self.teachers.logits_and_features(self.heads, model_inputs(inputs), context)
-        shape = inputs["labels"].numel(), self.classes
+        shape = labels.numel(), self.classes
         for name, z in zip(self.teachers.names, logits, strict=True):
             if z.shape != shape:
                 raise ValueError(f"{name} must give logits {shape}, a row for each label, got {tuple(z.shape)}")
         return {
-            "labels": inputs["labels"].flatten()[rows],
+            "labels": labels.flatten()[rows],
             "rows": rows,
             "logits": [z[rows] for z in logits],
             "features": None if features is None else torch.stack([u[rows] for u in features]),
@@ -256,6 +258,14 @@ class Classification:
 def model_inputs(inputs: dict) -> dict:
     """A batch without its labels."""
     return {name: value for name, value in inputs.items() if name not in LABELS}
+
+
+def _known(teachers: Teachers | Bank, labels: Tensor, inputs: dict) -> Tensor:
+    """Labels, with a bank -100 at padding, of which it holds nothing."""
+    mask = inputs.get("attention_mask")
+    if not isinstance(teachers, Bank) or mask is None or mask.shape != labels.shape:
+        return labels
+    return labels.masked_fill(~mask.bool(), IGNORED)
 
 
 def first_samples(inputs: dict, count: int = 2) -> dict:

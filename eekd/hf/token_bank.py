@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eekd.hf.banks import HEADS, LANGUAGE_MODEL, Bank, Writer, batches, sample_keys, tokens_of
+from eekd.hf.banks import HEADS, LANGUAGE_MODEL, Bank, Writer, batches, known_by, sample_keys, tokens_of
 from eekd.hf.heads import LanguageHead, StoredHead
 from eekd.hf.teachers import Teachers
 from eekd.io.tensors import load_tensors
@@ -53,7 +53,7 @@ def write_token_bank(
     teachers = (teachers if isinstance(teachers, Teachers) else Teachers.load(teachers)).to(device)
     heads = teachers.language_heads()
     classes = min(len(head.weight) for head in heads)
-    widths = {head.weight.shape[1] for head in heads}
+    widths, names = {head.weight.shape[1] for head in heads}, []
     if not isinstance(top_k, int) or not 0 <= top_k <= classes:
         raise ValueError(f"top_k must be from 0 to {classes}, the number of tokens, got {top_k!r}")
     if len(widths) > 1:
@@ -61,6 +61,7 @@ def write_token_bank(
     for number, batch in enumerate(batches(teachers, dataset, data_collator, batch_size, device)):
         ids, mask = tokens_of(batch)
         if number == 0:
+            names = known_by(teachers, batch)
             rows = mask.flatten().nonzero()[:64, 0]
             teachers.verify(heads, torch.no_grad, batch, rows, next(iter(teachers)).dtype != torch.float32)
             for name in ("scale", "softcap"):
@@ -75,7 +76,7 @@ def write_token_bank(
             outputs = _top_k(writer, states, heads, following, top_k, classes)
         else:
             outputs = {"hidden": writer.cast("hidden states", torch.stack(states, 1))}
-        writer.add(sample_keys(batch, ["input_ids"]), mask.sum(1).tolist(), outputs)
+        writer.add(sample_keys(batch, names), mask.sum(1).tolist(), outputs)
     stored = None
     if not top_k:
         own = heads[:1] if all(head.weight is heads[0].weight for head in heads) else heads
@@ -83,7 +84,7 @@ def write_token_bank(
         stored |= {f"bias.{m}": head.bias for m, head in enumerate(own) if head.bias is not None}
     writer.end(
         stored, teachers, processing_class, kind=LANGUAGE_MODEL, classes=classes, width=widths.pop(),
-        inputs=["input_ids"], top_k=top_k, scale=heads[0].scale, softcap=heads[0].softcap,
+        inputs=names, top_k=top_k, scale=heads[0].scale, softcap=heads[0].softcap,
     )  # fmt: skip
     return TokenBank(folder)
 

@@ -13,7 +13,7 @@ from transformers.models.auto import modeling_auto
 from eekd import parallel
 from eekd.hf import checks
 from eekd.hf.banks import CLASSIFIER, LANGUAGE_MODEL, TOKEN_CLASSIFIER, Bank, read_manifest
-from eekd.hf.checkpoints import checkpoint_folders
+from eekd.hf.checkpoints import checkpoint_folders, spaced
 from eekd.hf.classifier_bank import ClassifierBank
 from eekd.hf.config import EEKDArguments
 from eekd.hf.heads import accepted, body_of, replaced, without_adapters
@@ -85,18 +85,21 @@ class EEKDMixin(Trainer if TYPE_CHECKING else object):
         if len(given) != 1 and given != ["teacher_checkpoints", "bank"]:
             got = " and ".join(given) or "none"
             raise ValueError(f"teacher_checkpoints, teachers or bank must be given, got {got}")
+        if teacher_base is not None and given != ["teacher_checkpoints"]:
+            got = f"a {type(teacher_base).__name__}" if isinstance(teacher_base, nn.Module) else repr(teacher_base)
+            raise ValueError(f"teacher_base must be None with {given[-1]}, got {got}")
         _task_of(self.model)
         last = self.args.weighting == "last"
         folders = [] if paths is None else checkpoint_folders(paths, self.args.snapshots)
         if bank is not None:
             kind = TokenBank if read_manifest(bank).kind == LANGUAGE_MODEL else ClassifierBank
-            self.teachers = kind(bank, last)
+            self.teachers = kind(bank, last, self.args.snapshots)
             self.teachers.check(self._eekd_tokenizer(), folders or None, self.train_dataset)
         elif paths is not None:
             checks.check_apart(self.model, [teacher_base] if isinstance(teacher_base, nn.Module) else [])
             checks.check_tokenizers(folders, self._eekd_tokenizer())
             checks.check_processors(folders, self._eekd_tokenizer())
-            self.teachers = Teachers.load(paths, self.args.snapshots, teacher_base, last)
+            self.teachers = Teachers.load(folders, base=teacher_base, last=last)
         else:
             models = list(teachers) if isinstance(teachers, Sequence | nn.ModuleList) else []
             if not models or not all(isinstance(model, nn.Module) for model in models):
@@ -104,9 +107,10 @@ class EEKDMixin(Trainer if TYPE_CHECKING else object):
                     f"teachers must be a list of at least one model, got {repr(teachers)[:100]!r}; teacher_checkpoints "
                     "takes folders"
                 )
-            models = models[-1:] if last else models
+            places = spaced(len(models), self.args.snapshots)[-1 if last else 0 :]
+            models = [models[m] for m in places]
             checks.check_apart(self.model, models)
-            self.teachers = Teachers(models, [f"teacher {m + 1}" for m in range(len(models))])
+            self.teachers = Teachers(models, [f"teacher {m + 1}" for m in places])
         self.teachers.to(self.args.device)
         self._eekd_join(self.model)
 

@@ -10,7 +10,8 @@ from eekd.hf import EEKDTrainer, Teachers, TokenBank, write_token_bank
 
 
 def trainer_with(student, bank, folder, data=None, **options):
-    named = {name: options.pop(name) for name in ("teacher_checkpoints", "processing_class") if name in options}
+    own = "teacher_checkpoints", "teacher_base", "processing_class"
+    named = {name: options.pop(name) for name in own if name in options}
     data = tiny.Texts() if data is None else data
     args = tiny.settings(folder, **options)
     return EEKDTrainer(student, args, bank=bank, train_dataset=data, data_collator=tiny.collate, **named)
@@ -29,6 +30,33 @@ def test_a_bank_of_hidden_states_teaches_as_the_teachers_do(kind, weighting, tmp
     got = tiny.loss_of(trainer_with(student, tmp_path / "bank", tmp_path, weighting=weighting), batch)
     torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
     tiny.compare(got[1], want[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("options", [dict(weighting="attention"), dict(weighting="uniform", top_k=tiny.VOCAB)])
+def test_labels_of_padding_do_not_count_with_a_bank(options, shifted, tmp_path):
+    """Padded on the left, the last pad predicts the first token: the teachers say something of it, a bank nothing."""
+    run, student, options = tiny.run_of("llama", tmp_path), tiny.language_model("llama"), {"top_k": 0} | options
+    top_k = options.pop("top_k")
+    write_token_bank(tmp_path / "bank", run, tiny.Texts(), tiny.collate, dtype="float32", top_k=top_k)
+    batch = tiny.collate([tiny.Texts()[i] for i in (3, 0, 7, 5)])
+    counts = batch["attention_mask"].sum(1)
+    assert len(set(counts.tolist())) > 1
+    batch = {
+        name: torch.stack([row.roll(-int(n)) for row, n in zip(x, counts, strict=True)]) for name, x in batch.items()
+    }
+    mask = batch["attention_mask"].bool()
+    if shifted:
+        batch["shift_labels"] = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        without = batch | {"shift_labels": batch["shift_labels"].masked_fill(~mask, -100)}
+    else:
+        without = batch | {"labels": batch["labels"].masked_fill(~mask.roll(1, 1), -100)}
+    bank = trainer_with(student, tmp_path / "bank", tmp_path, **options)
+    teachers = tiny.trainer_of(student, run, tmp_path, **options)
+    assert bank._eekd_items([batch]) == teachers._eekd_items([without]) < teachers._eekd_items([batch])
+    got, want = tiny.loss_of(bank, batch), tiny.loss_of(teachers, without)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-5)
+    tiny.compare(got[1], want[1], rtol=1e-3, atol=1e-5)
 
 
 def test_a_run_from_a_bank_is_that_with_the_teachers(tmp_path):
@@ -130,6 +158,40 @@ def test_a_top_k_bank_keeps_the_likeliest_tokens_and_one_bucket(tmp_path):
     assert tiny.formula(s, [z], y, torch.ones(len(y), 1)) / len(y) > want  # the bucket knows less
 
 
+def test_sequences_that_differ_in_their_types_alone_are_told_apart(tmp_path):
+    run = tiny.run_of("gpt2", tmp_path)
+    data = [{"input_ids": row, "token_type_ids": [t] * len(row)} for row in tiny.Texts().rows[:4] for t in (1, 2)]
+
+    def collate(samples):
+        batch = tiny.collate(samples)
+        types = [sample["token_type_ids"] for sample in samples]
+        types = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, types)), batch_first=True)
+        places = torch.arange(types.shape[1]).expand_as(types)
+        return batch | {"token_type_ids": types, "position_ids": places}
+
+    bank = write_token_bank(tmp_path / "bank", run, data, collate, dtype="float32")
+    assert (bank.manifest.samples, bank.manifest.inputs) == (8, ["input_ids", "token_type_ids"])
+    batch = collate([data[i] for i in (5, 0, 1, 4)])
+    want = tiny.loss_of(tiny.trainer_of(tiny.language_model(), run, tmp_path), batch)
+    got = tiny.loss_of(trainer_with(tiny.language_model(), tmp_path / "bank", tmp_path, data), batch)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
+    tiny.compare(got[1], want[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [0, tiny.VOCAB])
+def test_evenly_spaced_snapshots_of_a_bank(top_k, tmp_path):
+    run = tiny.save([tiny.language_model("gpt2", 24, s) for s in range(1, 6)], tmp_path / "run")
+    bank, pair, batch = tmp_path / "bank", tmp_path / "pair", tiny.collate([tiny.Texts()[i] for i in range(6)])
+    write_token_bank(bank, run, tiny.Texts(), tiny.collate, top_k=top_k)
+    write_token_bank(pair, Teachers.load(run, snapshots=2), tiny.Texts(), tiny.collate, top_k=top_k)
+    options = dict(weighting="linear_increase", snapshots=2, teacher_checkpoints=run)
+    found = [trainer_with(tiny.language_model(), folder, tmp_path, **options) for folder in (bank, pair)]
+    assert found[0].teachers.names == [f"snapshot {m} of {bank}" for m in (2, 5)]
+    torch.testing.assert_close(*(tiny.loss_of(trainer, batch)[0] for trainer in found), rtol=1e-3, atol=1e-3)
+    last = trainer_with(tiny.language_model(), bank, tmp_path, **options | {"weighting": "last"})
+    assert last.teachers.names == [f"snapshot 5 of {bank}"]
+
+
 @pytest.mark.bad_input
 def test_banks_of_other_things_are_refused(tmp_path):
     run, bank = tiny.run_of("gpt2", tmp_path), tmp_path / "bank"
@@ -144,6 +206,8 @@ def test_banks_of_other_things_are_refused(tmp_path):
     refused("must be of the trainer's tokenizer", processing_class=tiny.tokenizer_of(swapped=True))
     refused("every sample of train_dataset, got 0, which it lacks", data=tiny.Texts(seed=1))
     refused("must be of these 1 checkpoints, got one of others", teacher_checkpoints=run / "checkpoint-5")
+    refused("snapshots must be from 1 to 2, the checkpoints there are, got 3", snapshots=3)
+    refused("^teacher_base must be None with bank, got 'gpt2'", teacher_base="gpt2")
     refused("no bank, or one that was not finished", FileNotFoundError, bank=tmp_path / "nowhere")
     with pytest.raises(FileExistsError, match="must hold no bank yet"):
         write_token_bank(bank, Teachers.load(run), tiny.Texts(), tiny.collate)

@@ -6,6 +6,7 @@ import torch
 import transformers
 
 from eekd.hf import ClassifierBank, EEKDTrainer, Teachers, write_classifier_bank, write_token_bank
+from eekd.hf.banks import sample_key
 
 
 class Tagged(tiny.Texts):
@@ -53,6 +54,55 @@ def test_a_bank_teaches_as_the_teachers_do(kind, weighting, tmp_path):
     ]
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-6)
     tiny.compare(found[1][1], found[0][1], rtol=1e-4, atol=1e-6)
+
+
+def test_labels_of_padding_do_not_count_with_a_bank(tmp_path):
+    run, (data, collator) = run_of("tokens", tmp_path), data_of("tokens")
+    write_classifier_bank(tmp_path / "bank", run, data, collator, dtype="float32")
+    batch = collator([data[i] for i in (3, 0, 7, 5)])
+    assert (batch["labels"] == -100).any()
+    bank = trainer_with("tokens", tmp_path / "bank", tmp_path)
+    want = tiny.loss_of(tiny.trainer_of(tiny.classifier("tokens"), run, tmp_path, data=data, collator=collator), batch)
+    got = tiny.loss_of(bank, batch | {"labels": batch["labels"].clamp(min=0)})
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
+    tiny.compare(got[1], want[1], rtol=1e-4, atol=1e-6)
+
+
+def test_samples_that_differ_in_any_input_are_told_apart(tmp_path):
+    """Two documents of the same words in other places, of which the bank held the first alone."""
+    run = tiny.save([tiny.classifier("boxes", 24, seed, initializer_range=0.5) for seed in (1, 2)], tmp_path / "run")
+    generator = torch.Generator().manual_seed(0)
+    data = []
+    for i in range(8):
+        sample = tiny.Texts(classes=tiny.CLASSES)[i // 2]
+        boxes = torch.randint(100, (len(sample["input_ids"]), 4), generator=generator).sort().values  # right of left
+        data.append(sample | {"bbox": boxes.tolist()})
+
+    def collator(samples):
+        batch = tiny.collate(samples)
+        boxes = [torch.tensor(sample["bbox"]) for sample in samples]
+        return batch | {"bbox": torch.nn.utils.rnn.pad_sequence(boxes, batch_first=True)}
+
+    bank = write_classifier_bank(tmp_path / "bank", run, data, collator, dtype="float32", batch_size=3)
+    assert (bank.manifest.samples, bank.manifest.inputs) == (8, ["input_ids", "bbox"])
+    batch = collator([data[i] for i in (5, 0, 1, 4)])
+    trainer = tiny.trainer_of(tiny.classifier("boxes"), run, tmp_path, data=data, collator=collator)
+    want = tiny.loss_of(trainer, batch)
+    got = tiny.loss_of(trainer_with("boxes", tmp_path / "bank", tmp_path, data=(data, collator)), batch)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
+    tiny.compare(got[1], want[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_key_is_that_of_the_sample_however_it_is_padded():
+    names = ["input_ids", "bbox", "pixel_values"]
+    sample = {"input_ids": torch.tensor([1, 2]), "bbox": torch.ones(2, 4).long(), "pixel_values": torch.rand(3, 4, 4)}
+    padded = sample | {
+        "input_ids": torch.tensor([0, 1, 2]), "bbox": torch.ones(3, 4).long(), "attention_mask": torch.tensor([0, 1, 1])
+    }  # fmt: skip
+    padded["bbox"][0] = 0
+    assert sample_key(sample, names) == sample_key(padded, names)
+    for name in names:
+        assert sample_key(sample, names) != sample_key(sample | {name: 0 * sample[name]}, names)
 
 
 def test_adapters_fill_a_bank_too(tmp_path):
@@ -124,6 +174,7 @@ def test_columns_of_no_use_and_data_padded_beforehand(tmp_path):
 @pytest.mark.bad_input
 def test_banks_of_other_things_are_refused(tmp_path):
     run, bank, (data, collator) = run_of("bert", tmp_path), tmp_path / "bank", data_of("bert")
+    layer = "bert.pooler.dense"
     write_classifier_bank(bank, Teachers.load(run), data, collator, processing_class=tiny.tokenizer_of())
 
     def refused(match, kind="bert", error=ValueError, bank=bank, **options):
@@ -148,10 +199,20 @@ def test_banks_of_other_things_are_refused(tmp_path):
     write_classifier_bank(tmp_path / "bare", Teachers.load(run), data, collator, features=False)
     refused("must hold features for this weighting", bank=tmp_path / "bare")
     trainer_with("bert", tmp_path / "bare", tmp_path, weighting="uniform")
+    refused("^.*bank must hold features of feature_layer 'bert.pooler.dense', got those of None", feature_layer=layer)
+    write_classifier_bank(tmp_path / "layer", Teachers.load(run), data, collator, feature_layer=layer)
+    trainer_with("bert", tmp_path / "layer", tmp_path, feature_layer=layer)
+    trainer_with("bert", tmp_path / "layer", tmp_path)
+    other = dict(bank=tmp_path / "layer", feature_layer="classifier")
+    refused("must hold features of feature_layer 'classifier', got those of 'bert.pooler.dense'", **other)
     with pytest.raises(FileExistsError, match="must hold no bank yet"):
         write_classifier_bank(bank, Teachers.load(run), data, collator)
     with pytest.raises(ValueError, match="dtype must be one of"):
         write_classifier_bank(tmp_path / "other", Teachers.load(run), data, collator, dtype="int8")
+    with pytest.raises(ValueError, match="^token_type_ids must have a row for each of 6 samples of a batch, got 1$"):
+        types = {"token_type_ids": torch.zeros(1, 10).long()}
+        shared = [data[i] for i in range(6)], lambda samples: tiny.collate(samples) | types
+        write_classifier_bank(tmp_path / "other", Teachers.load(run), *shared)
     with pytest.raises(ValueError, match="must have input_ids or pixel_values"):
         write_classifier_bank(tmp_path / "other", Teachers.load(run), [{"x": 1}], lambda rows: {"x": torch.ones(1)})
     with pytest.raises(ValueError, match="checkpoint-5 must give logits of its 2 classes, got 37"):

@@ -120,6 +120,19 @@ def test_teachers_that_are_no_models(teachers, tmp_path):
 
 
 @pytest.mark.bad_input
+def test_settings_of_checkpoints_beside_models(tmp_path):
+    for options, match in (
+        ({"snapshots": 3}, "^snapshots must be from 1 to 2, the checkpoints there are, got 3"),
+        ({"teacher_base": tiny.language_model()}, "^teacher_base must be None with teachers, got a GPT2LMHeadModel"),
+    ):
+        base, models = options.pop("teacher_base", None), [tiny.language_model(seed=seed) for seed in (1, 2)]
+        with pytest.raises(ValueError, match=match):
+            EEKDTrainer(
+                tiny.language_model(), tiny.settings(tmp_path, **options), teachers=models, teacher_base=base
+            )  # fmt: skip
+
+
+@pytest.mark.bad_input
 def test_adapters_that_cannot_teach_are_refused(tmp_path):
     peft = pytest.importorskip("peft", reason="needs peft, of the extra hf")
     base = tiny.language_model("llama", 24, 1)

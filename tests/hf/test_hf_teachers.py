@@ -20,6 +20,29 @@ def test_checkpoints_come_in_the_order_of_their_numbers(tmp_path):
     assert len(Teachers.load(tmp_path, last=True)) == 1
 
 
+def test_the_weights_of_a_run_beside_its_checkpoints_are_named(tmp_path, recwarn):
+    run = tiny.run_of("gpt2", tmp_path)
+    assert len(Teachers.load(run)) == 2 and not [w for w in recwarn if "read as its" in str(w.message)]
+    tiny.language_model("gpt2", 24, 3).save_pretrained(run)
+    with pytest.warns(UserWarning, match="run is read as its 2 folders of checkpoints, without model.safetensors") as w:
+        trainer = tiny.trainer_of(tiny.language_model(), run, tmp_path, weighting="last")
+    assert trainer.teachers.names == [str(run / "checkpoint-10")]
+    assert sum("read as its" in str(warning.message) for warning in w) == 1
+    adapters, _ = tiny.lora_run(tmp_path / "lora", tiny.language_model("llama", 24, 1), target_modules=["q_proj"])
+    for file in (adapters / "checkpoint-2").iterdir():
+        shutil.copy(file, adapters)
+    with pytest.warns(UserWarning, match="as its 2 folders of checkpoints, without adapter_model.safetensors"):
+        checkpoint_folders(adapters)
+
+
+def test_evenly_spaced_models_in_memory(tmp_path):
+    models = [tiny.language_model("gpt2", 24, seed) for seed in range(1, 6)]
+    for options, want in ((dict(weighting="uniform"), [1, 4]), (dict(weighting="last"), [4])):
+        trainer = EEKDTrainer(tiny.language_model(), tiny.settings(tmp_path, snapshots=2, **options), teachers=models)
+        assert [models.index(model) for model in trainer.teachers] == want
+        assert trainer.teachers.names == [f"teacher {m + 1}" for m in want]
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "vit"])
 def test_teachers_are_the_models_that_were_saved(kind, tmp_path):
     run, models = tiny.run_of(kind, tmp_path), [tiny.model_of(kind, 24, s) for s in (1, 2)]

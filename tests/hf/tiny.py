@@ -196,6 +196,7 @@ def classifier(kind, width=16, seed=0, **options):
         "llama": ("LlamaForSequenceClassification", sizes | text | dict(num_key_value_heads=2)),
         "roberta": ("RobertaForSequenceClassification", sizes | text | dropouts),
         "bert": ("BertForSequenceClassification", sizes | text | dropouts),
+        "boxes": ("LayoutLMForSequenceClassification", sizes | text | dropouts),
         "tokens": ("BertForTokenClassification", sizes | text | dropouts),
         "vit": ("ViTForImageClassification", sizes | image | dropouts),
         "deit": ("DeiTForImageClassificationWithTeacher", sizes | image | dropouts),
