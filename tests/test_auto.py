@@ -66,7 +66,7 @@ def test_a_choice_is_taken_from_settings_that_made_it():
     assert settled(Config(), made) == dataclasses.replace(made, seed=0)
     given = Config(precision="fp32", channels_last=False, interpolation="bicubic")
     assert settled(given, made) == given
-    assert Config.from_json(Config().to_json()) == Config() == preset("digits")
+    assert Config.from_json(Config().to_json()) == Config()
     assert (preset("fashion-mnist-cpu").precision, preset("fashion-mnist-cpu").channels_last) == ("auto", "auto")
 
 

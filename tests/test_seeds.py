@@ -39,7 +39,7 @@ def test_each_seed_is_a_run_and_the_summary_speaks_of_all(run):
         config = json.loads((run / f"seed-{seed}" / "config.json").read_text())
         assert (config["seed"], config["seeds"]) == (seed, 1)
     printed = (run.parent / "printed").read_text()
-    assert printed.count("teacher, seed 3: epoch 2/2") == printed.count("EEKD (attention), seed 4: epoch 1/1") == 1
+    assert printed.count("teacher, seed 3: epoch 2/2") == printed.count("EEKD with DKD's loss, seed 4: epoch 1/1") == 1
 
 
 def written(run: Path, *seeds: dict[str, tuple[float, float]]) -> dict:

@@ -1,5 +1,6 @@
 """The command line: python -m eekd.train as a user types it."""
 
+import dataclasses
 import io
 import json
 import re
@@ -48,13 +49,14 @@ def test_the_default_command(tmp_path):
     run = tmp_path / "runs" / "digits-1"
     assert "everything is in runs/digits-1" in done.stdout
     table = " ".join(done.stdout.split())
-    for name in ("teacher", "snapshot 1", "ensemble", "CE only", "KD (last)", "EEKD (attention)"):
+    for name in ("teacher", "snapshot 1", "ensemble", "CE only", "KD (last)", "EEKD with DKD's loss"):
         assert re.search(re.escape(name) + r" resnet8\S* [\d,]+ \d+ \d\d\.\d\d \d\d\.\d\d", table)
-    assert "EEKD (attention): epoch 20/20" in done.stdout
+    assert "EEKD with DKD's loss: epoch 20/20" in done.stdout
     summary = json.loads((run / "summary.json").read_text())
     accuracy = {row["name"]: row["test_accuracy"] for row in summary["rows"]}
-    assert accuracy["teacher"] > 0.93 and accuracy["attention"] > 0.85 and accuracy["snapshot 1"] < 0.99
-    assert Config.load(run / "config.json") == settled(Config(device="cpu"), Config.load(run / "config.json"))
+    assert accuracy["teacher"] > 0.93 and accuracy["attention_dkd"] > 0.85 and accuracy["snapshot 1"] < 0.99
+    known = Config.load(run / "config.json")
+    assert known == settled(dataclasses.replace(preset("digits"), device="cpu"), known)
 
 
 def test_the_halves(run, here):
@@ -64,7 +66,7 @@ def test_the_halves(run, here):
     assert cli.main(["student", f"--teacher={run}", "--out", "two", "--student.epochs", "2"]) == 0
     one, two = Config.load("one/config.json"), Config.load("two/config.json")
     assert (one.students, one.student.epochs, one.train_limit) == (("uniform",), 1, 150)
-    assert (two.students, two.student.epochs) == (Config().students, 2)
+    assert (two.students, two.student.epochs) == (preset("digits").students, 2)
     assert one.teacher == two.teacher == Config.load(run / "config.json").teacher
     rows = json.loads((here / "two" / "summary.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["teacher", "snapshot 1", "snapshot 2", "ensemble", *two.students]
@@ -102,10 +104,18 @@ def test_every_setting_is_a_flag(underscores, capsys):
     assert cli.parse([flag, "5"]).settings.train_limit == 5
 
 
+@pytest.mark.parametrize("mixed", ["--student.mixup 0.2", "--student.cutmix 1", "--student.label-smoothing 0.1"])
+def test_images_without_one_class_are_taught_by_the_loss_that_takes_them(mixed):
+    assert cli.parse(["--seed", "1"]).settings.students == ("ce", "last", "attention_dkd")
+    assert cli.parse(mixed.split()).settings.students == ("ce", "last", "attention")
+    named = cli.parse(["--students", "attention_dkd", *mixed.split()]).settings.students
+    assert named == ("attention_dkd",)  # which then says that it needs one class
+
+
 def test_dry_run_writes_nothing(here, capsys):
     assert cli.main(["--dry-run", "--teacher.model", "resnet20"]) == 0
     told = sentence(capsys)
-    assert "teacher resnet20 272,186 20" in told and "EEKD (attention) resnet8_w4" in told and "MiB" in told
+    assert "teacher resnet20 272,186 20" in told and "EEKD with DKD's loss resnet8_w4" in told and "MiB" in told
     took = r"[\d.]+ (s|min)"
     assert re.search(rf"It takes about {took} on this .*: teacher {took}, CE only {took}, KD", told)
     assert not list(here.iterdir())

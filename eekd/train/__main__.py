@@ -208,6 +208,9 @@ def parse(argv: list[str]) -> Flags:
         raise ValueError(
             "student needs --teacher RUN, the run folder whose teacher to use, --bank PATH or --checkpoints FILE ..."
         )
+    if "--students" not in given and (chosen.student.mixup or chosen.student.cutmix or chosen.student.label_smoothing):
+        other = tuple("attention" if name == "attention_dkd" else name for name in chosen.students)  # which it refuses
+        parsed = replace(parsed, settings=replace(chosen, students=other))
     if chosen.teacher_run and chosen.teacher != settings.teacher:
         raise ValueError(f"the teacher's settings are those of {chosen.teacher_run} and cannot be changed")
     return parsed
