@@ -202,7 +202,8 @@ class AttentionDISTLoss(nn.Module):
 
     with the weights w of `AttentionAtOne`. It is called as EEKDLoss is, and returns the same: L plus the attention's
     loss, and the measurements. Its arguments are τ, β, and those of `AttentionAtOne`: optimise its parameters with the
-    student's. Labels are classes (B,) or soft (B, C); logits are (B, C), those of the snapshots (M, B, C).
+    student's. Labels are classes (B,), which all count, or soft (B, C); logits are (B, C), those of the snapshots
+    (M, B, C).
     Source: this project's (docs/results/study.md).
     """
 

@@ -6,7 +6,6 @@ from functools import partial
 from eekd.io.files import nearest
 from eekd.train.config import Config, Student, Teacher
 
-
 RECOMMENDED = ("ce", "last", "attention_dkd")  # by docs/results/study.md, with what it is compared with
 
 
