@@ -258,7 +258,8 @@ def test_the_last_snapshot_teaches_by_the_published_beta(run, name):
 @pytest.mark.parametrize("name", ["attention_dkd", "attention_dist"])
 def test_the_fused_prediction_teaches_by_the_losses_of_others(run, name, fusion):
     student = dataclasses.replace(CONFIG.student, beta=3.0, fusion=fusion)
-    trainer = TRAINERS[name](Session(dataclasses.replace(CONFIG, student=student)), run / "teacher", name=name)
+    config = dataclasses.replace(CONFIG, student=student, students=(name,))
+    trainer = TRAINERS[name](Session(config), run / "teacher", name=name)
     batch = next(iter(trainer.batches_from(0)))
     trainer.trained.train()
     loss, measured = trainer.compute_loss(batch)
@@ -291,7 +292,7 @@ def test_fused_logits_survive_weights_of_zero():
 
 @pytest.mark.parametrize("name, usual", [("dkd", (4, 8)), ("attention_dkd", (2, 0.5)), ("attention_tau1", (5, None))])
 def test_a_student_has_the_published_settings_of_its_method(name, usual):
-    given = dataclasses.replace(CONFIG, student=Student(temperature=3.0, beta=7.0))
+    given = dataclasses.replace(CONFIG, student=Student(temperature=3.0, beta=7.0), students=(name,))
     published = TRAINERS[name].settings(dataclasses.replace(CONFIG, student=Student()))
     assert (published.temperature, published.beta) == usual
     assert TRAINERS[name].settings(given) == given.student
@@ -306,7 +307,8 @@ def test_settings_that_would_not_count_are_refused(run, name, setting):
 
 
 def test_what_is_added_counts_by_beta(run):
-    session = Session(dataclasses.replace(CONFIG, student=dataclasses.replace(CONFIG.student, beta=0.0)))
+    student = dataclasses.replace(CONFIG.student, beta=0.0)
+    session = Session(dataclasses.replace(CONFIG, student=student, students=("dkd",)))
     plain = train_loss = None
     for name, trainer in TRAINERS.items():
         if name not in ("dist", "fitnet", "at", "crd"):

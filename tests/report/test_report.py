@@ -65,7 +65,7 @@ def test_settings_and_environment_are_there(run):
         "students ce, last, uniform, confidence, attention",
         "val_fraction 0.1",
         "batch_size 60",
-        "temperature 5.0",
+        "alpha 0.5",
         "detach_query true",
         "root none",
         f"torch {here['torch']}",
