@@ -67,7 +67,7 @@ def runs(tmp_path_factory):
         teacher = "--teacher.model resnet8_w4 --teacher.epochs 2 --teacher.snapshots 2 --device cpu"
         assert train.main(["teacher", *teacher.split(), "--out", "runs/teacher"]) == 0
         assert bank.main(["--teacher", "runs/teacher", "--views", "2"]) == 0
-        student = "--students attention --student.epochs 1 --device cpu"
+        student = "--students attention_dkd --student.epochs 1 --device cpu"
         assert train.main(["student", "--teacher", "runs/teacher", *student.split(), "--out", "runs/mine"]) == 0
         torch.use_deterministic_algorithms(False)
         return Path("runs").resolve()

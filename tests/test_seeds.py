@@ -93,7 +93,7 @@ def test_the_folder_of_a_seed_with_other_settings_is_refused(run, capsys):
 def test_the_page_links_to_the_seeds(run):
     page = report(run).read_text()
     assert 'href="seed-4/report.html"' in page and (run / "seed-4" / "report.html").is_file()
-    assert "EEKD (attention)" in page
+    assert "EEKD with DKD" in page
 
 
 def test_a_teacher_is_that_of_one_seed(run, capsys):
