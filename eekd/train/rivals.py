@@ -127,7 +127,7 @@ class AttentionDIST(StudentTrainer):
         _need_all_classes(self)
 
     def build_criterion(self):
-        options = _learned_at_one(self) | {"beta": self.phase.beta}
+        options: dict[str, Any] = _learned_at_one(self) | {"beta": self.phase.beta}
         del options["alpha"]
         return self.loss(**options)
 
@@ -142,7 +142,7 @@ class AttentionDKD(AttentionDIST):
         _need_one_class(self, self.loader.mixes or self.loader.smoothing)
 
     def compute_loss(self, batch):
-        self.own_criterion.risen = risen(self)
+        cast(AttentionDKDLoss, self.own_criterion).risen = risen(self)
         return super().compute_loss(batch)
 
 
