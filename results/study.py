@@ -52,7 +52,7 @@ STUDENTS = {
 SETTINGS = [f"{data}-{student}" for data in DATA for student in STUDENTS]
 ALL = ["--augment", "none", "--precision", "fp32", "--teacher.model", "resnet8_s2", "--teacher.epochs", "20"]
 ALL += ["--teacher.batch-size", "128", "--teacher.schedule", "cosine"]
-ALL += ["--student.batch-size", "128", "--student.schedule", "cosine"]
+ALL += ["--student.batch-size", "128", "--student.schedule", "cosine", "--student.temperature", "5"]  # or as tuned
 METHODS = [
     *("ce", "last", "half", "uniform", "linear_increase", "attention", "attention-tau1", "last-3", "soup"),
     *("curriculum", "ema", "dkd", "dist", "attention-dkd", "attention-dist", "cyclic-uniform", "cyclic-attention"),
