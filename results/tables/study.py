@@ -225,7 +225,7 @@ def ensembles() -> str:
 
 
 def costs() -> str:
-    """What a method takes: the teachers' forwards, all operations, and the student's seconds."""
+    """What a method takes: the teachers' forwards, all operations, the student's seconds, and all seconds."""
     known = records()
     lines = table(["method", "teachers", "teacher's forwards an image", "all operations"], known, "--:", means=False)
     lines[1] = lines[1].replace("|---|---|---|---", "|---|--:|--:|--:", 1)
@@ -240,10 +240,14 @@ def costs() -> str:
             for found in rows.values()
             if name in found
         ]
-        seconds = [
-            f"{found[name]['seconds']['student'] / found['last']['seconds']['student']:.2f}" if name in found else ""
-            for found in rows.values()
-        ]
+        seconds = []
+        for found in rows.values():
+            if name not in found:
+                seconds.append("")
+                continue
+            own, last = found[name]["seconds"], found["last"]["seconds"]
+            whole = sum(x or 0 for x in own.values()) / sum(x or 0 for x in last.values())
+            seconds.append(f"{own['student'] / last['student']:.2f} ({whole:.2f})")
         cells = [f"`{name}`", str(cost["teachers"]), forwards, f"{mean(of_last):.2f}", *seconds]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
