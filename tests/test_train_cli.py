@@ -105,11 +105,14 @@ def test_every_setting_is_a_flag(underscores, capsys):
 
 
 @pytest.mark.parametrize("mixed", ["--student.mixup 0.2", "--student.cutmix 1", "--student.label-smoothing 0.1"])
-def test_images_without_one_class_are_taught_by_the_loss_that_takes_them(mixed):
+def test_images_without_one_class_are_taught_by_the_loss_that_takes_them(here, mixed):
     assert cli.parse(["--seed", "1"]).settings.students == ("ce", "last", "attention_dkd")
     assert cli.parse(mixed.split()).settings.students == ("ce", "last", "attention")
     named = cli.parse(["--students", "attention_dkd", *mixed.split()]).settings.students
     assert named == ("attention_dkd",)  # which then says that it needs one class
+    (here / "own.json").write_text(Config(students=("attention", "attention_dkd")).to_json())
+    own = cli.parse(["--config", "own.json", *mixed.split()]).settings.students
+    assert own == ("attention", "attention_dkd")  # a choice of the user's is kept
 
 
 def test_dry_run_writes_nothing(here, capsys):
