@@ -180,22 +180,37 @@ class AttentionAtOne(nn.Module):
         return total - measured["loss"], measured.row_weights.detach()
 
 
-class LearnedAtOne(nn.Module):
-    """L of EEKD at `temperature` with the weights of `AttentionAtOne`; called as EEKDLoss is, and returns the same."""
+class _Weighed(nn.Module):
+    """A loss with the weights of `AttentionAtOne`; called as EEKDLoss is, it returns the same."""
 
-    def __init__(self, temperature: float, alpha: float, **attention):
+    def __init__(self, **attention):
         super().__init__()
         self.weigh = AttentionAtOne(**attention)
-        self.options = {"temperature": temperature, "alpha": alpha, "fusion": self.weigh.loss.options["fusion"]}
+        self.fusion = self.weigh.loss.options["fusion"]
 
     def forward(self, student_logits, snapshot_logits, labels, student_features, snapshot_features):
         attention_loss, w = self.weigh(student_logits, snapshot_logits, labels, student_features, snapshot_features)
-        loss = ensemble_kd(student_logits, snapshot_logits, labels, scores=w.log(), **self.options).loss
+        loss = self._alone(student_logits, snapshot_logits, labels, w)
         measured = {"loss": loss.detach(), "attention_loss": attention_loss.detach()}
         return loss + attention_loss, Measurements(measured, w)
 
+    def _alone(self, student_logits: Tensor, snapshot_logits: Tensor, labels: Tensor, w: Tensor) -> Tensor:
+        """The loss without the attention's own."""
+        raise NotImplementedError
 
-class AttentionDISTLoss(nn.Module):
+
+class LearnedAtOne(_Weighed):
+    """L of EEKD at `temperature` with the weights of `AttentionAtOne`; called as EEKDLoss is, and returns the same."""
+
+    def __init__(self, temperature: float, alpha: float, **attention):
+        super().__init__(**attention)
+        self.options = {"temperature": temperature, "alpha": alpha, "fusion": self.fusion}
+
+    def _alone(self, student_logits, snapshot_logits, labels, w):
+        return ensemble_kd(student_logits, snapshot_logits, labels, scores=w.log(), **self.options).loss
+
+
+class AttentionDISTLoss(_Weighed):
     """EEKD's fused prediction as the teacher of DIST.
 
         L = CE(s, y) + β dist_loss(s, t, τ),    t = fused_logits(z, w, τ)
@@ -208,16 +223,12 @@ class AttentionDISTLoss(nn.Module):
     """
 
     def __init__(self, temperature: float = 2.0, beta: float = 2.0, **attention):
-        super().__init__()
-        self.weigh = AttentionAtOne(**attention)
+        super().__init__(**attention)
         self.temperature, self.beta = temperature, beta
 
-    def forward(self, student_logits, snapshot_logits, labels, student_features, snapshot_features):
-        attention_loss, w = self.weigh(student_logits, snapshot_logits, labels, student_features, snapshot_features)
-        target = fused_logits(snapshot_logits, w, self.temperature, self.weigh.loss.options["fusion"])
-        loss = F.cross_entropy(student_logits.float(), labels) + self._added(student_logits, target, labels)
-        measured = {"loss": loss.detach(), "attention_loss": attention_loss.detach()}
-        return loss + attention_loss, Measurements(measured, w)
+    def _alone(self, student_logits, snapshot_logits, labels, w):
+        target = fused_logits(snapshot_logits, w, self.temperature, self.fusion)
+        return F.cross_entropy(student_logits.float(), labels) + self._added(student_logits, target, labels)
 
     def _added(self, student_logits: Tensor, target: Tensor, labels: Tensor) -> Tensor:
         return self.beta * dist_loss(student_logits, target, self.temperature)
