@@ -171,6 +171,7 @@ def load_student(
 
 
 def only_student(folder: Path) -> Path:
+    """The folder of the one student of a RUN; another folder as it is. ValueError where a RUN has several, or none."""
     if not (folder / "students").is_dir():
         return folder
     names = sorted(path.parent.name for path in (folder / "students").glob("*/student.json"))

@@ -133,7 +133,7 @@ class Student(Phase):
     _prefix = "student."
 
     model: str = "resnet8_w4"
-    temperature: float | None = None  # none: 5, or the one published for dkd and dist (4), attention_dkd and _dist (2)
+    temperature: float | None = None  # none: the method's own; 5 where it has no other
     alpha: float = 0.5  # loss = alpha CE + (1 - alpha) temperature^2 KL
     fusion: Literal["probability", "logit"] = "probability"
     attention_objective: Literal["label", "kl"] = "label"  # which loss trains the attention
