@@ -11,6 +11,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from eekd.method import weightings
 from eekd.method.losses import EEKDLoss
+from eekd.method.rival_losses import AttentionDKDLoss
 from eekd.snapshots import LastFeatures, SnapshotEnsemble
 
 OTHER_PROBLEMS = "multi_label_classification", "regression"  # of a Hugging Face config: their loss is not ours
@@ -25,7 +26,7 @@ class Distilled(nn.Module):
 
     forward passes its arguments to the student and to the snapshots, except the keyword `labels`. It returns the
     student's output with `loss` and `logits` (B, C): an output of the same class for a Hugging Face model, a tuple
-    (loss, *output), a dict, else an `Output`. The loss is that of EEKDLoss, over the N rows whose label counts:
+    (loss, *output), a dict, else an `Output`. The loss is the criterion's, over the N rows whose label counts:
 
         (1 / num_items_in_batch) Σ_b L_b        or, if that is not given,        (1 / N) Σ_b L_b
 
@@ -33,7 +34,7 @@ class Distilled(nn.Module):
     gives it. With it the gradients of the parts add up to those of the whole batch. Without it each part's loss is the
     mean over that part, and a loop that divides by the number of parts gives rows of small parts more weight.
     In eval mode there is a loss only if there are labels; without labels only the student runs. In training labels may
-    be missing only if `alpha` is 0.
+    be missing only for an EEKDLoss whose `alpha` is 0.
 
     Wrap this module (DistributedDataParallel, accelerator.prepare), not the student. Its parameters are the student's
     and the attention's. A checkpoint of it restores both. It does not hold the snapshots, which are frozen, M times as
@@ -43,9 +44,8 @@ class Distilled(nn.Module):
         student: the nn.Module to train, as for `LastFeatures`. It has a hook only while it runs, so it can be saved,
             exported and scripted at any time.
         ensemble: the snapshots, which run without gradient.
-        criterion: an EEKDLoss, or the name of a weighting. An EEKDLoss is then made with it, `options` and the widths
-        of
-            the features.
+        criterion: an EEKDLoss or AttentionDKDLoss; or "attention_dkd" or the name of a weighting, of which such a loss
+            is then made with `options` and the widths of the features.
         layer: the layer whose input is the student's feature, see `LastFeatures`.
 
     Attributes:
@@ -64,7 +64,7 @@ class Distilled(nn.Module):
         self,
         student: nn.Module,
         ensemble: SnapshotEnsemble,
-        criterion: EEKDLoss | str = "attention",
+        criterion: EEKDLoss | AttentionDKDLoss | str = "attention",
         *,
         layer: str | None = None,
         **options,
@@ -78,18 +78,22 @@ class Distilled(nn.Module):
         problem = getattr(getattr(student, "config", None), "problem_type", None)
         if problem in OTHER_PROBLEMS:
             raise ValueError(f"student must choose one of C classes, got problem_type {problem!r}")
-        own = isinstance(criterion, EEKDLoss)
-        if not own and not isinstance(criterion, str):
-            raise TypeError(f"criterion must be an EEKDLoss or a weighting's name, got {type(criterion).__name__}")
-        if own and options:
-            raise ValueError(f"options must be left out beside an EEKDLoss, got {', '.join(options)}")
-        needs_features = criterion.attention is not None if own else weightings.get(criterion).needs_features
+        dkd = criterion == "attention_dkd"
+        if isinstance(criterion, str):
+            needs_features = dkd or weightings.get(criterion).needs_features
+        elif not isinstance(criterion, EEKDLoss | AttentionDKDLoss):
+            wanted = "an EEKDLoss, an AttentionDKDLoss, attention_dkd or a weighting's name"
+            raise TypeError(f"criterion must be {wanted}, got {type(criterion).__name__}")
+        elif options:
+            raise ValueError(f"options must be left out beside an {type(criterion).__name__}, got {', '.join(options)}")
+        else:
+            needs_features = criterion.attention is not None
         self._capture = LastFeatures(student, layer, features=needs_features, leave_hook=False)
         widths = {}
         if needs_features:
             widths = {"student_dim": self._capture.dim, "snapshot_dim": ensemble.feature_dim}
-        if not own:
-            criterion = EEKDLoss(criterion, **widths, **options)
+        if isinstance(criterion, str):
+            criterion = AttentionDKDLoss(**widths, **options) if dkd else EEKDLoss(criterion, **widths, **options)
         for (name, width), linear in zip(widths.items(), criterion.attention.children() if widths else (), strict=True):
             if linear.in_features != width:
                 raise ValueError(f"criterion must have {name}={width}, got {linear.in_features}")
@@ -101,7 +105,7 @@ class Distilled(nn.Module):
         output, logits, features = self._capture.run(*inputs, **named)
         if labels is None and not self.training:
             return output
-        if labels is None and self.criterion.options["alpha"]:
+        if labels is None and self.criterion.options.get("alpha", 1):
             raise ValueError(
                 "labels must be given in training, unless the criterion has alpha=0, got None; a Trainer's "
                 "label_smoothing_factor keeps them back"

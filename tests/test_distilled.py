@@ -45,9 +45,10 @@ def gradients(module):
     return {name: p.grad for name, p in module.named_parameters()}
 
 
-def test_the_loss_is_that_of_the_three_objects():
+@pytest.mark.parametrize("name, options", [("attention", {"alpha": 0.3}), ("attention_dkd", {"beta": 3.0})])
+def test_the_loss_is_that_of_the_three_objects(name, options):
     torch.manual_seed(0)
-    distilled = eekd.Distilled(Net(), ensemble(), temperature=2.0, alpha=0.3)
+    distilled = eekd.Distilled(Net(), ensemble(), name, temperature=1.5, **options)
     twin = copy.deepcopy(distilled)
     x, labels = batch()
     output = distilled(x, labels=labels)
@@ -60,14 +61,16 @@ def test_the_loss_is_that_of_the_three_objects():
     torch.testing.assert_close((output.loss, output["logits"]), (loss, logits))
     torch.testing.assert_close(gradients(distilled), gradients(twin))
     torch.testing.assert_close(distilled.measurements["weights"], measured["weights"])
-    assert gradients(distilled)["criterion.attention.student.weight"].abs().max() > 0
-    assert criterion.options["temperature"] == 2.0
+    assert next(criterion.attention.parameters()).grad.abs().max() > 0
+    settings = vars(criterion) | criterion.options
+    assert {key: settings[key] for key in options} == options and settings["temperature"] == 1.5
 
 
 @pytest.mark.parametrize("sizes", [(6,), (1, 5), (2, 1, 3)])
-def test_parts_of_a_batch_add_up_to_the_whole(sizes):
+@pytest.mark.parametrize("name", ["attention", "attention_dkd"])
+def test_parts_of_a_batch_add_up_to_the_whole(name, sizes):
     torch.manual_seed(0)
-    whole = eekd.Distilled(Net(), ensemble())
+    whole = eekd.Distilled(Net(), ensemble(), name)
     parts = copy.deepcopy(whole)
     x, labels = batch()
     labels[2] = -100
@@ -252,7 +255,7 @@ def test_autocast():
         ((Net, ensemble), TypeError, "student must be an instance of Module, got type"),
         ((Net(), nn.Identity()), TypeError, "ensemble must be an instance of SnapshotEnsemble, got Identity"),
         ((nn.DataParallel(Net()), ensemble()), ValueError, "student must be bare, got a DataParallel: wrap Distilled"),
-        ((Net(), ensemble(), nn.MSELoss()), TypeError, "criterion must be an EEKDLoss or a weighting's name, got MSEL"),
+        ((Net(), ensemble(), nn.MSELoss()), TypeError, "criterion must be an EEKDLoss, an .*, got MSEL"),
         ((Net(), ensemble(), "atention"), ValueError, "weighting must be one of .*; did you mean 'attention'"),
         (
             (Net(), ensemble(), eekd.EEKDLoss(student_dim=4, snapshot_dim=5)),

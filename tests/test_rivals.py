@@ -103,6 +103,20 @@ def test_dkd_is_its_formula(batch, tau):
     same(lambda s: dkd_loss(s, z.float(), y, tau, 8.0), s, formula)
 
 
+def test_rows_that_are_ignored_do_not_count_in_dkd(batch):
+    s, z, y = batch
+    ignored = y.clone()
+    ignored[[0, 3]] = 9
+    counted = ignored != 9
+    wanted = dkd_loss(s[counted], z[counted], y[counted], 2.0, 8.0)
+    got = dkd_loss(s, z.where(counted[:, None], -torch.inf), ignored, 2.0, 8.0, ignore_index=9)
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(torch.autograd.grad(got, s), torch.autograd.grad(wanted, s))
+    assert dkd_loss(s, z, torch.full_like(y, -100), 2.0, 8.0) == 0
+    with pytest.raises(ValueError, match=r"^labels must be classes \(B,\) for DKD, got \(7, 5\) of torch.float64$"):
+        dkd_loss(s, z, z.softmax(1), 2.0, 8.0)
+
+
 def test_dist_is_its_formula(batch):
     s, z, _ = batch
 

@@ -2,37 +2,51 @@
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eekd.method.attention import SnapshotAttention
 from eekd.method.losses import EEKDLoss, Measurements
 from eekd.ops import ensemble_kd
 
 EVEN = 1e-6  # numbers that differ by no more, relatively, are rounding's
 
 
-def dkd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, beta: float) -> Tensor:
+def dkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    beta: float,
+    ignore_index: int = -100,
+) -> Tensor:
     """TCKD + β NCKD, the two parts of distillation, of the label and of the other classes.
 
         TCKD = τ² KL(b(z) || b(s)),   b(x) = (softmax(x / τ)_y, 1 - softmax(x / τ)_y)
         NCKD = τ² KL(softmax(z / τ) || softmax(s / τ)), both over the classes other than y
 
-    Logits (B, C), labels (B,) classes; the mean over the rows, float32.
+    Logits (B, C), labels (B,) classes; the mean over the rows whose label is not `ignore_index`, float32, and 0 where
+    there is none. ValueError for soft labels.
     Source: Zhao et al., "Decoupled Knowledge Distillation" (CVPR 2022), with their α = 1.
     """
-    s, z = student_logits.float(), teacher_logits.float()
-    label = F.one_hot(labels, s.shape[1]).bool()
+    if labels.ndim != 1 or labels.is_floating_point():
+        raise ValueError(f"labels must be classes (B,) for DKD, got {tuple(labels.shape)} of {labels.dtype}")
+    counted = labels != ignore_index
+    own = labels.where(counted, 0)[:, None]
 
-    def of_others(x: Tensor) -> Tensor:
-        return x.masked_fill(label, -math.inf)
+    def parts(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.float().where(counted[:, None], 0)
+        others = x.scatter(1, own, -math.inf)
+        return torch.cat([x.gather(1, own), temperature * (others / temperature).logsumexp(1, keepdim=True)], 1), others
 
-    def in_two(x: Tensor) -> Tensor:
-        return torch.stack([x[label], temperature * (of_others(x) / temperature).logsumexp(1)], 1)
+    def apart(s: Tensor, z: Tensor) -> Tensor:
+        return ensemble_kd(s, z[None], temperature=temperature, reduction="none").loss
 
-    tckd, nckd = (ensemble_kd(part(s), part(z)[None], temperature=temperature).loss for part in (in_two, of_others))
-    return tckd + beta * nckd
+    tckd, nckd = map(apart, parts(student_logits), parts(teacher_logits))
+    return (tckd + beta * nckd).where(counted, 0).sum() / counted.sum().clamp(min=1)
 
 
 def dist_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -186,9 +200,15 @@ class _Weighed(nn.Module):
     def __init__(self, **attention):
         super().__init__()
         self.weigh = AttentionAtOne(**attention)
-        self.fusion = self.weigh.loss.options["fusion"]
+        self.options = {name: self.weigh.loss.options[name] for name in ("fusion", "ignore_index")}
+
+    @property
+    def attention(self) -> SnapshotAttention:
+        return cast(SnapshotAttention, self.weigh.loss.attention)
 
     def forward(self, student_logits, snapshot_logits, labels, student_features, snapshot_features):
+        if labels is None:
+            raise ValueError("labels must be given, for the attention learns from them, got None")
         attention_loss, w = self.weigh(student_logits, snapshot_logits, labels, student_features, snapshot_features)
         loss = self._alone(student_logits, snapshot_logits, labels, w)
         measured = {"loss": loss.detach(), "attention_loss": attention_loss.detach()}
@@ -204,7 +224,7 @@ class LearnedAtOne(_Weighed):
 
     def __init__(self, temperature: float, alpha: float, **attention):
         super().__init__(**attention)
-        self.options = {"temperature": temperature, "alpha": alpha, "fusion": self.fusion}
+        self.options |= {"temperature": temperature, "alpha": alpha}
 
     def _alone(self, student_logits, snapshot_logits, labels, w):
         return ensemble_kd(student_logits, snapshot_logits, labels, scores=w.log(), **self.options).loss
@@ -227,8 +247,11 @@ class AttentionDISTLoss(_Weighed):
         self.temperature, self.beta = temperature, beta
 
     def _alone(self, student_logits, snapshot_logits, labels, w):
-        target = fused_logits(snapshot_logits, w, self.temperature, self.fusion)
-        return F.cross_entropy(student_logits.float(), labels) + self._added(student_logits, target, labels)
+        target = fused_logits(snapshot_logits, w, self.temperature, self.options["fusion"])
+        ignored = self.options["ignore_index"]
+        label = F.cross_entropy(student_logits.float(), labels, ignore_index=ignored, reduction="sum")
+        rows = (labels != ignored).sum().clamp(min=1) if labels.ndim == 1 else len(labels)
+        return label / rows + self._added(student_logits, target, labels)
 
     def _added(self, student_logits: Tensor, target: Tensor, labels: Tensor) -> Tensor:
         return self.beta * dist_loss(student_logits, target, self.temperature)
@@ -239,7 +262,7 @@ class AttentionDKDLoss(AttentionDISTLoss):
 
         L = CE(s, y) + r dkd_loss(s, t, y, τ, β),    t = fused_logits(z, w, τ)
 
-    As AttentionDISTLoss, for labels that are classes.
+    As AttentionDISTLoss, for labels that are classes. Rows with the label `ignore_index` do not count.
 
     Attributes:
         risen: r. `eekd train` raises it to 1 over the first twelfth of the training, as DKD does.
@@ -250,4 +273,6 @@ class AttentionDKDLoss(AttentionDISTLoss):
         self.risen = 1.0
 
     def _added(self, student_logits, target, labels):
-        return self.risen * dkd_loss(student_logits, target, labels, self.temperature, self.beta)
+        return self.risen * dkd_loss(
+            student_logits, target, labels, self.temperature, self.beta, self.options["ignore_index"]
+        )
