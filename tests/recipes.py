@@ -8,7 +8,8 @@ ADAMW = dict(optimizer="adamw", lr=1e-3)
 def small_run(teacher: dict, student: dict, phase: dict | None = None, **more) -> Config:
     """Settings of a run with those of teacher and student, and of `phase` for both; two epochs by default."""
     both = dict(epochs=2, batch_size=60) | (phase or {})
-    rest = dict(train_limit=200, device="cpu", precision="fp32", channels_last=False) | more
+    students = dict(students=("ce", "last", "attention"))
+    rest = dict(train_limit=200, device="cpu", precision="fp32", channels_last=False) | students | more
     return Config(teacher=Teacher(**both | dict(snapshots=2) | teacher), student=Student(**both | student), **rest)
 
 

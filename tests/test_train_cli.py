@@ -8,13 +8,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from rich.console import Console
 
 from eekd.io.files import sha256_of
 from eekd.train import __main__ as cli
 from eekd.train import screen
-from eekd.train.config import Config, settled
+from eekd.train.config import Config, Teacher, settled
 from eekd.train.presets import preset
+from eekd.train.runtime import chosen
 
 TEACHER = "--teacher.epochs 2 --teacher.snapshots 2 --teacher.model resnet8_w4"
 SMALL = f"teacher {TEACHER} --student.epochs 1 --train-limit 150 --device cpu"
@@ -66,7 +68,7 @@ def test_the_halves(run, here):
     assert cli.main(["student", f"--teacher={run}", "--out", "two", "--student.epochs", "2"]) == 0
     one, two = Config.load("one/config.json"), Config.load("two/config.json")
     assert (one.students, one.student.epochs, one.train_limit) == (("uniform",), 1, 150)
-    assert (two.students, two.student.epochs) == (preset("digits").students, 2)
+    assert (two.students, two.student.epochs) == (("ce", "last", "attention_dkd"), 2)
     assert one.teacher == two.teacher == Config.load(run / "config.json").teacher
     rows = json.loads((here / "two" / "summary.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["teacher", "snapshot 1", "snapshot 2", "ensemble", *two.students]
@@ -106,13 +108,19 @@ def test_every_setting_is_a_flag(underscores, capsys):
 
 @pytest.mark.parametrize("mixed", ["--student.mixup 0.2", "--student.cutmix 1", "--student.label-smoothing 0.1"])
 def test_images_without_one_class_are_taught_by_the_loss_that_takes_them(here, mixed):
-    assert cli.parse(["--seed", "1"]).settings.students == ("ce", "last", "attention_dkd")
-    assert cli.parse(mixed.split()).settings.students == ("ce", "last", "attention")
-    named = cli.parse(["--students", "attention_dkd", *mixed.split()]).settings.students
-    assert named == ("attention_dkd",)  # which then says that it needs one class
-    (here / "own.json").write_text(Config(students=("attention", "attention_dkd")).to_json())
-    own = cli.parse(["--config", "own.json", *mixed.split()]).settings.students
-    assert own == ("attention", "attention_dkd")  # a choice of the user's is kept
+    def students(*flags):
+        return chosen(cli.parse([*flags]).settings, torch.device("cpu")).students
+
+    assert students("--seed", "1") == ("ce", "last", "attention_dkd")
+    assert students(*mixed.split()) == ("ce", "last", "attention")
+    assert students("--students", "attention_dkd", *mixed.split()) == ("attention_dkd",)  # which is refused later
+    for own in ("attention", "attention_dkd"), ("ce", "last", "attention_dkd"):  # a choice of the user's is kept
+        (here / "own.json").write_text(Config(students=own).to_json())
+        assert students("--config", "own.json", *mixed.split()) == own
+    earlier = Config(teacher=Teacher(epochs=1, snapshots=1), students=("ce", "last", "attention_dkd"))
+    (here / "earlier").mkdir()
+    (here / "earlier/config.json").write_text(earlier.to_json())
+    assert students("student", "--teacher", "earlier", *mixed.split()) == ("ce", "last", "attention")
 
 
 def test_dry_run_writes_nothing(here, capsys):

@@ -74,7 +74,7 @@ def read(folder: str | Path) -> Run:
         return Network(name, phase.model, phase.epochs, _rows(own / "metrics.jsonl"), content)
 
     on_disk = sorted(path.parent.name for path in folder.glob("students/*/metrics.jsonl"))
-    names = dict.fromkeys([*map(own_name, config.students), *on_disk])
+    names = dict.fromkeys([*map(own_name, config.students or ()), *on_disk])
     students = [network(name, config.student, folder / "students" / name, "student.json") for name in names]
     # a student names its teacher as seen from its own folder, config.json as seen from where the run began
     teachers = []

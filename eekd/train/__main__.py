@@ -16,7 +16,7 @@ if __name__ == "__main__":
 
 from eekd.io.files import first_line, in_words, nearest, printable
 from eekd.train.config import Config, differences, located, settled, switched
-from eekd.train.presets import RECOMMENDED, preset_or_file
+from eekd.train.presets import preset_or_file, recommended
 from eekd.train.signals import Stopped, signals
 
 try:
@@ -208,9 +208,6 @@ def parse(argv: list[str]) -> Flags:
         raise ValueError(
             "student needs --teacher RUN, the run folder whose teacher to use, --bank PATH or --checkpoints FILE ..."
         )
-    mixed = chosen.student.mixup or chosen.student.cutmix or chosen.student.label_smoothing  # which DKD refuses
-    if mixed and "--students" not in given and chosen.students == RECOMMENDED:
-        parsed = replace(parsed, settings=replace(chosen, students=Config().students))
     if chosen.teacher_run and chosen.teacher != settings.teacher:
         raise ValueError(f"the teacher's settings are those of {chosen.teacher_run} and cannot be changed")
     return parsed
@@ -263,7 +260,8 @@ def _start(start: Start, default: str) -> Config:
         return settings
     run = _settings_of(folder)
     if not start.preset and not start.config:
-        settings = replace(run, students=run.students or settings.students, bank=None)
+        students = None if run.students in ((), recommended(run.student)) else run.students
+        settings = replace(run, students=students, bank=None)
     return replace(settings, teacher=run.teacher, teacher_run=folder, checkpoints=(), checkpoint_entry=None)
 
 

@@ -186,8 +186,9 @@ class Config(Checked):
     # where the snapshots' weights are. cpu: in host memory, two at a time on the GPU; ranks: spread over the processes
     snapshots_on: Literal["device", "cpu", "ranks"] = "device"
     student: Student = Student()  # all start from the same weights and see the same images; only the loss differs
-    # one student is trained for each name; your own weighting or trainer is path/to/file.py:NAME
-    students: tuple[StudentName, ...] = ("ce", "last", "attention")
+    # one student is trained for each name; your own weighting or trainer is path/to/file.py:NAME.
+    # none: ce, last and attention_dkd, or attention in its place where images are mixed or labels smoothed
+    students: tuple[StudentName, ...] | None = None
     seed: int = 0  # of weights, order of images and augmentation
     seeds: int = 1  # run everything this many times, with seed, seed + 1, ...
     device: str = "auto"  # auto: cuda if there is a GPU, else cpu
@@ -217,18 +218,15 @@ class Config(Checked):
         yield "val_fraction", 0 < self.val_fraction < 1, "between 0 and 1"
         yield "split_seed", self.split_seed >= 0, "at least 0"
         yield "workers", self.workers >= 0, "at least 0"
-        names = [own_name(name) for name in self.students]  # which are those of their folders
+        names = [own_name(name) for name in self.students or ()]  # which are those of their folders
         yield "students", len(set(names)) == len(names), "different from each other"
-        with_beta = [name for name in self.students if name in RIVALS and "beta" in RIVALS[name].settings]
-        alone = f"at most one of {', '.join(with_beta)} with student.beta {self.student.beta}, a weight for one loss"
-        yield "students", self.student.beta is None or len(with_beta) < 2, alone
-        yield "students", self.students or not self.teacher_run, "at least one when teacher_run is given"
-        yield (
-            "checkpoints",
-            not (self.checkpoints and (self.teacher_run or self.bank)),
-            "left out beside a teacher's run",
-        )
-        yield "students", self.students or not self.checkpoints, "at least one when checkpoints are given"
+        with_beta = [name for name in self.students or () if "beta" in getattr(RIVALS.get(name), "settings", ())]
+        single = f"at most one of {', '.join(with_beta)} with student.beta {self.student.beta}, a weight for one loss"
+        yield "students", self.student.beta is None or len(with_beta) < 2, single
+        yield "students", self.students != () or not self.teacher_run, "at least one when teacher_run is given"
+        alone = not (self.checkpoints and (self.teacher_run or self.bank))
+        yield "checkpoints", alone, "left out beside a teacher's run"
+        yield "students", self.students != () or not self.checkpoints, "at least one when checkpoints are given"
         yield "checkpoints", not (self.checkpoints and self.teacher.weights), "left out beside teacher.weights"
         yield "accumulate", self.accumulate >= 1, "at least 1"
         yield "check_replicas", self.check_replicas >= 0, "at least 0"
@@ -295,9 +293,10 @@ def switched(argv: list[str]) -> list[str]:
 
 
 def settled(config: Config, by: Config) -> Config:
-    """The settings with those of `by` wherever they are "auto" and so leave the choice to the device or the weights."""
-    auto = [name for name in ("precision", "channels_last", "interpolation") if getattr(config, name) == "auto"]
-    return dataclasses.replace(config, **{name: getattr(by, name) for name in auto})
+    """The settings with those of `by` wherever they are "auto", or students None, and so leave the choice to others."""
+    names = "precision", "channels_last", "interpolation", "students"
+    left = [name for name in names if getattr(config, name) in ("auto", None)]
+    return dataclasses.replace(config, **{name: getattr(by, name) for name in left})
 
 
 def located(config: Config) -> Config:
@@ -320,7 +319,7 @@ def located(config: Config) -> Config:
 
     paths = {name: absolute(getattr(config, name)) for name in ("classes", "teacher_run", "bank")}
     phases = {name: phase_located(getattr(config, name)) for name in ("teacher", "student")}
-    students = tuple(map(code, config.students))
+    students = config.students and tuple(map(code, config.students))
     return dataclasses.replace(config, data=data, root=root, students=students, **paths, **phases)
 
 

@@ -95,7 +95,7 @@ def _phases(session: Session) -> Iterator[tuple[str, Phase, int]]:
     config, taught = session.config, {"ce": 0, "last": 1}
     if not (config.teacher_run or config.checkpoints):
         yield "teacher", config.teacher, 0
-    for name in config.students:
+    for name in config.students or ():
         snapshots = taught.get(method_of(name).weighting, config.teacher.snapshots)
         yield name, config.student, 0 if session.bank else snapshots
 

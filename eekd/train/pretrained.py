@@ -154,7 +154,7 @@ def interpolation_of(config: Config) -> str:
     """
     if config.interpolation != "auto":
         return config.interpolation
-    phases = (config.teacher, *([config.student] if config.students else []))
+    phases = (config.teacher, *([config.student] if config.students != () else []))
     wanted = {own: f"{phase._prefix}model {phase.model}" for phase in phases if (own := resized_by(phase))}
     if len(wanted) > 1:
         each = " and ".join(f"{own} for {model}" for own, model in wanted.items())

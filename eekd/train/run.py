@@ -38,7 +38,7 @@ def train(
     """Trains the teacher and then every student; returns the run folder, described in eekd.train.run_folder.
 
     With config.seeds above 1 it does this once per seed, each in its own run folder: see eekd.train.seeds. With
-    config.teacher_run or config.bank no teacher is trained; without config.students no student is. `prepare` raises an
+    config.teacher_run or config.bank no teacher is trained; with config.students () no student is. `prepare` raises an
     error for wrong settings before anything is written; FileExistsError if `out` is not empty. `session` may be what
     `prepare` returned for this config, so that it is not done again. `progress` is called after every step, and prints
     a line for each epoch unless you give another one.
@@ -79,7 +79,7 @@ def _train(run: Path, session: Session, progress: Progress) -> Path:
         import_teacher(session, teacher)
     else:
         train_teacher(config, teacher, session=session, progress=progress, resume=True)
-    students = {method: run / "students" / own_name(method) for method in config.students}
+    students = {method: run / "students" / own_name(method) for method in config.students or ()}
     for method, folder in students.items():
         train_student(config, teacher, method, folder, session=session, progress=progress, resume=True)
     if parallel.is_main_process() and not (run / "summary.json").exists():
@@ -168,8 +168,8 @@ def prepare(config: Config, run: str | Path | None = None) -> Session:
     session = Session(config)
     if (kind := session.config.interpolation) not in (config.interpolation, "bilinear"):
         session.notes.append(f"Images are resized by {kind}, as the weights were trained (interpolation).")
-    methods, networks = [method_of(name) for name in config.students], {}
-    trained = {config.teacher: not (earlier or config.checkpoints), config.student: bool(config.students)}
+    methods, networks = [method_of(name) for name in session.config.students or ()], {}
+    trained = {config.teacher: not (earlier or config.checkpoints), config.student: bool(methods)}
     for phase, is_trained in trained.items():
         session.micro_batch(phase)
         networks[phase] = network = models.build(**session.spec(phase))

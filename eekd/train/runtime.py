@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from eekd import models
 from eekd.train.config import Config, settled
+from eekd.train.presets import recommended
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,7 +36,8 @@ class Runtime:
 def chosen(config: Config, device: torch.device) -> Config:
     """The settings with "auto" decided: bf16 where the device computes in it natively, channels_last on a CPU.
 
-    A choice depends on the device and `parallel` alone, so that two runs on it have the same bits. Warns where a
+    Where no students are named, they are the recommended ones.
+    A choice depends on the device and other settings alone, so that two runs on it have the same bits. Warns where a
     precision that was asked for is emulated, with how much longer a convolution takes in it.
     """
     if not natively(config.precision, device):
@@ -46,8 +48,8 @@ def chosen(config: Config, device: torch.device) -> Config:
             stacklevel=2,
         )
     last = device.type == "cpu" and config.parallel != "fsdp"  # fully_shard takes contiguous parameters only
-    best = Config(precision="bf16" if natively("bf16", device) else "fp32", channels_last=last)
-    return settled(config, best)
+    precision = "bf16" if natively("bf16", device) else "fp32"
+    return settled(config, Config(precision=precision, channels_last=last, students=recommended(config.student)))
 
 
 def natively(precision: str, device: torch.device) -> bool:
