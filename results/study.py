@@ -40,7 +40,7 @@ from eekd.compare.__main__ import main as compare
 from eekd.compare.__main__ import parse
 from eekd.compare.methods import base_of, folder_of
 from eekd.compare.runner import kept_settings
-from eekd.io.files import write_json_atomic
+from eekd.io.files import read_json, write_json_atomic
 from eekd.train.config import Config, differences, located, settled
 
 KEPT, WORK = Path("results/study"), Path("runs/study")  # from the root of the project, so that records have no others
@@ -99,12 +99,17 @@ def share(setting: str, tune: bool, config: Config) -> None:
             shutil.copytree(found.parent, to)
 
 
+def asked_for(record: dict) -> dict:
+    """A record's seeds and settings, apart from the students, which the methods decide."""
+    config = Config.from_json(json.dumps(record["config"] | {"students": []}))
+    return {"seeds": record["seeds"], "config": asdict(config)}
+
+
 def with_others(new: dict, path: Path) -> dict:
     """A tuning's record, and the trials of other methods that `path` has; ValueError for other seeds or settings."""
     if path.exists():
         old = json.loads(path.read_text())
-        was, now = ({"seeds": record["seeds"], "config": asdict(Config.from_json(json.dumps(record["config"])))}
-                    for record in (old, new))  # fmt: skip
+        was, now = map(asked_for, (old, new))
         check_same(was, now, path)
         new["trials"] = [trial for trial in old["trials"] if trial["of"] not in new["chosen"]] + new["trials"]
         new["chosen"] = {**old["chosen"], **new["chosen"]}
@@ -161,7 +166,8 @@ def main() -> int:
         return code
     KEPT.mkdir(exist_ok=True)
     made, kept = ("tuning.json", f"{args.setting}-tuning.json") if tune else ("study.json", f"{args.setting}.json")
-    record = json.loads((out / made).read_text())
+    record = read_json(out / made)
+    record["config"]["data"] = DATA[data][1]  # and not where it is on this machine
     write_json_atomic(KEPT / kept, with_others(record, KEPT / kept) if tune else record)
     return 0
 

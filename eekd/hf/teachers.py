@@ -57,6 +57,8 @@ class Teachers:
             return _adapters(cls, folders, base)
         if kinds != {False}:
             raise ValueError("teacher_checkpoints must be whole models or adapters, got both")
+        if base is not None:
+            raise ValueError(f"teacher_base must be None with whole models, such as {folders[0]}")
         return cls([_whole(folder) for folder in folders], [str(folder) for folder in folders])
 
     def __len__(self) -> int:

@@ -133,6 +133,13 @@ def test_settings_of_checkpoints_beside_models(tmp_path):
 
 
 @pytest.mark.bad_input
+def test_a_base_of_whole_models_is_refused(tmp_path):
+    run, base = tiny.save([tiny.language_model()], tmp_path), tiny.language_model(seed=1)
+    said = "^teacher_base must be None with whole models, such as .*checkpoint-5$"
+    tiny.refused(said, tiny.language_model(), run, tmp_path, teacher_base=base)
+
+
+@pytest.mark.bad_input
 def test_adapters_that_cannot_teach_are_refused(tmp_path):
     peft = pytest.importorskip("peft", reason="needs peft, of the extra hf")
     base = tiny.language_model("llama", 24, 1)
