@@ -69,8 +69,7 @@ def methods(setting: str) -> list[str]:
 
 def chosen(setting: str) -> list[str]:
     """The trial of every method that the tuning chose."""
-    record = json.loads((KEPT / f"{setting}-tuning.json").read_text())
-    trials = record["chosen"]
+    trials = read_json(KEPT / f"{setting}-tuning.json")["chosen"]
     return [*trials.values(), *(trials[of].replace(of, name, 1) for name, of in UNTUNED.items())]
 
 
@@ -108,7 +107,7 @@ def asked_for(record: dict) -> dict:
 def with_others(new: dict, path: Path) -> dict:
     """A tuning's record, and the trials of other methods that `path` has; ValueError for other seeds or settings."""
     if path.exists():
-        old = json.loads(path.read_text())
+        old = read_json(path)
         was, now = map(asked_for, (old, new))
         check_same(was, now, path)
         new["trials"] = [trial for trial in old["trials"] if trial["of"] not in new["chosen"]] + new["trials"]
