@@ -38,7 +38,7 @@ def dkd_loss(
     own = labels.where(counted, 0)[:, None]
 
     def parts(x: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.float().where(counted[:, None], 0)
+        x = x.float().where(counted[:, None], 0)  # what is not finite there would make the gradient NaN
         others = x.scatter(1, own, -math.inf)
         return torch.cat([x.gather(1, own), temperature * (others / temperature).logsumexp(1, keepdim=True)], 1), others
 

@@ -220,12 +220,12 @@ class Config(Checked):
         yield "workers", self.workers >= 0, "at least 0"
         names = [own_name(name) for name in self.students or ()]  # which are those of their folders
         yield "students", len(set(names)) == len(names), "different from each other"
-        with_beta = [name for name in self.students or () if "beta" in getattr(RIVALS.get(name), "settings", ())]
-        single = f"at most one of {', '.join(with_beta)} with student.beta {self.student.beta}, a weight for one loss"
-        yield "students", self.student.beta is None or len(with_beta) < 2, single
+        with_beta = [name for name in self.students or () if name in RIVALS and "beta" in RIVALS[name].settings]
+        alone = f"at most one of {', '.join(with_beta)} with student.beta {self.student.beta}, a weight for one loss"
+        yield "students", self.student.beta is None or len(with_beta) < 2, alone
         yield "students", self.students != () or not self.teacher_run, "at least one when teacher_run is given"
-        alone = not (self.checkpoints and (self.teacher_run or self.bank))
-        yield "checkpoints", alone, "left out beside a teacher's run"
+        one_teacher = not (self.checkpoints and (self.teacher_run or self.bank))
+        yield "checkpoints", one_teacher, "left out beside a teacher's run"
         yield "students", self.students != () or not self.checkpoints, "at least one when checkpoints are given"
         yield "checkpoints", not (self.checkpoints and self.teacher.weights), "left out beside teacher.weights"
         yield "accumulate", self.accumulate >= 1, "at least 1"
