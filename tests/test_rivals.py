@@ -412,6 +412,16 @@ def test_maps_are_remembered_where_images_do_not_vary(run, tmp_path):
     assert record["teacher"]["bank"]
 
 
+def test_with_a_bank_no_snapshot_is_loaded_where_the_target_is_not_validated(run, tmp_path, monkeypatch):
+    assert not bank(["--teacher", str(run), "--out", str(tmp_path / "bank"), "--views", "1"])
+    config = dataclasses.replace(CONFIG, bank=str(tmp_path / "bank"))
+    monkeypatch.setattr(Session, "load_snapshots", None)
+    for name in {*RIVALS} - {"curriculum", "fitnet", "at"}:
+        train_student(config, run / "teacher", name, tmp_path / name)
+    with pytest.raises(TypeError):
+        train_student(config, run / "teacher", "curriculum", tmp_path / "curriculum")
+
+
 def test_feature_maps_are_the_last_of_each_size():
     class Net(nn.Module):
         def __init__(self):

@@ -62,7 +62,7 @@ class Curriculum(StudentTrainer):
 class AttentionTau1(StudentTrainer):
     """EEKD whose attention is learned at temperature 1: `LearnedAtOne`."""
 
-    weighting = "attention"
+    weighting, validates_target = "attention", False
 
     def setup(self):
         super().setup()
@@ -75,7 +75,7 @@ class AttentionTau1(StudentTrainer):
 class Added(StudentTrainer):
     """L = CE(s, y) + β added: a subclass says what is added."""
 
-    weighting = "last"
+    weighting, validates_target = "last", False
 
     def setup(self):
         super().setup()
@@ -120,7 +120,7 @@ class DIST(Added):
 class AttentionDIST(StudentTrainer):
     """Taught by AttentionDISTLoss."""
 
-    weighting, rival, loss = "attention", "attention_dist", AttentionDISTLoss
+    weighting, rival, loss, validates_target = "attention", "attention_dist", AttentionDISTLoss, False
 
     def setup(self):
         super().setup()

@@ -50,6 +50,8 @@ class StudentTrainer(Trainer):
         make_teacher(folder, which)   the Teacher that speaks; by default for the picked snapshots together
         weighting               a weighting's name; "ce" for a method without a teacher, "last" for the last snapshot
         needs_features          whether it reads `batch.teacher.features`; by default as the weighting does
+        validates_target        whether an EEKDLoss is measured on the validation images, too; if not, a bank needs no
+                                snapshots
 
     `self.forward_features(images)` returns the student's logits and last features in training.
 
@@ -59,6 +61,7 @@ class StudentTrainer(Trainer):
     phase: Student
     weighting: str = "attention"
     needs_features: bool | None = None
+    validates_target = True
     rival: str | None = None  # its entry in eekd.method.rivals
     reads_maps = False  # whether the last snapshot itself must be there, for its feature maps
 
@@ -110,7 +113,8 @@ class StudentTrainer(Trainer):
     def make_teacher(self, folder: str | Path, which: Sequence[int] | None) -> Teacher:
         """The snapshots in `folder`, or those of the indices `which`, as the batches need them."""
         loaders, features = (self.loader, self.val_loader), bool(self.needs_features)
-        return load_teacher(self.session, folder, which, *loaders, features=features)
+        options = dict(features=features, validates=self.validates_target)
+        return load_teacher(self.session, folder, which, *loaders, **options)
 
     def build_criterion(self) -> nn.Module | None:
         return EEKDLoss(self.weighting, **self.loss_options()) if self.teacher else None
@@ -149,7 +153,7 @@ class StudentTrainer(Trainer):
     def validate(self) -> dict[str, float]:
         """The val_ entries; with an EEKDLoss also whether uniform weights would give a better target."""
         loss = self.own_criterion
-        if not isinstance(loss, EEKDLoss):
+        if not (self.validates_target and isinstance(loss, EEKDLoss)):
             return super().validate()
         self.kept.eval()
         uniform = EEKDLoss("uniform", **{name: loss.options[name] for name in ("temperature", "alpha", "fusion")})
@@ -250,7 +254,7 @@ def train_student(
 
     "ce" trains on labels alone and needs no teacher; "last" is plain knowledge distillation and runs the last
     snapshot only; `method_of` says what else a method may be. `which` picks the snapshots by index. With config.bank
-    they run on validation images only. Returns the content of student.json, see eekd.train.run_folder.
+    they run on validation images at most. Returns the content of student.json, see eekd.train.run_folder.
 
     FloatingPointError if the loss is not finite, FileExistsError if the folder holds a network, and what
     SnapshotEnsemble.load and LogitBank.check raise. `resume` goes on from what the folder holds, whatever that is:

@@ -113,13 +113,23 @@ class BankTeacher(Teacher):
 
 
 def load_teacher(
-    session: Session, folder, which: Sequence[int] | None, loader: Loader, val: Loader, *, features: bool = True
+    session: Session,
+    folder,
+    which: Sequence[int] | None,
+    loader: Loader,
+    val: Loader,
+    *,
+    features: bool = True,
+    validates: bool = True,
 ) -> Teacher:
     """The snapshots in `folder`, or those of the indices `which`, as teachers of the images of `loader` and `val`.
 
-    With a bank the session's bank speaks, and the snapshots run on validation images only. Where every epoch shows
-    the same images, in one process, they run once. `features` says whether there are features.
+    With a bank the session's bank speaks, and the snapshots run on validation images only, or, unless the student
+    `validates` by them, not at all. Where every epoch shows the same images, in one process, they run once. `features`
+    says whether there are features.
     """
+    if session.bank and not validates:
+        return BankTeacher(session.bank, which, features, ())
     running = RunningTeacher(session, session.load_snapshots(folder, which, features), val)
     if session.bank:
         return BankTeacher(session.bank, which, features, running.val)  # and frees the snapshots
