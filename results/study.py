@@ -3,6 +3,7 @@
 python results/glyphs.py --size 28 --classes 94 --faces 8 --out runs/glyphs94    # the data of two of the settings
 python results/study.py tune fashion-mlp --processes 2    # study/NAME-tuning.json
 python results/study.py run fashion-mlp --processes 2     # study/NAME.json
+python results/study.py time fashion-mlp                  # study/NAME-time.json, on a machine that does nothing else
 
 The same command continues after a kill.
 
@@ -23,7 +24,8 @@ The rules, written before the first run:
    EEKD's target into the losses of DKD and DIST. Validation images of the seeds 100 and 101 alone led to them, and to
    the six trials that each has.
 
-Networks of one dataset share teachers: those of the other setting are copied.
+Networks of one dataset share teachers: those of the other setting are copied. To take the time of a few methods' own
+training, seeds 0 to 2 are trained again, one after another, from the finished banks.
 """
 
 import argparse
@@ -49,6 +51,8 @@ STUDENTS = {
     "mlp": ["--student.model", "mlp64", "--student.epochs", "20", "--student.lr", "0.1"],
     "resnet": ["--student.model", "resnet8_s2_w4", "--student.epochs", "20", "--student.lr", "0.1"],
 }
+ENDINGS = {"tune": "-tune", "run": "", "time": "-time"}  # of folders
+SEEDS = {"tune": (100, 2), "run": (0, 10), "time": (0, 3)}  # the first, and how many
 SETTINGS = [f"{data}-{student}" for data in DATA for student in STUDENTS]
 ALL = ["--augment", "none", "--precision", "fp32", "--teacher.model", "resnet8_s2", "--teacher.epochs", "20"]
 ALL += ["--teacher.batch-size", "128", "--teacher.schedule", "cosine"]
@@ -59,6 +63,7 @@ METHODS = [
     "crd",
 ]
 UNTUNED = {f"{of}-m{m}": of for m in (2, 10) for of in ("uniform", "attention")} | {"sed": "uniform"}  # tuned as
+TIMED = ["last", "attention", "attention-dkd"]
 OF_MAPS = ["fitnet", "at"]  # which a perceptron has none of
 
 
@@ -73,9 +78,9 @@ def chosen(setting: str) -> list[str]:
     return [*trials.values(), *(trials[of].replace(of, name, 1) for name, of in UNTUNED.items())]
 
 
-def folder(setting: str, tune: bool) -> Path:
+def folder(setting: str, what: str) -> Path:
     """Where `eekd compare` keeps a setting's networks."""
-    return WORK / (setting + "-tune" * tune)
+    return WORK / (setting + ENDINGS[what])
 
 
 def check_same(was: dict, now: dict, where: Path) -> None:
@@ -84,16 +89,18 @@ def check_same(was: dict, now: dict, where: Path) -> None:
         raise ValueError(f"{name} must be {old!r}, with which {where} was made, got {new!r}")
 
 
-def share(setting: str, tune: bool, config: Config) -> None:
+def share(setting: str, what: str, config: Config) -> None:
     """Copies finished teachers and banks of the dataset's other setting; ValueError where `config` has others."""
     data, _, student = setting.partition("-")
-    other = folder(f"{data}-{next(name for name in STUDENTS if name != student)}", tune)
+    other = folder(f"{data}-{next(name for name in STUDENTS if name != student)}", what)
+    if what == "time":
+        other = folder(setting, "run")
     if (other / "settings.json").exists():
         kept = kept_settings(other)
         own = dict(student=kept.student, seed=kept.seed, seeds=kept.seeds)
         check_same(asdict(kept), asdict(replace(located(settled(config, kept)), **own)), other)
     for found in other.glob("seed-*/*/teacher.json"):
-        to = folder(setting, tune) / found.parent.relative_to(other)
+        to = folder(setting, what) / found.parent.relative_to(other)
         if not to.exists():
             shutil.copytree(found.parent, to)
 
@@ -117,8 +124,8 @@ def with_others(new: dict, path: Path) -> dict:
 
 
 def with_seeds(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments with the seeds of rules 2 and 3 where none are given."""
-    first, number = (100, 2) if args.what == "tune" else (0, 10)
+    """The arguments with the seeds of rules 2 and 3, or those to take the time of, where none are given."""
+    first, number = SEEDS[args.what]
     args.first_seed = first if args.first_seed is None else args.first_seed
     args.seeds = number if args.seeds is None else args.seeds
     return args
@@ -140,10 +147,10 @@ def in_parts(args: argparse.Namespace) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("tune", "run"))
+    parser.add_argument("what", choices=SEEDS)
     parser.add_argument("setting", choices=SETTINGS)
     parser.add_argument("--first-seed", type=int, help="0, or 100 to tune")
-    parser.add_argument("--seeds", type=int, help="10, or 2 to tune")
+    parser.add_argument("--seeds", type=int, help="10, or 2 to tune, or 3 to time")
     parser.add_argument("--processes", type=int, default=1, help="so many seeds beside each other")
     parser.add_argument("--part", action="store_true", help="keep no record: the other seeds are made elsewhere")
     parser.add_argument("--only", nargs="+", help="of the methods only these")
@@ -152,22 +159,23 @@ def main() -> int:
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")  # a seventh faster for convolutions of so few channels
     data, _, student = args.setting.partition("-")
     tune = args.what == "tune"
+    only = args.only or TIMED * (args.what == "time")
     names = methods(args.setting) if tune else chosen(args.setting)
-    names = [name for name in names if not args.only or base_of(folder_of(name)) in args.only]
-    out = folder(args.setting, tune)
+    names = [name for name in names if not only or base_of(folder_of(name)) in only]
+    out = folder(args.setting, args.what)
     flags = [*DATA[data], *ALL, *STUDENTS[student], "--first-seed", str(args.first_seed), "--seeds", str(args.seeds)]
     flags += ["--tune"] * tune + ["--out", str(out), "--methods", *names]
     if not args.part:
-        share(args.setting, tune, parse(flags).settings)
+        share(args.setting, args.what, parse(flags).settings)
     if args.processes > 1 and (code := in_parts(args)):
         return code
     if (code := compare(flags)) or args.part:
         return code
     KEPT.mkdir(exist_ok=True)
-    made, kept = ("tuning.json", f"{args.setting}-tuning.json") if tune else ("study.json", f"{args.setting}.json")
-    record = read_json(out / made)
+    record = read_json(out / ("tuning.json" if tune else "study.json"))
     record["config"]["data"] = DATA[data][1]  # and not where it is on this machine
-    write_json_atomic(KEPT / kept, with_others(record, KEPT / kept) if tune else record)
+    kept = KEPT / f"{args.setting}{'-tuning' if tune else ENDINGS[args.what]}.json"
+    write_json_atomic(kept, with_others(record, kept) if tune else record)
     return 0
 
 

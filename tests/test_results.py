@@ -116,6 +116,7 @@ def runs():
 
 @pytest.mark.parametrize("what, given, first, number", [
     ("tune", (None, None), 100, 2), ("run", (None, None), 0, 10), ("tune", (0, 3), 0, 3), ("run", (5, None), 5, 10),
+    ("time", (None, None), 0, 3),
 ])  # fmt: skip
 def test_the_study_tunes_on_other_seeds_than_it_compares(runs, what, given, first, number):
     args = runs.with_seeds(argparse.Namespace(what=what, first_seed=given[0], seeds=given[1]))
@@ -148,10 +149,12 @@ def test_teachers_of_other_settings_are_not_shared(runs, tmp_path, monkeypatch):
     keep_settings(tmp_path / "glyphs-mlp", config, 1, "")
     other = dataclasses.replace(config, seeds=10, student=Student(epochs=3), channels_last="auto")
     with pytest.raises(ValueError, match="teacher.lr must be 0.1, with which .*glyphs-mlp was made, got 0.2"):
-        runs.share("glyphs-resnet", False, dataclasses.replace(other, teacher=Teacher(lr=0.2)))
+        runs.share("glyphs-resnet", "run", dataclasses.replace(other, teacher=Teacher(lr=0.2)))
     assert not (tmp_path / "glyphs-resnet").exists()
-    runs.share("glyphs-resnet", False, other)
+    runs.share("glyphs-resnet", "run", other)
     assert (tmp_path / "glyphs-resnet/seed-0/ordinary/teacher.json").exists()
+    runs.share("glyphs-mlp", "time", other)
+    assert (tmp_path / "glyphs-mlp-time/seed-0/ordinary/teacher.json").exists()
 
 
 def test_a_method_has_one_name_in_a_record_of_the_study(monkeypatch):
@@ -159,6 +162,15 @@ def test_a_method_has_one_name_in_a_record_of_the_study(monkeypatch):
     monkeypatch.setattr(study_tables, "records", lambda: {"glyphs-mlp": {"cells": cells}})
     with pytest.raises(ValueError, match="one name for each method, got last@alpha=0.1 and last-online"):
         study_tables.scores()
+
+
+def test_times_are_relative_to_last_of_the_same_seed(tmp_path, monkeypatch):
+    seconds = {("last", 0): 10, ("last", 1): 20, ("attention@temperature=2", 0): 11, ("attention@temperature=2", 1): 24}
+    cells = [{"name": name, "seed": seed, "seconds": spent} for (name, seed), spent in seconds.items()]
+    monkeypatch.setattr(study_tables, "FOLDER", tmp_path)
+    monkeypatch.setattr(study_tables, "records", study_tables.records.__wrapped__)
+    (tmp_path / "glyphs-mlp-time.json").write_text(json.dumps({"cells": cells}))
+    assert study_tables.times().splitlines()[2:] == ["| `attention` | 1.15 (1.10, 1.20) |"]
 
 
 def test_the_mean_of_the_settings_is_taken_seed_by_seed():

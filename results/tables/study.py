@@ -58,7 +58,7 @@ CLAIMS = [
 
 @cache
 def records(ending: str = "") -> dict[str, dict]:
-    """The record of every setting that there is one of; "-tuning" as `ending` for what its tuning tried."""
+    """The record of every setting that there is one of; with `ending` "-tuning" or "-time", those of such a run."""
     files = {setting: FOLDER / f"{setting}{ending}.json" for setting in TITLES}
     return {setting: json.loads(file.read_text()) for setting, file in files.items() if file.exists()}
 
@@ -253,6 +253,23 @@ def costs() -> str:
     return "\n".join(lines)
 
 
+def times() -> str:
+    """The seconds of a student's training from a bank, relative to `last` of the same seed: the mean, and all seeds."""
+    known = records("-time")
+    lines = table(["method"], known, "--:", means=False)
+    seconds = {
+        setting: {(base_of(cell["name"]), cell["seed"]): cell["seconds"] for cell in record["cells"]}
+        for setting, record in known.items()
+    }
+    for name in dict.fromkeys(name for found in seconds.values() for name, _ in found if name != "last"):
+        cells = []
+        for found in seconds.values():
+            each = [found[who, seed] / found["last", seed] for who, seed in found if who == name]
+            cells.append(f"{mean(each):.2f} ({', '.join(f'{ratio:.2f}' for ratio in each)})" if each else "")
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def made() -> str:
     """The commands, devices and versions of the records."""
     lines = ["| setting | seeds | device | torch | commit | seconds of a student, mean |", "|---|--:|---|---|---|--:|"]
@@ -311,6 +328,7 @@ PARTS = {
     "claims": claims,
     "ensembles": ensembles,
     "costs": costs,
+    "times": times,
     "tuned": tuned,
     "made": made,
 }
