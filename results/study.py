@@ -63,7 +63,7 @@ METHODS = [
     "crd",
 ]
 UNTUNED = {f"{of}-m{m}": of for m in (2, 10) for of in ("uniform", "attention")} | {"sed": "uniform"}  # tuned as
-TIMED = ["last", "attention", "attention-dkd"]
+TIMED = ["ce", "last", "uniform", "attention", "attention-dkd"]
 OF_MAPS = ["fitnet", "at"]  # which a perceptron has none of
 
 
