@@ -116,7 +116,7 @@ def runs():
 
 @pytest.mark.parametrize("what, given, first, number", [
     ("tune", (None, None), 100, 2), ("run", (None, None), 0, 10), ("tune", (0, 3), 0, 3), ("run", (5, None), 5, 10),
-    ("time", (None, None), 0, 3),
+    ("time", (None, None), 0, 2),
 ])  # fmt: skip
 def test_the_study_tunes_on_other_seeds_than_it_compares(runs, what, given, first, number):
     args = runs.with_seeds(argparse.Namespace(what=what, first_seed=given[0], seeds=given[1]))
