@@ -60,16 +60,15 @@ ALL += ["--student.batch-size", "128", "--student.schedule", "cosine", "--studen
 METHODS = [
     *("ce", "last", "half", "uniform", "linear_increase", "attention", "attention-tau1", "last-3", "soup"),
     *("curriculum", "ema", "dkd", "dist", "attention-dkd", "attention-dist", "cyclic-uniform", "cyclic-attention"),
-    "crd",
 ]
 UNTUNED = {f"{of}-m{m}": of for m in (2, 10) for of in ("uniform", "attention")} | {"sed": "uniform"}  # tuned as
 TIMED = ["ce", "last", "uniform", "attention", "attention-dkd"]
-OF_MAPS = ["fitnet", "at"]  # which a perceptron has none of
+OF_FEATURES = ["fitnet", "at", "crd"]  # a perceptron has no maps; crd is compared where these are
 
 
 def methods(setting: str) -> list[str]:
-    """All methods that are tuned: those that the setting's student can be taught by."""
-    return METHODS + OF_MAPS * setting.endswith("resnet")
+    """All methods that are tuned."""
+    return METHODS + OF_FEATURES * setting.endswith("resnet")
 
 
 def chosen(setting: str) -> list[str]:
@@ -90,11 +89,13 @@ def check_same(was: dict, now: dict, where: Path) -> None:
 
 
 def share(setting: str, what: str, config: Config) -> None:
-    """Copies finished teachers and banks of the dataset's other setting; ValueError where `config` has others."""
+    """Copies finished teachers and banks; ValueError where `config` has others.
+
+    They are those of the dataset's other setting, or, to take the time, those that were compared.
+    """
     data, _, student = setting.partition("-")
-    other = folder(f"{data}-{next(name for name in STUDENTS if name != student)}", what)
-    if what == "time":
-        other = folder(setting, "run")
+    others = next(name for name in STUDENTS if name != student)
+    other = folder(setting, "run") if what == "time" else folder(f"{data}-{others}", what)
     if (other / "settings.json").exists():
         kept = kept_settings(other)
         own = dict(student=kept.student, seed=kept.seed, seeds=kept.seeds)
