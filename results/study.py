@@ -63,7 +63,7 @@ METHODS = [
 ]
 UNTUNED = {f"{of}-m{m}": of for m in (2, 10) for of in ("uniform", "attention")} | {"sed": "uniform"}  # tuned as
 TIMED = ["ce", "last", "uniform", "attention", "attention-dkd"]
-OF_FEATURES = ["fitnet", "at", "crd"]  # a perceptron has no maps; crd is compared where these are
+OF_FEATURES = ["fitnet", "at", "crd"]  # a perceptron has no maps for fitnet and at; crd is compared with them
 
 
 def methods(setting: str) -> list[str]:

@@ -50,8 +50,8 @@ class StudentTrainer(Trainer):
         make_teacher(folder, which)   the Teacher that speaks; by default for the picked snapshots together
         weighting               a weighting's name; "ce" for a method without a teacher, "last" for the last snapshot
         needs_features          whether it reads `batch.teacher.features`; by default as the weighting does
-        validates_target        whether an EEKDLoss is measured on the validation images, too; if not, a bank needs no
-                                snapshots
+        validates_target        whether validation measures an EEKDLoss, too; for that the snapshots run on the
+                                validation images, even with a bank
 
     `self.forward_features(images)` returns the student's logits and last features in training.
 
@@ -113,8 +113,7 @@ class StudentTrainer(Trainer):
     def make_teacher(self, folder: str | Path, which: Sequence[int] | None) -> Teacher:
         """The snapshots in `folder`, or those of the indices `which`, as the batches need them."""
         loaders, features = (self.loader, self.val_loader), bool(self.needs_features)
-        options = dict(features=features, validates=self.validates_target)
-        return load_teacher(self.session, folder, which, *loaders, **options)
+        return load_teacher(self.session, folder, which, *loaders, features=features, validates=self.validates_target)
 
     def build_criterion(self) -> nn.Module | None:
         return EEKDLoss(self.weighting, **self.loss_options()) if self.teacher else None

@@ -124,9 +124,9 @@ def load_teacher(
 ) -> Teacher:
     """The snapshots in `folder`, or those of the indices `which`, as teachers of the images of `loader` and `val`.
 
-    With a bank the session's bank speaks, and the snapshots run on validation images only, or, unless the student
-    `validates` by them, not at all. Where every epoch shows the same images, in one process, they run once. `features`
-    says whether there are features.
+    With a bank the session's bank speaks. The snapshots then run on validation images only; if `validates` is false,
+    not at all. Without a bank they run once where every epoch shows the same images, in one process. `features` says
+    whether there are features.
     """
     if session.bank and not validates:
         return BankTeacher(session.bank, which, features, ())
